@@ -1,0 +1,322 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* How a write gets in, and how it leaves: the order of rules 1 and 5.
+ *
+ *   range lock            nobody else touches these bytes, on any leg
+ *   activity extents      durable: a power cut finds the range in the set
+ *   slot                  in the mapping: a killed process finds it open
+ *   classification        per remote: send, leave to resync, or mark dirty
+ *
+ * A remote that gets nothing has its regions marked dirty here, before a byte
+ * moves, and not when the write ends: it may be admitted again while we
+ * write, and then must not look clean.
+ */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "internal.h"
+#include "volume.h"
+
+/* What a server without WRITE_ZEROES is sent instead. */
+#define ZEROES_SIZE (1u << 20)
+static const uint8_t zeroes[ZEROES_SIZE];
+
+static int
+gate_locked (const struct nbdm *v)
+{
+  if (v->stopping)
+    return set_message (-ESHUTDOWN, "the volume is stopping");
+  if (v->failed)
+    return set_message (-EIO, "the volume has failed: %s", v->reason);
+  if (v->fenced)
+    return set_message (-EIO, "policy stop: a remote is out of sync");
+  return 0;
+}
+
+/* Make what is staged durable; the lock is dropped meanwhile. */
+static int
+write_activity_locked (struct nbdm *v)
+{
+  struct activity_batch batch;
+  int rc;
+
+  v->activity_writing = true;
+  rc = activity_stage (&v->activity, &batch);
+  if (rc > 0) {
+    pthread_mutex_unlock (&v->lock);
+    rc = activity_write (&v->activity, &batch);
+    pthread_mutex_lock (&v->lock);
+  }
+  if (rc < 0)
+    volume_fail_locked (v, last_error ());
+  else
+    activity_written (&v->activity, &batch);
+  v->activity_writing = false;
+  pthread_cond_broadcast (&v->changed);
+  return rc;
+}
+
+/* Let up to `max` extents go cold: both sides flushed, the dirty maps'
+ * pages durable, and nobody took them meanwhile.  The lock is dropped.
+ */
+static int
+cool_locked (struct nbdm *v, uint32_t max, uint64_t before_ns)
+{
+  int rc = 0;
+
+  if (activity_pick (&v->activity, max, before_ns) == 0)
+    return 0;
+  pthread_mutex_unlock (&v->lock);
+  rc = volume_flush (v);
+  pthread_mutex_lock (&v->lock);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  if (rc == 0)
+    return (int)activity_drop (&v->activity);
+  volume_fail_locked (v, last_error ());
+  return rc;
+}
+
+static void
+make_room_locked (struct nbdm *v)
+{
+  int dropped;
+
+  if (v->cooling) {
+    pthread_cond_wait (&v->changed, &v->lock);
+    return;
+  }
+  v->cooling = true;
+  dropped = cool_locked (v, v->activity.nr_entries / 4, UINT64_MAX);
+  v->cooling = false;
+  pthread_cond_broadcast (&v->changed);
+  if (dropped == 0) {
+    /* Every extent is in use: wait for a request to end. */
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+}
+
+static int
+hold_extents_locked (struct nbdm *v, struct request *req)
+{
+  uint64_t first = req->first_extent, last = req->last_extent;
+  int rc;
+
+  while ((rc = activity_hold (&v->activity, first, last)) == -EAGAIN) {
+    make_room_locked (v);
+    rc = gate_locked (v);
+    if (rc < 0)
+      return rc;
+  }
+  if (rc == 0)
+    return 0;
+  if (rc != -EINPROGRESS)
+    return rc;
+  while (!activity_durable (&v->activity, first, last) && !v->failed)
+    if (v->activity_writing)
+      pthread_cond_wait (&v->changed, &v->lock);
+    else
+      write_activity_locked (v);
+  if (!v->failed)
+    return 0;
+  activity_release (&v->activity, first, last, now_ns ());
+  return gate_locked (v);
+}
+
+static int
+reserve_slot_locked (struct nbdm *v, struct request *req)
+{
+  while ((req->slot = inflight_reserve (&v->inflight, req->offset, req->length,
+                                        req->kind, (uint8_t)req->flags))
+         == -EAGAIN) {
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+  return req->slot < 0 ? req->slot : 0;
+}
+
+void
+leg_plan_locked (struct request *req, struct leg *leg)
+{
+  struct nbdm *v = leg->remote->volume;
+  const struct conn_info *info;
+  uint64_t end = req->offset + req->length;
+  uint64_t max;
+  struct piece piece;
+  bool as_zeroes;
+
+  leg->nr = 0;
+  if (leg->conn == NULL)
+    return;
+  info = conn_info (leg->conn);
+  as_zeroes = req->buf == NULL && !info->can_zero;
+  max = as_zeroes && info->max_payload > ZEROES_SIZE ? ZEROES_SIZE
+                                                     : info->max_payload;
+  while (leg->nr < LEG_WINDOW && leg->cursor < end) {
+    struct command *cmd = &leg->commands[leg->nr];
+
+    if (!classify_next (&leg->remote->dm, v->region_size, leg->cursor, end, max,
+                        v->policy == NBDM_STOP, &piece)) {
+      leg->cursor = end;
+      break;
+    }
+    *cmd = (struct command){
+      .kind = req->buf || as_zeroes ? COMMAND_WRITE : COMMAND_ZERO,
+      .offset = piece.offset,
+      .length = piece.length,
+      .buf = req->buf ? (uint8_t *)req->buf + (piece.offset - req->offset)
+                      : (uint8_t *)zeroes,
+      .fua = (req->flags & NBDM_FUA) && info->can_fua,
+      .may_trim = req->flags & NBDM_MAY_TRIM,
+    };
+    leg->cursor = piece.offset + piece.length;
+    leg->nr++;
+  }
+  if (leg->nr > 0)
+    leg->sent = true;
+}
+
+static void
+classify_locked (struct nbdm *v, struct request *req)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+    struct leg *leg = &req->legs[i];
+
+    leg->remote = r;
+    leg->result = 0;
+    leg->sent = false;
+    leg->nr = 0;
+    leg->conn = NULL;
+    leg->active = remote_used_locked (r);
+    if (!leg->active) {
+      generation_advance_locked (v, r);
+      mark_dirty_locked (r, req->offset, req->length, false);
+      continue;
+    }
+    leg->waiter = (struct waiter)WAITER_INIT;
+    leg->cursor = req->offset;
+    if (r->admitted)
+      leg->conn = conn_get (r->conn);
+    leg_plan_locked (req, leg);
+    inflight_issued (&v->inflight, req->slot, 2u << i);
+  }
+}
+
+static void
+link_locked (struct nbdm *v, struct request *req)
+{
+  req->prev = NULL;
+  req->next = v->requests;
+  if (v->requests)
+    v->requests->prev = req;
+  v->requests = req;
+}
+
+static int
+admit_locked (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  rangelock_add (&v->ranges, &req->range);
+  while (req->range.blockers > 0)
+    pthread_cond_wait (&req->granted, &v->lock);
+  rc = hold_extents_locked (v, req);
+  if (rc < 0)
+    goto out_range;
+  fault_point ("after_mark");
+  rc = reserve_slot_locked (v, req);
+  if (rc < 0)
+    goto out_extents;
+  rc = gate_locked (v); /* it may have closed while we waited */
+  if (rc < 0)
+    goto out_slot;
+  inflight_issued (&v->inflight, req->slot, 1);
+  classify_locked (v, req);
+  if (!v->failed) {
+    link_locked (v, req);
+    return 0;
+  }
+  rc = gate_locked (v);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    conn_put (req->legs[i].conn);
+
+out_slot:
+  inflight_retire (&v->inflight, req->slot);
+out_extents:
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+out_range:
+  rangelock_remove (&v->ranges, &req->range);
+  return rc;
+}
+
+int
+request_admit (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  pthread_cond_init (&req->granted, NULL);
+  req->range = (struct range){ .offset = req->offset,
+                               .length = req->length,
+                               .granted = &req->granted };
+  req->first_extent = req->offset / EXTENT_SIZE;
+  req->last_extent = (req->offset + req->length - 1) / EXTENT_SIZE;
+
+  pthread_mutex_lock (&v->lock);
+  rc = gate_locked (v);
+  if (rc == 0) {
+    v->nr_requests++;
+    rc = admit_locked (v, req);
+    if (rc < 0) {
+      v->nr_requests--;
+      pthread_cond_broadcast (&v->changed);
+    }
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}
+
+void
+request_retire_locked (struct nbdm *v, struct request *req)
+{
+  if (req->prev)
+    req->prev->next = req->next;
+  else
+    v->requests = req->next;
+  if (req->next)
+    req->next->prev = req->prev;
+  inflight_retire (&v->inflight, req->slot);
+  rangelock_remove (&v->ranges, &req->range);
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+  v->nr_requests--;
+  if (v->nr_waiting > 0 || v->stopping)
+    pthread_cond_broadcast (&v->changed);
+}
+
+int
+nbdm_cool (struct nbdm *v, uint32_t idle_ms)
+{
+  uint64_t idle_ns = idle_ms * UINT64_C (1000000);
+  uint64_t now = now_ns ();
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  if (v->failed)
+    rc = gate_locked (v);
+  else if (!v->cooling && !v->stopping) {
+    v->cooling = true;
+    rc = cool_locked (v, v->activity.nr_entries,
+                      now > idle_ns ? now - idle_ns : 0);
+    v->cooling = false;
+    pthread_cond_broadcast (&v->changed);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc < 0 ? rc : 0;
+}

@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The file dirty.<remote>: which regions may differ on that remote.
+ *
+ * The bits lie in a shared mapping, so a killed process loses none of them:
+ * the page cache holds what was stored.  What power loss leaves is only what
+ * msync made durable; the activity log covers the rest.  The header is written
+ * with pwrite and fdatasync, and LOG_CLEAN in it always after the bits it
+ * vouches for, so a crash between the two leaves a file that is not clean.
+ *
+ * Nothing here says "all dirty": a file that cannot be trusted is an error
+ * with its cause, and the caller, who knows what it means for the volume, acts
+ * on it (rule 9).
+ */
+
+#define _GNU_SOURCE
+
+#include <assert.h>
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define FILL_SIZE 65536
+
+static int
+file_name (char *file, size_t max, const char *remote)
+{
+  struct disk_log_header h;
+
+  if (*remote == '\0' || strlen (remote) >= sizeof h.name
+      || strchr (remote, '/'))
+    return set_message (-EINVAL, "\"%s\" is no name for a remote", remote);
+  snprintf (file, max, "dirty.%s", remote);
+  return 0;
+}
+
+/* What dirty_map_create writes. */
+struct contents {
+  struct disk_log_header header;
+  uint64_t nr_dirty; /* the first so many regions */
+};
+
+/* Write the first `nr_dirty` bits of the dirty map, which are ones, and return
+ * the CRC of the four maps; the zeroes behind are there already.
+ */
+static int
+fill_maps (int fd, uint64_t nr_dirty, uint64_t size, uint32_t *crc)
+{
+  uint8_t buf[FILL_SIZE];
+
+  *crc = 0;
+  for (uint64_t done = 0; done < size;) {
+    size_t n = size - done < sizeof buf ? size - done : sizeof buf;
+    uint64_t left = nr_dirty / 8 > done ? nr_dirty / 8 - done : 0;
+    size_t ones = left < n ? left : n;
+
+    memset (buf, 0xff, ones);
+    memset (buf + ones, 0, n - ones);
+    if (nr_dirty % 8 && nr_dirty / 8 >= done && nr_dirty / 8 < done + n)
+      buf[ones++] = (uint8_t)((1U << nr_dirty % 8) - 1);
+    int r = full_pwrite (fd, buf, ones, LAYOUT_PAGE + done);
+    if (r < 0)
+      return r;
+    *crc = crc32c (*crc, buf, n);
+    done += n;
+  }
+  return 0;
+}
+
+static int
+fill (int fd, const void *opaque)
+{
+  const struct contents *contents = opaque;
+  struct disk_log_header header = contents->header;
+  uint64_t nr_regions = le64toh (header.entries);
+  uint32_t crc;
+  int r;
+
+  r = fill_maps (fd, contents->nr_dirty, NR_MAPS * bitmap_bytes (nr_regions),
+                 &crc);
+  if (r < 0)
+    return r;
+  header.flags = htole32 (LOG_CLEAN);
+  header.bits_crc = htole32 (crc);
+  log_header_seal (&header);
+  return full_pwrite (fd, &header, sizeof header, 0);
+}
+
+int
+dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
+                  uint64_t session, uint64_t nr_regions, uint32_t region_size,
+                  bool all_dirty)
+{
+  struct contents contents = { .nr_dirty = all_dirty ? nr_regions : 0 };
+  char file[sizeof ((struct dirty_map *)0)->file];
+  int r;
+
+  r = file_name (file, sizeof file, remote);
+  if (r < 0)
+    return r;
+  log_header_init (&contents.header, DIRTY_MAGIC, remote, uuid, session,
+                   nr_regions, region_size);
+  return file_make_filled (dirfd, file,
+                           LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions),
+                           fill, &contents);
+}
+
+static void *
+bits (const struct dirty_map *dm)
+{
+  return (char *)dm->mapping + LAYOUT_PAGE;
+}
+
+static size_t
+bits_size (const struct dirty_map *dm)
+{
+  return dm->mapping_size - LAYOUT_PAGE;
+}
+
+/* A session lower than the volume's is an old copy of this file, a higher one
+ * an old copy of the superblock.  One more is a start that was interrupted
+ * between stamping this file and storing the superblock: nothing had been
+ * written in it.
+ */
+static int
+check_trust (const struct dirty_map *dm, uint64_t session)
+{
+  uint64_t stamped = le64toh (dm->header.session);
+
+  if (stamped != session && stamped != session + 1)
+    return set_message (-EUCLEAN,
+                        "%s is of session %" PRIu64
+                        ", the volume is at %" PRIu64
+                        ": an old copy %s was put back",
+                        dm->file, stamped, session,
+                        stamped < session ? "of it" : "of the superblock");
+  if (le32toh (dm->header.flags) & LOG_CLEAN
+      && crc32c (0, bits (dm), bits_size (dm)) != le32toh (dm->header.bits_crc))
+    return set_message (-EUCLEAN, "%s is garbled (CRC of the maps)", dm->file);
+  return 0;
+}
+
+/* Map the file, whose size log_header_load has checked: a mapping that went
+ * past its end would be a SIGBUS.
+ */
+static int
+map_file (struct dirty_map *dm, uint64_t nr_regions)
+{
+  dm->mapping = mmap (NULL, dm->mapping_size, PROT_READ | PROT_WRITE,
+                      MAP_SHARED, dm->fd, 0);
+  if (dm->mapping == MAP_FAILED) {
+    dm->mapping = NULL;
+    return set_error (-errno, "cannot map %s", dm->file);
+  }
+  /* Reserves nothing: few regions are between copy and flush at a time. */
+  dm->copied_words
+      = mmap (NULL, bitmap_bytes (nr_regions), PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (dm->copied_words == MAP_FAILED) {
+    dm->copied_words = NULL;
+    return set_error (-errno, "no memory for the copied map of %s", dm->file);
+  }
+  return 0;
+}
+
+static int
+init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
+{
+  char *words = bits (dm);
+  int r;
+
+  for (int i = 0; i < NR_MAPS; i++) {
+    r = bitmap_init (&dm->map[i], words, nr_regions, false);
+    if (r < 0)
+      return r;
+    words += bitmap_bytes (nr_regions);
+  }
+  return bitmap_init (&dm->copied, dm->copied_words, nr_regions, true);
+}
+
+int
+dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
+                const uint8_t *uuid, uint64_t session, uint64_t nr_regions,
+                uint32_t region_size, bool *clean)
+{
+  struct dirty_map map
+      = { .mapping_size = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions) };
+  struct disk_log_header expect;
+  int r;
+
+  r = file_name (map.file, sizeof map.file, remote);
+  if (r < 0)
+    return r;
+  log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
+                   region_size);
+  map.fd = openat (dirfd, map.file, O_RDWR | O_CLOEXEC);
+  if (map.fd == -1)
+    return set_error (-errno, "cannot open %s", map.file);
+
+  r = log_header_load (map.fd, map.file, &expect, map.mapping_size,
+                       &map.header);
+  if (r == 0)
+    r = map_file (&map, nr_regions);
+  if (r == 0)
+    r = check_trust (&map, session);
+  if (r == 0)
+    r = init_bitmaps (&map, nr_regions);
+  if (r < 0) {
+    dirty_map_close (&map);
+    return r;
+  }
+  *dm = map;
+  *clean = le32toh (map.header.flags) & LOG_CLEAN;
+  return 0;
+}
+
+static int
+store_header (struct dirty_map *dm, uint64_t session, uint32_t flags,
+              uint32_t crc)
+{
+  struct disk_log_header header = dm->header;
+  int r;
+
+  header.session = htole64 (session);
+  header.flags = htole32 (flags);
+  header.bits_crc = htole32 (crc);
+  r = log_header_store (dm->fd, dm->file, &header);
+  if (r == 0)
+    dm->header = header;
+  return r;
+}
+
+int
+dirty_map_begin (struct dirty_map *dm, uint64_t session)
+{
+  return store_header (dm, session, 0, 0);
+}
+
+/* msync without asking whether anything changed. */
+static int
+sync_bits (struct dirty_map *dm)
+{
+  int r;
+
+  /* Before the msync: a bit set while it runs must be seen as a change. */
+  dm->changed = false;
+  r = fault_point ("dirty_map_sync");
+  if (r == 0 && msync (bits (dm), bits_size (dm), MS_SYNC) == -1)
+    r = -errno;
+  if (r == 0)
+    return 0;
+  dm->changed = true;
+  return set_error (r, "cannot make %s durable", dm->file);
+}
+
+int
+dirty_map_persist (struct dirty_map *dm)
+{
+  return dm->changed ? sync_bits (dm) : 0;
+}
+
+int
+dirty_map_finish (struct dirty_map *dm)
+{
+  int r;
+
+  /* Always: the unflushed maps change without `changed` being set, as only
+   * the dirty map's own bits must outlive a power loss.
+   */
+  r = sync_bits (dm);
+  if (r < 0)
+    return r;
+  return store_header (dm, le64toh (dm->header.session), LOG_CLEAN,
+                       crc32c (0, bits (dm), bits_size (dm)));
+}
+
+void
+dirty_map_close (struct dirty_map *dm)
+{
+  for (int i = 0; i < NR_MAPS; i++)
+    bitmap_free (&dm->map[i]);
+  bitmap_free (&dm->copied);
+  if (dm->copied_words)
+    munmap (dm->copied_words, (dm->mapping_size - LAYOUT_PAGE) / NR_MAPS);
+  if (dm->mapping)
+    munmap (dm->mapping, dm->mapping_size);
+  if (dm->file[0]) /* of one never opened, all zero, fd 0 is not ours */
+    close (dm->fd);
+  *dm = (struct dirty_map){ .fd = -1 };
+}
+
+void
+dirty_map_mark (struct dirty_map *dm, uint64_t first, uint64_t count, bool late)
+{
+  bitmap_set (&dm->map[MAP_DIRTY], first, count);
+  if (late)
+    bitmap_set (&dm->map[MAP_LATE], first, count);
+  bitmap_clear (&dm->copied, first, count);
+  dm->changed = true;
+}
+
+uint64_t
+dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
+{
+  uint64_t end = first + count;
+  uint64_t total = 0;
+
+  assert (first <= dm->copied.nr_bits && count <= dm->copied.nr_bits - first);
+  /* In runs that are copied and not late. */
+  for (uint64_t region = bitmap_next_set (&dm->copied, first, end);
+       region < end; region = bitmap_next_set (&dm->copied, region, end)) {
+    uint64_t stop = bitmap_next_clear (&dm->copied, region, end);
+    uint64_t late = bitmap_next_set (&dm->map[MAP_LATE], region, stop);
+
+    if (late > region) {
+      total += bitmap_clear (&dm->map[MAP_DIRTY], region, late - region);
+      bitmap_clear (&dm->copied, region, late - region);
+    }
+    region = bitmap_next_clear (&dm->map[MAP_LATE], late, stop);
+  }
+  if (total > 0)
+    dm->changed = true;
+  return total;
+}
+
+void
+dirty_map_lost (struct dirty_map *dm)
+{
+  static const enum dirty_map_index unflushed[]
+      = { MAP_UNFLUSHED0, MAP_UNFLUSHED1 };
+
+  for (unsigned i = 0; i < sizeof unflushed / sizeof unflushed[0]; i++) {
+    bitmap_merge (&dm->map[MAP_DIRTY], &dm->map[unflushed[i]]);
+    /* A kill between the two must find the bits in both, never in neither:
+     * so the compiler may not mix the stores.
+     */
+    atomic_signal_fence (memory_order_seq_cst);
+    bitmap_clear_all (&dm->map[unflushed[i]]);
+  }
+  bitmap_clear_all (&dm->copied);
+  dm->changed = true;
+}

@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Flushes, shared by those who ask at the same time (group commit).
+ *
+ * A remote answers from memory; what it answered since its last flush is in
+ * its *unflushed* set, and becomes dirty if the connection is lost (rule 4).
+ * The set is two maps: answers go into the one that is `filling`, and a flush
+ * turns them over before it is sent, so that its success clears exactly what
+ * was answered before it began.
+ *
+ * A flush covers every write answered on any connection of ours, so clients
+ * may be told that several connections see one disk (multi-conn).
+ */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "internal.h"
+#include "volume.h"
+
+static void
+lead_locked (struct remote_flush *flush)
+{
+  struct remote *r = flush->remote;
+
+  flush->leading = true;
+  flush->conn = conn_get (r->conn);
+  flush->covers = r->flush.asked;
+  flush->command = (struct command){ .kind = COMMAND_FLUSH };
+  r->flush.running = true;
+  r->filling ^= 1;
+}
+
+static void
+send_flush (struct remote_flush *flush)
+{
+  /* A server without flush has no cache it admits to; there is nothing to
+   * send, and nothing more to be had from it.
+   */
+  if (!conn_info (flush->conn)->can_flush)
+    return;
+  if (conn_issue (flush->conn, &flush->command, &flush->waiter) < 0)
+    flush->command.error = ENOTCONN;
+}
+
+void
+remote_flush_begin (struct remote *r, struct remote_flush *flush)
+{
+  struct nbdm *v = r->volume;
+
+  flush->remote = r;
+  flush->leading = false;
+  flush->waiter = (struct waiter)WAITER_INIT;
+  pthread_mutex_lock (&v->lock);
+  flush->ticket = ++r->flush.asked;
+  if (r->admitted && !r->flush.running)
+    lead_locked (flush);
+  pthread_mutex_unlock (&v->lock);
+  if (flush->leading)
+    send_flush (flush);
+}
+
+static void
+land_locked (struct remote_flush *flush)
+{
+  struct remote *r = flush->remote;
+  struct conn *conn = flush->conn;
+  int error = flush->command.error;
+  char why[NBDM_REASON_LEN];
+
+  flush->leading = false;
+  r->flush.running = false;
+  if (error == ENOTCONN || error == ESHUTDOWN) {
+    conn_kill (conn, "the server is shutting down");
+    remote_lost_locked (r, conn);
+  }
+  else if (error != 0) {
+    snprintf (why, sizeof why, "it answered a flush with: %s",
+              strerror (error));
+    remote_broken_locked (r, conn, why);
+  }
+  else if (r->conn == conn) {
+    bitmap_clear_all (&r->dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
+    r->flush.done = flush->covers;
+  }
+  pthread_cond_broadcast (&r->volume->changed);
+  conn_put (conn);
+}
+
+int
+remote_flush_end (struct remote_flush *flush)
+{
+  struct remote *r = flush->remote;
+  struct nbdm *v = r->volume;
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  for (;;) {
+    if (flush->leading) {
+      pthread_mutex_unlock (&v->lock);
+      conn_wait (flush->conn, &flush->waiter);
+      pthread_mutex_lock (&v->lock);
+      land_locked (flush);
+    }
+    if (r->flush.done >= flush->ticket)
+      break;
+    if (!remote_used_locked (r)) {
+      rc = -ENOTCONN;
+      break;
+    }
+    if (r->admitted && !r->flush.running) {
+      lead_locked (flush);
+      pthread_mutex_unlock (&v->lock);
+      send_flush (flush);
+      pthread_mutex_lock (&v->lock);
+    }
+    else
+      pthread_cond_wait (&v->changed, &v->lock);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}
+
+static int
+flush_local_group (struct nbdm *v)
+{
+  struct flush_group *group = &v->local_flush;
+  uint64_t ticket;
+  int rc;
+
+  pthread_mutex_lock (&v->lock);
+  ticket = ++group->asked;
+  while (group->done < ticket) {
+    uint64_t covers = group->asked;
+
+    if (group->running) {
+      pthread_cond_wait (&v->changed, &v->lock);
+      continue;
+    }
+    group->running = true;
+    pthread_mutex_unlock (&v->lock);
+    rc = local_flush (v);
+    pthread_mutex_lock (&v->lock);
+    group->running = false;
+    group->done = covers;
+    if (rc < 0 && v->local_flush_error == 0) {
+      /* The kernel has dropped the pages it could not write: another fsync
+       * would succeed and mean nothing (rule 10).
+       */
+      v->local_flush_error = rc;
+      volume_fail_locked (v, last_error ());
+    }
+    pthread_cond_broadcast (&v->changed);
+  }
+  rc = v->local_flush_error;
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}
+
+int
+volume_flush (struct nbdm *v)
+{
+  struct remote_flush flushes[NBDM_MAX_REMOTES];
+  bool begun[NBDM_MAX_REMOTES] = { false };
+  int rc;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    pthread_mutex_lock (&v->lock);
+    /* Once drained nothing waits for a held remote, and it has nothing that
+     * is not dirty already.
+     */
+    begun[i] = remote_used_locked (&v->remotes[i])
+               && (v->remotes[i].admitted || !v->drained);
+    pthread_mutex_unlock (&v->lock);
+    if (begun[i])
+      remote_flush_begin (&v->remotes[i], &flushes[i]);
+  }
+  rc = flush_local_group (v);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (begun[i])
+      (void)remote_flush_end (&flushes[i]); /* lost: a state, not an error */
+  return rc;
+}
+
+int
+nbdm_flush (struct nbdm *v)
+{
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  if (v->stopping)
+    rc = set_message (-ESHUTDOWN, "the volume is stopping");
+  else
+    v->nr_requests++;
+  pthread_mutex_unlock (&v->lock);
+  if (rc < 0)
+    return rc;
+
+  rc = volume_flush (v);
+
+  pthread_mutex_lock (&v->lock);
+  v->nr_requests--;
+  v->flushes++;
+  if (v->stopping)
+    pthread_cond_broadcast (&v->changed);
+  /* Policy stop: what the remote did not flush is not safe on both. */
+  if (rc == 0 && (v->failed || v->fenced))
+    rc = set_message (-EIO, "the flush did not reach every leg: %s",
+                      v->failed ? v->reason : "a remote is out of sync");
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}

@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What lies on disk, byte for byte.  docs/FORMAT.md is this file in prose.
+ *
+ * Every integer is little-endian.  Every file opens with a page that carries
+ * a magic, a version, the volume's uuid and the *session*: a counter that
+ * grows at each start and is stamped into every log.  A log with another
+ * session is an old copy put back, and is believed no more than a torn one:
+ * both mean "all dirty" (rule 9).
+ *
+ * Nothing here may change without a new version; the reserved bytes are zero
+ * and are for what comes later.
+ */
+
+#ifndef NBDM_LAYOUT_H
+#define NBDM_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LAYOUT_VERSION 1
+#define LAYOUT_PAGE                                                            \
+  4096 /* bytes of each file's header; maps are padded to it */
+#define LAYOUT_SECTOR 512 /* bytes written at a time into `activity` */
+#define LAYOUT_MAX_REMOTES 8
+
+/* `superblock`: two slots of one page; the valid one with the higher sequence
+ * counts, the other is written next.  So sequences are even in the first slot
+ * and odd in the second; a slot where they are not is not valid.
+ */
+#define SUPERBLOCK_MAGIC "NBDMSUPR"
+
+#define SUPERBLOCK_CLEAN 1  /* stopped cleanly: the logs are empty */
+#define SUPERBLOCK_FENCED 2 /* policy "stop": no writes until in_sync */
+
+#define REMOTE_PAUSED 1  /* an operator paused resync */
+#define REMOTE_ASSUMED 2 /* in sync on the operator's word alone */
+
+struct disk_remote {
+  char name[64];       /* NUL-padded; empty: entry unused */
+  uint32_t state;      /* enum nbdm_remote_state */
+  uint32_t flags;      /* REMOTE_* */
+  uint64_t generation; /* the volume's generation when last in sync */
+  int64_t since;       /* when the state was entered, seconds since 1970 */
+  char reason[160];    /* why, NUL-terminated UTF-8 */
+  uint8_t reserved[8];
+};
+_Static_assert(sizeof (struct disk_remote) == 256, "remote entry");
+
+struct disk_superblock {
+  char magic[8];
+  uint32_t version;
+  uint32_t crc;      /* CRC32C of the page with this field zero */
+  uint64_t sequence; /* grows by one at each write */
+  uint8_t uuid[16];
+  char name[64];           /* the volume's name, NUL-padded */
+  uint64_t size;           /* bytes */
+  uint32_t region_size;    /* bytes, power of two */
+  uint32_t extent_size;    /* bytes, power of two, >= region_size */
+  uint32_t ring_slots;     /* slots in `inflight` */
+  uint32_t activity_slots; /* extents in `activity` */
+  uint64_t session;
+  uint64_t generation;
+  uint64_t history[7]; /* earlier generations, latest first; 0: none */
+  uint32_t role;       /* 1: primary */
+  uint32_t flags;      /* SUPERBLOCK_* */
+  uint8_t boot_id[16]; /* the kernel's boot id when last opened */
+  uint64_t mount_id[3];
+  uint32_t local_state; /* enum nbdm_local_state */
+  uint32_t nr_remotes;
+  uint8_t reserved1[256];
+  struct disk_remote remotes[LAYOUT_MAX_REMOTES];
+  uint8_t reserved2[1536];
+};
+_Static_assert(offsetof (struct disk_superblock, session) == 128, "layout");
+_Static_assert(offsetof (struct disk_superblock, boot_id) == 208, "layout");
+_Static_assert(offsetof (struct disk_superblock, reserved1) == 256, "layout");
+_Static_assert(offsetof (struct disk_superblock, remotes) == 512, "layout");
+_Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
+
+/* The page each of the other files opens with. */
+#define ACTIVITY_MAGIC "NBDMACTV"
+#define INFLIGHT_MAGIC "NBDMRING"
+#define DIRTY_MAGIC "NBDMDRTY"
+
+#define LOG_CLEAN 1 /* closed by a clean stop; `bits_crc` is valid */
+
+struct disk_log_header {
+  char magic[8];
+  uint32_t version;
+  uint32_t crc; /* CRC32C of the page with this field zero */
+  uint8_t uuid[16];
+  char name[64]; /* the remote's name in dirty.*, else empty */
+  uint64_t session;
+  uint64_t entries;    /* extents, slots or regions the file holds */
+  uint64_t entry_size; /* bytes an entry stands for: extent, slot, region */
+  uint32_t flags;      /* LOG_* */
+  uint32_t bits_crc;   /* dirty.*: CRC32C of all maps, when LOG_CLEAN */
+  uint8_t reserved[LAYOUT_PAGE - 128];
+};
+_Static_assert(offsetof (struct disk_log_header, session) == 96, "layout");
+_Static_assert(sizeof (struct disk_log_header) == LAYOUT_PAGE, "layout");
+
+/* `activity`: after the header, sectors of extents.  Torn or garbled: the CRC
+ * is wrong and everything is dirty.
+ */
+#define ACTIVITY_PER_SECTOR 62
+
+struct disk_activity_sector {
+  uint64_t sequence; /* grows by one at each write of this sector */
+  uint32_t index;    /* of this sector, from 0 */
+  uint32_t crc;      /* CRC32C of the sector with this field zero */
+  uint64_t extent[ACTIVITY_PER_SECTOR]; /* extent index + 1; 0: free */
+};
+_Static_assert(sizeof (struct disk_activity_sector) == LAYOUT_SECTOR, "layout");
+
+/* `inflight`: after the header, slots.  A slot is free if and only if `word`
+ * is 0; otherwise `word` holds the CRC32C of the 26 bytes (sequence, offset,
+ * length, kind, flags) in bits 0-31, the kind in bits 32-39 and the flags in
+ * bits 40-47.  One aligned 8-byte store opens or frees a slot, so a process
+ * killed between two instructions leaves it open or free, never torn.
+ */
+struct disk_slot {
+  uint64_t word;
+  uint64_t sequence;
+  uint64_t offset;      /* bytes */
+  uint64_t length;      /* bytes */
+  uint32_t legs_issued; /* bit 0: local, bit 1 + i: remote i; for inspection */
+  uint32_t legs_done;
+  uint64_t reserved[3];
+};
+_Static_assert(sizeof (struct disk_slot) == 64, "layout");
+
+/* `dirty.<remote>`: after the header four maps of the same size, each padded
+ * with zeroes to a page.  Region i is bit i % 8 of byte i / 8.
+ */
+enum dirty_map_index {
+  MAP_DIRTY,      /* may differ on that remote */
+  MAP_UNFLUSHED0, /* answered by that remote, no flush since: two sets, one */
+  MAP_UNFLUSHED1, /*   fills while a flush for the other is under way */
+  MAP_LATE,       /* a lost connection's command may still change it */
+  NR_MAPS
+};
+
+#endif /* NBDM_LAYOUT_H */

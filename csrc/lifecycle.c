@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A volume's start and end, once it is open: threads, drain, flush, stamp.
+ *
+ * A clean stop leaves an empty ring, an empty activity set, and logs stamped
+ * clean; the superblock is stamped last and vouches for them all, so a stop
+ * that was interrupted is recovered as a crash.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "volume.h"
+
+/* A file system on this disk may be what the kernel wants to write back when
+ * it is short of memory, and then must not wait for us to be given some: no
+ * reclaim into block devices from our threads, no page of ours to be read
+ * back in.  Best effort, as it wants privileges; threads started from here on
+ * inherit it.  Without the limit lifted, locking what is mapped later would
+ * make mappings fail that now succeed, so then it is left alone.
+ */
+static void
+avoid_reclaim_deadlock (void)
+{
+  const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+
+  (void)prctl (PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+  if (setrlimit (RLIMIT_MEMLOCK, &unlimited) == 0)
+    (void)mlockall (MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
+}
+
+int
+nbdm_start (struct nbdm *v)
+{
+  uint64_t until = now_ns () + v->hold_ms * UINT64_C (1000000);
+
+  /* The hold begins when somebody tries to connect, not at the open. */
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    v->remotes[i].hold_until_ns = until;
+  avoid_reclaim_deadlock ();
+  return ticker_start (v);
+}
+
+/* Refuse what comes, wait for what is under way; false: stopped before. */
+static bool
+drain (struct nbdm *v)
+{
+  bool first;
+
+  pthread_mutex_lock (&v->lock);
+  first = !v->stopping;
+  v->stopping = true;
+  pthread_cond_broadcast (&v->changed);
+  while (v->nr_requests > 0 || v->cooling || v->activity_writing)
+    pthread_cond_wait (&v->changed, &v->lock);
+  v->drained = true;
+  pthread_mutex_unlock (&v->lock);
+  return first;
+}
+
+static void
+disconnect_all (struct nbdm *v)
+{
+  pthread_mutex_lock (&v->lock);
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+    struct conn *conn = r->conn;
+
+    if (conn == NULL)
+      continue;
+    r->conn = NULL;
+    r->admitted = false;
+    conn_farewell (conn);
+    conn_put (conn);
+  }
+  pthread_mutex_unlock (&v->lock);
+}
+
+/* Every log closed, then the superblock says so. */
+static int
+persist_clean (struct nbdm *v)
+{
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_finish (&v->remotes[i].dm);
+  if (rc == 0)
+    rc = inflight_finish (&v->inflight);
+  if (rc == 0)
+    rc = activity_finish (&v->activity);
+  if (rc < 0)
+    volume_fail_locked (v, last_error ());
+  else {
+    v->stopped = true;
+    rc = volume_persist_locked (v);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc < 0 ? -EIO : 0;
+}
+
+int
+nbdm_stop (struct nbdm *v)
+{
+  int rc;
+
+  if (!drain (v))
+    return v->stopped
+               ? 0
+               : set_message (-EIO, "the stop was not clean: %s", v->reason);
+  rc = volume_flush (v);
+  ticker_join (v);
+  disconnect_all (v);
+  if (rc == 0 && !v->failed)
+    rc = persist_clean (v);
+  if (rc < 0 || v->failed)
+    return set_message (-EIO, "the stop was not clean: %s", v->reason);
+  return 0;
+}
+
+void
+nbdm_close (struct nbdm *v)
+{
+  ticker_join (v);
+  if (v->nr_remotes <= NBDM_MAX_REMOTES)
+    disconnect_all (v);
+  for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)
+    dirty_map_close (&v->remotes[i].dm);
+  inflight_close (&v->inflight);
+  activity_close (&v->activity);
+  if (v->local_fd >= 0)
+    close (v->local_fd);
+  if (v->sb_fd >= 0)
+    close (v->sb_fd);
+  if (v->lock_fd >= 0)
+    close (v->lock_fd);
+  if (v->dirfd >= 0)
+    close (v->dirfd);
+  pthread_mutex_destroy (&v->lock);
+  pthread_cond_destroy (&v->changed);
+  pthread_cond_destroy (&v->events);
+  pthread_cond_destroy (&v->ticking);
+  free (v);
+}

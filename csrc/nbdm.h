@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The engine's C API, and the only source CFFI reads: so no guard, include or
+ * conditional stands here.  Every function returns 0 (or a count) or -errno;
+ * the words that go with an error are in nbdm_last_error (), per thread.
+ * Offsets and lengths are bytes, a `region` is always an index, times end in
+ * their unit.  Unless said otherwise a function may block on disk I/O, takes
+ * the engine's own lock, and may be called from any thread.
+ */
+
+#define NBDM_MAX_REMOTES 8
+#define NBDM_NAME_LEN 64          /* bytes, with the NUL */
+#define NBDM_REASON_LEN 160       /* bytes, with the NUL */
+#define NBDM_SECTOR 512           /* smallest block offered to clients, bytes */
+#define NBDM_MAX_REQUEST 33554432 /* longest read or write, bytes */
+#define NBDM_PREFERRED_BLOCK 4096 /* bytes */
+
+#define NBDM_FUA 1       /* durable on every in-sync leg before the answer */
+#define NBDM_MAY_TRIM 2  /* zero: the range may become a hole */
+#define NBDM_FAST_ZERO 4 /* zero: fail with -EOPNOTSUPP rather than be slow */
+
+enum nbdm_remote_state {
+  NBDM_IN_SYNC = 1,
+  NBDM_HOLDING = 2,
+  NBDM_OUT_OF_SYNC = 3,
+  NBDM_RESYNCING = 4,
+  NBDM_PAUSED = 5,
+  NBDM_FAILED = 6
+};
+
+enum nbdm_local_state { NBDM_LOCAL_OK = 1, NBDM_LOCAL_FAILED = 2 };
+
+enum nbdm_policy {
+  NBDM_DEGRADE = 1, /* a lost remote: go on with local alone */
+  NBDM_STOP = 2     /* a lost remote: writes get EIO until in sync again */
+};
+
+/* Extent types of nbdm_extents, as in the NBD protocol. */
+#define NBDM_EXTENT_DATA 0
+#define NBDM_EXTENT_HOLE 3 /* a hole that reads as zeroes */
+
+struct nbdm; /* a volume, opaque */
+
+/* What create and open are told.  Strings are UTF-8 and are copied. */
+struct nbdm_params {
+  const char *name;      /* the volume's, at most NBDM_NAME_LEN - 1 bytes */
+  const char *local;     /* path of a file or block device */
+  const char *state_dir; /* directory of the logs */
+  uint64_t size;         /* bytes; 0: adopt the local disk's own size */
+  uint32_t region_size;  /* bytes, power of two, 4 KiB to 4 MiB */
+  uint32_t policy;       /* enum nbdm_policy */
+  uint32_t hold_ms;      /* requests wait this long for a lost remote */
+  uint32_t nr_remotes;
+  struct nbdm_remote_params {
+    const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
+    uint32_t deadline_ms;    /* of every command to it */
+    uint32_t assume_in_sync; /* create: the operator says it is a copy */
+  } remotes[8];
+};
+
+struct nbdm_status {
+  uint8_t uuid[16];
+  uint64_t size;        /* bytes */
+  uint64_t region_size; /* bytes */
+  uint64_t generation;
+  uint64_t session;
+  uint32_t nr_remotes;
+  uint32_t local_state; /* enum nbdm_local_state */
+  uint32_t failed;      /* metadata could not be persisted: final */
+  uint32_t fenced;      /* policy stop: writes get EIO */
+  uint32_t stopping;
+  uint32_t clean;    /* nbdm_peek: stopped cleanly */
+  uint32_t clients;  /* connections, see nbdm_count_client */
+  uint32_t inflight; /* requests admitted and not answered */
+  uint32_t active_extents;
+  uint32_t extent_size; /* bytes */
+  uint64_t reads;       /* requests answered since start */
+  uint64_t writes;      /* writes, trims and zeroes */
+  uint64_t flushes;
+  uint64_t write_ns; /* sum of the answered writes' times */
+  uint64_t activity_persists;
+  char reason[160]; /* why failed, or what recovery found; or "" */
+};
+
+struct nbdm_remote_status {
+  char name[64];
+  uint32_t state;     /* enum nbdm_remote_state, PAUSED included */
+  uint32_t paused;    /* by an operator, whatever the state */
+  uint32_t assumed;   /* in sync on the operator's word alone */
+  uint32_t connected; /* connected; admitted says whether it is used */
+  uint32_t admitted;
+  uint64_t dirty_regions;
+  uint64_t late_regions; /* of these, held back for late writes */
+  uint64_t unflushed_regions;
+  uint64_t outstanding;  /* commands sent and not answered */
+  uint64_t remote_size;  /* bytes, of the last connection; or 0 */
+  uint64_t commands;     /* answered since start */
+  uint64_t copied_bytes; /* by resync since start, zeroes included */
+  int64_t since;         /* seconds since 1970 */
+  uint64_t serial;       /* see nbdm_wait_event */
+  char reason[160];      /* of the state; or "" */
+};
+
+/* One call of resync: what to copy, and what came of it. */
+struct nbdm_resync {
+  uint64_t first_region; /* in: where to look for dirty regions, then up */
+  uint64_t max_bytes;    /* in: stop after about this much */
+  uint32_t depth;        /* in: commands in flight, 1 to 64 */
+  uint64_t next_region;  /* out: where the next call goes on; 0: wrapped */
+  uint64_t copied_bytes; /* out: bytes of regions made clean */
+  uint64_t zero_bytes;   /* out: of these, sent as zeroes */
+};
+
+struct nbdm_extent {
+  uint64_t offset; /* bytes */
+  uint64_t length; /* bytes */
+  uint32_t type;   /* NBDM_EXTENT_* */
+};
+
+/* --- A volume's life ------------------------------------------------- */
+
+/* The message of this thread's last failed call, "" if none.  Valid until
+ * its next call.
+ */
+const char *nbdm_last_error (void);
+
+/* Format the state directory, which must exist and hold no superblock unless
+ * `force`.  Takes no byte of the local disk.  Remotes begin all dirty, or in
+ * sync where assumed.  -EEXIST: there is a superblock; -EBUSY: in use;
+ * -ENOSPC: no room for the logs; nothing half made is taken for a volume.
+ */
+int nbdm_create (const struct nbdm_params *params, int force);
+
+/* Lock the state directory and the local disk, load and check the logs, and
+ * recover: after it the dirty maps hold all that may differ.  Starts no
+ * thread, so a door may fork after it.  -EBUSY: somebody else has the volume
+ * or the disk; -ENOENT: no state or no disk; -EUCLEAN: the superblock is
+ * garbled; -EINVAL: the parameters are not this volume's; -ENOSPC.
+ */
+int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
+
+/* Start the ticker thread (deadlines, the hold's end, idle connections). */
+int nbdm_start (struct nbdm *volume);
+
+/* Stop cleanly: refuse new requests with -ESHUTDOWN, wait for those under
+ * way, flush every leg, persist, mark the logs clean.  Bounded by the
+ * deadlines.  -EIO: something could not be persisted, the next start will
+ * recover as after a crash.  May be called again, to no effect.
+ */
+int nbdm_stop (struct nbdm *volume);
+
+/* Wake every nbdm_wait_event for good, so that policy threads can end. */
+void nbdm_wake (struct nbdm *volume);
+
+/* Free everything.  No other call may be under way.  Without nbdm_stop it is
+ * as if the process had been killed.
+ */
+void nbdm_close (struct nbdm *volume);
+
+/* --- Requests -------------------------------------------------------- */
+
+/* All block until the request may be answered.  -EINVAL: outside the volume,
+ * or not in sectors; -EIO; -ENOSPC: of the local disk; -ESHUTDOWN: stopping;
+ * -EOPNOTSUPP: fast zero only.  `buf` is not kept.
+ */
+int nbdm_pread (struct nbdm *volume, void *buf, uint32_t count,
+                uint64_t offset);
+int nbdm_pwrite (struct nbdm *volume, const void *buf, uint32_t count,
+                 uint64_t offset, uint32_t flags);
+int nbdm_trim (struct nbdm *volume, uint64_t count, uint64_t offset,
+               uint32_t flags);
+int nbdm_zero (struct nbdm *volume, uint64_t count, uint64_t offset,
+               uint32_t flags);
+int nbdm_flush (struct nbdm *volume);
+int nbdm_cache (struct nbdm *volume, uint64_t count, uint64_t offset);
+
+/* The local disk's runs of data and holes that cover the range from its
+ * start; at most `max` of them.  Returns how many.
+ */
+int nbdm_extents (struct nbdm *volume, uint64_t count, uint64_t offset,
+                  struct nbdm_extent *extents, uint32_t max);
+
+/* Bytes a request's offset and length must be a multiple of. */
+uint32_t nbdm_min_block (const struct nbdm *volume);
+
+/* Count a client's connection in (+1) or out (-1); returns the new count. */
+int nbdm_count_client (struct nbdm *volume, int change);
+
+/* --- Remotes: mechanism for the policy threads ----------------------- */
+
+/* Connect and check the size and the flags; not used for anything until
+ * admitted.  At most one policy thread a remote calls these.  -ERANGE: too
+ * small; -EROFS: read-only; -ETIMEDOUT, -ECONNREFUSED and so on.
+ */
+int nbdm_remote_connect (struct nbdm *volume, uint32_t remote, const char *uri,
+                         uint32_t timeout_ms);
+
+/* Compare a region on local with the connected remote: 0 same, 1 different,
+ * -EBUSY: a request holds it (try another), -EAGAIN: it is dirty.
+ */
+int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
+
+/* Use the connection from now on: held requests are sent again, the state
+ * becomes in_sync if nothing is dirty, else resyncing.
+ */
+int nbdm_remote_admit (struct nbdm *volume, uint32_t remote);
+
+/* Drop the connection; the reason becomes the state's.  Never fails. */
+void nbdm_remote_drop (struct nbdm *volume, uint32_t remote,
+                       const char *reason);
+
+/* Say why a remote that is not connected is out of sync. */
+int nbdm_remote_explain (struct nbdm *volume, uint32_t remote,
+                         const char *reason);
+
+/* Drop it and make it `failed`, durably: nothing connects it again until
+ * nbdm_remote_reset or nbdm_remote_invalidate.
+ */
+int nbdm_remote_fail (struct nbdm *volume, uint32_t remote, const char *reason);
+
+/* failed -> out_of_sync, durably, the dirty map kept.  No effect otherwise. */
+int nbdm_remote_reset (struct nbdm *volume, uint32_t remote);
+
+/* Set or lift an operator's pause of resync, durably. */
+int nbdm_remote_pause (struct nbdm *volume, uint32_t remote, int paused);
+
+/* Make every region dirty, durably; failed -> out_of_sync. */
+int nbdm_remote_invalidate (struct nbdm *volume, uint32_t remote);
+
+/* The late-write window is over: late regions are plain dirty ones now. */
+int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
+
+/* Copy a batch of dirty regions, flush the remote, clear their bits.  Also
+ * makes the remote in_sync when that left nothing dirty.  Returns 0 also if
+ * nothing was found; -ENOTCONN: the remote was lost (no bit was cleared
+ * without its flush); -EIO: local could not be read.
+ */
+int nbdm_resync (struct nbdm *volume, uint32_t remote,
+                 struct nbdm_resync *batch);
+
+/* Let extents idle for at least `idle_ms` go cold: flushes the legs and
+ * persists the dirty maps first.
+ */
+int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
+
+/* Block until the remote's serial differs from `seen`, the time is over or
+ * nbdm_wake; returns the serial, which grows at each change of the remote.
+ */
+uint64_t nbdm_wait_event (struct nbdm *volume, uint32_t remote, uint64_t seen,
+                          uint32_t timeout_ms);
+
+/* --- Looking at it --------------------------------------------------- */
+
+void nbdm_get_status (struct nbdm *volume, struct nbdm_status *status);
+int nbdm_get_remote_status (struct nbdm *volume, uint32_t remote,
+                            struct nbdm_remote_status *status);
+
+/* Indexes of up to `max` active extents, latest used first; returns how
+ * many.
+ */
+int nbdm_get_active_extents (struct nbdm *volume, uint64_t *extents,
+                             uint32_t max);
+
+/* Read a superblock without locking or changing anything, also beside a
+ * running server.  Fills what is stored; the rest is zero.
+ */
+int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
+               struct nbdm_remote_status *remotes);

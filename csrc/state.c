@@ -1,0 +1,311 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Changes of a remote's and the volume's state.
+ *
+ * All of them go through here, so that the order of rules 3, 4 and 7 is
+ * written once: what may differ becomes dirty, the dirty map and then the
+ * superblock become durable, and only then is the lock let go and anybody
+ * answered.  C only takes the transitions that I/O forces; when to connect,
+ * what to copy and how fast is policy, and Python's.
+ *
+ *   event                     from                   to
+ *   connection lost           in_sync                holding
+ *   connection lost           resyncing              out_of_sync
+ *   the hold is over          holding                out_of_sync
+ *   error answered            in_sync, resyncing     out_of_sync
+ *   local write failed        in_sync                resyncing
+ *   admitted, nothing dirty   holding, out_of_sync   in_sync
+ *   admitted, some dirty      holding, out_of_sync   resyncing
+ *   last region flushed       resyncing              in_sync
+ *   sample differs            any                    failed
+ *   metadata not persisted    (volume)               failed, for good
+ */
+
+#include <endian.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "internal.h"
+#include "volume.h"
+
+void
+region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
+             uint64_t *first, uint64_t *count)
+{
+  *first = offset / v->region_size;
+  *count = (offset + length - 1) / v->region_size - *first + 1;
+}
+
+void
+mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
+                   bool late)
+{
+  uint64_t first, count;
+
+  region_span (r->volume, offset, length, &first, &count);
+  dirty_map_mark (&r->dm, first, count, late);
+}
+
+void
+remote_bump_locked (struct remote *r)
+{
+  r->serial++;
+  pthread_cond_broadcast (&r->volume->events);
+}
+
+void
+remote_set_locked (struct remote *r, enum nbdm_remote_state state,
+                   const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (r->reason, sizeof r->reason, fmt, args);
+  va_end (args);
+  if (r->state != state)
+    r->since = (int64_t)time (NULL);
+  r->state = state;
+  remote_bump_locked (r);
+  pthread_cond_broadcast (&r->volume->changed);
+}
+
+bool
+remote_used_locked (const struct remote *r)
+{
+  return r->state == NBDM_IN_SYNC || r->state == NBDM_HOLDING
+         || r->state == NBDM_RESYNCING;
+}
+
+/* What a restart may believe.  A connection does not outlive the process, so
+ * holding and resyncing are told by the dirty map.
+ */
+static uint32_t
+persistent_state (const struct remote *r)
+{
+  if (r->state == NBDM_FAILED)
+    return NBDM_FAILED;
+  if (r->state == NBDM_OUT_OF_SYNC || r->dm.map[MAP_DIRTY].nr_set > 0)
+    return NBDM_OUT_OF_SYNC;
+  return NBDM_IN_SYNC;
+}
+
+static struct disk_remote
+disk_remote (const struct remote *r)
+{
+  struct disk_remote disk = {
+    .state = htole32 (persistent_state (r)),
+    .flags = htole32 ((r->paused ? REMOTE_PAUSED : 0)
+                      | (r->assumed ? REMOTE_ASSUMED : 0)),
+    .generation = htole64 (r->generation),
+    .since = (int64_t)htole64 ((uint64_t)r->since),
+  };
+
+  snprintf (disk.name, sizeof disk.name, "%s", r->name);
+  snprintf (disk.reason, sizeof disk.reason, "%s", r->reason);
+  return disk;
+}
+
+int
+volume_persist_locked (struct nbdm *v)
+{
+  int rc = 0;
+
+  if (v->failed)
+    return -EIO;
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  if (rc == 0) {
+    memset (v->sb.remotes, 0, sizeof v->sb.remotes);
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      v->sb.remotes[i] = disk_remote (&v->remotes[i]);
+    v->sb.nr_remotes = htole32 (v->nr_remotes);
+    v->sb.generation = htole64 (v->generation);
+    v->sb.local_state = htole32 (v->local_state);
+    v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
+                           | (v->fenced ? SUPERBLOCK_FENCED : 0));
+    rc = superblock_store (v->sb_fd, &v->sb);
+  }
+  if (rc < 0)
+    volume_fail_locked (v, last_error ());
+  return rc;
+}
+
+void
+volume_fail_locked (struct nbdm *v, const char *why)
+{
+  size_t length;
+
+  if (v->failed)
+    return;
+  v->failed = true;
+  length = strnlen (why, sizeof v->reason - 1);
+  memmove (v->reason, why, length);
+  v->reason[length] = '\0';
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    remote_bump_locked (&v->remotes[i]);
+  pthread_cond_broadcast (&v->changed);
+}
+
+void
+local_failed (struct nbdm *v, const char *why)
+{
+  pthread_mutex_lock (&v->lock);
+  v->local_state = NBDM_LOCAL_FAILED;
+  if (v->reason[0] == '\0')
+    snprintf (v->reason, sizeof v->reason, "%s", why);
+  pthread_mutex_unlock (&v->lock);
+}
+
+/* Every admitted request whose answer waits for this remote: the remote may
+ * or may not get it, and if it was sent, it may get it late (rule 12).
+ */
+static void
+strand_requests_locked (struct remote *r)
+{
+  for (struct request *req = r->volume->requests; req; req = req->next) {
+    const struct leg *leg = &req->legs[r->index];
+    if (leg->active)
+      mark_dirty_locked (r, req->offset, req->length, leg->sent);
+  }
+}
+
+static bool
+requests_need_locked (const struct remote *r)
+{
+  for (struct request *req = r->volume->requests; req; req = req->next)
+    if (req->legs[r->index].active)
+      return true;
+  return false;
+}
+
+void
+generation_advance_locked (struct nbdm *v, struct remote *r)
+{
+  uint64_t next = 0;
+
+  if (r->generation != v->generation)
+    return;
+  while (next == 0 || next == v->generation)
+    if (getrandom (&next, sizeof next, 0) != (ssize_t)sizeof next)
+      next = v->generation + 1;
+  memmove (&v->sb.history[1], &v->sb.history[0],
+           sizeof v->sb.history - sizeof v->sb.history[0]);
+  v->sb.history[0] = htole64 (v->generation);
+  /* The others that are in sync get this write, and are of the new one. */
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *other = &v->remotes[i];
+    if (other != r && other->state == NBDM_IN_SYNC)
+      other->generation = next;
+  }
+  v->generation = next;
+  volume_persist_locked (v);
+}
+
+void
+remote_degrade_locked (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+  bool writes = requests_need_locked (r);
+  char why[NBDM_REASON_LEN];
+
+  snprintf (why, sizeof why, "%s", r->reason);
+  strand_requests_locked (r);
+  remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
+  if (v->policy == NBDM_STOP)
+    v->fenced = true;
+  if (writes && r->generation == v->generation)
+    generation_advance_locked (v, r); /* persists */
+  else
+    volume_persist_locked (v);
+}
+
+/* The connection is no longer ours; what it answered and did not flush is
+ * not to be relied on, as a server that died may have lost it (rule 4).
+ */
+static void
+detach_locked (struct remote *r)
+{
+  struct conn *conn = r->conn;
+
+  r->commands += conn_answered (conn);
+  r->conn = NULL;
+  if (r->admitted) {
+    strand_requests_locked (r);
+    dirty_map_lost (&r->dm);
+  }
+  r->admitted = false;
+  conn_put (conn);
+  remote_bump_locked (r);
+  pthread_cond_broadcast (&r->volume->changed);
+}
+
+void
+remote_lost_locked (struct remote *r, struct conn *conn)
+{
+  bool admitted = r->admitted;
+  char why[NBDM_REASON_LEN];
+
+  if (conn == NULL || r->conn != conn)
+    return;
+  conn_why (conn, why);
+  detach_locked (r);
+  if (!admitted)
+    return;
+  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0) {
+    r->hold_until_ns = now_ns () + r->volume->hold_ms * UINT64_C (1000000);
+    remote_set_locked (r, NBDM_HOLDING, "%s", why);
+  }
+  else if (remote_used_locked (r)) {
+    snprintf (r->reason, sizeof r->reason, "%s", why);
+    remote_degrade_locked (r);
+  }
+}
+
+void
+remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
+{
+  if (r->conn == NULL || r->conn != conn)
+    return;
+  conn_kill (conn, why);
+  detach_locked (r);
+  if (r->state == NBDM_FAILED)
+    return;
+  snprintf (r->reason, sizeof r->reason, "%s", why);
+  if (remote_used_locked (r))
+    remote_degrade_locked (r);
+}
+
+static void
+lift_fence_locked (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_IN_SYNC)
+      return;
+  v->fenced = false;
+}
+
+void
+remote_settle_locked (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+
+  if (!r->admitted || v->failed)
+    return;
+  if (r->dm.map[MAP_DIRTY].nr_set > 0) {
+    if (r->state != NBDM_RESYNCING) {
+      remote_set_locked (r, NBDM_RESYNCING, "%s", "");
+      volume_persist_locked (v);
+    }
+    return;
+  }
+  if (r->state == NBDM_IN_SYNC)
+    return;
+  r->generation = v->generation;
+  remote_set_locked (r, NBDM_IN_SYNC, "%s", "");
+  lift_fence_locked (v);
+  volume_persist_locked (v);
+}

@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What a volume tells of itself, and what a superblock tells without one. */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "volume.h"
+
+const char *
+nbdm_last_error (void)
+{
+  return last_error ();
+}
+
+int
+nbdm_count_client (struct nbdm *v, int change)
+{
+  int clients;
+
+  pthread_mutex_lock (&v->lock);
+  v->clients += (uint32_t)change;
+  clients = (int)v->clients;
+  pthread_mutex_unlock (&v->lock);
+  return clients;
+}
+
+void
+nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
+{
+  memset (status, 0, sizeof *status);
+  pthread_mutex_lock (&v->lock);
+  memcpy (status->uuid, v->uuid, sizeof status->uuid);
+  status->size = v->size;
+  status->region_size = v->region_size;
+  status->generation = v->generation;
+  status->session = le64toh (v->sb.session);
+  status->nr_remotes = v->nr_remotes;
+  status->local_state = v->local_state;
+  status->failed = v->failed;
+  status->fenced = v->fenced;
+  status->stopping = v->stopping;
+  status->inflight = v->nr_requests;
+  status->active_extents = activity_count (&v->activity);
+  status->extent_size = EXTENT_SIZE;
+  status->clients = v->clients;
+  status->reads = atomic_load (&v->reads);
+  status->writes = v->writes;
+  status->flushes = v->flushes;
+  status->write_ns = atomic_load (&v->write_ns);
+  status->activity_persists = v->activity.persists;
+  snprintf (status->reason, sizeof status->reason, "%s", v->reason);
+  pthread_mutex_unlock (&v->lock);
+}
+
+int
+nbdm_get_remote_status (struct nbdm *v, uint32_t index,
+                        struct nbdm_remote_status *status)
+{
+  const struct remote *r;
+
+  if (index >= v->nr_remotes)
+    return set_message (-EINVAL, "there is no remote %u", index);
+  r = &v->remotes[index];
+  memset (status, 0, sizeof *status);
+  pthread_mutex_lock (&v->lock);
+  memcpy (status->name, r->name, sizeof status->name);
+  status->state = r->state;
+  if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
+    status->state = NBDM_PAUSED;
+  status->paused = r->paused;
+  status->assumed = r->assumed;
+  status->connected = r->conn != NULL;
+  status->admitted = r->admitted;
+  status->dirty_regions = r->dm.map[MAP_DIRTY].nr_set;
+  status->late_regions = r->dm.map[MAP_LATE].nr_set;
+  status->unflushed_regions
+      = r->dm.map[MAP_UNFLUSHED0].nr_set + r->dm.map[MAP_UNFLUSHED1].nr_set;
+  status->outstanding = r->conn ? conn_outstanding (r->conn) : 0;
+  status->commands = r->commands + (r->conn ? conn_answered (r->conn) : 0);
+  status->remote_size = r->remote_size;
+  status->copied_bytes = r->copied_bytes;
+  status->since = r->since;
+  status->serial = r->serial;
+  memcpy (status->reason, r->reason, sizeof status->reason);
+  pthread_mutex_unlock (&v->lock);
+  return 0;
+}
+
+int
+nbdm_get_active_extents (struct nbdm *v, uint64_t *extents, uint32_t max)
+{
+  uint32_t nr;
+
+  pthread_mutex_lock (&v->lock);
+  nr = activity_list (&v->activity, extents, max);
+  pthread_mutex_unlock (&v->lock);
+  return (int)nr;
+}
+
+static void
+peek_remote (const struct disk_remote *disk, struct nbdm_remote_status *status)
+{
+  uint32_t flags = le32toh (disk->flags);
+
+  memset (status, 0, sizeof *status);
+  snprintf (status->name, sizeof status->name, "%.63s", disk->name);
+  snprintf (status->reason, sizeof status->reason, "%.159s", disk->reason);
+  status->state = le32toh (disk->state);
+  status->paused = (flags & REMOTE_PAUSED) != 0;
+  status->assumed = (flags & REMOTE_ASSUMED) != 0;
+  status->since = (int64_t)le64toh ((uint64_t)disk->since);
+}
+
+static void
+peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
+{
+  uint32_t flags = le32toh (sb->flags);
+
+  memset (status, 0, sizeof *status);
+  memcpy (status->uuid, sb->uuid, sizeof status->uuid);
+  status->size = le64toh (sb->size);
+  status->region_size = le32toh (sb->region_size);
+  status->extent_size = le32toh (sb->extent_size);
+  status->generation = le64toh (sb->generation);
+  status->session = le64toh (sb->session);
+  status->nr_remotes = le32toh (sb->nr_remotes);
+  status->local_state = le32toh (sb->local_state);
+  status->fenced = (flags & SUPERBLOCK_FENCED) != 0;
+  status->clean = (flags & SUPERBLOCK_CLEAN) != 0;
+}
+
+int
+nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
+           struct nbdm_remote_status *remotes)
+{
+  struct disk_superblock sb;
+  bool torn;
+  int rc, fd, dirfd = open (state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+  if (dirfd < 0)
+    return set_error (-errno, "cannot open the state directory %s", state_dir);
+  fd = openat (dirfd, "superblock", O_RDONLY | O_CLOEXEC);
+  rc = fd < 0 ? -errno : 0;
+  close (dirfd);
+  if (rc < 0)
+    return rc == -ENOENT
+               ? set_message (rc, "there is no volume in %s", state_dir)
+               : set_error (rc, "cannot open the superblock in %s", state_dir);
+  rc = superblock_load (fd, &sb, &torn);
+  close (fd);
+  if (rc < 0)
+    return rc;
+  snprintf (name, NBDM_NAME_LEN, "%.63s", sb.name);
+  peek_volume (&sb, status);
+  if (status->nr_remotes > NBDM_MAX_REMOTES)
+    return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
+  for (uint32_t i = 0; i < status->nr_remotes; i++)
+    peek_remote (&sb.remotes[i], &remotes[i]);
+  return 0;
+}

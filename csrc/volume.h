@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The volume: what ties the logs, the local disk and the remotes together.
+ * Everything in struct nbdm and struct remote is under volume->lock unless
+ * its comment says otherwise.  A function whose name ends in _locked is
+ * called with it held.
+ */
+
+#ifndef NBDM_VOLUME_H
+#define NBDM_VOLUME_H
+
+#include "conn.h"
+#include "internal.h"
+#include "nbdm.h"
+
+#define LEG_WINDOW 8           /* commands a request has under way a leg */
+#define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
+#define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
+#define RING_SLOTS 1024u
+
+/* Group commit: a flush begun when `asked` was N covers every ticket up to N;
+ * one runs at a time, so those who come meanwhile share the next.
+ */
+struct flush_group {
+  uint64_t asked, done;
+  bool running;
+};
+
+struct remote {
+  struct nbdm *volume;
+  uint32_t index;
+  char name[NBDM_NAME_LEN];
+  uint32_t deadline_ms;
+  struct dirty_map dm;
+
+  struct conn *conn; /* our reference; NULL: not connected */
+  bool admitted;     /* the sample was the same: the connection is used */
+  enum nbdm_remote_state state; /* never NBDM_PAUSED: see `paused` */
+  bool paused;
+  bool assumed;
+  uint64_t generation; /* the volume's when last in sync */
+  int64_t since;
+  char reason[NBDM_REASON_LEN];
+  uint64_t hold_until_ns;
+  uint64_t serial;
+  unsigned filling; /* 0 or 1: the unflushed map that answers go into */
+  struct flush_group flush;
+  uint64_t remote_size;
+  uint64_t commands; /* answered on earlier connections */
+  uint64_t copied_bytes;
+};
+
+/* One request's part on one remote. */
+struct leg {
+  struct remote *remote;
+  struct conn *conn; /* a reference, or NULL: not connected when planned */
+  bool active;       /* its answer is part of the request's */
+  bool sent;         /* anything was sent: it may arrive late */
+  int result;        /* 0, -errno as the server said, LEG_LOST */
+  uint64_t cursor;   /* bytes planned so far, as an offset */
+  unsigned nr;       /* commands of this round */
+  struct command commands[LEG_WINDOW];
+  struct waiter waiter;
+};
+
+#define LEG_LOST (-ENOTCONN) /* no server says this: see conn.h */
+
+struct request {
+  enum slot_kind kind;
+  uint32_t flags; /* NBDM_* */
+  uint64_t offset, length;
+  const void *buf; /* the door's private copy of the payload, or NULL */
+  struct range range;
+  pthread_cond_t granted;
+  int slot;
+  uint64_t first_extent, last_extent;
+  struct request *next, *prev; /* of those admitted */
+  struct leg legs[NBDM_MAX_REMOTES];
+};
+
+struct nbdm {
+  /* Fixed after nbdm_open. */
+  char name[NBDM_NAME_LEN];
+  uint8_t uuid[16];
+  char *local_path;
+  int dirfd;   /* state directory */
+  int lock_fd; /* held: only one server a volume */
+  int sb_fd;
+  int local_fd;
+  bool local_is_block;
+  bool local_can_punch, local_can_zero_range; /* for certain */
+  uint64_t size;
+  uint32_t region_size;
+  uint64_t nr_regions;
+  enum nbdm_policy policy;
+  uint32_t hold_ms;
+  uint32_t nr_remotes;
+  uint8_t boot_id[16];
+  uint64_t mount_id[3];
+
+  pthread_mutex_t lock;
+  pthread_cond_t changed; /* anything a request may wait for */
+  pthread_cond_t events;  /* a remote's serial grew, or waking */
+  pthread_cond_t ticking; /* ends the ticker's nap */
+  pthread_t ticker;
+  bool ticker_running, ticker_stop;
+  bool waking;
+
+  struct disk_superblock sb;
+  struct activity activity;
+  struct inflight inflight;
+  struct rangelock ranges;
+  struct remote remotes[NBDM_MAX_REMOTES];
+  bool activity_writing, cooling;
+
+  struct request *requests; /* admitted, in no order */
+  uint32_t nr_requests;     /* these and flushes under way */
+  uint32_t nr_waiting;      /* that wait for a slot or an extent */
+  bool stopping;            /* new requests are refused */
+  bool drained;             /* and the last one has ended */
+  bool stopped;             /* cleanly: the logs are empty */
+  bool failed;              /* rule 10: final */
+  bool fenced;
+  char reason[NBDM_REASON_LEN];
+  enum nbdm_local_state local_state;
+  struct flush_group local_flush;
+  int local_flush_error; /* sticky: a failed fsync is never believed again */
+  uint64_t generation;
+  uint64_t writes, flushes;
+  uint32_t clients;
+
+  atomic_u64 reads, write_ns;
+};
+
+/* --- state.c: changes of state, durable before anybody is answered --- */
+
+/* Write the superblock as things are.  A failure makes the volume failed. */
+int volume_persist_locked (struct nbdm *v);
+void volume_fail_locked (struct nbdm *v, const char *why);
+/* Say that the local disk has answered EIO; takes the lock. */
+void local_failed (struct nbdm *v, const char *why);
+/* New state and reason (printf), in memory; bumps the serial. */
+void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
+                        const char *fmt, ...)
+    __attribute__ ((format (printf, 3, 4)));
+void remote_bump_locked (struct remote *r);
+/* Its clean and late regions' writes are to be sent to it. */
+bool remote_used_locked (const struct remote *r);
+/* Its connection is dead: hold, or go out of sync.  No effect if it has
+ * another one by now.  Drops the remote's reference.
+ */
+void remote_lost_locked (struct remote *r, struct conn *conn);
+/* Out of sync from now on, durably: what is in flight becomes dirty. */
+void remote_degrade_locked (struct remote *r);
+/* It answered an error, or was dropped: kill the connection, then degrade. */
+void remote_broken_locked (struct remote *r, struct conn *conn,
+                           const char *why);
+/* in_sync if that is proven (rule 8), else resyncing; durable. */
+void remote_settle_locked (struct remote *r);
+/* A write that this remote misses: a new generation begins with the first. */
+void generation_advance_locked (struct nbdm *v, struct remote *r);
+/* The regions a byte range touches: rounded outwards. */
+void region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
+                  uint64_t *first, uint64_t *count);
+void mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
+                        bool late);
+
+/* --- flush.c --------------------------------------------------------- */
+
+struct remote_flush {
+  struct remote *remote;
+  uint64_t ticket, covers;
+  bool leading;
+  struct conn *conn;
+  struct command command;
+  struct waiter waiter;
+};
+
+/* Everything the remote answered so far becomes flushed, or the remote is
+ * lost.  Begin sends it, end waits for it: between them the local disk can
+ * be flushed.  0; -ENOTCONN: lost or out of sync, its unflushed set is dirty.
+ */
+void remote_flush_begin (struct remote *r, struct remote_flush *flush);
+int remote_flush_end (struct remote_flush *flush);
+/* All legs; -EIO: the local disk.  A lost remote is not an error here. */
+int volume_flush (struct nbdm *v);
+
+/* --- local.c --------------------------------------------------------- */
+
+/* Open, lock and measure; the caller closes v->local_fd, also after an error.
+ */
+int local_open (struct nbdm *v, const char *path, uint64_t *size);
+int local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset);
+int local_pwrite (struct nbdm *v, const void *buf, uint64_t count,
+                  uint64_t offset, bool fua);
+int local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim,
+                bool fua);
+bool local_fast_zero (const struct nbdm *v, bool may_trim);
+int local_flush (struct nbdm *v);
+/* The end of the hole that begins at offset, at most `end`; offset if there
+ * is data.  A disk that cannot tell has no holes.
+ */
+uint64_t local_hole_end (struct nbdm *v, uint64_t offset, uint64_t end);
+uint64_t local_data_end (struct nbdm *v, uint64_t offset, uint64_t end);
+
+/* --- engine.c -------------------------------------------------------- */
+
+/* -EINVAL with a message if a client's range is not one of this volume. */
+int check_range (const struct nbdm *v, uint64_t count, uint64_t offset);
+
+/* --- admit.c --------------------------------------------------------- */
+
+/* Log a request: range lock, activity extents durable, slot, classification;
+ * then it may be issued.  -errno: nothing is held.
+ */
+int request_admit (struct nbdm *v, struct request *req);
+/* The next round of a leg's commands, from its cursor. */
+void leg_plan_locked (struct request *req, struct leg *leg);
+/* Give back slot, extents and range. */
+void request_retire_locked (struct nbdm *v, struct request *req);
+
+/* --- open.c ---------------------------------------------------------- */
+
+/* Only one server, or create, a state directory: -EBUSY names the process.
+ * The lock ends with the descriptor.
+ */
+int state_lock (int dirfd, const char *state_dir, int *lock_fd);
+
+/* --- ticker.c -------------------------------------------------------- */
+
+int ticker_start (struct nbdm *v);
+void ticker_join (struct nbdm *v);
+
+#endif /* NBDM_VOLUME_H */

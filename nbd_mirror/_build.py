@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Build the C code through CFFI: the hatchling hook, and ``python -m nbd_mirror._build``.
+
+Two shared objects come from the same sources: ``_core``, an extension module for
+Python, and the nbdkit plugin, which embeds Python and adds csrc/nbdkit_plugin.c.
+Both take their declarations from csrc/nbdm.h as it is, so there is no second copy
+to drift. They are always put beside this file: an editable install uses them
+there, a wheel packs them from there. A build is skipped while the hash of all
+that went into it is the one noted beside the last result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cffi
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+__all__ = ["BuildError", "CffiBuildHook", "build", "main"]
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+CSRC = ROOT / "csrc"
+PLUGIN_SOURCE = CSRC / "nbdkit_plugin.c"
+PLUGIN_FILE = "nbdkit-nbd-mirror-plugin.so"
+
+C_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-pthread")
+# For our own files: what CFFI generates is not clean under -Wextra, and its next
+# release may warn of something else.
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
+# Only CFFI's entry points and nbdkit's are exported: names as plain as crc32c
+# must not be bound to another library's in the same process.
+HIDDEN = "-fvisibility=hidden"
+
+# What is needed: pkg-config's name, the header people know, the Debian package.
+LIBRARIES = (
+    ("libnbd", "libnbd.h", "libnbd-dev"),
+    ("libisal", "isa-l.h", "libisal-dev"),
+)
+PACKAGES = (*LIBRARIES, ("nbdkit", "nbdkit-plugin.h", "nbdkit-plugin-dev"))
+
+
+class BuildError(Exception):
+    """Something the build needs is missing, or the compiler failed."""
+
+
+class Target(NamedTuple):
+    """One shared object: its CFFI *module* name, *file* name and inputs."""
+
+    module: str
+    file: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    texts: tuple[Path, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file the result depends on."""
+        return (*self.sources, *self.headers, *self.texts)
+
+    @property
+    def output(self) -> Path:
+        """Where the shared object belongs."""
+        return PACKAGE / self.file
+
+
+def engine_sources() -> tuple[Path, ...]:
+    """Return the C files both shared objects are made of, sorted."""
+    return tuple(p for p in sorted(CSRC.glob("*.c")) if p != PLUGIN_SOURCE)
+
+
+def targets() -> tuple[Target, Target]:
+    """
+    Describe both shared objects.
+
+    Raises:
+        BuildError: this is not a source tree.
+    """
+    if not (CSRC / "nbdm.h").exists():
+        raise BuildError(
+            f"{CSRC} holds no nbdm.h: the C sources are only in a checkout or an "
+            "sdist; build there"
+        )
+    headers = tuple(sorted(CSRC.glob("*.h")))
+    engine = engine_sources()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    core = Target("nbd_mirror._core", f"_core{suffix}", engine, headers)
+    plugin = Target(
+        "_nbdm_native",
+        PLUGIN_FILE,
+        (*engine, PLUGIN_SOURCE),
+        headers,
+        texts=(PACKAGE / "native.py",),
+    )
+    return core, plugin
+
+
+def compiler() -> list[str]:
+    """Return the C compiler and the builder's own flags, as CFFI will use them."""
+    command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    return [*shlex.split(command), *shlex.split(os.environ.get("CFLAGS", ""))]
+
+
+def warning_flags() -> tuple[str, ...]:
+    """Return the flags about warnings; only in CI are they errors."""
+    return (*WARNINGS, "-Werror") if os.environ.get("CI") == "true" else WARNINGS
+
+
+def digest(paths: tuple[Path, ...]) -> str:
+    """Hash everything a result depends on: *paths*, flags, versions."""
+    facts = (
+        sys.version,
+        sys.base_prefix,
+        cffi.__version__,
+        *compiler(),
+        *C_FLAGS,
+        *warning_flags(),
+        HIDDEN,
+        os.environ.get("LDFLAGS", ""),
+    )
+    total = hashlib.sha256("\0".join(facts).encode())
+    for path in (*paths, Path(__file__)):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"\0{path.name}\0{content}".encode())
+    return total.hexdigest()
+
+
+def pkg_config(option: str, name: str) -> list[str]:
+    """Return pkg-config's words for *option*, or raise CalledProcessError."""
+    done = subprocess.run(
+        ["pkg-config", option, name], check=True, capture_output=True, text=True
+    )
+    return done.stdout.split()
+
+
+def check_prerequisites() -> None:
+    """
+    Make sure that compiler, headers and libraries are there.
+
+    Raises:
+        BuildError: names each missing thing with the Debian package that has it.
+    """
+    missing: list[tuple[str, str]] = []
+    if shutil.which(compiler()[0]) is None:
+        missing.append((f"C compiler {compiler()[0]}", "gcc libc6-dev"))
+    if shutil.which("pkg-config") is None:
+        missing.append(("pkg-config", "pkg-config"))
+    else:
+        for name, header, package in PACKAGES:
+            try:
+                pkg_config("--exists", name)
+            except subprocess.CalledProcessError:
+                missing.append((header, package))
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append((f"Python.h of {sys.base_prefix}", "python3-dev"))
+    if missing:
+        lines = "".join(f"\n  {what}: in Debian's {where}" for what, where in missing)
+        packages = " ".join(package for _, package in missing)
+        raise BuildError(
+            f"the C code cannot be built, there is no{lines}\n"
+            f"Install it: apt-get install {packages}"
+        )
+    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        raise BuildError(
+            f"{sys.executable} has no shared library, so nbdkit cannot embed it; "
+            "build with Debian's /usr/bin/python3 (scripts/setup does)"
+        )
+
+
+def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) -> Path:
+    """
+    Compile one of our C files, unless it and its headers are as before.
+
+    Both shared objects link the same object, so each file is compiled once.
+    """
+    out = ROOT / "build" / f"{source.stem}.o"
+    noted = out.with_suffix(".o.sha256")
+    wanted = digest((source, *headers))
+    if out.exists() and noted.exists() and noted.read_text() == wanted:
+        return out
+    noted.unlink(missing_ok=True)
+    flags = [flag for name, _, _ in PACKAGES for flag in pkg_config("--cflags", name)]
+    command = [*compiler(), *C_FLAGS, *warning_flags(), HIDDEN, f"-I{CSRC}", *flags]
+    command += ["-c", str(source), "-o", str(out)]
+    if verbose:
+        print(shlex.join(command))
+    if subprocess.run(command, check=False).returncode != 0:
+        raise BuildError(f"{source.name} did not compile, see above")
+    noted.write_text(wanted)
+    return out
+
+
+def make_ffi(target: Target, objects: list[Path]) -> cffi.FFI:
+    """Describe *target* to CFFI: declarations, flags, what to link."""
+    ffi = cffi.FFI()
+    ffi.cdef((CSRC / "nbdm.h").read_text(encoding="utf-8"))
+    if PLUGIN_SOURCE in target.sources:
+        ffi.embedding_api((CSRC / "door.h").read_text(encoding="utf-8"))
+        ffi.embedding_init_code((PACKAGE / "native.py").read_text(encoding="utf-8"))
+    libraries = [x for name, _, _ in LIBRARIES for x in pkg_config("--libs", name)]
+    ffi.set_source(
+        target.module,
+        '#include <stdint.h>\n#include "nbdm.h"\n',
+        include_dirs=[str(CSRC)],
+        extra_objects=[str(path) for path in objects],
+        extra_compile_args=[*C_FLAGS, HIDDEN],
+        extra_link_args=[*libraries, "-pthread"],
+    )
+    return ffi
+
+
+def compile_target(target: Target, *, verbose: bool) -> None:
+    """
+    Compile *target* and put it in place in one step.
+
+    A running server keeps the file it has mapped: the new one is renamed over it.
+    """
+
+    def compile_one(source: Path) -> Path:
+        return compile_object(source, target.headers, verbose=verbose)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, target.sources))
+    scratch = Path(tempfile.mkdtemp(prefix="cffi-", dir=ROOT / "build"))
+    try:
+        made = make_ffi(target, objects).compile(
+            tmpdir=str(scratch), target=target.file, verbose=verbose
+        )
+        staged = target.output.with_name(f".{target.file}.new")
+        shutil.copy(made, staged)
+        staged.replace(target.output)
+    except cffi.VerificationError as error:
+        raise BuildError(f"{target.file} was not built, see above: {error}") from error
+    finally:
+        shutil.rmtree(scratch)
+
+
+@contextmanager
+def build_lock() -> Iterator[None]:
+    """Let one build at a time into the source tree."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(*, force: bool = False, verbose: bool = False) -> list[Path]:
+    """
+    Bring both shared objects up to date.
+
+    Blocks while the compiler runs, some ten seconds.
+
+    Args:
+        force: build also what has not changed.
+        verbose: show the compiler's command lines.
+
+    Returns:
+        The shared objects, built now or before.
+
+    Raises:
+        BuildError: something is missing or did not compile.
+    """
+    with build_lock():
+        for target in targets():
+            noted = ROOT / "build" / f"{target.file}.sha256"
+            absent = [path for path in target.inputs if not path.exists()]
+            if absent:
+                raise BuildError(f"{absent[0]} is missing from the source tree")
+            wanted = digest(target.inputs)
+            current = target.output.exists() and noted.exists()
+            if current and not force and noted.read_text() == wanted:
+                continue
+            check_prerequisites()
+            noted.unlink(missing_ok=True)
+            compile_target(target, verbose=verbose)
+            noted.write_text(wanted)
+    return [target.output for target in targets()]
+
+
+class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """What hatchling calls before it packs a wheel, editable or not."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build, and tell hatchling to pack the result, tied to this Python."""
+        try:
+            outputs = build(verbose=self.app.verbosity > 0)
+        except BuildError as error:
+            # By SystemExit the message ends pip's output; a traceback would bury
+            # it.
+            sys.exit(f"nbd_mirror: {error}")
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+        if version != "editable":
+            # They are in .gitignore, which hatchling otherwise obeys.
+            build_data["artifacts"] += [
+                str(path.relative_to(ROOT)) for path in outputs
+            ]
+
+
+def main(arguments: list[str]) -> int:
+    """Rebuild in place; ``--force`` and ``--verbose`` as in build()."""
+    unknown = set(arguments) - {"--force", "--verbose"}
+    if unknown:
+        print(f"usage: python -m nbd_mirror._build [--force] [--verbose], not {unknown}")
+        return 2
+    try:
+        build(force="--force" in arguments, verbose="--verbose" in arguments)
+    except BuildError as error:
+        print(f"nbd_mirror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

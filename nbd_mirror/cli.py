@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The command line, `nbd-mirror`.
+
+A command reads the configuration, calls one function that does the work, and
+prints.  Errors are the exceptions of errors.py and end here, in `main`: as one
+line `nbd-mirror: what happened`, `  try: ` what helps, and the exit code of
+their class.  A traceback is shown only with NBD_MIRROR_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from . import __version__, offline
+from . import attach as kernel
+from . import serve as server
+from .cli_show import map_json, name_volume, show_map, show_status
+from .client import ask
+from .config import VolumeConfig, load
+from .create import create_volume
+from .errors import EXIT_CODES, MirrorError, MirrorIOError, from_errno
+from .mapview import open_map, save_png
+from .state import RemoteState
+from .units import format_size, parse_duration
+from .watch import status_of, wait_for
+from .watch import watch as watch_volume
+
+__all__ = ["app", "main"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_EPILOG = "\b\nExit status:\n" + "\n".join(
+    f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()
+)
+
+app = typer.Typer(
+    help="A disk mirror over NBD that needs no kernel module.\n\n"
+    "CONFIG is the path of a volume's TOML file, or a volume's name, looked up "
+    "in /etc/nbd-mirror/ ($NBD_MIRROR_CONFIG_DIR changes that).",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Door(StrEnum):
+    """Which plugin nbdkit loads."""
+
+    native = "native"
+    python = "python"
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
+]
+RemoteArgument = Annotated[
+    str | None, typer.Argument(metavar="REMOTE", help="Else all of them.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _command(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a function a command whose errors call the volume what the user did."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except MirrorError as error:
+            asked = kwargs.get("config")
+            if isinstance(asked, str):
+                error.hint = name_volume(error.hint, asked)
+                if isinstance(error, server.ServerEndedError):
+                    error.message = name_volume(error.message, asked)
+            raise
+
+    return app.command()(wrapper)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _say(f"nbd-mirror {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@_command
+def create(
+    config: Config,
+    assume_in_sync: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REMOTE",
+            help="This remote is a copy already; may be given several times.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite an existing state.")
+    ] = False,
+) -> None:
+    """Format a volume's state. The local disk is not touched."""
+    volume = load(config)
+    create_volume(volume, assume_in_sync or [], force=force)
+    status = offline.stopped_status(volume)
+    regions = -(-status["size"] // status["region_size"])
+    _say(
+        f"created volume {volume.name}: {format_size(status['size'], exact=True)}, "
+        f"{regions} regions of {format_size(status['region_size'], exact=True)}"
+    )
+    for remote in status["remotes"]:
+        words = "all dirty: the first resync copies everything, holes cheaply"
+        if remote["assumed"]:
+            words = "assumed in sync on your word, until a full resync proves it"
+        _say(f"  {remote['name']}: {words}")
+    _say(name_volume("next: nbd-mirror serve CONFIG", config))
+
+
+@_command
+def serve(
+    config: Config,
+    door: Annotated[Door, typer.Option(help="The plugin nbdkit loads.")] = Door.native,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay; log to standard error.")
+    ] = False,
+) -> None:
+    """Serve a volume over NBD. In the background, unless told otherwise."""
+    volume = load(config)
+    if foreground:
+        server.exec_server(volume, door.value)
+    pid = server.start(volume, door.value)
+    _say(f"volume {volume.name} is served at {volume.listen.uri} by process {pid}")
+
+
+@_command
+def stop(config: Config) -> None:
+    """Stop the server cleanly. Drain, flush both sides, persist the logs."""
+    volume = load(config)
+    server.stop(volume)
+    status = offline.stopped_status(volume)
+    if not status["clean_stop"]:
+        raise MirrorIOError(
+            f"volume {volume.name} stopped, but not cleanly: not all could be "
+            "persisted; nothing answered is lost, the next start recovers "
+            f"as after a crash. {volume.state}/serve.log says more",
+            "nbd-mirror serve CONFIG",
+        )
+    remotes = (
+        f"{one['name']} {one['state']}"
+        + (f" ({format_size(one['dirty_bytes'])} dirty)" if one["dirty_bytes"] else "")
+        for one in status["remotes"]
+    )
+    _say(f"volume {volume.name} stopped cleanly, {', '.join(remotes)}")
+
+
+@_command
+def status(config: Config, as_json: JsonOption = False) -> None:
+    """Show the state of a volume. Its remotes too, and why they are as they are."""
+    answer = status_of(load(config))
+    if as_json:
+        for about in (answer, *answer["remotes"]):
+            about["hint"] = name_volume(about["hint"], config)
+        _say(json.dumps(answer, indent=2))
+    else:
+        show_status(_console(), answer, config)
+
+
+@_command
+def wait(
+    config: Config,
+    state: Annotated[RemoteState, typer.Option("--for", help="The state to wait for.")],
+    timeout: Annotated[
+        str, typer.Option(metavar="TIME", help="How long, as in 60s.")
+    ] = "60s",
+    remote: Annotated[
+        str | None,
+        typer.Option(metavar="REMOTE", help="Only this remote; else all of them."),
+    ] = None,
+) -> None:
+    """Wait until the remotes are in a state."""
+    volume = load(config)
+    if remote is not None:
+        volume.remote(remote)
+    timeout_s = _duration("--timeout", timeout)
+    wait_for(
+        volume,
+        state.value,
+        timeout_s,
+        remote,
+        lambda text: typer.echo(f"nbd-mirror: {text}", err=True),
+    )
+    names = remote or ", ".join(one.name for one in volume.remotes)
+    _say(f"{names}: {state.value}")
+
+
+@_command
+def watch(
+    config: Config,
+    until: Annotated[
+        RemoteState | None,
+        typer.Option(help="End when all remotes are in this state."),
+    ] = None,
+) -> None:
+    """Watch a volume live. With a progress bar while resyncing; Ctrl-C ends it."""
+    try:
+        watch_volume(load(config), _console(), config, until and until.value)
+    except KeyboardInterrupt:
+        if until is not None:
+            raise
+
+
+@_command
+def pause(config: Config, remote: RemoteArgument = None) -> None:
+    """Pause resync, of one remote or of all."""
+    _remote_command(load(config), "pause", remote)
+
+
+@_command
+def resume(config: Config, remote: RemoteArgument = None) -> None:
+    """Resume resync. A remote that failed is checked again."""
+    _remote_command(load(config), "resume", remote)
+
+
+@_command
+def invalidate(
+    config: Config,
+    remote: Annotated[str, typer.Argument(metavar="REMOTE", help="Which remote.")],
+) -> None:
+    """Make all of a remote dirty. Everything is copied to it again."""
+    _remote_command(load(config), "invalidate", remote)
+
+
+def _remote_command(volume: VolumeConfig, command: str, remote: str | None) -> None:
+    if remote is not None:
+        volume.remote(remote)
+    arguments = {} if remote is None else {"remote": remote}
+    ask(volume, command, 30.0, **arguments)
+    done = {"pause": "paused", "resume": "resumed", "invalidate": "all dirty"}[command]
+    names = [remote] if remote else [one.name for one in volume.remotes]
+    _say(f"{', '.join(names)}: {done}")
+
+
+@_command
+def attach(
+    config: Config,
+    device: Annotated[
+        str | None,
+        typer.Argument(metavar="/dev/nbdN", help="Else the first free one."),
+    ] = None,
+    connections: Annotated[
+        int, typer.Option(min=1, max=16, help="From the kernel to the server.")
+    ] = 1,
+) -> None:
+    """Attach a served volume to the kernel, as /dev/nbdN."""
+    volume = load(config)
+    kernel.check_kernel(volume)
+    answer = ask(volume, "status")
+    name = kernel.attach(volume, answer["size"], device or "", connections=connections)
+    block = kernel.block_size(answer["size"])
+    _say(
+        f"volume {volume.name} is {name}: {block}-byte blocks, "
+        f"a request fails after {kernel.timeout_s(volume)}s"
+    )
+
+
+@_command
+def detach(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|/dev/nbdN", help="A volume or a device.")
+    ],
+) -> None:
+    """Detach a volume or a device from the kernel."""
+    if config.startswith("/dev/"):
+        name = kernel.detach(None, config)
+    else:
+        name = kernel.detach(load(config))
+    _say(f"{name} is detached")
+
+
+@_command
+def inspect(
+    config: Config,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save a picture of the maps.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the dirty maps: counts, the longest runs, a picture."""
+    volume = load(config)
+    with contextlib.ExitStack() as stack:
+        maps = [
+            stack.enter_context(open_map(offline.map_path(volume, remote.name)))
+            for remote in volume.remotes
+        ]
+        if as_json:
+            _say(json.dumps(map_json(volume.name, maps), indent=2))
+        else:
+            for one in maps:
+                show_map(_console(), one, volume.size)
+        if png is not None:
+            try:
+                save_png(maps, png, f"nbd_mirror volume {volume.name}")
+            except OSError as error:
+                raise from_errno(
+                    error.errno or errno.EIO, f"{png}: {error.strerror}"
+                ) from None
+
+
+def _duration(option: str, text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}", param_hint=option) from None
+
+
+# --- where every error ends ----------------------------------------------
+
+
+def report(error: MirrorError) -> None:
+    """Print an error as the user sees it, on standard error."""
+    lines = [f"nbd-mirror: {line}" for line in error.message.splitlines()]
+    if isinstance(error, server.ServerEndedError):
+        lines = error.message.splitlines()
+    first, *rest = error.hint.splitlines() or [""]
+    if first:
+        lines += [f"  try: {first}", *(f"       {line}" for line in rest)]
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _run() -> int:
+    try:
+        app(prog_name="nbd-mirror")
+    except MirrorError as error:
+        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
+            traceback.print_exc()
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
+            traceback.print_exc()
+        sys.stderr.write(
+            f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
+            "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
+        )
+        return 1
+    return 0
+
+
+def main() -> NoReturn:
+    """Run the command line, and exit with the code errors.py documents."""
+    # A terminal that lacks a character gets '?', not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(_run())

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+A volume's configuration: one TOML file, checked as a whole before use.
+
+The models are the list of keys there is; a key more or less is an error.  Every
+message names the file, the key, the value as it stands there and what is
+allowed, one line each, because a wrong file is usually wrong in one place and
+the reader has it open.  Values are kept in base units: bytes and seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+)
+
+from .errors import AccessError, ConfigError, MissingError
+from .listen import LISTEN_RULE, MAX_UNIX_PATH, Listen, parse_listen
+from .model import Params, RemoteParams
+from .units import parse_duration, parse_size
+
+__all__ = [
+    "CONFIG_DIR_ENV",
+    "RemoteConfig",
+    "VolumeConfig",
+    "config_dir",
+    "find",
+    "load",
+    "to_params",
+]
+
+CONFIG_DIR_ENV = "NBD_MIRROR_CONFIG_DIR"
+DEFAULT_CONFIG_DIR = Path("/etc/nbd-mirror")
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SIZE = 1 << 50  # 1 PiB
+MIN_REGION, MAX_REGION = 4 << 10, 4 << 20
+MAX_REMOTES = 8
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+
+_NAME_RULE = (
+    "1 to 63 letters, digits, '_', '.' or '-', beginning with a letter or a digit"
+)
+_URI_RULE = (
+    "an NBD URI: nbd://HOST/NAME, nbds://HOST/NAME, "
+    "nbd+unix:///NAME?socket=/PATH or nbds+unix:///NAME?socket=/PATH"
+)
+
+# What is allowed, by key: used where a value is of the wrong type altogether.
+_RULES = {
+    "name": _NAME_RULE,
+    "size": 'a size above 0 and at most 1PiB, as in "10GiB", or "adopt"',
+    "local": "the path of a file or a block device",
+    "state": "the path of a directory for the logs",
+    "listen": LISTEN_RULE,
+    "region_size": "a power of two from 4KiB to 4MiB",
+    "policy": '"degrade" or "stop"',
+    "hold": "a time from 0s to 5min",
+    "late_write_window": "a time from 0s to 1h",
+    "remote": f"1 to {MAX_REMOTES} [[remote]] tables",
+    "uri": _URI_RULE,
+    "deadline": "a time from 100ms to 10min",
+}
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"must be {_NAME_RULE}")
+    return value
+
+
+def _check_remote_name(value: str) -> str:
+    if value == "local":
+        raise ValueError('"local" is the local disk\'s name; choose another')
+    return _check_name(value)
+
+
+def _parse_volume_size(value: object) -> int:
+    """Return bytes; 0 stands for "adopt"."""
+    if value == "adopt":
+        return 0
+    size = parse_size(value)
+    if not 0 < size <= MAX_SIZE:
+        raise ValueError(f"must be {_RULES['size']}")
+    return size
+
+
+def _parse_region_size(value: object) -> int:
+    size = parse_size(value)
+    if size & (size - 1) or not MIN_REGION <= size <= MAX_REGION:
+        raise ValueError(f"must be {_RULES['region_size']}")
+    return size
+
+
+def _between(key: str, least_s: float, most_s: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        seconds = parse_duration(value)
+        if not least_s <= seconds <= most_s:
+            raise ValueError(f"must be {_RULES[key]}")
+        return seconds
+
+    return BeforeValidator(check)
+
+
+def _check_uri(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"must be {_URI_RULE}") from None
+    if parts.scheme not in _SCHEMES:
+        raise ValueError(f"must be {_URI_RULE}")
+    sockets = parse_qs(parts.query).get("socket", [])
+    if parts.scheme.endswith("+unix"):
+        if len(sockets) != 1 or not sockets[0].startswith("/"):
+            raise ValueError("needs ?socket=/absolute/path of the server's socket")
+        if len(os.fsencode(sockets[0])) > MAX_UNIX_PATH:
+            raise ValueError(f"the socket's path is over {MAX_UNIX_PATH} bytes")
+    elif not parts.hostname or port == 0:
+        raise ValueError(f"has no host; must be {_URI_RULE}")
+    if parts.fragment:
+        raise ValueError("an NBD URI has no '#' part")
+    return value
+
+
+def _check_path(value: str, info: ValidationInfo) -> str:
+    """Make it absolute; a relative one is relative to the file's folder."""
+    if not value or "\0" in value:
+        raise ValueError(f"must be {_RULES[info.field_name or 'local']}")
+    return os.path.normpath(Path((info.context or {}).get("folder", "/"), value))
+
+
+def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...]:
+    if not 1 <= len(remotes) <= MAX_REMOTES:
+        raise ValueError(f"must be {_RULES['remote']}, not {len(remotes)}")
+    names = [remote.name for remote in remotes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'two remotes are called "{name}"; names must differ')
+    return remotes
+
+
+_AnyPath = Annotated[str, AfterValidator(_check_path)]
+
+
+class RemoteConfig(BaseModel):
+    """One [[remote]] table: *name*, *uri*, and a command's *deadline* in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, AfterValidator(_check_remote_name)]
+    uri: Annotated[str, AfterValidator(_check_uri)]
+    deadline: Annotated[float, _between("deadline", 0.1, 600)] = 5.0
+
+
+class VolumeConfig(BaseModel):
+    """
+    A whole file: sizes in bytes, times in seconds, paths absolute.
+
+    *size* is 0 for "adopt".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    size: Annotated[int, BeforeValidator(_parse_volume_size)]
+    local: _AnyPath
+    state: _AnyPath
+    listen: Annotated[Listen, BeforeValidator(parse_listen)]
+    region_size: Annotated[int, BeforeValidator(_parse_region_size)] = 64 << 10
+    policy: Literal["degrade", "stop"] = "degrade"
+    hold: Annotated[float, _between("hold", 0, 300)] = 2.0
+    late_write_window: Annotated[float, _between("late_write_window", 0, 3600)] = 30.0
+    remotes: Annotated[
+        tuple[RemoteConfig, ...],
+        Field(alias="remote", strict=False),
+        AfterValidator(_check_remotes),
+    ]
+    _source: Path = PrivateAttr(default=Path())
+
+    @property
+    def source(self) -> Path:
+        """The file this was read from, absolute."""
+        return self._source
+
+    @property
+    def state_dir(self) -> Path:
+        """The directory of the logs."""
+        return Path(self.state)
+
+    def remote(self, name: str) -> RemoteConfig:
+        """
+        Return the remote called *name*.
+
+        Raises:
+            ConfigError: there is none; the message lists those there are.
+        """
+        for remote in self.remotes:
+            if remote.name == name:
+                return remote
+        names = ", ".join(remote.name for remote in self.remotes)
+        raise ConfigError(f'volume {self.name} has no remote "{name}"; it has: {names}')
+
+
+def config_dir() -> Path:
+    """Return the folder where volumes are looked up by name."""
+    return Path(os.environ.get(CONFIG_DIR_ENV) or DEFAULT_CONFIG_DIR)
+
+
+def find(path_or_name: str) -> Path:
+    """
+    Return the file a user means, absolute, whether or not it exists.
+
+    Args:
+        path_or_name: with a slash, or ending in ".toml": a path; else a
+            volume's name, looked up in config_dir().
+    """
+    if "/" in path_or_name or path_or_name.endswith(".toml"):
+        return Path(path_or_name).absolute()
+    return (config_dir() / f"{path_or_name}.toml").absolute()
+
+
+def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
+    """
+    Read and check a volume's configuration.
+
+    Args:
+        path_or_name: a path, or a volume's name; see find().
+    Raises:
+        MissingError: there is no such file. AccessError: it may not be read.
+        ConfigError: it is wrong; one line for each mistake.
+    """
+    source = find(os.fspath(path_or_name))
+    text = _read(source, os.fspath(path_or_name))
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source.name}: not valid TOML: {error}") from None
+    try:
+        config = VolumeConfig.model_validate(data, context={"folder": source.parent})
+    except ValidationError as error:
+        lines = _explain(data, error)
+        raise ConfigError(
+            "\n".join(f"{source.name}: {line}" for line in lines)
+        ) from None
+    config._source = source
+    _check_paths_differ(config)
+    return config
+
+
+def _read(source: Path, asked: str) -> str:
+    try:
+        with source.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "create the file; the README shows one"
+        if asked != os.fspath(source) and Path(f"{asked}.toml").exists():
+            hint = f"name the file with its folder: ./{asked}.toml"
+        raise MissingError(f"there is no configuration {source}", hint) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{source} is a folder, not a configuration file") from None
+    except PermissionError:
+        raise AccessError(f"{source} may not be read by this user") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{source.name}: over 1MiB long, so no configuration file")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{source.name}: line {line} is not UTF-8 text") from None
+
+
+def _check_paths_differ(config: VolumeConfig) -> None:
+    name = config.source.name
+    if config.local == config.state:
+        raise ConfigError(f"{name}: local and state are the same path, {config.local}")
+    if Path(config.state) in Path(config.local).parents:
+        raise ConfigError(
+            f'{name}: local = "{config.local}": must not lie in the state directory'
+        )
+    if config.listen.path == f"{config.state}/control":
+        raise ConfigError(
+            f'{name}: listen = "{config.listen}": that is the control socket\'s path'
+        )
+
+
+def _explain(data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
+    """Turn pydantic's errors into lines: the key, the value, what is allowed."""
+    for item in error.errors(include_url=False):
+        *where, key = item["loc"]
+        table = data
+        prefix = ""
+        model: type[BaseModel] = VolumeConfig
+        if where or isinstance(key, int):
+            index = int(where[1] if where else key)
+            entry = data["remote"][index]
+            name = entry.get("name") if isinstance(entry, dict) else None
+            prefix = f'remote "{name}": ' if name else f"remote {index + 1}: "
+            if not where:
+                yield f"{prefix}must be a [[remote]] table"
+                continue
+            table, model = entry, RemoteConfig
+        yield prefix + _explain_key(str(key), table, model, item)
+
+
+def _explain_key(
+    key: str, table: Mapping[str, Any], model: type[BaseModel], item: Any
+) -> str:
+    if item["type"] == "extra_forbidden":
+        fields = model.model_fields.items()
+        return _explain_unknown(key, [field.alias or name for name, field in fields])
+    if item["type"] == "missing":
+        return f"{key}: is missing; it must be {_RULES[key]}"
+    cause = item.get("ctx", {}).get("error")
+    rule = str(cause) if item["type"] == "value_error" else f"must be {_RULES[key]}"
+    value = table[key]
+    if isinstance(value, list | dict):
+        return f"{key}: {rule}"
+    return f"{key} = {_toml(value)}: {rule}"
+
+
+def _explain_unknown(key: str, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    # A key of the other kind of table is most often one put after [[remote]].
+    if near:
+        return f"{key}: unknown key; did you mean {near[0]}?"
+    if key in _RULES:
+        place = (
+            "in a [[remote]] table"
+            if key in ("uri", "deadline")
+            else ("before the first [[remote]]")
+        )
+        return f"{key}: unknown key here; it stands {place}"
+    return f"{key}: unknown key; allowed are {', '.join(allowed)}"
+
+
+def _toml(value: object) -> str:
+    """Write a value as it stands in the file, shortened."""
+    if isinstance(value, str | bool | int | float):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
+    """
+    Make what the engine is told.
+
+    Args:
+        config: the volume.
+        assume: names of remotes the operator says are copies already.
+    Raises:
+        ConfigError: *assume* names no remote of this volume.
+    """
+    for name in assume:
+        config.remote(name)
+    return Params(
+        name=config.name,
+        local=config.local,
+        state_dir=config.state,
+        size=config.size,
+        region_size=config.region_size,
+        policy=config.policy,
+        hold_ms=round(config.hold * 1000),
+        remotes=tuple(
+            RemoteParams(
+                name=remote.name,
+                deadline_ms=round(remote.deadline * 1000),
+                assume_in_sync=remote.name in assume,
+            )
+            for remote in config.remotes
+        ),
+    )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Make a volume's state directory.
+
+The engine formats the logs and holds the lock that keeps two of them apart;
+here is what a person can get wrong before: no local disk, a folder that is
+somebody else's, a volume that is being served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Collection
+from pathlib import Path
+
+from .client import serving_pid
+from .config import VolumeConfig, to_params
+from .errors import (
+    BusyError,
+    ConfigError,
+    ExistsError,
+    MirrorError,
+    MissingError,
+    from_errno,
+)
+from .offline import load_core
+from .units import format_size
+
+__all__ = ["create_volume"]
+
+# What we or a create that was cut short may have left in the directory.
+_OURS = (
+    "superblock*",
+    "activity*",
+    "inflight*",
+    "dirty.*",
+    "serve.log*",
+    "control",
+    "attached",
+    ".*",
+    "lock*",
+)
+
+
+def create_volume(
+    config: VolumeConfig, assume: Collection[str], *, force: bool
+) -> None:
+    """
+    Format the state directory; no byte of the local disk is touched.
+
+    Args:
+        config: of the volume.
+        assume: names of remotes that are copies already, says the operator.
+        force: overwrite an existing state.
+    Raises:
+        ExistsError: there is a state, or something else in the directory.
+        BusyError: the volume is served. MissingError: no local disk.
+        ConfigError: it has another size, or *assume* names no remote.
+    """
+    params = to_params(config, assume)
+    core = load_core()
+    _check_local(config)
+    made = _make_folder(config, force)
+    try:
+        core.create(params, force=force)
+    except MirrorError as error:
+        if made:
+            with contextlib.suppress(OSError):
+                config.state_dir.rmdir()  # fails, rightly, where something is in it
+        if isinstance(error, ExistsError):
+            error.hint = _FORCE
+        raise
+
+
+_FORCE = "nbd-mirror create CONFIG --force (forgets what the remotes miss: all dirty)"
+
+
+def _check_local(config: VolumeConfig) -> None:
+    local = Path(config.local)
+    try:
+        status = local.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        size = config.size and format_size(config.size, exact=True).removesuffix("iB")
+        raise MissingError(
+            f"the local disk {local} is not there",
+            f"truncate -s {size.removesuffix('B')} {local}" if size else "",
+        ) from None
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"{local}: {error.strerror}") from None
+    if local.is_dir():
+        raise ConfigError(f"the local disk {local} is a folder")
+    if not local.is_file() and not local.is_block_device():
+        raise ConfigError(
+            f"the local disk {local} is neither a file nor a block device"
+        )
+    if local.is_file() and status.st_size < max(config.size, 1):
+        raise ConfigError(
+            f"the local disk {local} has {status.st_size} bytes, "
+            f"the volume needs {max(config.size, 1)}",
+            f"truncate -s {config.size} {local}" if config.size else "",
+        )
+
+
+def _make_folder(config: VolumeConfig, force: bool) -> bool:
+    """Make the directory, 0700; say whether it is new. Check an existing one."""
+    folder = config.state_dir
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise from_errno(
+            error.errno or 0,
+            f"the state directory {folder} cannot be made: {error.strerror}",
+        ) from None
+    else:
+        return True
+    if not folder.is_dir():
+        raise ExistsError(f"the state directory's path {folder} is no folder")
+    pid = serving_pid(config)
+    if pid is not None:
+        raise BusyError(
+            f"volume {config.name} is served by process {pid}; its state is in use",
+            "nbd-mirror stop CONFIG",
+        )
+    if not force:
+        _check_contents(folder)
+    return False
+
+
+def _check_contents(folder: Path) -> None:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"{folder}: {error.strerror}") from None
+    if "superblock" in names:
+        raise ExistsError(
+            f"refuses to overwrite the volume in {folder} without --force", _FORCE
+        )
+    foreign = [
+        name for name in names if not any(fnmatch.fnmatch(name, ours) for ours in _OURS)
+    ]
+    if foreign:
+        raise ExistsError(
+            f"refuses to use {folder} without --force: "
+            f"it holds other files, such as {sorted(foreign)[0]}",
+            "an empty folder for `state`, or --force (leaves those files alone)",
+        )

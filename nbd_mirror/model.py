@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What the engine is told and what it reports, as plain values.
+
+They mirror the structs of csrc/nbdm.h, in Python's units: seconds and bytes. Apart
+from core.py so that rules and tests can be read and run without the C code.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import MirrorError
+from .state import RemoteState
+
+__all__ = [
+    "Batch",
+    "Extent",
+    "Params",
+    "Peek",
+    "RemoteParams",
+    "RemoteStatus",
+    "Verdict",
+    "VolumeStatus",
+    "remote_status",
+    "volume_status",
+]
+
+LOCAL_OK = 1  # enum nbdm_local_state
+HOLE = 3  # NBDM_EXTENT_HOLE: a hole that reads as zeroes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteParams:
+    """A remote as create and open need it; *deadline_ms* is of each command to it."""
+
+    name: str
+    deadline_ms: int
+    assume_in_sync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """
+    A volume as create and open need it.
+
+    *size* is in bytes, 0 adopts the local disk's own; *region_size* in bytes;
+    *policy* is "degrade" or "stop".
+    """
+
+    name: str
+    local: str
+    state_dir: str
+    size: int
+    region_size: int
+    policy: str
+    hold_ms: int
+    remotes: tuple[RemoteParams, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """What the engine reports of the volume; times are seconds."""
+
+    uuid: str
+    size: int
+    region_size: int
+    generation: int
+    session: int
+    nr_remotes: int
+    local_ok: bool
+    failed: bool
+    fenced: bool
+    stopping: bool
+    clean: bool  # of a peek: stopped cleanly
+    clients: int
+    inflight: int
+    active_extents: int
+    extent_size: int
+    reads: int
+    writes: int
+    flushes: int
+    write_s: float
+    activity_persists: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStatus:
+    """
+    What the engine reports of a remote.
+
+    *since* is in seconds since 1970; *serial* is what `Engine.wait_event` takes.
+    """
+
+    name: str
+    state: RemoteState
+    paused: bool
+    assumed: bool
+    connected: bool
+    admitted: bool
+    dirty_regions: int
+    late_regions: int
+    unflushed_regions: int
+    outstanding: int
+    remote_size: int
+    commands: int
+    copied_bytes: int
+    since: int
+    serial: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What a superblock tells without a server."""
+
+    name: str
+    volume: VolumeStatus
+    remotes: tuple[RemoteStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """
+    What one resync call did.
+
+    *next_region* is where the next call goes on; *copied_bytes* were made clean,
+    *zero_bytes* of them sent as zeroes; *error* is what ended it early.
+    """
+
+    next_region: int
+    copied_bytes: int
+    zero_bytes: int
+    error: MirrorError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of the local disk, in bytes; *type* is NBD's own number."""
+
+    offset: int
+    length: int
+    type: int
+
+
+class Verdict:
+    """What comparing a region says; the two last ones mean: take another region."""
+
+    SAME = 0
+    DIFFERENT = 1
+    BUSY = -errno.EBUSY  # a request holds it
+    DIRTY = -errno.EAGAIN
+
+
+def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
+    """Translate struct nbdm_status; *text* decodes a C string."""
+    return VolumeStatus(
+        uuid=str(uuid.UUID(bytes=bytes(c.uuid))),
+        size=c.size,
+        region_size=c.region_size,
+        generation=c.generation,
+        session=c.session,
+        nr_remotes=c.nr_remotes,
+        local_ok=c.local_state == LOCAL_OK,
+        failed=bool(c.failed),
+        fenced=bool(c.fenced),
+        stopping=bool(c.stopping),
+        clean=bool(c.clean),
+        clients=c.clients,
+        inflight=c.inflight,
+        active_extents=c.active_extents,
+        extent_size=c.extent_size,
+        reads=c.reads,
+        writes=c.writes,
+        flushes=c.flushes,
+        write_s=c.write_ns / 1e9,
+        activity_persists=c.activity_persists,
+        reason=text(c.reason),
+    )
+
+
+def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
+    """Translate struct nbdm_remote_status; *text* decodes a C string."""
+    return RemoteStatus(
+        name=text(c.name),
+        state=RemoteState.from_c(c.state),
+        paused=bool(c.paused),
+        assumed=bool(c.assumed),
+        connected=bool(c.connected),
+        admitted=bool(c.admitted),
+        dirty_regions=c.dirty_regions,
+        late_regions=c.late_regions,
+        unflushed_regions=c.unflushed_regions,
+        outstanding=c.outstanding,
+        remote_size=c.remote_size,
+        commands=c.commands,
+        copied_bytes=c.copied_bytes,
+        since=c.since,
+        serial=c.serial,
+        reason=text(c.reason),
+    )

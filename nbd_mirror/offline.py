@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What the logs say of a volume that no server runs.
+
+It has the form of a server's status, so that whatever shows or reads one need
+not know the difference, but says "stopped" and never more than is stored: after
+a crash the dirty bytes on disk are a lower bound, and the reason says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .config import VolumeConfig
+from .errors import FormatError, MirrorError, MissingError, UnsupportedError
+from .mapview import DirtyMaps, open_map
+from .model import Peek, RemoteStatus
+from .state import RemoteState
+
+__all__ = ["clean_stop", "load_core", "map_path", "read_superblock", "stopped_status"]
+
+
+def load_core() -> Any:
+    """
+    Import the engine's wrapper, which needs the compiled C code.
+
+    Raises:
+        UnsupportedError: it was not built for this Python.
+    """
+    try:
+        from . import core
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the engine's C code cannot be loaded: {error}", "scripts/setup"
+        ) from None
+    return core
+
+
+def map_path(config: VolumeConfig, remote: str) -> Path:
+    """Return the file that holds a remote's dirty map."""
+    return config.state_dir / f"dirty.{remote}"
+
+
+def clean_stop(config: VolumeConfig) -> bool:
+    """Say whether the last server stopped cleanly: every log was closed as such."""
+    try:
+        for remote in config.remotes:
+            with open_map(map_path(config, remote.name)) as maps:
+                if not maps.clean_stop:
+                    return False
+    except MirrorError:
+        return False
+    return True
+
+
+def read_superblock(config: VolumeConfig) -> Peek:
+    """
+    Read the volume's superblock, without a lock.
+
+    Raises:
+        MissingError: it was not created. FormatError: the superblock is garbled,
+        or of another volume.
+    """
+    try:
+        peek: Peek = load_core().peek(config.state)
+    except MissingError:
+        raise MissingError(
+            f"volume {config.name} has no state in {config.state}: "
+            "it was not created yet",
+            "nbd-mirror create CONFIG",
+        ) from None
+    if peek.name != config.name:
+        raise FormatError(
+            f"{config.state} is the state of volume {peek.name}, not of {config.name}",
+            "correct `state` or `name` in the configuration",
+        )
+    return peek
+
+
+def stopped_status(config: VolumeConfig) -> dict[str, Any]:
+    """
+    Return the status of a volume without a server, from its superblock and maps.
+
+    Raises:
+        MissingError, FormatError: see read_superblock.
+    """
+    peek = read_superblock(config)
+    clean = clean_stop(config)
+    reason = "no server runs for this volume"
+    if not clean:
+        reason += (
+            "; the last one did not stop cleanly: the next one recovers, "
+            "and may find more dirty than is shown"
+        )
+    return {
+        "volume": config.name,
+        "uuid": peek.volume.uuid,
+        "size": peek.volume.size,
+        "state": "stopped",
+        "reason": reason,
+        "hint": "nbd-mirror serve CONFIG",
+        "local": {
+            "path": config.local,
+            "state": "ok" if peek.volume.local_ok else "failed",
+        },
+        "door": None,
+        "pid": None,
+        "clients": 0,
+        "inflight": 0,
+        "active_extents": 0,
+        "policy": config.policy,
+        "region_size": peek.volume.region_size,
+        "generation": peek.volume.generation,
+        "clean_stop": clean,
+        "remotes": [
+            _remote(config, remote, peek.volume.size) for remote in peek.remotes
+        ],
+    }
+
+
+def _remote(
+    config: VolumeConfig, remote: RemoteStatus, volume_size: int
+) -> dict[str, Any]:
+    reason, hint = remote.reason, ""
+    counts = {"dirty_bytes": 0, "late_bytes": 0, "unflushed_bytes": 0}
+    try:
+        with open_map(map_path(config, remote.name)) as maps:
+            counts = _counts(maps, volume_size)
+    except MirrorError as error:
+        # Rule 9: a map that cannot be trusted means all dirty, and saying so.
+        counts["dirty_bytes"] = volume_size
+        reason = f"{error}; the next start takes all of it as dirty"
+    if remote.state is RemoteState.IN_SYNC and remote.assumed:
+        reason = "assumed: in sync on the operator's word, no full resync has proven it"
+        hint = f"nbd-mirror invalidate CONFIG {remote.name} (copies it all)"
+    uri = ""
+    with contextlib.suppress(MirrorError):
+        uri = config.remote(remote.name).uri
+    return {
+        "name": remote.name,
+        "uri": uri,
+        "state": remote.state.value,
+        "reason": reason,
+        "hint": hint,
+        "connected": False,
+        **counts,
+        "assumed": remote.assumed,
+        "paused": remote.paused,
+        "resync": None,
+        "last_error": "",
+        "since": datetime.fromtimestamp(remote.since, UTC).isoformat(),
+    }
+
+
+def _counts(maps: DirtyMaps, size: int) -> dict[str, int]:
+    return {
+        "dirty_bytes": maps.bytes_of(maps.dirty_regions, size),
+        "late_bytes": maps.bytes_of(maps.late_regions, size),
+        "unflushed_bytes": maps.bytes_of(maps.unflushed_regions, size),
+    }

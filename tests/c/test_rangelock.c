@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The range lock: who holds at once, who is let in when somebody leaves, and
+ * that the waiter's thread is woken.
+ */
+
+#include "test.h"
+
+static struct range
+range_of (uint64_t offset, uint64_t length)
+{
+  return (struct range){ .offset = offset, .length = length };
+}
+
+static void
+test_rangelock_disjoint_held_at_once (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 10), b = range_of (10, 10);
+
+  assert (rangelock_add (&rl, &a));
+  assert (rangelock_add (&rl, &b));
+  rangelock_remove (&rl, &a);
+  rangelock_remove (&rl, &b);
+  assert (rl.first == NULL && rl.last == NULL);
+}
+
+static void
+test_rangelock_one_byte_shared_waits (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 11), b = range_of (10, 10);
+
+  assert (rangelock_add (&rl, &a));
+  assert (!rangelock_add (&rl, &b));
+  assert (b.blockers == 1);
+  rangelock_remove (&rl, &a);
+  assert (b.blockers == 0);
+  rangelock_remove (&rl, &b);
+}
+
+static void
+test_rangelock_waiter_holds_back_later_one (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 10), wide = range_of (5, 20);
+  struct range c = range_of (20, 5);
+
+  assert (rangelock_add (&rl, &a));
+  assert (!rangelock_add (&rl, &wide));
+  assert (!rangelock_add (&rl, &c)); /* free bytes, but `wide` came first */
+  rangelock_remove (&rl, &a);
+  assert (wide.blockers == 0 && c.blockers == 1);
+  rangelock_remove (&rl, &wide);
+  assert (c.blockers == 0);
+  rangelock_remove (&rl, &c);
+}
+
+static void
+test_rangelock_several_ahead_waits_for_all (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 10), b = range_of (10, 10);
+  struct range both = range_of (5, 10);
+
+  assert (rangelock_add (&rl, &a));
+  assert (rangelock_add (&rl, &b));
+  assert (!rangelock_add (&rl, &both));
+  rangelock_remove (&rl, &b);
+  assert (both.blockers == 1);
+  rangelock_remove (&rl, &a);
+  assert (both.blockers == 0);
+  rangelock_remove (&rl, &both);
+}
+
+static void
+test_rangelock_try_never_waits (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 10), waiter = range_of (5, 20);
+  struct range c = range_of (20, 5), d = range_of (100, 1);
+
+  assert (rangelock_try (&rl, &a));
+  assert (!rangelock_add (&rl, &waiter));
+  assert (!rangelock_try (&rl, &c)); /* overlaps a waiter only */
+  assert (rl.last == &waiter);
+  assert (rangelock_try (&rl, &d));
+  rangelock_remove (&rl, &a);
+  rangelock_remove (&rl, &d);
+  rangelock_remove (&rl, &waiter);
+  assert (rl.first == NULL && rl.last == NULL);
+}
+
+static void
+test_rangelock_waiter_gives_up_frees_those_behind (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (0, 10), b = range_of (5, 20), c = range_of (20, 5);
+
+  assert (rangelock_add (&rl, &a));
+  assert (!rangelock_add (&rl, &b));
+  assert (!rangelock_add (&rl, &c));
+  rangelock_remove (&rl, &b);
+  assert (c.blockers == 0 && a.blockers == 0);
+  rangelock_remove (&rl, &a);
+  rangelock_remove (&rl, &c);
+}
+
+static void
+test_rangelock_at_the_end_of_64_bits_works (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = range_of (UINT64_MAX - 10, 10);
+  struct range b = range_of (UINT64_MAX - 1, 1), c = range_of (0, 1);
+
+  assert (rangelock_add (&rl, &a));
+  assert (!rangelock_add (&rl, &b));
+  assert (rangelock_add (&rl, &c));
+  rangelock_remove (&rl, &a);
+  assert (b.blockers == 0);
+  rangelock_remove (&rl, &b);
+  rangelock_remove (&rl, &c);
+}
+
+struct shared {
+  pthread_mutex_t lock;
+  struct rangelock rl;
+  pthread_cond_t granted;
+  pthread_cond_t waiting;
+  bool is_waiting, done;
+};
+
+static void *
+wait_for_range (void *opaque)
+{
+  struct shared *s = opaque;
+  struct range range = range_of (0, 1);
+
+  range.granted = &s->granted;
+  pthread_mutex_lock (&s->lock);
+  assert (!rangelock_add (&s->rl, &range));
+  s->is_waiting = true;
+  pthread_cond_signal (&s->waiting);
+  while (range.blockers > 0)
+    pthread_cond_wait (&s->granted, &s->lock);
+  s->done = true;
+  rangelock_remove (&s->rl, &range);
+  pthread_mutex_unlock (&s->lock);
+  return NULL;
+}
+
+/* A lost wake-up would hang here, and the runner's time-out tells. */
+static void
+test_rangelock_remove_wakes_waiting_thread (void)
+{
+  struct shared s = { .lock = PTHREAD_MUTEX_INITIALIZER,
+                      .granted = PTHREAD_COND_INITIALIZER,
+                      .waiting = PTHREAD_COND_INITIALIZER };
+  struct range range = range_of (0, 4096);
+  pthread_t thread;
+
+  assert (rangelock_add (&s.rl, &range));
+  pthread_mutex_lock (&s.lock);
+  assert (pthread_create (&thread, NULL, wait_for_range, &s) == 0);
+  while (!s.is_waiting)
+    pthread_cond_wait (&s.waiting, &s.lock);
+  assert (!s.done);
+  rangelock_remove (&s.rl, &range);
+  pthread_mutex_unlock (&s.lock);
+  assert (pthread_join (thread, NULL) == 0);
+  assert (s.done && s.rl.first == NULL);
+}
+
+static void
+add_range (void *opaque)
+{
+  struct rangelock rl = { 0 };
+
+  rangelock_add (&rl, opaque);
+}
+
+static void
+test_rangelock_impossible_range_aborts (void)
+{
+  struct range empty = range_of (0, 0), past = range_of (UINT64_MAX, 2);
+  int status = in_child (NULL, add_range, &empty);
+
+  assert (WIFSIGNALED (status) && WTERMSIG (status) == SIGABRT);
+  status = in_child (NULL, add_range, &past);
+  assert (WIFSIGNALED (status) && WTERMSIG (status) == SIGABRT);
+}
+
+int
+main (void)
+{
+  RUN (test_rangelock_disjoint_held_at_once);
+  RUN (test_rangelock_one_byte_shared_waits);
+  RUN (test_rangelock_waiter_holds_back_later_one);
+  RUN (test_rangelock_several_ahead_waits_for_all);
+  RUN (test_rangelock_try_never_waits);
+  RUN (test_rangelock_waiter_gives_up_frees_those_behind);
+  RUN (test_rangelock_at_the_end_of_64_bits_works);
+  RUN (test_rangelock_remove_wakes_waiting_thread);
+  RUN (test_rangelock_impossible_range_aborts);
+  return 0;
+}

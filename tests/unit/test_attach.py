@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Attaching: which device, which time-out, and when it is refused.
+
+The kernel's own nbd is tried in the virtual machine; here the choices are
+tested on a tree of files in the form of /sys/block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nbd_mirror import attach
+from nbd_mirror.config import VolumeConfig, load
+from nbd_mirror.errors import (
+    BusyError,
+    MissingError,
+    NotRunningError,
+    UnsupportedError,
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> VolumeConfig:
+    """Give a volume with a state directory."""
+    (tmp_path / "st").mkdir()
+    path = tmp_path / "v.toml"
+    path.write_text(
+        'name="v"\nsize="1GiB"\nlocal="d"\nstate="st"\nhold="3s"\n'
+        f'listen="unix:{tmp_path}/v.sock"\n'
+        '[[remote]]\nname="a"\nuri="nbd://h"\ndeadline="5s"\n'
+        '[[remote]]\nname="b"\nuri="nbd://h"\ndeadline="20s"\n'
+    )
+    return load(path)
+
+
+@pytest.fixture
+def sys_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a tree like /sys/block: nbd0 in use, nbd1 being connected, two free."""
+    root = tmp_path / "block"
+    for name, size, pid in (
+        ("nbd0", 8, 1),
+        ("nbd1", 0, 7),
+        ("nbd10", 0, 0),
+        ("nbd2", 0, 0),
+    ):
+        (root / name / "holders").mkdir(parents=True)
+        (root / name / "size").write_text(f"{size}\n")
+        (root / name / "dev").write_text(f"43:{int(name[3:]) * 32}\n")
+        if pid:
+            (root / name / "pid").write_text(f"{pid}\n")
+    monkeypatch.setattr(attach, "SYS_BLOCK", root)
+    mounts, swaps = tmp_path / "mountinfo", tmp_path / "swaps"
+    mounts.write_text("22 1 254:0 / / rw - ext4 /dev/root rw\n")
+    swaps.write_text("Filename Type Size Used Priority\n")
+    monkeypatch.setattr(attach, "MOUNTINFO", mounts)
+    monkeypatch.setattr(attach, "SWAPS", swaps)
+    return root
+
+
+def test_timeout_is_finite_and_above_what_a_request_may_wait(
+    config: VolumeConfig,
+) -> None:
+    """The hold and the longest deadline fit into it with room to spare."""
+    assert attach.timeout_s(config) > config.hold + 20
+    assert attach.timeout_s(config) == 76
+
+
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [(1 << 30, 4096), ((1 << 30) + 512, 512), ((1 << 30) + 2048, 2048), (1000, 512)],
+)
+def test_block_size_never_cuts_off_the_end(size: int, block: int) -> None:
+    """4096-byte blocks, unless the size is no multiple of them."""
+    assert block == attach.block_size(size)
+
+
+def test_device_free_is_the_first_without_size_and_pid(sys_block: Path) -> None:
+    """A device that is just being connected has a pid and no size: not free."""
+    assert attach._first_free() == "nbd2"
+
+
+def test_device_free_none_says_how_to_get_more(sys_block: Path) -> None:
+    """When all are in use the message says how many there are."""
+    for name in ("nbd2", "nbd10"):
+        (sys_block / name / "size").write_text("8\n")
+    with pytest.raises(BusyError, match="all 4 nbd devices are in use"):
+        attach._first_free()
+
+
+@pytest.mark.parametrize("device", ["/dev/nbd0", "nbd1"])
+def test_device_in_use_is_refused(sys_block: Path, device: str) -> None:
+    """A named device must be free."""
+    with pytest.raises(BusyError, match="is in use"):
+        attach._check_free(device)
+
+
+@pytest.mark.parametrize("device", ["/dev/nbd99", "/dev/sda", "/dev/nbd0p1", "../nbd0"])
+def test_device_that_is_none_is_refused(sys_block: Path, device: str) -> None:
+    """Only whole nbd devices that exist are taken."""
+    with pytest.raises(MissingError):
+        attach._check_free(device)
+
+
+def test_arguments_have_finite_timeout_and_no_persist(config: VolumeConfig) -> None:
+    """nbd-client gets the socket, the block size and the time-out."""
+    arguments = attach._arguments(config, "nbd2", 1 << 30, 4)
+    assert ["-unix", str(config.listen.path), "/dev/nbd2"] == arguments[:3]
+    assert ["-b", "4096", "-t", "76", "-C", "4"] == arguments[3:]
+
+
+def test_attached_device_is_remembered_until_it_is_anothers(
+    config: VolumeConfig, sys_block: Path
+) -> None:
+    """The note holds for this boot and this connection only."""
+    assert attach.attached_device(config) == ""
+    attach._note(config, "nbd0")
+    assert attach.attached_device(config) == "/dev/nbd0"
+    (sys_block / "nbd0" / "pid").write_text("999\n")
+    assert attach.attached_device(config) == ""
+    (sys_block / "nbd0" / "pid").write_text("1\n")
+    note = config.state_dir / "attached"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "boot_id": "other"}))
+    assert attach.attached_device(config) == ""
+    note.write_text("garbage")
+    assert attach.attached_device(config) == ""
+
+
+def test_detach_of_a_mounted_device_names_the_mount_point(
+    config: VolumeConfig, sys_block: Path
+) -> None:
+    """A mount, of a partition too, is never pulled away."""
+    attach._note(config, "nbd0")
+    line = "30 22 43:{} / /mnt/my\\040disk rw - ext4 /dev/nbd0 rw\n"
+    attach.MOUNTINFO.write_text(line.format(0))
+    with pytest.raises(BusyError, match="it is mounted on /mnt/my disk"):
+        attach.detach(config)
+    (sys_block / "nbd0" / "nbd0p1").mkdir()
+    (sys_block / "nbd0" / "nbd0p1" / "dev").write_text("43:1\n")
+    attach.MOUNTINFO.write_text(line.format(1))
+    with pytest.raises(BusyError, match="it is mounted on /mnt/my disk"):
+        attach.detach(None, "/dev/nbd0")
+
+
+def test_detach_of_a_device_with_holders_is_refused(sys_block: Path) -> None:
+    """A device under md or LVM is in use."""
+    (sys_block / "nbd0" / "holders" / "dm-0").mkdir()
+    with pytest.raises(BusyError, match="dm-0 is built on it"):
+        attach.detach(None, "/dev/nbd0")
+
+
+def test_detach_of_what_is_not_attached_is_told(
+    config: VolumeConfig, sys_block: Path
+) -> None:
+    """Nothing attached: said, for a volume and for a device."""
+    with pytest.raises(NotRunningError, match="volume v is attached to no device"):
+        attach.detach(config)
+    with pytest.raises(NotRunningError, match="/dev/nbd2 is not attached"):
+        attach.detach(None, "/dev/nbd2")
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or Path("/sys/block/nbd0").exists(),
+    reason="needs root, and a kernel without nbd",
+)
+def test_kernel_without_nbd_shows_the_other_ways(config: VolumeConfig) -> None:
+    """The message holds the commands for FUSE and QEMU, with this volume's socket."""
+    with pytest.raises(UnsupportedError, match="this kernel has no nbd") as caught:
+        attach.check_kernel(config)
+    for part in ("nbdfuse ", "mount -o loop", "-drive ", "-blockdev ", "v.sock"):
+        assert part in caught.value.hint

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The command line, as a user meets it: lines, exit codes, and no traceback ever.
+
+What needs no server is run in its own process; status and watch are shown what
+a server would answer.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nbd_mirror import serve, watch
+from nbd_mirror.cli_show import describe_resync, show_status
+from nbd_mirror.config import VolumeConfig, load
+from nbd_mirror.control import ControlServer, control_path
+from nbd_mirror.errors import (
+    EXIT_CODES,
+    BusyError,
+    ConfigError,
+    FormatError,
+    MetadataFailedError,
+    MissingError,
+    NotRunningError,
+    WaitTimeoutError,
+)
+from nbd_mirror.listen import parse_listen
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Give the path of a volume's file; its state directory exists."""
+    (tmp_path / "st").mkdir()
+    path = tmp_path / "v.toml"
+    path.write_text(
+        'name="v"\nsize="1MiB"\nlocal="d.img"\nstate="st"\n'
+        f'listen="unix:{tmp_path}/v.sock"\n'
+        '[[remote]]\nname="dr"\nuri="nbd://h/x"\n'
+    )
+    return path
+
+
+def nbd_mirror(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nbd_mirror", *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ("Traceback" in done.stderr) is (environment.get("NBD_MIRROR_DEBUG") == "1")
+    return done
+
+
+def _remote(**changes: Any) -> dict[str, Any]:
+    remote = {
+        "name": "dr",
+        "uri": "nbd://h/x",
+        "state": "in_sync",
+        "reason": "",
+        "hint": "",
+        "connected": True,
+        "dirty_bytes": 0,
+        "late_bytes": 0,
+        "unflushed_bytes": 0,
+        "assumed": False,
+        "paused": False,
+        "resync": None,
+        "last_error": "",
+        "since": "2024-01-01T00:00:00+00:00",
+    }
+    return {**remote, **changes}
+
+
+def _status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    status = {
+        "volume": "v",
+        "uuid": "u",
+        "size": 1 << 20,
+        "state": remotes[0]["state"],
+        "reason": "",
+        "hint": "",
+        "local": {"path": "/d.img", "state": "ok"},
+        "door": "native",
+        "pid": 1,
+        "clients": 1,
+        "inflight": 0,
+        "active_extents": 0,
+        "policy": "degrade",
+        "region_size": 65536,
+        "generation": 1,
+        "remotes": list(remotes),
+    }
+    return {**status, **changes}
+
+
+# --- errors and exit codes ---
+
+
+def test_help_documents_every_exit_code() -> None:
+    """The epilog is the table of errors.py."""
+    said = nbd_mirror("--help")
+    assert said.returncode == 0
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code:<4} {meaning}" in said.stdout
+
+
+def test_version_is_printed() -> None:
+    """--version prints one line."""
+    assert nbd_mirror("--version").stdout.startswith("nbd-mirror 0.")
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["nonsense"], 2),
+        (["wait", "x", "--for", "nonsense"], 2),
+        (["wait", "FILE", "--for", "in_sync", "--timeout", "soon"], 2),
+        (["status", "/nonexistent/x.toml"], MissingError.exit_code),
+        (["create", "FILE"], MissingError.exit_code),
+        (["serve", "FILE"], MissingError.exit_code),
+        (["create", "FILE", "--assume-in-sync", "x"], ConfigError.exit_code),
+        (["stop", "FILE"], NotRunningError.exit_code),
+        (["pause", "FILE"], NotRunningError.exit_code),
+        (["invalidate", "FILE", "dr"], NotRunningError.exit_code),
+        (["invalidate", "FILE", "rd"], ConfigError.exit_code),
+        (["inspect", "FILE"], MissingError.exit_code),
+        (["detach", "/dev/sda"], MissingError.exit_code),
+    ],
+)
+def test_mistake_gets_its_exit_code_and_no_traceback(
+    file: Path, args: list[str], code: int
+) -> None:
+    """Each mistake ends with the documented code and words on standard error."""
+    done = nbd_mirror(*[str(file) if arg == "FILE" else arg for arg in args])
+    assert (code, "") == (done.returncode, done.stdout)
+    assert done.stderr
+
+
+def test_error_is_one_line_and_a_hint_with_the_users_name_for_it(file: Path) -> None:
+    """The hint can be pasted."""
+    done = nbd_mirror("stop", file)
+    assert done.stderr == (
+        "nbd-mirror: no server answers for this volume\n"
+        f"  try: nbd-mirror serve {file}\n"
+    )
+
+
+def test_traceback_is_shown_only_when_asked_for(file: Path) -> None:
+    """NBD_MIRROR_DEBUG=1 adds it, the code stays."""
+    done = nbd_mirror("stop", file, NBD_MIRROR_DEBUG="1")
+    assert done.returncode == NotRunningError.exit_code
+
+
+def test_config_mistakes_get_a_line_each(file: Path) -> None:
+    """Several mistakes, several lines, each with the program's name."""
+    file.write_text(file.read_text().replace('"1MiB"', '"x"').replace('"v"', '"/"', 1))
+    done = nbd_mirror("status", file)
+    assert done.returncode == ConfigError.exit_code
+    lines = done.stderr.splitlines()
+    assert [True, True] == [line.startswith("nbd-mirror: v.toml: ") for line in lines]
+
+
+def test_wait_interrupted_ends_with_130(file: Path) -> None:
+    """Ctrl-C is no error of ours, and has its own code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nbd_mirror", "wait", file, "--for", "in_sync"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    with process.stderr:
+        assert "no server answers yet" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
+
+
+# --- create ---
+
+
+def test_create_in_a_folder_with_other_files_is_refused(file: Path) -> None:
+    """`state = "/etc"` must not fill /etc with logs."""
+    (file.parent / "d.img").write_bytes(bytes(1 << 20))
+    (file.parent / "st" / "passwd").touch()
+    done = nbd_mirror("create", file)
+    assert done.returncode == 6
+    assert "other files, such as passwd" in done.stderr
+
+
+def test_create_with_a_local_disk_too_small_tells_both_sizes(file: Path) -> None:
+    """What is there and what is needed."""
+    (file.parent / "d.img").write_bytes(bytes(5000))
+    done = nbd_mirror("create", file)
+    assert done.returncode == ConfigError.exit_code
+    assert "has 5000 bytes, the volume needs 1048576" in done.stderr
+
+
+# --- the listening socket ---
+
+
+def test_bind_to_a_socket_in_use_is_refused_and_leaves_it(tmp_path: Path) -> None:
+    """A living server keeps its socket."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    with serve.bind(listen):
+        with pytest.raises(BusyError, match="socket in use"):
+            serve.bind(listen)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+
+
+def test_bind_replaces_a_stale_socket_with_mode_0600(tmp_path: Path) -> None:
+    """A killed server's socket is replaced; only the owner may connect."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    serve.bind(listen).close()
+    with serve.bind(listen):
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+
+
+def test_bind_over_a_file_is_refused_and_leaves_it(tmp_path: Path) -> None:
+    """A path that holds data is never removed."""
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(BusyError, match="is no socket"):
+        serve.bind(parse_listen(f"unix:{tmp_path}/s"))
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_bind_without_the_folder_is_told(tmp_path: Path) -> None:
+    """A missing folder is named."""
+    with pytest.raises(MissingError, match="cannot listen on"):
+        serve.bind(parse_listen(f"unix:{tmp_path}/none/s"))
+
+
+def test_bind_to_a_port_in_use_is_refused() -> None:
+    """TCP ports too."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(BusyError, match="socket in use"):
+            serve.bind(parse_listen(f"tcp:127.0.0.1:{port}"))
+
+
+def test_bind_to_an_address_of_another_host_is_refused() -> None:
+    """An address this host does not have is a wrong configuration."""
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        serve.bind(parse_listen("tcp:192.0.2.1:10809"))
+
+
+def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
+    """However they interleave, exactly one gets a stale socket's place."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    for _ in range(20):
+        results: list[object] = []
+
+        def attempt(results: list[object] = results) -> None:
+            try:
+                results.append(serve.bind(listen))
+            except BusyError as error:
+                results.append(error)
+
+        threads = [threading.Thread(target=attempt) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sockets = [one for one in results if isinstance(one, socket.socket)]
+        assert len(sockets) == 1
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+        sockets[0].close()
+
+
+# --- status, wait, watch ---
+
+
+def _shown(status: dict[str, Any], **options: Any) -> str:
+    out = io.StringIO()
+    show_status(Console(file=out, width=200, **options), status, "pg")
+    return out.getvalue()
+
+
+def test_status_shows_why_and_what_to_try_with_the_volumes_name() -> None:
+    """Reason and hint stand under the state they belong to."""
+    text = _shown(
+        _status(
+            _remote(
+                state="out_of_sync",
+                reason="Connection refused",
+                hint="nbd-mirror resume CONFIG dr",
+                dirty_bytes=3 << 20,
+                last_error="timed out",
+            )
+        )
+    )
+    assert "out_of_sync" in text
+    assert "3MiB dirty" in text
+    assert "why: Connection refused" in text
+    assert "try: nbd-mirror resume pg dr" in text
+    assert "last error: timed out" in text
+    assert "\x1b" not in text
+
+
+def test_status_on_a_terminal_is_coloured_unless_no_color(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NO_COLOR is respected."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32m" in _shown(_status(_remote()), force_terminal=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[32m" not in _shown(_status(_remote()), force_terminal=True)
+
+
+def test_resync_is_never_called_complete_before_it_is() -> None:
+    """One byte left of a terabyte is not 100 per cent."""
+    resync = {
+        "done_bytes": (1 << 40) - 1,
+        "total_bytes": 1 << 40,
+        "bytes_per_s": 1 << 20,
+        "eta_s": 1.0,
+        "growing": False,
+    }
+    assert describe_resync(_remote(resync=resync)).startswith("99.9%")
+    resync["growing"] = True
+    assert "growing" in describe_resync(_remote(resync=resync))
+
+
+@pytest.fixture
+def config(file: Path) -> VolumeConfig:
+    """Give the volume."""
+    return load(file)
+
+
+def _served(config: VolumeConfig, *answers: dict[str, Any]) -> ControlServer:
+    """Answer status with each of *answers* in turn, then with the last one."""
+    left = list(answers)
+
+    def handler(command: str, _: dict[str, Any]) -> object:
+        assert command == "status"
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return ControlServer(control_path(config.state_dir), handler)
+
+
+def _wait(config: VolumeConfig, timeout_s: float, remote: str | None = None) -> None:
+    watch.wait_for(config, "in_sync", timeout_s, remote, lambda _: None)
+
+
+def test_wait_ends_when_all_remotes_have_the_state(config: VolumeConfig) -> None:
+    """It asks again until all are there."""
+    later = _remote(state="resyncing", name="b")
+    answers = [_status(_remote(), later), _status(_remote(), _remote(name="b"))]
+    with _served(config, *answers):
+        _wait(config, 10)
+
+
+def test_wait_for_one_remote_does_not_mind_the_others(config: VolumeConfig) -> None:
+    """--remote looks at that one alone."""
+    with _served(config, _status(_remote(), _remote(state="failed", name="b"))):
+        _wait(config, 10, "dr")
+
+
+def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
+    """Whoever waits in vain learns why."""
+    remote = _remote(state="out_of_sync", reason="refused", hint="nbd-mirror resume")
+    with (
+        _served(config, _status(remote)),
+        pytest.raises(WaitTimeoutError, match="dr is out_of_sync: refused") as caught,
+    ):
+        _wait(config, 0.2)
+    assert caught.value.hint == "nbd-mirror resume"
+
+
+def test_wait_on_a_failed_volume_ends_at_once(config: VolumeConfig) -> None:
+    """What can never come is not waited for."""
+    status = _status(_remote(), state="failed", reason="fdatasync: EIO")
+    with (
+        _served(config, status),
+        pytest.raises(MetadataFailedError, match="fdatasync: EIO"),
+    ):
+        _wait(config, 60)
+
+
+def test_wait_without_server_ends_in_time(config: VolumeConfig) -> None:
+    """No server in time: said as such."""
+    with pytest.raises(NotRunningError):
+        _wait(config, 0.2)
+
+
+def test_status_of_another_volumes_server_is_refused(config: VolumeConfig) -> None:
+    """A wrong `state` reaches another volume: nothing is shown or done."""
+    with (
+        _served(config, _status(_remote(), volume="other")),
+        pytest.raises(FormatError, match="is the state of volume other, not of v"),
+    ):
+        watch.status_of(config)
+
+
+def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> None:
+    """Same states give no second line; it ends at --until."""
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1,
+        "eta_s": None,
+    }
+    answers = [
+        _status(_remote(state="out_of_sync", dirty_bytes=1 << 20)),
+        _status(_remote(state="out_of_sync", dirty_bytes=1 << 20)),
+        _status(_remote(state="resyncing", resync=resync)),
+        _status(_remote()),
+    ]
+    out = io.StringIO()
+    with _served(config, *answers):
+        watch.watch(config, Console(file=out, width=100), "v", "in_sync")
+    lines = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "dr: out_of_sync, 1MiB dirty",
+        "dr: resyncing, 50% of 1MiB",
+        "dr: in_sync",
+    ]
+
+
+def test_watch_on_a_terminal_draws_and_ends(config: VolumeConfig) -> None:
+    """The live picture holds state, bar and reason."""
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1 << 20,
+        "eta_s": 3.0,
+    }
+    first = _status(_remote(state="resyncing", resync=resync, reason="copying"))
+    with _served(config, first, _status(_remote())):
+        watch.watch(config, console, "v", "in_sync")
+    text = out.getvalue()
+    for part in ("resyncing", "50.0%", "3s left", "copying", "in_sync"):
+        assert part in text

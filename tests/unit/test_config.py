@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A volume's file: what is read, and the line each mistake gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbd_mirror.config import load, to_params
+from nbd_mirror.errors import ConfigError, MissingError
+from nbd_mirror.listen import Listen
+
+GOOD = """\
+name = "pg"
+size = "10GiB"
+local = "/srv/pg.img"
+state = "/var/lib/nbd-mirror/pg"
+listen = "unix:/run/nbd-mirror/pg.sock"
+region_size = "64KiB"
+policy = "degrade"
+hold = "2s"
+late_write_window = "30s"
+
+[[remote]]
+name = "dr"
+uri = "nbd://dr.example.net/pg"
+deadline = "5s"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Give the path of a good file."""
+    path = tmp_path / "pg.toml"
+    path.write_text(GOOD)
+    return path
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    assert old in GOOD
+    file.write_text(GOOD.replace(old, new))
+
+
+def _line(file: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    return caught.value.message
+
+
+def test_file_of_the_manual_is_read_in_base_units(file: Path) -> None:
+    """Sizes become bytes, times seconds, the address its parts."""
+    config = load(file)
+    assert ("pg", 10 << 30, 65536) == (config.name, config.size, config.region_size)
+    assert (2.0, 30.0) == (config.hold, config.late_write_window)
+    assert Listen(path="/run/nbd-mirror/pg.sock") == config.listen
+    assert config.listen.uri == "nbd+unix:///?socket=/run/nbd-mirror/pg.sock"
+    assert ("dr", 5.0) == (config.remotes[0].name, config.remotes[0].deadline)
+    assert file == config.source
+
+
+def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
+    """What may be left out has the documented default."""
+    path = tmp_path / "v.toml"
+    path.write_text(
+        'name="v"\nsize="adopt"\nlocal="d.img"\nstate="logs"\n'
+        'listen="tcp:[::1]:10809"\n[[remote]]\nname="a"\nuri="nbd://h"\n'
+    )
+    config = load(path)
+    assert (0, 65536, "degrade", 2.0, 30.0) == (
+        config.size,
+        config.region_size,
+        config.policy,
+        config.hold,
+        config.late_write_window,
+    )
+    assert config.remotes[0].deadline == 5.0
+    assert (f"{tmp_path}/d.img", f"{tmp_path}/logs") == (config.local, config.state)
+    assert config.listen.uri == "nbd://[::1]:10809"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (
+            'region_size = "64KiB"',
+            'region_size = "65000"',
+            'pg.toml: region_size = "65000": must be a power of two from 4KiB to 4MiB',
+        ),
+        ('"64KiB"', '"2KiB"', 'region_size = "2KiB": must be a power of two from 4KiB'),
+        ('"64KiB"', '"8MiB"', 'region_size = "8MiB": must be a power of two'),
+        ('size = "10GiB"', "size = 0", "pg.toml: size = 0: must be a size above 0"),
+        ('"10GiB"', '"2PiB"', 'size = "2PiB": must be a size above 0 and at most 1PiB'),
+        ('"10GiB"', '"10GB"', 'size = "10GB": must be bytes, or a number with B, KiB'),
+        ('"10GiB"', "true", "size = true: must be bytes"),
+        ('"degrade"', '"maybe"', 'policy = "maybe": must be "degrade" or "stop"'),
+        ('"2s"', '"1h"', 'hold = "1h": must be a time from 0s to 5min'),
+        ('"30s"', '"x"', 'late_write_window = "x": must be seconds, or a number with'),
+        ('"5s"', '"1ms"', 'remote "dr": deadline = "1ms": must be a time from 100ms'),
+        ('name = "pg"', 'name = "a/b"', 'name = "a/b": must be 1 to 63 letters'),
+        ('name = "pg"', "name = 5", "name = 5: must be 1 to 63 letters"),
+        ('name = "pg"\n', "", "pg.toml: name: is missing; it must be 1 to 63 letters"),
+        ('"dr"', '"local"', "is the local disk's name"),
+        ('"/srv/pg.img"', '""', 'local = "": must be the path of a file'),
+        ('"unix:/run', '"unix:run', 'must be "unix:/absolute/path"'),
+        ("unix:/run/nbd-mirror/pg.sock", "tcp:::1:10809", "stands in brackets"),
+        ("unix:/run/nbd-mirror/pg.sock", "tcp:h:0", "port 0 is not from 1 to 65535"),
+        ("unix:/run/nbd-mirror/pg.sock", "unix:/" + "x" * 107, "108 bytes long"),
+        ("nbd://dr.example.net/pg", "http://x/", "must be an NBD URI"),
+        ("nbd://dr.example.net/pg", "nbd:///pg", "has no host"),
+        ("nbd://dr.example.net/pg", "nbd://h:99999/pg", "must be an NBD URI"),
+        ("nbd://dr.example.net/pg", "nbd+unix:///pg", "needs ?socket="),
+        ("nbd://dr.example.net/pg", "nbd+unix:///?socket=rel", "needs ?socket=/abs"),
+        ("hold =", "holt =", "pg.toml: holt: unknown key; did you mean hold?"),
+        ("deadline =", "timeout =", 'remote "dr": timeout: unknown key; allowed are'),
+        (
+            'name = "pg"',
+            'name = "pg"\ndeadline = "1s"',
+            "deadline: unknown key here; it stands in a [[remote]] table",
+        ),
+        (
+            'deadline = "5s"',
+            'policy = "stop"',
+            'remote "dr": policy: unknown key here; it stands before the first',
+        ),
+        ("[[remote]]", "[remote]", "remote: must be 1 to 8 [[remote]] tables"),
+        (
+            GOOD[GOOD.index("[[remote]]") :],
+            "",
+            "remote: is missing; it must be 1 to 8 [[remote]] tables",
+        ),
+        ("/var/lib/nbd-mirror/pg", "/srv/pg.img", "are the same path"),
+        ("/var/lib/nbd-mirror/pg", "/srv", "must not lie in the state directory"),
+    ],
+)
+def test_mistake_gets_one_line_with_key_value_and_rule(
+    file: Path, old: str, new: str, line: str
+) -> None:
+    """A wrong key or value is named, with what is allowed, on one line."""
+    _replace(file, old, new)
+    message = _line(file)
+    assert line in message
+    assert message.startswith("pg.toml: ")
+    assert "\n" not in message
+
+
+def test_mistakes_several_get_a_line_each(file: Path) -> None:
+    """All mistakes are told at once."""
+    _replace(file, '"degrade"\nhold = "2s"', '"x"\nhold = "y"')
+    assert ["pg.toml: policy", "pg.toml: hold"] == [
+        line.split(" =")[0] for line in _line(file).splitlines()
+    ]
+
+
+def test_toml_error_gives_line_and_column(file: Path) -> None:
+    """A syntax error says where."""
+    _replace(file, 'policy = "degrade"', "policy = degrade")
+    assert "line 7, column" in _line(file)
+
+
+def test_file_that_is_no_text_is_refused(file: Path) -> None:
+    """Binary content is an error of its own, with the line."""
+    file.write_bytes(GOOD.encode() + b"# \xff\n")
+    assert "line 15 is not UTF-8 text" in _line(file)
+
+
+def test_remotes_of_one_name_are_refused(file: Path) -> None:
+    """Two remotes cannot share a dirty map's name."""
+    file.write_text(GOOD + '[[remote]]\nname = "dr"\nuri = "nbd://b"\n')
+    assert 'two remotes are called "dr"' in _line(file)
+
+
+def test_remotes_more_than_eight_are_refused(file: Path) -> None:
+    """The superblock has room for eight."""
+    more = "".join(f'[[remote]]\nname = "r{i}"\nuri = "nbd://b"\n' for i in range(8))
+    file.write_text(GOOD + more)
+    assert "must be 1 to 8 [[remote]] tables, not 9" in _line(file)
+
+
+def test_name_is_looked_up_in_the_config_dir(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value without a slash is a volume's name."""
+    monkeypatch.setenv("NBD_MIRROR_CONFIG_DIR", str(file.parent))
+    assert file == load("pg").source
+
+
+def test_path_is_not_looked_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that ends in .toml is a path from where the user stands."""
+    monkeypatch.setenv("NBD_MIRROR_CONFIG_DIR", "/nonexistent")
+    monkeypatch.chdir(file.parent)
+    assert file == load("pg.toml").source
+
+
+def test_name_that_is_missing_says_which_file_was_sought(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole path is told, and a file of that name here is pointed at."""
+    monkeypatch.setenv("NBD_MIRROR_CONFIG_DIR", "/nonexistent")
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(MissingError, match=r"/nonexistent/pg\.toml") as caught:
+        load("pg")
+    assert "./pg.toml" in caught.value.hint
+
+
+def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
+    """A folder is told as such."""
+    with pytest.raises(ConfigError, match="is a folder"):
+        load(tmp_path)
+
+
+def test_params_hold_what_the_engine_is_told(file: Path) -> None:
+    """Times become milliseconds; assumed remotes are marked."""
+    params = to_params(load(file), ["dr"])
+    assert ("pg", 10 << 30, 2000) == (params.name, params.size, params.hold_ms)
+    assert [("dr", 5000, True)] == [
+        (one.name, one.deadline_ms, one.assume_in_sync) for one in params.remotes
+    ]
+
+
+def test_params_assuming_an_unknown_remote_are_refused(file: Path) -> None:
+    """A misspelt remote must not leave the real one dirty unnoticed."""
+    with pytest.raises(ConfigError, match='has no remote "rd"; it has: dr'):
+        to_params(load(file), ["rd"])

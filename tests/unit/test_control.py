@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The control socket: one line there, one line back, and nobody held up."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbd_mirror.control import MAX_REQUEST, ControlServer, call, control_path
+from nbd_mirror.errors import (
+    AccessError,
+    BusyError,
+    ConfigError,
+    FormatError,
+    MirrorError,
+    MissingError,
+    NotRunningError,
+    WaitTimeoutError,
+)
+
+release = threading.Event()
+
+
+def _handler(command: str, args: dict[str, Any]) -> object:
+    match command:
+        case "echo":
+            return args
+        case "refuse":
+            raise ConfigError("no such remote", "nbd-mirror status CONFIG")
+        case "crash":
+            raise ZeroDivisionError("oh")
+        case "slow":
+            release.wait(10)
+    return None
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """Give a state directory with a server on its control socket."""
+    release.clear()
+    with ControlServer(control_path(tmp_path), _handler, timeout_s=0.5):
+        yield tmp_path
+        release.set()
+
+
+def test_call_gets_the_result_of_the_handler(state: Path) -> None:
+    """Arguments arrive, the result comes back."""
+    assert {"a": 1, "b": "ü"} == call(state, "echo", a=1, b="ü")
+
+
+def test_call_refused_raises_the_same_class(state: Path) -> None:
+    """An error keeps its class, its words and its hint."""
+    with pytest.raises(ConfigError, match="no such remote") as caught:
+        call(state, "refuse")
+    assert caught.value.hint == "nbd-mirror status CONFIG"
+
+
+def test_call_that_meets_a_bug_says_so_and_server_goes_on(state: Path) -> None:
+    """A bug in one command does not end the server."""
+    with pytest.raises(MirrorError, match="internal error in the server: ZeroDivision"):
+        call(state, "crash")
+    assert {} == call(state, "echo")
+
+
+def test_call_without_socket_says_not_running(tmp_path: Path) -> None:
+    """No socket: no server, and the command that starts one."""
+    with pytest.raises(NotRunningError) as caught:
+        call(tmp_path, "echo")
+    assert caught.value.hint == "nbd-mirror serve CONFIG"
+
+
+def test_call_of_a_dead_server_says_not_running(tmp_path: Path) -> None:
+    """A socket a killed server left behind is no server."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(control_path(tmp_path)))
+    with pytest.raises(NotRunningError):
+        call(tmp_path, "echo")
+
+
+def test_call_without_answer_ends_in_time(state: Path) -> None:
+    """A server that does not answer is not waited for for ever."""
+    begin = time.monotonic()
+    with pytest.raises(WaitTimeoutError, match='did not answer "slow" within'):
+        call(state, "slow", 0.2)
+    assert time.monotonic() - begin < 2
+
+
+def test_socket_may_be_opened_by_its_owner_only(state: Path) -> None:
+    """The mode is 0600, whatever the umask."""
+    assert 0o600 == stat.S_IMODE(control_path(state).stat().st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_call_of_another_user_is_refused_even_past_the_mode(state: Path) -> None:
+    """The peer's uid counts too: an open mode lets nobody else command it."""
+    for path in [state, *state.parents]:
+        if path.stat().st_uid == os.geteuid() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o011)
+    control_path(state).chmod(0o666)
+    script = (
+        "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        's.sendall(b\'{"command":"echo"}\\n\'); print(s.recv(4096).decode())'
+    )
+    done = subprocess.run(
+        [sys.executable, "-Ic", script, control_path(state)],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    assert answer["ok"] is False
+    assert answer["error"]["class"] == AccessError.__name__
+
+
+def test_client_that_says_nothing_holds_nobody(state: Path) -> None:
+    """A stuck client is dropped after its time-out; others are served meanwhile."""
+    with socket.socket(socket.AF_UNIX) as stuck:
+        stuck.settimeout(5)
+        stuck.connect(str(control_path(state)))
+        assert {} == call(state, "echo")
+        assert b"" == stuck.recv(1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"nonsense\n", b"[]\n", b"{}\n", b'{"command": 5}\n', b"x" * (MAX_REQUEST + 1)],
+)
+def test_request_that_is_garbled_gets_an_error(state: Path, line: bytes) -> None:
+    """What is no request is answered as such, and the server goes on."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(str(control_path(state)))
+        sock.sendall(line)
+        answer = json.loads(sock.recv(4096))
+    assert answer["error"]["class"] == FormatError.__name__
+    assert {} == call(state, "echo")
+
+
+def test_answer_that_is_garbled_is_told(tmp_path: Path) -> None:
+    """Something else that answers on the socket is not believed."""
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(control_path(tmp_path)))
+        other.listen()
+
+        def answer() -> None:
+            client, _ = other.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(b'{"hello": 1}\n')
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(FormatError, match="no nbd-mirror server"):
+            call(tmp_path, "echo")
+        thread.join()
+
+
+def test_server_second_on_one_socket_is_refused(state: Path) -> None:
+    """A living server's socket is not taken away."""
+    with pytest.raises(BusyError, match="another server answers"):
+        ControlServer(control_path(state), _handler).start()
+    assert {} == call(state, "echo")
+
+
+def test_server_after_a_killed_one_takes_its_socket(tmp_path: Path) -> None:
+    """A stale socket is replaced."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(control_path(tmp_path)))
+    with ControlServer(control_path(tmp_path), _handler):
+        assert {} == call(tmp_path, "echo")
+
+
+def test_server_without_folder_is_told(tmp_path: Path) -> None:
+    """No state directory is an error with the path in it."""
+    with pytest.raises(MissingError, match="cannot be made"):
+        ControlServer(control_path(tmp_path / "none"), _handler).start()
+
+
+def test_server_closed_leaves_no_socket_and_no_thread(tmp_path: Path) -> None:
+    """close() joins every thread, one with a request under way too."""
+    before = set(threading.enumerate())
+    release.clear()
+    server = ControlServer(control_path(tmp_path), _handler)
+    server.start()
+    answers: list[object] = []
+    client = threading.Thread(target=lambda: answers.append(call(tmp_path, "slow")))
+    client.start()
+    deadline = time.monotonic() + 5
+    while not any(one.name == "control-client" for one in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    release.set()
+    server.close()
+    client.join()
+    assert [None] == answers
+    assert before == set(threading.enumerate())
+    assert not control_path(tmp_path).exists()
+
+
+def test_path_over_107_bytes_works_on_both_ends(tmp_path: Path) -> None:
+    """A deep state directory is no obstacle."""
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    with ControlServer(control_path(deep), _handler):
+        assert {"x": 1} == call(deep, "echo", x=1)
+        with pytest.raises(BusyError):
+            ControlServer(control_path(deep), _handler).start()
+    assert not control_path(deep).exists()
+
+
+def test_clients_many_at_once_are_all_answered(state: Path) -> None:
+    """More clients than slots wait their turn."""
+    results: list[object] = []
+    threads = [
+        threading.Thread(target=lambda i=i: results.append(call(state, "echo", i=i)))
+        for i in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(range(40)) == sorted(one["i"] for one in results)  # type: ignore[index]

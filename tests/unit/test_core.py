@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The Python face of the engine: buffers, errors, reports, the life of a handle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Processes
+from unit.volumes import REGION, SIZE, Remote, make_params
+
+from nbd_mirror import core
+from nbd_mirror.errors import (
+    BusyError,
+    ConfigError,
+    ExistsError,
+    MissingError,
+    NotRunningError,
+    RemoteError,
+)
+from nbd_mirror.model import HOLE, Verdict
+from nbd_mirror.state import RemoteState
+
+
+@pytest.fixture
+def params(run_dir: Path) -> core.Params:
+    """Give a volume that was created, its remote all dirty."""
+    params = make_params(run_dir)
+    core.create(params)
+    return params
+
+
+@pytest.fixture
+def engine(params: core.Params) -> Iterator[core.Engine]:
+    """Give it open and started."""
+    with core.Engine(params) as engine:
+        engine.start()
+        yield engine
+        engine.stop()
+
+
+@pytest.fixture
+def remote(processes: Processes, run_dir: Path) -> Remote:
+    """Give its remote, serving."""
+    remote = Remote(processes, run_dir)
+    remote.start()
+    return remote
+
+
+class TestLife:
+    """Create, open, stop, close."""
+
+    def test_create_over_a_volume_without_force_is_refused(
+        self, params: core.Params
+    ) -> None:
+        """A state directory in use is not overwritten by mistake."""
+        with pytest.raises(ExistsError):
+            core.create(params)
+        core.create(params, force=True)
+
+    def test_create_leaves_the_local_disk_as_it_is(self, run_dir: Path) -> None:
+        """An existing image is adopted without touching a byte of it."""
+        params = make_params(run_dir)
+        content = os.urandom(SIZE)
+        Path(params.local).write_bytes(content)
+        core.create(params)
+        assert content == Path(params.local).read_bytes()
+
+    def test_open_of_an_open_volume_is_refused(
+        self, params: core.Params, engine: core.Engine
+    ) -> None:
+        """Two servers on one volume are impossible."""
+        assert engine.status().nr_remotes == 1
+        with pytest.raises(BusyError):
+            core.Engine(params)
+
+    def test_open_without_state_says_what_is_missing(self, run_dir: Path) -> None:
+        """No superblock: the volume was not created."""
+        with pytest.raises(MissingError):
+            core.Engine(make_params(run_dir))
+
+    def test_call_after_close_is_an_error_and_no_crash(
+        self, params: core.Params
+    ) -> None:
+        """A closed handle is refused before C sees it; closing again is nothing."""
+        engine = core.Engine(params)
+        engine.close()
+        engine.close()
+        with pytest.raises(NotRunningError):
+            engine.status()
+
+    def test_peek_beside_a_server_tells_what_is_stored(
+        self, params: core.Params, engine: core.Engine
+    ) -> None:
+        """The superblock is read without the lock."""
+        peek = core.peek(params.state_dir)
+        assert peek.name == "v"
+        assert peek.volume.uuid == engine.status().uuid
+        assert peek.volume.size == SIZE
+        assert [(one.name, one.state) for one in peek.remotes] == [
+            ("dr", RemoteState.OUT_OF_SYNC)
+        ]
+
+    def test_stop_refuses_requests_and_is_clean(self, params: core.Params) -> None:
+        """After a stop requests get ESHUTDOWN; what was written is there again."""
+        with core.Engine(params) as engine:
+            engine.start()
+            engine.pwrite(b"x" * 4096, 0)
+            engine.stop()
+            engine.stop()
+            with pytest.raises(NotRunningError) as caught:
+                engine.pwrite(b"y" * 4096, 0)
+            assert caught.value.errno == errno.ESHUTDOWN
+        assert core.peek(params.state_dir).volume.clean
+        with core.Engine(params) as engine:
+            buf = bytearray(4096)
+            engine.pread(buf, 0)
+            assert bytes(buf) == b"x" * 4096
+
+
+class TestRequests:
+    """Reads and writes through borrowed buffers."""
+
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_write_from_any_buffer_is_read_back(
+        self, engine: core.Engine, kind: type
+    ) -> None:
+        """Read-only is enough to write from."""
+        content = os.urandom(3 * 4096)
+        engine.pwrite(kind(content), 8192, core.FUA)
+        buf = bytearray(len(content))
+        engine.pread(memoryview(buf), 8192)
+        assert content == bytes(buf)
+
+    @pytest.mark.parametrize("buf", [b"1234" * 128, memoryview(b"1234" * 128)])
+    def test_read_into_a_read_only_buffer_is_refused(
+        self, engine: core.Engine, buf: core.Buffer
+    ) -> None:
+        """C would write through it: a bytes object would change under Python."""
+        with pytest.raises((BufferError, TypeError)):
+            engine.pread(buf, 0)
+        assert bytes(buf) == b"1234" * 128
+
+    @pytest.mark.parametrize(
+        ("length", "offset"), [(4096, SIZE), (4096, SIZE - 512), (513, 0), (512, 7)]
+    )
+    def test_request_outside_or_not_in_sectors_is_einval(
+        self, engine: core.Engine, length: int, offset: int
+    ) -> None:
+        """A bad range is told from a bad disk."""
+        with pytest.raises(ConfigError) as caught:
+            engine.pwrite(bytes(length), offset)
+        assert caught.value.errno == errno.EINVAL
+        assert str(caught.value)
+
+    def test_trim_and_zero_read_as_zeroes(self, engine: core.Engine) -> None:
+        """Both leave zeroes; the rest stays."""
+        engine.pwrite(b"x" * (4 * REGION), 0)
+        engine.trim(REGION, 0)
+        engine.zero(REGION, 2 * REGION, core.FUA | core.MAY_TRIM)
+        engine.flush()
+        engine.cache(REGION, 0)
+        buf = bytearray(4 * REGION)
+        engine.pread(buf, 0)
+        zeroes, data = bytes(REGION), b"x" * REGION
+        assert zeroes + data + zeroes + data == bytes(buf)
+
+    def test_extents_tell_data_from_holes_and_keep_the_limit(
+        self, engine: core.Engine
+    ) -> None:
+        """Runs cover the range from its start, in order."""
+        engine.pwrite(b"x" * REGION, 4 * REGION)
+        engine.flush()
+        runs = engine.extents(SIZE, 0)
+        assert runs[0].offset == 0
+        ends = [run.offset + run.length for run in runs[:-1]]
+        assert ends == [run.offset for run in runs[1:]]
+        assert [run.type for run in runs if run.offset == 4 * REGION] == [0]
+        assert runs[0].type == HOLE
+        assert len(engine.extents(SIZE, 0, 1)) == 1
+
+    def test_requests_in_threads_do_not_hold_the_gil(self, engine: core.Engine) -> None:
+        """Python goes on while a thread is inside the engine."""
+        serial = engine.remote_status(0).serial
+        done = threading.Event()
+
+        def wait() -> None:
+            engine.wait_event(0, serial, 30.0)
+            done.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        engine.pwrite(bytes(4096), 0)
+        assert not done.is_set()
+        engine.wake()
+        thread.join(10.0)
+        assert done.is_set()
+
+
+class TestRemotes:
+    """What the keeper calls."""
+
+    def test_connect_to_nothing_raises_the_far_sides_words(
+        self, engine: core.Engine, run_dir: Path
+    ) -> None:
+        """A refused or missing socket is a RemoteError or MissingError with words."""
+        with pytest.raises((RemoteError, MissingError)) as caught:
+            engine.connect(0, f"nbd+unix:///?socket={run_dir}/none", 1.0)
+        assert str(caught.value)
+
+    def test_connect_admit_resync_makes_in_sync(
+        self, engine: core.Engine, remote: Remote, params: core.Params
+    ) -> None:
+        """The mechanism without a keeper: connect, admit, copy, equal."""
+        engine.pwrite(os.urandom(REGION), 3 * REGION)
+        engine.connect(0, remote.uri, 2.0)
+        assert engine.compare(0, 3) == Verdict.DIRTY
+        engine.admit(0)
+        assert engine.remote_status(0).state is RemoteState.RESYNCING
+        batch = engine.resync(0, 0, 64 << 20, 8)
+        assert batch.error is None
+        assert batch.copied_bytes == SIZE
+        status = engine.remote_status(0)
+        assert status.state is RemoteState.IN_SYNC
+        assert status.copied_bytes == SIZE
+        assert engine.compare(0, 3) == Verdict.SAME
+        assert Path(params.local).read_bytes() == remote.image.read_bytes()
+
+    def test_resync_of_a_remote_not_connected_reports_its_error(
+        self, engine: core.Engine
+    ) -> None:
+        """Nothing copied, and why."""
+        batch = engine.resync(0, 0, REGION, 1)
+        assert isinstance(batch.error, RemoteError)
+        assert batch.copied_bytes == 0
+
+    def test_reason_too_long_is_cut_between_characters(
+        self, engine: core.Engine
+    ) -> None:
+        """159 bytes are kept, and no half of an umlaut."""
+        engine.explain(0, "a" + "ü" * 200)
+        assert engine.remote_status(0).reason == "a" + "ü" * 79
+
+    def test_event_after_a_change_is_not_missed(self, engine: core.Engine) -> None:
+        """A change between looking and waiting ends the wait at once."""
+        seen = engine.remote_status(0).serial
+        engine.pause(0, paused=True)
+        assert engine.wait_event(0, seen, None) > seen
+        assert engine.remote_status(0).state is RemoteState.PAUSED
+
+    def test_event_that_does_not_come_ends_with_the_time(
+        self, engine: core.Engine
+    ) -> None:
+        """A timed wait returns the serial it was given."""
+        seen = engine.remote_status(0).serial
+        assert engine.wait_event(0, seen, 0.01) == seen
+
+    def test_active_extents_tell_the_latest_used_first(
+        self, engine: core.Engine
+    ) -> None:
+        """The sample looks where clients wrote last."""
+        extent = engine.status().extent_size
+        engine.pwrite(bytes(4096), 0)
+        engine.pwrite(bytes(4096), 2 * extent)
+        assert engine.active_extents() == [2, 0]

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The keeper against real servers: it connects, checks, copies, and says what it does.
+
+The volume is open in the test's own process and no door is in between, so a test can
+look at the engine and at the keeper at the same moment. Servers are killed for real.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import Processes, wait_until
+from unit.volumes import HOLD_MS, REGION, SIZE, Remote, make_params
+
+from nbd_mirror import core
+from nbd_mirror.keeper import Keeper, RemotePolicy
+from nbd_mirror.state import RemoteState, describe
+
+NR_REGIONS = SIZE // REGION
+
+
+class Mirror:
+    """An open volume with a keeper, and what the keeper logged."""
+
+    def __init__(self, params: core.Params, uri: str) -> None:
+        self.params = params
+        self.uri = uri
+        self.log: list[str] = []
+        self.engine = core.Engine(params)
+        self.engine.start()
+        self.keeper: Keeper | None = None
+
+    def keep(
+        self,
+        *,
+        late_window_s: float = 0.0,
+        random: Callable[[], float] = lambda: 0.5,
+    ) -> Keeper:
+        """Start a keeper; its random numbers are all *random*'s."""
+        policy = RemotePolicy(
+            name="dr",
+            uri=self.uri,
+            deadline_s=2.0,
+            hold_s=HOLD_MS / 1000,
+            late_window_s=late_window_s,
+        )
+        self.keeper = Keeper(self.engine, 0, policy, self._note, random=random)
+        self.keeper.start()
+        return self.keeper
+
+    def _note(self, level: str, text: str) -> None:
+        self.log.append(text)
+        print(level, text)  # shown if the test fails
+
+    def state(self) -> RemoteState:
+        """Ask the engine."""
+        return self.engine.remote_status(0).state
+
+    def wait_for(self, state: RemoteState) -> None:
+        """Wait until the remote is in *state*."""
+        wait_until(lambda: self.state() is state, state.value)
+
+    def reason(self) -> str:
+        """Say what status would."""
+        assert self.keeper is not None
+        return describe(self.keeper.view().facts)[0]
+
+    def close(self) -> None:
+        """End the keeper and the volume."""
+        if self.keeper is not None:
+            self.keeper.end()
+            self.engine.wake()
+            assert self.keeper.join(15.0)
+        self.engine.stop()
+        self.engine.close()
+
+
+@pytest.fixture
+def remote(processes: Processes, run_dir: Path) -> Remote:
+    """Give the remote, not started."""
+    return Remote(processes, run_dir)
+
+
+@pytest.fixture
+def mirror(run_dir: Path, remote: Remote) -> Iterator[Mirror]:
+    """Give a new volume, its remote all dirty, without a keeper."""
+    params = make_params(run_dir)
+    core.create(params)
+    mirror = Mirror(params, remote.uri)
+    yield mirror
+    mirror.close()
+
+
+@pytest.fixture
+def synced(run_dir: Path, remote: Remote) -> Iterator[Mirror]:
+    """Give a volume with random data, its remote a copy but not connected."""
+    params = make_params(run_dir, assume=True)
+    content = os.urandom(SIZE)
+    Path(params.local).write_bytes(content)
+    remote.image.write_bytes(content)
+    core.create(params)
+    mirror = Mirror(params, remote.uri)
+    yield mirror
+    mirror.close()
+
+
+def same_images(mirror: Mirror, remote: Remote) -> bool:
+    """Compare both disks byte for byte."""
+    return Path(mirror.params.local).read_bytes() == remote.image.read_bytes()
+
+
+class TestCatchingUp:
+    """From whatever was missed to in_sync."""
+
+    def test_new_remote_is_copied_and_becomes_in_sync(
+        self, mirror: Mirror, remote: Remote
+    ) -> None:
+        """The first resync copies everything, and says when it began and ended."""
+        mirror.engine.pwrite(os.urandom(REGION), 5 * REGION)
+        remote.start()
+        mirror.keep()
+        mirror.wait_for(RemoteState.IN_SYNC)
+        mirror.engine.flush()
+        assert same_images(mirror, remote)
+        wait_until(
+            lambda: any("resync_done" in line for line in mirror.log), "resync_done"
+        )
+        assert any("resync_start" in line for line in mirror.log)
+
+    def test_remote_that_is_not_there_is_out_of_sync_with_its_reason(
+        self, mirror: Mirror, remote: Remote
+    ) -> None:
+        """No server at start is a state with a reason; it is tried until one is."""
+        keeper = mirror.keep()
+        wait_until(lambda: keeper.view().last_error, "an error")
+        assert mirror.state() is RemoteState.OUT_OF_SYNC
+        assert "No such file" in mirror.reason()
+        assert "attempt" in mirror.reason() or "trying" in mirror.reason()
+        remote.start()
+        mirror.wait_for(RemoteState.IN_SYNC)
+        assert keeper.view().facts.last_error == ""
+
+    def test_outage_copies_only_what_was_missed(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """Killed, written to, back: only the dirty regions travel."""
+        remote.start()
+        synced.keep()
+        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        remote.kill()
+        for region in (3, 7, 8):
+            synced.engine.pwrite(os.urandom(REGION), region * REGION)
+        assert synced.state() is RemoteState.OUT_OF_SYNC
+        before = synced.engine.remote_status(0).copied_bytes
+        remote.start()
+        synced.wait_for(RemoteState.IN_SYNC)
+        synced.engine.flush()
+        assert same_images(synced, remote)
+        copied = synced.engine.remote_status(0).copied_bytes - before
+        assert copied == 3 * REGION
+
+    def test_outage_shorter_than_the_hold_loses_no_write(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """A write that waits is sent again on the new connection, and answered."""
+        remote.start()
+        synced.keep()
+        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        remote.kill()
+        data = os.urandom(REGION)
+        writer = threading.Thread(target=synced.engine.pwrite, args=(data, REGION))
+        writer.start()
+        remote.start()
+        writer.join(10.0)
+        assert not writer.is_alive()
+        synced.wait_for(RemoteState.IN_SYNC)
+        synced.engine.flush()
+        assert same_images(synced, remote)
+
+
+class TestSample:
+    """Another disk is noticed before it is written to."""
+
+    def test_other_disk_is_failed_and_not_written_to(
+        self, synced: Mirror, remote: Remote, run_dir: Path
+    ) -> None:
+        """A disk that was not left here: failed, with the region, and unchanged."""
+        other = run_dir / "other.img"
+        content = os.urandom(SIZE)
+        other.write_bytes(content)
+        remote.start(image=other)
+        synced.engine.pwrite(os.urandom(REGION), 9 * REGION)
+        synced.keep()
+        synced.wait_for(RemoteState.FAILED)
+        assert "not the disk that was left: region 0 (offset 0)" in synced.reason()
+        synced.engine.pwrite(os.urandom(REGION), 0)
+        synced.engine.flush()
+        remote.kill()
+        assert content == other.read_bytes()
+
+    def test_old_copy_is_caught_by_what_was_written_last(
+        self, synced: Mirror, remote: Remote, run_dir: Path
+    ) -> None:
+        """A backup that differs only where clients wrote last is not trusted."""
+        backup = run_dir / "backup.img"
+        backup.write_bytes(remote.image.read_bytes())
+        remote.start()
+        keeper = synced.keep(random=lambda: 0.0)
+        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        synced.engine.pwrite(os.urandom(REGION), 8 << 20)
+        synced.engine.flush()
+        remote.kill()
+        remote.start(image=backup)
+        synced.wait_for(RemoteState.FAILED)
+        assert f"offset {8 << 20}" in synced.reason()
+        assert backup.read_bytes() != Path(synced.params.local).read_bytes()
+        # The right disk again, and the operator says so.
+        remote.kill()
+        remote.start()
+        keeper.retry_now(remote.uri)
+        synced.engine.reset(0)
+        synced.wait_for(RemoteState.IN_SYNC)
+        assert same_images(synced, remote)
+
+    def test_other_disk_once_invalidated_is_overwritten(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """The operator wants it: everything is copied to it."""
+        remote.image.write_bytes(os.urandom(SIZE))
+        remote.start()
+        keeper = synced.keep()
+        synced.wait_for(RemoteState.FAILED)
+        keeper.retry_now(remote.uri)
+        synced.engine.invalidate(0)
+        synced.wait_for(RemoteState.IN_SYNC)
+        synced.engine.flush()
+        assert same_images(synced, remote)
+
+
+class TestPolicy:
+    """When it acts, and when it does not."""
+
+    def test_pause_holds_copying_until_resumed(
+        self, mirror: Mirror, remote: Remote
+    ) -> None:
+        """Paused: connected, nothing copied; resumed: copied."""
+        mirror.engine.pause(0, paused=True)
+        remote.start()
+        mirror.keep()
+        wait_until(lambda: mirror.engine.remote_status(0).admitted, "the connection")
+        assert mirror.state() is RemoteState.PAUSED
+        assert "paused by an operator; 16.0 MiB wait" in mirror.reason()
+        assert mirror.engine.remote_status(0).copied_bytes == 0
+        mirror.engine.pause(0, paused=False)
+        mirror.wait_for(RemoteState.IN_SYNC)
+
+    def test_remote_that_refuses_every_copy_is_not_hammered(
+        self, mirror: Mirror, remote: Remote
+    ) -> None:
+        """A connect is no progress: the waits go on doubling from one to the next."""
+        remote.start(
+            "--filter=error", "error-pwrite=ENOSPC", "error-zero=ENOSPC",
+            "error-pwrite-rate=100%", "error-zero-rate=100%",
+        )  # fmt: skip
+        mirror.engine.pwrite(os.urandom(REGION), 0)
+        keeper = mirror.keep()
+        wait_until(lambda: keeper.view().facts.retry_s > 0.75, "a wait near 0.8 s")
+        connects = [line for line in mirror.log if " connect: " in line]
+        assert 3 <= len(connects) <= 5
+        assert "No space left" in mirror.reason()
+        assert mirror.state() is RemoteState.OUT_OF_SYNC
+
+    def test_late_regions_are_copied_after_the_window(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """A write cut off by a crash stays dirty for the window, and says why."""
+        remote.start("--filter=delay", "wdelay=60")
+        synced.keep(late_window_s=1.5)
+        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        data = os.urandom(REGION)
+        writer = threading.Thread(target=synced.engine.pwrite, args=(data, REGION))
+        writer.start()
+        wait_until(
+            lambda: synced.engine.remote_status(0).outstanding == 1, "the write sent"
+        )
+        remote.kill()
+        remote.start()
+        synced.wait_for(RemoteState.RESYNCING)
+        assert "until then writes of the lost connection" in synced.reason()
+        writer.join(10.0)
+        assert not writer.is_alive()
+        assert synced.engine.remote_status(0).late_regions == 1
+        synced.wait_for(RemoteState.IN_SYNC)
+        synced.engine.flush()
+        assert same_images(synced, remote)
+
+    def test_end_while_waiting_is_immediate(self, synced: Mirror) -> None:
+        """A keeper that waits for its next attempt ends at once when told to."""
+        keeper = synced.keep(random=lambda: 0.9)
+        wait_until(lambda: keeper.view().facts.retry_s > 1.0, "a long wait")
+        keeper.end()
+        synced.engine.wake()
+        assert keeper.join(0.5)
+
+    def test_first_region_and_last_region_are_always_compared(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """One byte differs in the last region: noticed."""
+        with remote.image.open("r+b") as image:
+            image.seek(SIZE - 1)
+            byte = image.read(1)
+            image.seek(SIZE - 1)
+            image.write(bytes([byte[0] ^ 1]))
+        remote.start()
+        synced.keep()
+        synced.wait_for(RemoteState.FAILED)
+        assert f"region {NR_REGIONS - 1} " in synced.reason()

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The rules of states: every combination of facts has a step, and a reason.
+
+"Stuck, and does not say why" is the complaint about mirrors, so the reason is tested
+for all facts there can be, not for examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbd_mirror.state import (
+    BACKOFF_LAST_S,
+    STALLED_S,
+    Action,
+    Facts,
+    RemoteState,
+    Step,
+    backoff_s,
+    describe,
+    hold_retry_s,
+    next_step,
+    volume_state,
+)
+
+AMOUNTS = st.integers(min_value=0, max_value=1 << 50)
+TIMES = st.floats(min_value=0, max_value=1e6)
+WORDS = st.sampled_from(["", "Connection refused"])
+FACTS = st.builds(
+    Facts,
+    name=st.just("dr"),
+    state=st.sampled_from(RemoteState),
+    paused=st.booleans(),
+    assumed=st.booleans(),
+    admitted=st.booleans(),
+    dirty_bytes=AMOUNTS,
+    late_bytes=AMOUNTS,
+    outstanding=st.integers(min_value=0, max_value=1000),
+    reason=WORDS,
+    last_error=WORDS,
+    connecting=st.booleans(),
+    retry_s=TIMES,
+    late_s=TIMES,
+    stalled_s=TIMES,
+    volume_failed=st.booleans(),
+)
+
+
+def every_combination() -> list[Facts]:
+    """Give all combinations of what a step can depend on."""
+    flags = [False, True]
+    amounts = [(0, 0), (100, 0), (100, 100), (100, 40)]
+    return [
+        Facts(
+            name="dr",
+            state=state,
+            paused=paused,
+            admitted=admitted,
+            dirty_bytes=dirty,
+            late_bytes=late,
+            retry_s=retry_s,
+            late_s=late_s,
+            volume_failed=failed,
+        )
+        for state, paused, admitted, (dirty, late), retry_s, late_s, failed in (
+            itertools.product(
+                RemoteState, flags, flags, amounts, [0.0, 3.0], [0.0, 7.0], flags
+            )
+        )
+    ]
+
+
+def every_facts(test: Callable[[Any, Facts], None]) -> Callable[[Any], None]:
+    """Run a method for every combination, as one test."""
+
+    @functools.wraps(test)
+    def run(self: object) -> None:
+        for facts in every_combination():
+            test(self, facts)
+
+    # Else pytest takes the wrapped function's parameter for a fixture.
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
+
+
+class TestNextStep:
+    """What a keeper does next."""
+
+    @every_facts
+    def test_step_for_every_combination_keeps_the_rules(self, facts: Facts) -> None:
+        """No step does what its remote's state forbids, and none is put off."""
+        step = next_step(facts)
+        if facts.state is RemoteState.FAILED or facts.volume_failed:
+            assert step == Step(Action.WAIT)
+            return
+        if step.action is Action.CONNECT:
+            assert not facts.admitted
+            assert facts.retry_s == 0
+        if step.action in (Action.RESYNC, Action.RELEASE_LATE):
+            assert facts.admitted
+        if step.action is Action.RESYNC:
+            assert not facts.paused
+            assert facts.state is RemoteState.RESYNCING
+            assert facts.dirty_bytes == 0 or facts.dirty_bytes > facts.late_bytes
+        if step.action is Action.RELEASE_LATE:
+            assert facts.late_bytes > 0
+            assert facts.late_s == 0
+        if not facts.admitted and facts.retry_s == 0:
+            assert step.action is Action.CONNECT
+
+    @every_facts
+    def test_wait_for_every_combination_has_a_way_out(self, facts: Facts) -> None:
+        """Whoever waits without end waits for an operator, or has nothing to do."""
+        step = next_step(facts)
+        if step == Step(Action.WAIT):
+            assert (
+                facts.state is RemoteState.FAILED
+                or facts.volume_failed
+                or (facts.admitted and facts.paused and facts.late_bytes == 0)
+                or (
+                    facts.admitted
+                    and facts.state is not RemoteState.RESYNCING
+                    and facts.late_bytes == 0
+                )
+            )
+        elif step.action is Action.WAIT:
+            assert step.wait_s is not None
+            assert step.wait_s > 0
+
+    @every_facts
+    def test_wait_when_its_time_is_over_ends(self, facts: Facts) -> None:
+        """The step after a timed wait is no wait for the same time again."""
+        step = next_step(facts)
+        if step.wait_s is None:
+            return
+        later = dataclasses.replace(
+            facts,
+            retry_s=max(facts.retry_s - step.wait_s, 0.0),
+            late_s=max(facts.late_s - step.wait_s, 0.0),
+        )
+        assert later != facts
+        assert next_step(later) != step
+
+    def test_step_of_a_paused_remote_not_connected_is_to_connect(self) -> None:
+        """A pause holds back copying, not the mirroring of clean regions."""
+        facts = Facts("dr", RemoteState.PAUSED, paused=True, dirty_bytes=1)
+        assert next_step(facts) == Step(Action.CONNECT)
+
+    def test_step_of_a_remote_with_late_regions_only_is_to_wait(self) -> None:
+        """Late regions are not copied before the window is over."""
+        facts = Facts(
+            "dr",
+            RemoteState.RESYNCING,
+            admitted=True,
+            dirty_bytes=64,
+            late_bytes=64,
+            late_s=12.5,
+        )
+        assert next_step(facts) == Step(Action.WAIT, 12.5)
+
+    def test_step_of_a_resync_with_nothing_dirty_ends_it(self) -> None:
+        """A resyncing remote without a dirty region is not left so."""
+        facts = Facts("dr", RemoteState.RESYNCING, admitted=True)
+        assert next_step(facts) == Step(Action.RESYNC)
+
+
+class TestDescribe:
+    """Why a remote is in its state, and what helps."""
+
+    @given(FACTS)
+    def test_reason_of_whatever_is_not_in_sync_is_never_empty(
+        self, facts: Facts
+    ) -> None:
+        """Stuck without saying why is impossible."""
+        reason, _ = describe(facts, "pg")
+        if (
+            facts.state is not RemoteState.IN_SYNC
+            or not facts.admitted
+            or facts.assumed
+            or facts.volume_failed
+        ):
+            assert reason.strip()
+
+    @given(FACTS)
+    def test_hint_if_any_names_volume_and_remote(self, facts: Facts) -> None:
+        """A hint can be typed as it stands."""
+        _, hint = describe(facts, "pg")
+        assert hint == "" or (hint.startswith("nbd-mirror ") and " pg dr" in hint)
+
+    @given(FACTS)
+    def test_remote_that_an_operator_has_to_see_to_has_a_hint(
+        self, facts: Facts
+    ) -> None:
+        """What does not go away by itself comes with the command that helps."""
+        _, hint = describe(facts, "pg")
+        if facts.state is RemoteState.FAILED:
+            assert "invalidate pg dr" in hint
+            assert "resume pg dr" in hint
+        elif facts.state is RemoteState.PAUSED and not facts.volume_failed:
+            assert hint == "nbd-mirror resume pg dr"
+
+    def test_reason_while_connecting_fails_tells_error_and_next_attempt(self) -> None:
+        """A reason says what the far side said, and when it is tried again."""
+        facts = Facts(
+            "dr", RemoteState.OUT_OF_SYNC, last_error="Connection refused", retry_s=3.2
+        )
+        reason, _ = describe(facts)
+        assert reason == "Connection refused; next attempt in 4 s"
+
+    def test_reason_within_the_late_window_says_so(self) -> None:
+        """Waiting for late writes does not look like a stall."""
+        facts = Facts(
+            "dr",
+            RemoteState.RESYNCING,
+            admitted=True,
+            dirty_bytes=65536,
+            late_bytes=65536,
+            late_s=11.4,
+            stalled_s=STALLED_S + 5,
+        )
+        reason, _ = describe(facts)
+        assert "64 KiB are copied again in 12 s" in reason
+
+    def test_reason_of_a_stall_names_the_cause(self) -> None:
+        """No region finished for a while: the reason says what it waits for."""
+        facts = Facts(
+            "dr",
+            RemoteState.RESYNCING,
+            admitted=True,
+            dirty_bytes=65536,
+            outstanding=3,
+            stalled_s=STALLED_S + 1,
+        )
+        reason, _ = describe(facts)
+        assert "no region was copied for 11 s" in reason
+        assert "has not answered 3 commands" in reason
+
+    def test_reason_of_a_copy_that_fails_is_its_error(self) -> None:
+        """A resync that is retried tells the error and the bytes left."""
+        facts = Facts(
+            "dr",
+            RemoteState.RESYNCING,
+            admitted=True,
+            dirty_bytes=3 << 20,
+            last_error="local: Input/output error",
+            retry_s=5.0,
+        )
+        reason, _ = describe(facts)
+        assert reason == (
+            "3.0 MiB left to copy; the last copy failed: local: Input/output error; "
+            "next attempt in 5 s"
+        )
+
+
+class TestVolumeState:
+    """One word for all."""
+
+    ORDER = (
+        RemoteState.IN_SYNC,
+        RemoteState.HOLDING,
+        RemoteState.RESYNCING,
+        RemoteState.PAUSED,
+        RemoteState.OUT_OF_SYNC,
+        RemoteState.FAILED,
+    )
+
+    @pytest.mark.parametrize(
+        "states", list(itertools.product(RemoteState, repeat=2)), ids=str
+    )
+    def test_volume_is_what_its_worst_remote_is(
+        self, states: tuple[RemoteState, ...]
+    ) -> None:
+        """Two remotes: the worse one counts."""
+        worst = max(states, key=self.ORDER.index).value
+        assert worst == volume_state(states, failed=False, fenced=False, local_ok=True)
+
+    @pytest.mark.parametrize(("failed", "local_ok"), [(True, True), (False, False)])
+    def test_volume_that_failed_is_failed_whatever_its_remotes(
+        self, failed: bool, local_ok: bool
+    ) -> None:
+        """Metadata or the local disk failed: that is the word."""
+        states = [RemoteState.IN_SYNC]
+        assert "failed" == volume_state(
+            states, failed=failed, fenced=False, local_ok=local_ok
+        )
+
+    def test_volume_that_is_fenced_is_not_in_sync(self) -> None:
+        """Writes that get EIO are not called in_sync or holding."""
+        word = volume_state(
+            [RemoteState.HOLDING], failed=False, fenced=True, local_ok=True
+        )
+        assert "out_of_sync" == word
+
+
+class TestRetries:
+    """When the next attempt is made."""
+
+    @given(
+        st.integers(min_value=1, max_value=10_000),
+        st.floats(min_value=0, max_value=1, exclude_max=True),
+    )
+    def test_backoff_doubles_within_its_jitter_and_bound(
+        self, attempt: int, random: float
+    ) -> None:
+        """0.1 s, doubling to 30 s, give or take a quarter."""
+        mean_s = min(0.1 * 2 ** min(attempt - 1, 20), BACKOFF_LAST_S)
+        wait_s = backoff_s(attempt, random)
+        assert 0.75 * mean_s <= wait_s * (1 + 1e-9)
+        assert wait_s <= 1.25 * mean_s * (1 + 1e-9)
+
+    @given(st.floats(min_value=0, max_value=1, exclude_max=True))
+    def test_retry_while_requests_wait_is_quick(self, random: float) -> None:
+        """50 to 200 ms: the hold lasts two seconds."""
+        assert 0.05 <= hold_retry_s(random) <= 0.2
+
+    def test_state_from_c_covers_the_enum_and_nothing_else(self) -> None:
+        """The numbers of enum nbdm_remote_state, 1 to 6."""
+        assert list(RemoteState) == [RemoteState.from_c(i) for i in range(1, 7)]
+        for value in (0, 7):
+            with pytest.raises(ValueError, match="unknown remote state"):
+                RemoteState.from_c(value)
