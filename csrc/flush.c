@@ -80,7 +80,7 @@ land_locked (struct remote_flush *flush)
               strerror (error));
     remote_broken_locked (r, conn, why);
   }
-  else if (r->conn == conn) {
+  else if (r->conn == conn && !r->volume->failed) {
     bitmap_clear_all (&r->dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
     r->flush.done = flush->covers;
   }
@@ -105,7 +105,7 @@ remote_flush_end (struct remote_flush *flush)
     }
     if (r->flush.done >= flush->ticket)
       break;
-    if (!remote_used_locked (r)) {
+    if (!remote_used_locked (r) || v->failed) {
       rc = -ENOTCONN;
       break;
     }

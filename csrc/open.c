@@ -275,6 +275,17 @@ mark_extent (void *opaque, uint64_t extent)
     mark_dirty_locked (&v->remotes[i], offset, length, false);
 }
 
+/* After lost power nobody knows which commands were under way, only that
+ * they were to dirty regions (rule 12).
+ */
+static void
+make_all_late (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    bitmap_merge (&v->remotes[i].dm.map[MAP_LATE],
+                  &v->remotes[i].dm.map[MAP_DIRTY]);
+}
+
 static bool
 page_cache_lived (const struct nbdm *v)
 {
@@ -300,8 +311,10 @@ recover (struct nbdm *v)
      */
     for (uint32_t i = 0; i < v->nr_remotes; i++)
       dirty_map_lost (&v->remotes[i].dm);
-    if (!page_cache_lived (v))
+    if (!page_cache_lived (v)) {
       activity_visit (&v->activity, mark_extent, v);
+      make_all_late (v);
+    }
   }
   for (uint32_t i = 0; i < v->nr_remotes && all_dirty; i++)
     dirty_map_mark (&v->remotes[i].dm, 0, v->nr_regions, false);

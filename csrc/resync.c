@@ -4,7 +4,8 @@
  *
  * One region's way to clean (rule 3):
  *
- *   range lock -> read local -> send -> answered -> `copied`, unlock
+ *   range lock, late -> read local -> send -> answered -> `copied`, not late,
+ *   unlock
  *   ... -> flush begun after that answer, succeeded -> dirty bit cleared
  *
  * The lock is held from read to answer only.  Between the answer and the
@@ -145,6 +146,11 @@ lock_copy (struct batch *b, struct copy *copy)
     rangelock_remove (&v->ranges, &copy->range);
     rc = set_message (-ENOTCONN, "resync was interrupted");
   }
+  /* A copy that is sent and never answered may arrive late, over a newer
+   * one (rule 12), also if it is we who die: so it is late until answered.
+   */
+  if (rc == 1)
+    mark_dirty_locked (b->remote, copy->range.offset, copy->range.length, true);
   pthread_mutex_unlock (&v->lock);
   return rc;
 }
@@ -216,11 +222,23 @@ send_data (struct batch *b, struct copy *copy)
 }
 
 static void
+clear_late_locked (struct remote *r, const struct range *range)
+{
+  uint64_t first, count;
+
+  region_span (r->volume, range->offset, range->length, &first, &count);
+  bitmap_clear (&r->dm.map[MAP_LATE], first, count);
+}
+
+/* Give a range back of which nothing was sent. */
+static void
 unlock_copy (struct batch *b, struct copy *copy)
 {
   struct nbdm *v = b->remote->volume;
 
   pthread_mutex_lock (&v->lock);
+  if (b->remote->conn == b->conn)
+    clear_late_locked (b->remote, &copy->range);
   rangelock_remove (&v->ranges, &copy->range);
   pthread_mutex_unlock (&v->lock);
 }
@@ -303,6 +321,7 @@ end_copy (struct batch *b, struct copy *copy)
     rc = set_message (-ENOTCONN, "%s", why);
   }
   else if (r->conn == b->conn) {
+    clear_late_locked (r, &copy->range);
     rc = remember_run (b, &copy->range);
     if (rc == 0)
       bitmap_set (&r->dm.copied, b->runs[b->nr_runs - 1].first,

@@ -262,7 +262,8 @@ def _describe_resyncing(facts: Facts) -> str:
     if facts.retry_s > 0 and facts.last_error:
         failed = f"{left} left to copy; the last copy failed: {facts.last_error}"
         return f"{failed}; {_next_attempt(facts)}"
-    if 0 < facts.dirty_bytes <= facts.late_bytes:
+    # While it copies, what was sent and not answered yet is late as well.
+    if 0 < facts.dirty_bytes <= facts.late_bytes and facts.late_s > 0:
         return (
             f"the last {left} are copied again in {_seconds(facts.late_s)}: until then "
             "writes of the lost connection may still be carried out"

@@ -334,6 +334,44 @@ test_hung_remote_is_bounded (void)
   end_site ();
 }
 
+static void *
+one_batch (void *rc)
+{
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+
+  *(int *)rc = nbdm_resync (volume, 0, &batch);
+  return NULL;
+}
+
+/* An unanswered copy may arrive after the next one of the same region. */
+static void
+test_unanswered_resync_copies_are_late (void)
+{
+  time_t until = time (NULL) + DEADLINE_S;
+  pthread_t thread;
+  int rc = 0;
+
+  make_site (NBDM_DEGRADE, 100, 30000);
+  connect_remote ();
+  kill (server, SIGSTOP);
+  assert (pthread_create (&thread, NULL, one_batch, &rc) == 0);
+  while (status ().outstanding == 0 || status ().late_regions == 0) {
+    assert (time (NULL) < until);
+    pause_ms (2);
+  }
+  kill_server ();
+  pthread_join (thread, NULL);
+  assert (rc == -ENOTCONN);
+  assert (status ().late_regions > 0);
+  start_server ();
+  connect_remote ();
+  resync_to_end ();
+  assert (status ().late_regions == 0);
+  assert (nbdm_stop (volume) == 0);
+  assert_images_equal ();
+  end_site ();
+}
+
 static void
 test_hold_in_time_never_degrades (void)
 {
@@ -471,6 +509,7 @@ static const struct {
   TEST (test_kill_under_load_catches_up),
   TEST (test_resync_end_under_load_loses_nothing),
   TEST (test_hung_remote_is_bounded),
+  TEST (test_unanswered_resync_copies_are_late),
   TEST (test_hold_in_time_never_degrades),
   TEST (test_policy_stop_fences_until_in_sync),
   TEST (test_local_write_error_is_copied_back),

@@ -153,6 +153,7 @@ static void
 one_dirty_extent (struct nbdm *v)
 {
   assert (remote (v).dirty_regions == EXTENT / REGION);
+  assert (remote (v).late_regions == EXTENT / REGION);
 }
 
 static void
