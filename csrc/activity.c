@@ -11,11 +11,11 @@
  *   ACTIVE   durable
  *   COLD     out of the set, in its old place until somebody takes that
  *
- * Going cold writes nothing: the extent stays in its sector on disk, and after
- * lost power more is copied than needed.  It costs nothing either if it comes
- * back: it is durable already.  Only when its place is taken does the rewrite
- * of that sector remove it, in one with the newcomer; by then a flush on every
- * leg has covered it.
+ * Going cold by itself writes nothing: the extent stays in its sector on disk,
+ * and after lost power more is copied than needed.  It costs nothing either if
+ * it comes back: it is durable already.  Only when its place is taken does the
+ * rewrite of that sector remove it, in one with the newcomer; by then a flush
+ * on every leg has covered it.
  *
  * A write of the log takes no lock: what it writes was copied beforehand, and
  * an extent that comes in meanwhile waits for the next write, also if its
@@ -467,6 +467,21 @@ activity_drop (struct activity *act)
     n++;
   }
   return n;
+}
+
+void
+activity_forget (struct activity *act)
+{
+  for (uint32_t link = act->spare.oldest; link;
+       link = act->entries[link - 1].newer) {
+    struct activity_entry *e = &act->entries[link - 1];
+
+    if (*place (act, e) == 0)
+      continue;
+    hash_remove (act, e);
+    *place (act, e) = 0;
+    act->sector_changed[sector_of (act, e)] = true;
+  }
 }
 
 /* --- Looking at it --------------------------------------------------- */

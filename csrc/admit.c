@@ -39,7 +39,7 @@ gate_locked (const struct nbdm *v)
 static int
 write_activity_locked (struct nbdm *v)
 {
-  struct activity_batch batch;
+  struct activity_batch batch = { 0 };
   int rc;
 
   v->activity_writing = true;
@@ -49,8 +49,10 @@ write_activity_locked (struct nbdm *v)
     rc = activity_write (&v->activity, &batch);
     pthread_mutex_lock (&v->lock);
   }
-  if (rc < 0)
+  if (rc < 0) {
     volume_fail_locked (v, last_error ());
+    activity_discard (&batch);
+  }
   else
     activity_written (&v->activity, &batch);
   v->activity_writing = false;
@@ -314,6 +316,12 @@ nbdm_cool (struct nbdm *v, uint32_t idle_ms)
     v->cooling = true;
     rc = cool_locked (v, v->activity.nr_entries,
                       now > idle_ns ? now - idle_ns : 0);
+    while (rc > 0 && v->activity_writing)
+      pthread_cond_wait (&v->changed, &v->lock);
+    if (rc > 0 && !v->failed) {
+      activity_forget (&v->activity);
+      rc = write_activity_locked (v);
+    }
     v->cooling = false;
     pthread_cond_broadcast (&v->changed);
   }

@@ -48,6 +48,7 @@ struct conn {
 
   pthread_mutex_t lock; /* protects all below */
   bool dead;
+  bool overdue; /* it died of a deadline */
   bool polling; /* somebody is the poller */
   char why[NBDM_REASON_LEN];
   struct command *oldest, *newest; /* outstanding, in order of issue */
@@ -460,6 +461,8 @@ conn_tick (struct conn *conn, uint32_t deadline_ms)
     resign_locked (conn);
   }
   overdue = overdue_locked (conn, deadline_ms * UINT64_C (1000000));
+  if (overdue)
+    conn->overdue = true;
   pthread_mutex_unlock (&conn->lock);
 
   if (overdue) {
@@ -486,6 +489,17 @@ conn_dead (struct conn *conn)
   dead = conn->dead;
   pthread_mutex_unlock (&conn->lock);
   return dead;
+}
+
+bool
+conn_overdue (struct conn *conn)
+{
+  bool overdue;
+
+  pthread_mutex_lock (&conn->lock);
+  overdue = conn->overdue;
+  pthread_mutex_unlock (&conn->lock);
+  return overdue;
 }
 
 void

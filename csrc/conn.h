@@ -94,6 +94,8 @@ void conn_kill (struct conn *conn, const char *why);
 /* Say goodbye to the server; then kill. */
 void conn_farewell (struct conn *conn);
 bool conn_dead (struct conn *conn);
+/* It died because a command was not answered within its deadline. */
+bool conn_overdue (struct conn *conn);
 /* Why it died: NUL-terminated into `why` of NBDM_REASON_LEN bytes. */
 void conn_why (struct conn *conn, char *why);
 uint64_t conn_outstanding (struct conn *conn);

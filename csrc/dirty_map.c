@@ -238,12 +238,6 @@ store_header (struct dirty_map *dm, uint64_t session, uint32_t flags,
   return r;
 }
 
-int
-dirty_map_begin (struct dirty_map *dm, uint64_t session)
-{
-  return store_header (dm, session, 0, 0);
-}
-
 /* msync without asking whether anything changed. */
 static int
 sync_bits (struct dirty_map *dm)
@@ -259,6 +253,33 @@ sync_bits (struct dirty_map *dm)
     return 0;
   dm->changed = true;
   return set_error (r, "cannot make %s durable", dm->file);
+}
+
+/* Make the kernel see every page with a bit in it as changed. */
+static void
+touch_pages (struct bitmap *map)
+{
+  for (uint64_t page = 0; page < map->nr_pages; page++)
+    if (map->page_set[page] > 0) {
+      volatile uint64_t *word
+          = &map->words[page * (LAYOUT_PAGE / sizeof *map->words)];
+      *word = *word;
+    }
+}
+
+/* The maps as loaded count as durable from here on, so they are written once
+ * more: after a failed msync the kernel may hold pages for clean that never
+ * reached the disk, and the process that was told so is gone.
+ */
+int
+dirty_map_begin (struct dirty_map *dm, uint64_t session)
+{
+  int r;
+
+  for (int i = 0; i < NR_MAPS; i++)
+    touch_pages (&dm->map[i]);
+  r = sync_bits (dm);
+  return r < 0 ? r : store_header (dm, session, 0, 0);
 }
 
 int

@@ -9,14 +9,14 @@
  *
  * Lock order, the only place it is written:
  *
- *   1. volume->persist    held across a superblock or activity write
- *   2. volume->lock       every log, map and state of the volume
- *   3. libnbd's own lock  inside the handle, held while it calls us back
- *   4. conn->lock         the connection's outstanding commands
+ *   1. volume->lock       every log, map and state of the volume
+ *   2. libnbd's own lock  inside the handle, held while it calls us back
+ *   3. conn->lock         the connection's outstanding commands
  *
  * No disk or network I/O is done under volume->lock, but for the superblock
  * and msync at a change of state: those are rare, and rule 7 wants nobody
- * answered meanwhile.
+ * answered meanwhile.  The activity log is written without it, by one thread
+ * at a time (volume->activity_writing).
  */
 
 #ifndef NBDM_INTERNAL_H
@@ -352,6 +352,11 @@ void activity_discard (struct activity_batch *batch);
  */
 uint32_t activity_pick (struct activity *act, uint32_t max, uint64_t before_ns);
 uint32_t activity_drop (struct activity *act);
+/* Take the cold extents out of their places, so that the next write leaves
+ * only the set on disk: for an idle volume, which would otherwise copy what
+ * went cold long ago after lost power.
+ */
+void activity_forget (struct activity *act);
 uint32_t activity_count (const struct activity *act); /* in the set */
 uint32_t activity_list (const struct activity *act, uint64_t *extents,
                         uint32_t max); /* latest used first */

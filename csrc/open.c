@@ -8,8 +8,9 @@
  *   clean                    empty                   what dirty.* says
  *   not clean, same boot     exact: the page cache   dirty, unflushed, and the
  *   and mount                outlived the process    open slots
- *   not clean, another       what was made durable   that, and every region of
- *                                                    every active extent
+ *   not clean, another       what was made durable   dirty, unflushed, every
+ *   boot or mount                                    region of every active
+ *                                                    extent; the slots are not
  *   any log that is missing, torn, garbled, of another volume or session:
  *   everything, said loudly; the bad file is kept as NAME.bad
  *
@@ -79,6 +80,12 @@ not_to_be_believed (int rc)
   return rc == -ENOENT || rc == -EUCLEAN;
 }
 
+static bool
+is_clean (const struct nbdm *v)
+{
+  return le32toh (v->sb.flags) & SUPERBLOCK_CLEAN;
+}
+
 /* A log that was not closed, under a superblock that says all were: an old
  * copy put back.  One session ahead it was merely stamped by a start that
  * did not get far.
@@ -87,8 +94,7 @@ static int
 check_clean (const struct nbdm *v, const char *file, bool clean,
              uint64_t log_session)
 {
-  if (clean || !(le32toh (v->sb.flags) & SUPERBLOCK_CLEAN)
-      || log_session != le64toh (v->sb.session))
+  if (clean || !is_clean (v) || log_session != le64toh (v->sb.session))
     return 0;
   return set_message (-EUCLEAN,
                       "%s was in use when the volume was not: an "
@@ -125,16 +131,12 @@ open_activity (struct nbdm *v, bool *all_dirty)
 }
 
 static int
-make_inflight (struct nbdm *v, bool *all_dirty)
+make_inflight (struct nbdm *v)
 {
   uint64_t session = le64toh (v->sb.session);
   bool clean;
-  int rc;
+  int rc = inflight_create (v->dirfd, v->uuid, session, RING_SLOTS);
 
-  *all_dirty = true;
-  rc = set_aside (v, "inflight", last_error ());
-  if (rc == 0)
-    rc = inflight_create (v->dirfd, v->uuid, session, RING_SLOTS);
   if (rc == 0)
     rc = inflight_open (&v->inflight, v->dirfd, v->uuid, session, RING_SLOTS,
                         &clean);
@@ -153,6 +155,13 @@ replay_slot (void *opaque, const struct slot_view *slot)
     mark_dirty_locked (&v->remotes[i], slot->offset, slot->length, true);
 }
 
+static bool
+page_cache_lived (const struct nbdm *v)
+{
+  return memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
+         && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
+}
+
 static int
 open_inflight (struct nbdm *v, bool *all_dirty)
 {
@@ -160,6 +169,13 @@ open_inflight (struct nbdm *v, bool *all_dirty)
   int rc = inflight_open (&v->inflight, v->dirfd, v->uuid,
                           le64toh (v->sb.session), RING_SLOTS, &clean);
 
+  if (rc == 0 && !is_clean (v) && !page_cache_lived (v)) {
+    /* Nobody made the slots durable: they may be torn, and say nothing that
+     * the active extents do not cover.
+     */
+    inflight_close (&v->inflight);
+    return make_inflight (v);
+  }
   if (rc == 0) {
     rc = check_clean (v, "inflight", clean,
                       le64toh (v->inflight.header.session));
@@ -168,7 +184,11 @@ open_inflight (struct nbdm *v, bool *all_dirty)
     if (rc < 0)
       inflight_close (&v->inflight);
   }
-  return not_to_be_believed (rc) ? make_inflight (v, all_dirty) : rc;
+  if (!not_to_be_believed (rc))
+    return rc;
+  *all_dirty = true;
+  rc = set_aside (v, "inflight", last_error ());
+  return rc == 0 ? make_inflight (v) : rc;
 }
 
 static const struct disk_remote *
@@ -195,6 +215,16 @@ make_dirty_map (struct nbdm *v, struct remote *r)
   return rc;
 }
 
+/* All dirty, late as well, as nobody knows what was under way, and what an
+ * operator assumed is overtaken.
+ */
+static void
+know_nothing (struct remote *r)
+{
+  dirty_map_mark (&r->dm, 0, r->volume->nr_regions, true);
+  r->assumed = false;
+}
+
 static int
 open_dirty_map (struct nbdm *v, struct remote *r, bool stored)
 {
@@ -216,7 +246,11 @@ open_dirty_map (struct nbdm *v, struct remote *r, bool stored)
   if (!not_to_be_believed (rc))
     return rc;
   rc = set_aside (v, file, last_error ());
-  return rc == 0 ? make_dirty_map (v, r) : rc;
+  if (rc == 0)
+    rc = make_dirty_map (v, r);
+  if (rc == 0)
+    know_nothing (r);
+  return rc;
 }
 
 static int
@@ -256,7 +290,7 @@ check_generation (struct nbdm *v, struct remote *r)
 {
   if (r->state != NBDM_IN_SYNC || r->generation == v->generation)
     return;
-  dirty_map_mark (&r->dm, 0, v->nr_regions, false);
+  know_nothing (r);
   snprintf (v->reason, sizeof v->reason,
             "%s was in sync with another generation: everything is copied "
             "again",
@@ -286,13 +320,6 @@ make_all_late (struct nbdm *v)
                   &v->remotes[i].dm.map[MAP_DIRTY]);
 }
 
-static bool
-page_cache_lived (const struct nbdm *v)
-{
-  return memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
-         && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
-}
-
 static int
 recover (struct nbdm *v)
 {
@@ -305,7 +332,7 @@ recover (struct nbdm *v)
     return rc;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     check_generation (v, &v->remotes[i]);
-  if (!(le32toh (v->sb.flags) & SUPERBLOCK_CLEAN)) {
+  if (!is_clean (v)) {
     /* Also after a clean stop there is nothing in these, so it is only said
      * here for whom it matters.
      */
@@ -317,7 +344,7 @@ recover (struct nbdm *v)
     }
   }
   for (uint32_t i = 0; i < v->nr_remotes && all_dirty; i++)
-    dirty_map_mark (&v->remotes[i].dm, 0, v->nr_regions, false);
+    know_nothing (&v->remotes[i]);
   return 0;
 }
 

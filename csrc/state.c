@@ -11,6 +11,7 @@
  *   event                     from                   to
  *   connection lost           in_sync                holding
  *   connection lost           resyncing              out_of_sync
+ *   deadline passed           in_sync, resyncing     out_of_sync
  *   the hold is over          holding                out_of_sync
  *   error answered            in_sync, resyncing     out_of_sync
  *   local write failed        in_sync                resyncing
@@ -247,15 +248,18 @@ void
 remote_lost_locked (struct remote *r, struct conn *conn)
 {
   bool admitted = r->admitted;
+  bool hold = r->volume->hold_ms > 0;
   char why[NBDM_REASON_LEN];
 
   if (conn == NULL || r->conn != conn)
     return;
   conn_why (conn, why);
+  /* Clients have waited a whole deadline: no hold on top of that. */
+  hold = hold && !conn_overdue (conn);
   detach_locked (r);
   if (!admitted)
     return;
-  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0) {
+  if (r->state == NBDM_IN_SYNC && hold) {
     r->hold_until_ns = now_ns () + r->volume->hold_ms * UINT64_C (1000000);
     remote_set_locked (r, NBDM_HOLDING, "%s", why);
   }

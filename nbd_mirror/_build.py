@@ -306,16 +306,16 @@ class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         build_data["infer_tag"] = True
         if version != "editable":
             # They are in .gitignore, which hatchling otherwise obeys.
-            build_data["artifacts"] += [
-                str(path.relative_to(ROOT)) for path in outputs
-            ]
+            build_data["artifacts"] += [str(path.relative_to(ROOT)) for path in outputs]
 
 
 def main(arguments: list[str]) -> int:
     """Rebuild in place; ``--force`` and ``--verbose`` as in build()."""
     unknown = set(arguments) - {"--force", "--verbose"}
     if unknown:
-        print(f"usage: python -m nbd_mirror._build [--force] [--verbose], not {unknown}")
+        print(
+            f"usage: python -m nbd_mirror._build [--force] [--verbose], not {unknown}"
+        )
         return 2
     try:
         build(force="--force" in arguments, verbose="--verbose" in arguments)

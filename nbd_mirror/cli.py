@@ -33,7 +33,7 @@ from .cli_show import map_json, name_volume, show_map, show_status
 from .client import ask
 from .config import VolumeConfig, load
 from .create import create_volume
-from .errors import EXIT_CODES, MirrorError, MirrorIOError, from_errno
+from .errors import EXIT_CODES, MetadataFailedError, MirrorError, from_errno
 from .mapview import open_map, save_png
 from .state import RemoteState
 from .units import format_size, parse_duration
@@ -176,7 +176,7 @@ def stop(config: Config) -> None:
     server.stop(volume)
     status = offline.stopped_status(volume)
     if not status["clean_stop"]:
-        raise MirrorIOError(
+        raise MetadataFailedError(
             f"volume {volume.name} stopped, but not cleanly: not all could be "
             "persisted; nothing answered is lost, the next start recovers "
             f"as after a crash. {volume.state}/serve.log says more",

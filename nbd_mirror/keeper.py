@@ -142,6 +142,11 @@ class Keeper:
         """Try *uri* at once; the caller makes the engine wake the thread."""
         with self._lock:
             self._uri = uri
+        self.forget_error()
+
+    def forget_error(self) -> None:
+        """Try at once, and give no old reason; the caller wakes the thread."""
+        with self._lock:
             self._retry_at = self._clock()
             self._error = ""
 

@@ -20,7 +20,7 @@ from .mapview import DirtyMaps, open_map
 from .model import Peek, RemoteStatus
 from .state import RemoteState
 
-__all__ = ["clean_stop", "load_core", "map_path", "read_superblock", "stopped_status"]
+__all__ = ["load_core", "map_path", "read_superblock", "stopped_status"]
 
 
 def load_core() -> Any:
@@ -42,18 +42,6 @@ def load_core() -> Any:
 def map_path(config: VolumeConfig, remote: str) -> Path:
     """Return the file that holds a remote's dirty map."""
     return config.state_dir / f"dirty.{remote}"
-
-
-def clean_stop(config: VolumeConfig) -> bool:
-    """Say whether the last server stopped cleanly: every log was closed as such."""
-    try:
-        for remote in config.remotes:
-            with open_map(map_path(config, remote.name)) as maps:
-                if not maps.clean_stop:
-                    return False
-    except MirrorError:
-        return False
-    return True
 
 
 def read_superblock(config: VolumeConfig) -> Peek:
@@ -88,7 +76,7 @@ def stopped_status(config: VolumeConfig) -> dict[str, Any]:
         MissingError, FormatError: see read_superblock.
     """
     peek = read_superblock(config)
-    clean = clean_stop(config)
+    clean = peek.volume.clean
     reason = "no server runs for this volume"
     if not clean:
         reason += (

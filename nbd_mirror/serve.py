@@ -29,8 +29,8 @@ from .client import ask, serving_pid
 from .config import VolumeConfig
 from .errors import (
     BusyError,
+    MetadataFailedError,
     MirrorError,
-    MirrorIOError,
     NotRunningError,
     UnsupportedError,
     WaitTimeoutError,
@@ -50,6 +50,7 @@ PYTHON_PLUGIN = PACKAGE / "plugin.py"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
 MAX_LOG_BYTES = 1 << 20  # of serve.log, before it is put aside as serve.log.1
+_WORDS = 4096  # bytes there must be room for in serve.log
 _LISTEN_FD = 3  # the first descriptor of socket activation
 # What the engine and the doors import, and nbdkit's own Python cannot find.
 _IMPORTS = ("nbd_mirror", "_cffi_backend", "bitarray", "pydantic", "typing_inspection")
@@ -303,13 +304,29 @@ def _open_log(log: Path) -> Iterator[int]:
             log.replace(log.with_name("serve.log.1"))
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise from_errno(
-            error.errno or errno.EIO, f"cannot write {log}: {error.strerror}"
-        ) from None
+        raise _log_error(log, error) from None
     try:
+        _check_room(log, fd)
         yield fd
     finally:
         os.close(fd)
+
+
+def _check_room(log: Path, fd: int) -> None:
+    """Check that a disk too full for the logs can be said in this one."""
+    end = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        os.posix_fallocate(fd, end, _WORDS)
+    except OSError as error:
+        raise _log_error(log, error) from None
+    finally:
+        os.ftruncate(fd, end)
+
+
+def _log_error(log: Path, error: OSError) -> MirrorError:
+    hint = f"make room in {log.parent}" if error.errno == errno.ENOSPC else ""
+    text = f"cannot write {log}: {error.strerror}"
+    return from_errno(error.errno or errno.EIO, text, hint)
 
 
 def _last_words(log: Path, begin: int) -> str:
@@ -328,18 +345,18 @@ def stop(config: VolumeConfig) -> None:
 
     Raises:
         NotRunningError: there is none. WaitTimeoutError: it is still stopping.
-        MirrorIOError: it has ended, but could not persist everything.
+        MetadataFailedError: it has ended, but could not persist everything.
     """
     pid = int(ask(config, "ping", 5.0)["pid"])
     try:
         process = os.pidfd_open(pid)
     except OSError:
         process = -1  # ended just now, or of another process namespace
-    unclean: MirrorIOError | None = None
+    unclean: MetadataFailedError | None = None
     try:
         try:
             ask(config, "stop", STOP_TIMEOUT_S)
-        except MirrorIOError as error:
+        except MetadataFailedError as error:
             unclean = error  # it ends all the same
         if not _wait_gone(config, process):
             raise WaitTimeoutError(

@@ -192,7 +192,7 @@ class Volume:
     def _tell(self, status: VolumeStatus) -> None:
         name = self._config.name
         if status.failed:
-            text = f"volume {name}: metadata_failed: {status.reason}"
+            text = f"volume {name}: failed: {status.reason}"
             self._say_once("error", f"{text}; writes get EIO until it is served anew")
         if not status.local_ok:
             self._say_once("error", f"volume {name}: local_failed: {status.reason}")
@@ -223,7 +223,7 @@ class Volume:
             case "invalidate":
                 if not args.get("remote"):
                     raise ConfigError("invalidate needs the name of a remote")
-                return self._each(args, self.engine.invalidate)
+                return self._each(args, self._invalidate)
             case "stop":
                 return self._stop_command()
         raise UnsupportedError(f'the server does not know the command "{command}"')
@@ -238,6 +238,11 @@ class Volume:
         for index in chosen:
             act(index)
         return {"remotes": [names[i] for i in chosen]}
+
+    def _invalidate(self, index: int) -> None:
+        # The operator has seen why it did not work: what counts is what comes now.
+        self._keepers[index].forget_error()
+        self.engine.invalidate(index)
 
     def _pause(self, index: int) -> None:
         self.engine.pause(index, paused=True)
@@ -308,7 +313,7 @@ class Volume:
     ) -> tuple[str, str]:
         """Say why the volume is in its state: its own reason, or the worst remote's."""
         if volume.failed:
-            reason = f"a log could not be persisted: {volume.reason}; writes get EIO"
+            reason = f"{volume.reason}; writes get EIO until it is served anew"
             repair = (
                 f"mend what holds {self._config.state}, then nbd-mirror stop CONFIG"
             )

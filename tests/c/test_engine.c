@@ -319,7 +319,8 @@ test_hung_remote_is_bounded (void)
   uint8_t buf[4096] = { 1 };
   time_t start;
 
-  make_site (NBDM_DEGRADE, 100, 300);
+  /* A hold as long as the test: a deadline that passed is not held. */
+  make_site (NBDM_DEGRADE, 2 * DEADLINE_S * 1000, 300);
   connect_remote ();
   resync_to_end ();
   kill (server, SIGSTOP);

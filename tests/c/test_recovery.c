@@ -261,6 +261,18 @@ drop (const char *file, off_t unused)
   assert (unlinkat (site.fd, file, 0) == 0);
 }
 
+/* Torn slots after lost power are no lost log: the extents cover them. */
+static void
+test_lost_power_ignores_torn_slots (void)
+{
+  make_volume (SIZE, REGION);
+  killed_at ("after_log=kill", 2 * EXTENT);
+  flip ("inflight", 4096 + 20);
+  reboot ();
+  check_in_child (one_dirty_extent);
+  end_volume ();
+}
+
 /* Rule 9, for every log and every kind of loss: all dirty, and said. */
 static void
 test_lost_log_means_all_dirty (void)
@@ -286,6 +298,8 @@ test_lost_log_means_all_dirty (void)
     cases[i].harm (cases[i].file, cases[i].where);
     struct nbdm *v = open_volume ();
     assert (remote (v).dirty_regions == NR_REGIONS);
+    assert (remote (v).late_regions == NR_REGIONS);
+    assert (!remote (v).assumed);
     nbdm_get_status (v, &s);
     assert (strstr (s.reason, cases[i].file));
     assert (strstr (s.reason, "everything is copied again"));
@@ -446,6 +460,12 @@ test_more_extents_than_the_log_holds (void)
   assert (nbdm_cool (v, 0) == 0);
   nbdm_get_status (v, &s);
   assert (s.active_extents == 0);
+  nbdm_close (v);
+  /* What went cold while idle is gone from the disk too. */
+  reboot ();
+  v = open_volume ();
+  nbdm_get_status (v, &s);
+  assert (s.active_extents == 0);
   assert (nbdm_stop (v) == 0);
   nbdm_close (v);
   end_volume ();
@@ -458,6 +478,7 @@ main (void)
   RUN (test_killed_process_replays_exactly_the_open_slot);
   RUN (test_lost_power_makes_active_extents_dirty);
   RUN (test_lost_power_of_last_short_extent);
+  RUN (test_lost_power_ignores_torn_slots);
   RUN (test_clean_stop_survives_a_reboot);
   RUN (test_dirty_bits_survive_a_kill);
   RUN (test_lost_log_means_all_dirty);

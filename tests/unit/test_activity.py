@@ -2,10 +2,9 @@
 """
 The activity log against a model of the set, and against lost power.
 
-The model keeps who holds what, what is durable, and in which order places are
-taken.  Lost power is a copy of the file, taken at any step, in the middle of a
-write with any of its sectors on disk and the others not: every extent the log
-called durable must be found in it.  A sector cut in its middle must be refused.
+Lost power leaves the file as it was, in the middle of a write with any of its
+sectors on disk and the others not: every extent the log called durable must be
+found in it.  A sector cut in its middle must be refused.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
-from errno import EAGAIN, EBUSY, EINPROGRESS, EINVAL, EUCLEAN
+from errno import EAGAIN, EBUSY, EINPROGRESS, EUCLEAN
 from pathlib import Path
 from typing import Any
 
@@ -28,86 +26,13 @@ from hypothesis.stateful import (
     rule,
 )
 from unit import cmodules
+from unit.activity_model import Model
 
 ffi, lib = cmodules.load("activity")
 
 UUID = b"a volume's uuid."
 PAGE, SECTOR = 4096, 512
 EXTENT_SIZE = 1 << 22
-
-
-@dataclass
-class Entry:
-    """One extent of the set."""
-
-    users: int = 0
-    used: int = 0
-    durable: bool = False
-    staged: bool = False
-    cooling: bool = False
-
-
-class Model:
-    """The set, least lately used first, and the spare places in their order."""
-
-    def __init__(self, nr_entries: int, loaded: list[int]) -> None:
-        self.set = {extent: Entry(durable=True) for extent in loaded}
-        self.spare: list[int | None] = [None] * (nr_entries - len(loaded))
-
-    def touch(self, extent: int) -> Entry:
-        """Make an extent the latest used."""
-        entry = self.set[extent] = self.set.pop(extent)
-        return entry
-
-    def hold(self, wanted: range) -> int:
-        """Hold what is wanted; return what the log must say."""
-        missing = [extent for extent in wanted if extent not in self.set]
-        if len(wanted) > len(self.set) + len(self.spare):
-            return -EINVAL
-        if len(missing) > len(self.spare):
-            return -EAGAIN
-        for extent in [extent for extent in missing if extent in self.spare]:
-            self.spare.remove(extent)
-            self.set[extent] = Entry(durable=True)
-        for extent in wanted:
-            if extent not in self.set:
-                self.spare.pop(0)
-                self.set[extent] = Entry()
-        entries = [self.touch(extent) for extent in wanted]
-        for entry in entries:
-            entry.users += 1
-            entry.cooling = False
-        return 0 if all(entry.durable for entry in entries) else -EINPROGRESS
-
-    def release(self, held: range, now: int) -> None:
-        """Give up one hold."""
-        for extent in held:
-            entry = self.touch(extent)
-            entry.users -= 1
-            entry.used = now
-
-    def pick(self, most: int, before: int) -> int:
-        """Pick what may go cold; return how many."""
-        idle = [
-            entry
-            for entry in self.set.values()
-            if entry.durable and entry.users == 0 and entry.used < before
-        ][:most]
-        for entry in self.set.values():
-            entry.cooling = any(entry is other for other in idle)
-        return len(idle)
-
-    def drop(self) -> int:
-        """Drop what was picked and not taken; return how many."""
-        cold = [extent for extent, entry in self.set.items() if entry.cooling]
-        for extent in cold:
-            del self.set[extent]
-        self.spare += cold
-        return len(cold)
-
-    def durable(self) -> set[int]:
-        """Return the extents whose writes may start."""
-        return {extent for extent, entry in self.set.items() if entry.durable}
 
 
 class Log:
@@ -215,11 +140,29 @@ class ActivityMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
         """Hold a range of extents."""
-        wanted = self.draw_range(data)
-        got = lib.activity_hold(self.c_log.c, wanted[0], wanted[-1])
+        self.hold_range(self.draw_range(data))
+
+    def hold_range(self, wanted: range) -> int:
+        """Hold a range; return what the log said."""
+        got: int = lib.activity_hold(self.c_log.c, wanted[0], wanted[-1])
         assert self.model.hold(wanted) == got
         if got in (0, -EINPROGRESS):
             self.holds.append(wanted)
+        return got
+
+    @rule(data=st.data(), count=st.integers(1, 10))
+    def use(self, data: st.DataObject, count: int) -> None:
+        """Serve requests one after another, as the engine does."""
+        for _ in range(count):
+            wanted = self.draw_range(data)
+            got = self.hold_range(wanted)
+            if got == -EAGAIN:
+                self.cool(len(wanted))
+                got = self.hold_range(wanted)
+            if got == -EINPROGRESS and self.batch is None:
+                self.write_changes()
+            if got in (0, -EINPROGRESS):
+                self.release_nth(-1)
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data())
@@ -272,12 +215,20 @@ class ActivityMachine(RuleBasedStateMachine):
             entry.staged = False
 
     @precondition(lambda self: self.batch is None)
-    @rule(data=st.data(), newcomer=st.booleans())
-    def persist(self, data: st.DataObject, newcomer: bool) -> None:
-        """Do all of a write; perhaps somebody comes while it is under way."""
+    @rule(data=st.data())
+    def newcomer_while_writing(self, data: st.DataObject) -> None:
+        """Do all of a write; somebody comes while it is under way."""
         self.stage()
-        if newcomer:
-            self.hold(data)
+        self.hold(data)
+        self.finish_write()
+
+    def write_changes(self) -> None:
+        """Do all of a write."""
+        self.stage()
+        self.finish_write()
+
+    def finish_write(self) -> None:
+        """Write what was staged, if anything was."""
         if self.batch is not None:
             self.write()
             self.written()
@@ -300,8 +251,14 @@ class ActivityMachine(RuleBasedStateMachine):
         self.pick(most, -1)
         self.drop()
 
-    @precondition(lambda self: self.batch is None)
-    @rule()
+    @rule(clean=st.booleans())
+    def restart(self, clean: bool) -> None:
+        """Stop cleanly or lose power, and start again."""
+        if clean and self.batch is None:
+            self.stop()
+        else:
+            self.lose_power()
+
     def stop(self) -> None:
         """Stop cleanly, which needs every extent free, and start again."""
         if self.holds:
@@ -313,6 +270,14 @@ class ActivityMachine(RuleBasedStateMachine):
         self.start(clean=True)
         assert self.c_log.list() == []
 
+    def lose_power(self) -> None:
+        """Find every durable extent in the file, and go on from there."""
+        durable = self.model.durable()
+        self.forget_batch()
+        lib.activity_close(self.c_log.c)
+        self.start(clean=False)
+        assert durable <= set(self.model.set)
+
     def load_copy(self, content: bytes) -> tuple[int, list[int]]:
         """Open *content* as the file; return the result and the set in it."""
         with tempfile.TemporaryDirectory(prefix="nbdm-lost-") as name:
@@ -323,15 +288,6 @@ class ActivityMachine(RuleBasedStateMachine):
             assert r < 0 or not clean
             copy.close()
             return r, found
-
-    @rule()
-    def power_lost(self) -> None:
-        """Find every durable extent in the file, and go on from there."""
-        durable = self.model.durable()
-        self.forget_batch()
-        lib.activity_close(self.c_log.c)
-        self.start(clean=False)
-        assert durable <= set(self.model.set)
 
     def sectors_under_way(self) -> list[tuple[int, bytes]]:
         """Return where the batch's sectors go in the file, and what they are."""

@@ -68,12 +68,13 @@ class Log:
         """Replay; return the result and what was shown."""
         shown = []
 
-        @ffi.callback("void(void *, const struct slot_view *)")  # type: ignore[untyped-decorator]
-        def visit(_opaque: Any, view: Any) -> None:
+        def show(_opaque: Any, view: Any) -> None:
             shown.append(
                 Slot(view.sequence, view.offset, view.length, view.kind, view.flags)
             )
 
+        # Held for as long as C may call it.
+        visit = ffi.callback("void(void *, const struct slot_view *)", show)
         return lib.inflight_replay(self.c, SIZE, visit, ffi.NULL), shown
 
     def close(self) -> None:
