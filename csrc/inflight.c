@@ -175,6 +175,43 @@ inflight_open (struct inflight *log, int dirfd, const uint8_t *uuid,
   return 0;
 }
 
+/* The slot with the highest sequence below `below`, or NULL.  A sequence of 0
+ * is a slot that was never used.
+ */
+static const struct disk_slot *
+latest_below (const struct inflight *log, uint64_t below)
+{
+  const struct disk_slot *latest = NULL;
+  uint64_t highest = 0;
+
+  for (uint32_t i = 0; i < log->nr_slots; i++) {
+    uint64_t sequence = le64toh (log->slots[i].sequence);
+
+    if (sequence > highest && sequence < below) {
+      highest = sequence;
+      latest = &log->slots[i];
+    }
+  }
+  return latest;
+}
+
+uint32_t
+inflight_recent (const struct inflight *log, uint64_t *offsets, uint32_t max)
+{
+  uint64_t below = UINT64_MAX;
+  uint32_t nr = 0;
+
+  while (nr < max) {
+    const struct disk_slot *slot = latest_below (log, below);
+
+    if (slot == NULL)
+      break;
+    below = le64toh (slot->sequence);
+    offsets[nr++] = le64toh (slot->offset);
+  }
+  return nr;
+}
+
 int
 inflight_begin (struct inflight *log, uint64_t session)
 {

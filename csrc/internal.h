@@ -233,6 +233,11 @@ void inflight_close (struct inflight *log);
 /* Open a slot; its index, or -EAGAIN if all are open. */
 int inflight_reserve (struct inflight *log, uint64_t offset, uint64_t length,
                       enum slot_kind kind, uint8_t flags);
+/* The offsets of the last `max` writes at most, latest first: a slot keeps
+ * its range after it is retired.  Returns how many.
+ */
+uint32_t inflight_recent (const struct inflight *log, uint64_t *offsets,
+                          uint32_t max);
 /* Note a leg's part (bit 0: local, 1 + i: remote i); for inspection. */
 void inflight_issued (struct inflight *log, int slot, uint32_t legs);
 void inflight_done (struct inflight *log, int slot, uint32_t legs);

@@ -261,6 +261,13 @@ int nbdm_get_remote_status (struct nbdm *volume, uint32_t remote,
 int nbdm_get_active_extents (struct nbdm *volume, uint64_t *extents,
                              uint32_t max);
 
+/* Indexes of up to `max` regions written last, latest first, each once; also
+ * those of earlier sessions, as far back as the in-flight log's slots have not
+ * been used again.  For the sample: a backup differs where writes were last.
+ */
+int nbdm_get_recent_regions (struct nbdm *volume, uint64_t *regions,
+                             uint32_t max);
+
 /* Read a superblock without locking or changing anything, also beside a
  * running server.  Fills what is stored; the rest is zero.
  */

@@ -104,6 +104,36 @@ nbdm_get_active_extents (struct nbdm *v, uint64_t *extents, uint32_t max)
   return (int)nr;
 }
 
+#define MAX_RECENT 64 /* writes looked at */
+
+static bool
+contains (const uint64_t *regions, uint32_t nr, uint64_t region)
+{
+  for (uint32_t i = 0; i < nr; i++)
+    if (regions[i] == region)
+      return true;
+  return false;
+}
+
+int
+nbdm_get_recent_regions (struct nbdm *v, uint64_t *regions, uint32_t max)
+{
+  uint64_t offsets[MAX_RECENT];
+  uint32_t nr_offsets, nr = 0;
+
+  pthread_mutex_lock (&v->lock);
+  nr_offsets = inflight_recent (&v->inflight, offsets, MAX_RECENT);
+  pthread_mutex_unlock (&v->lock);
+  for (uint32_t i = 0; i < nr_offsets && nr < max; i++) {
+    uint64_t region = offsets[i] / v->region_size;
+
+    /* A slot's words are believed only while it is open; these are hints. */
+    if (region < v->nr_regions && !contains (regions, nr, region))
+      regions[nr++] = region;
+  }
+  return (int)nr;
+}
+
 static void
 peek_remote (const struct disk_remote *disk, struct nbdm_remote_status *status)
 {

@@ -329,7 +329,9 @@ def call(
         try:
             with _short(control_path(state_dir)) as name:
                 sock.connect(name)
-            sock.sendall(request)
+            # Who may not ask is answered at once, perhaps before we have asked.
+            with contextlib.suppress(BrokenPipeError):
+                sock.sendall(request)
             answer = json.loads(_receive_line(sock, MAX_ANSWER, deadline))
         except (FileNotFoundError, NotADirectoryError, ConnectionError, EOFError):
             raise NotRunningError(

@@ -360,6 +360,12 @@ class Engine:
         rc = lib.nbdm_get_active_extents(self.handle, found, MAX_ACTIVE)
         return list(found[0 : check(rc, "active extents")])
 
+    def recent_regions(self, limit: int) -> list[int]:
+        """List at most *limit* regions written last, latest first."""
+        found = ffi.new("uint64_t[]", limit)
+        rc = lib.nbdm_get_recent_regions(self.handle, found, limit)
+        return list(found[0 : check(rc, "recent regions")])
+
 
 def _make_params(params: Params) -> tuple[Any, list[Any]]:
     """Make struct nbdm_params; the list keeps its strings alive for the call."""

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Sample", "take_sample"]
 
-ENOUGH = 16  # regions compared
+ENOUGH = 24  # regions compared
 MAX_TRIES = 256  # regions asked for; a dirty one costs no I/O
-ACTIVE_EXTENTS = 6  # of the latest used ones, a region each
+RECENT_REGIONS = 12  # written last: an old backup differs there, if anywhere
+ACTIVE_EXTENTS = 4  # of the latest used ones, a region each
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def _candidates(engine: Engine, random: Callable[[], float]) -> Iterator[int]:
     nr_regions = -(-status.size // status.region_size)
     yield 0
     yield nr_regions - 1
+    yield from engine.recent_regions(RECENT_REGIONS)
     per_extent = status.extent_size // status.region_size
     for extent in engine.active_extents()[:ACTIVE_EXTENTS]:
         yield min(extent * per_extent + int(random() * per_extent), nr_regions - 1)

@@ -267,3 +267,13 @@ class TestRemotes:
         engine.pwrite(bytes(4096), 0)
         engine.pwrite(bytes(4096), 2 * extent)
         assert engine.active_extents() == [2, 0]
+
+    def test_recent_regions_tell_the_latest_written_first(
+        self, engine: core.Engine
+    ) -> None:
+        """Each once, the latest write first: where an old backup would differ."""
+        region = engine.status().region_size
+        for index in (5, 3, 5, 0):
+            engine.pwrite(bytes(4096), index * region)
+        assert engine.recent_regions(8) == [0, 5, 3]
+        assert engine.recent_regions(2) == [0, 5]

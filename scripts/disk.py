@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The ways the demonstration uses the served volume as a disk.
+
+The kernel's own nbd where there is one; else FUSE and a loop device, which needs no
+nbd in the kernel; and for those who are not root nbdcopy and the ext4 tools, which
+read and write a file system without mounting it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stage import DemoError, Stage
+
+from nbd_mirror import attach
+from nbd_mirror.config import load
+
+__all__ = ["Disk", "choose_disk"]
+
+
+class Disk:
+    """How the volume is formatted, filled and, from an image, read back."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def make_file_system(self) -> None:
+        """Attach the volume and make a file system on it, ready for copies."""
+        raise NotImplementedError
+
+    def prepare(self, tree: str, name: str) -> None:
+        """Do what the copy of *tree* to *name* needs beforehand."""
+
+    def copy_command(self, tree: str, name: str) -> str:
+        """Return the command that copies *tree* to *name* and makes it durable."""
+        raise NotImplementedError
+
+    def unmount(self) -> None:
+        """Unmount and detach."""
+        raise NotImplementedError
+
+    def read_image(self, image: str) -> None:
+        """Make the file system on *image* readable below `back`."""
+        raise NotImplementedError
+
+    def read_back_at(self, name: str) -> str:
+        """Return the folder where what was copied to *name* is read back."""
+        return f"back/{name}"
+
+    def release_image(self) -> None:
+        """Undo read_image."""
+
+
+class Mounted(Disk):
+    """With a mount; a subclass says what is mounted."""
+
+    def copy_command(self, tree: str, name: str) -> str:
+        """Copy, then wait for the disk."""
+        return f"cp -a {tree} mnt/{name} && sync -f mnt"
+
+    def read_image(self, image: str) -> None:
+        """Mount *image* read-only."""
+        stage = self._stage
+        stage.on_exit(lambda: stage.unmount("back"))
+        stage.run(f"mkdir back && mount -o ro,loop {image} back")
+
+    def release_image(self) -> None:
+        """Unmount it."""
+        self._stage.run("umount back")
+
+    def _mount(self, device: str, options: str = "") -> None:
+        stage = self._stage
+        stage.run(f"mkfs.ext4 -q -F {device}")
+        stage.on_exit(lambda: stage.unmount("mnt"))
+        stage.run(f"mkdir mnt && mount {options}{device} mnt")
+
+
+class KernelDisk(Mounted):
+    """The kernel's own nbd: /dev/nbdN."""
+
+    _attached = False
+
+    def make_file_system(self) -> None:
+        """Attach, format, mount."""
+        stage = self._stage
+        stage.on_exit(self._detach)
+        self._attached = True
+        stage.run("nbd-mirror attach demo.toml")
+        device = attach.attached_device(load(str(stage.folder / "demo.toml")))
+        if not device:
+            raise DemoError("attached, but no device was noted")
+        self._mount(device)
+
+    def unmount(self) -> None:
+        """Unmount, detach."""
+        self._stage.run("umount mnt")
+        self._stage.run("nbd-mirror detach demo.toml")
+        self._attached = False
+
+    def _detach(self) -> None:
+        if self._attached:
+            self._stage.quietly("nbd-mirror detach demo.toml")
+
+
+class FuseDisk(Mounted):
+    """nbdfuse makes a file of it, a loop device a disk of the file."""
+
+    def make_file_system(self) -> None:
+        """Start nbdfuse, format, mount."""
+        stage = self._stage
+        stage.say(
+            "This kernel has no nbd driver: FUSE and a loop device do it as well."
+        )
+        self._start_fuse()
+        self._mount("disk/nbd", "-o loop ")
+
+    def unmount(self) -> None:
+        """Unmount both."""
+        self._stage.run("umount mnt")
+        self._stage.run("umount disk   # ends nbdfuse")
+
+    def _start_fuse(self) -> None:
+        """Show the volume as a file, disk/nbd."""
+        stage = self._stage
+        (stage.folder / "disk").mkdir()
+        uri = f"nbd+unix:///?socket={stage.folder}/demo.sock"
+        process = stage.start(f"nbdfuse disk '{uri}'")
+        stage.on_exit(lambda: stage.unmount("disk"))
+        stage.wait_until(
+            lambda: (
+                process.poll() is not None or (stage.folder / "disk" / "nbd").exists()
+            ),
+            "nbdfuse",
+        )
+        if process.poll() is not None:
+            raise DemoError("nbdfuse ended: without FUSE there is no way to mount here")
+
+
+class UnmountedDisk(Disk):
+    """ext4's own tools fill and read images, nbdcopy writes them to the volume."""
+
+    def make_file_system(self) -> None:
+        """Say what is different; mke2fs makes and fills the file system in one."""
+        self._stage.say(
+            "Not mounting: mke2fs and debugfs fill a file system in a file,"
+        )
+        self._stage.say("and nbdcopy writes it to the volume.")
+
+    def prepare(self, tree: str, name: str) -> None:
+        """Let mke2fs take the first tree along, and debugfs add the second."""
+        if name == "first":
+            self._stage.run(f"mke2fs -q -t ext4 -d {tree} fs.img 640M")
+            return
+        script = self._stage.folder / "second.debugfs"
+        script.write_text(debugfs_script(tree, name))
+        self._stage.run("debugfs -w -f second.debugfs fs.img >second.log 2>&1")
+
+    def copy_command(self, tree: str, name: str) -> str:  # noqa: ARG002
+        """Write the image, which *tree* is in already."""
+        uri = f"nbd+unix:///?socket={self._stage.folder}/demo.sock"
+        # The new volume is zero: nothing need be written where the image is.
+        options = "--flush --destination-is-zero" if name == "first" else "--flush"
+        return f"nbdcopy {options} fs.img '{uri}'"
+
+    def unmount(self) -> None:
+        """Do nothing: nbdcopy has gone."""
+
+    def read_image(self, image: str) -> None:
+        """Copy the files out of *image*."""
+        self._stage.run(
+            f"mkdir back && debugfs -R 'rdump / back' {image} >back.log 2>&1"
+        )
+
+    def read_back_at(self, name: str) -> str:
+        """Return it; the first tree became the root."""
+        return "back" if name == "first" else f"back/{name}"
+
+
+def debugfs_script(tree: str, name: str) -> str:
+    """Return debugfs commands that write the files of *tree* below /*name*."""
+    lines = []
+    for folder, _, files in os.walk(tree):
+        where = Path("/", name, os.path.relpath(folder, tree))
+        lines += [f'mkdir "{where}"', f'cd "{where}"']
+        for file in files:
+            source = Path(folder, file)
+            if source.is_file() and not source.is_symlink():
+                lines.append(f'write "{source}" "{file}"')
+    return "\n".join(lines) + "\n"
+
+
+def choose_disk(stage: Stage, *, mount: bool) -> Disk:
+    """Return the best way this machine and user have."""
+    if not mount:
+        return UnmountedDisk(stage)
+    if os.geteuid() != 0:
+        raise DemoError("mounting needs root: use sudo, or --no-mount")
+    if Path("/sys/block/nbd0").exists() or stage.quietly("modprobe nbd"):
+        return KernelDisk(stage)
+    return FuseDisk(stage)
