@@ -12,15 +12,15 @@ struct conn;
 
 /* Somebody who waits for the answers to commands of one connection. */
 struct waiter {
-  pthread_cond_t cond;
-  unsigned pending; /* commands not answered yet; under conn->lock */
-  bool asleep;
+  unsigned pending;    /* commands not answered yet; under conn->lock */
+  bool asleep;         /* under conn->lock */
   struct waiter *next; /* of those asleep */
+  atomic_uint roused;  /* futex: enum rouse in conn.c */
 };
 
 #define WAITER_INIT                                                            \
   {                                                                            \
-    .cond = PTHREAD_COND_INITIALIZER                                           \
+    .pending = 0                                                               \
   }
 
 enum command_kind {
