@@ -540,54 +540,23 @@ conn_farewell (struct conn *conn)
   conn_kill (conn, "disconnected");
 }
 
+struct conn_report
+conn_report (struct conn *conn)
+{
+  struct conn_report report;
+
+  pthread_mutex_lock (&conn->lock);
+  report = (struct conn_report){ .dead = conn->dead,
+                                 .overdue = conn->overdue,
+                                 .outstanding = conn->nr_outstanding,
+                                 .answered = conn->nr_answered };
+  memcpy (report.why, conn->why, sizeof report.why);
+  pthread_mutex_unlock (&conn->lock);
+  return report;
+}
+
 bool
 conn_dead (struct conn *conn)
 {
-  bool dead;
-
-  pthread_mutex_lock (&conn->lock);
-  dead = conn->dead;
-  pthread_mutex_unlock (&conn->lock);
-  return dead;
-}
-
-bool
-conn_overdue (struct conn *conn)
-{
-  bool overdue;
-
-  pthread_mutex_lock (&conn->lock);
-  overdue = conn->overdue;
-  pthread_mutex_unlock (&conn->lock);
-  return overdue;
-}
-
-void
-conn_why (struct conn *conn, char *why)
-{
-  pthread_mutex_lock (&conn->lock);
-  snprintf (why, NBDM_REASON_LEN, "%s", conn->why);
-  pthread_mutex_unlock (&conn->lock);
-}
-
-uint64_t
-conn_outstanding (struct conn *conn)
-{
-  uint64_t nr;
-
-  pthread_mutex_lock (&conn->lock);
-  nr = conn->nr_outstanding;
-  pthread_mutex_unlock (&conn->lock);
-  return nr;
-}
-
-uint64_t
-conn_answered (struct conn *conn)
-{
-  uint64_t nr;
-
-  pthread_mutex_lock (&conn->lock);
-  nr = conn->nr_answered;
-  pthread_mutex_unlock (&conn->lock);
-  return nr;
+  return conn_report (conn).dead;
 }

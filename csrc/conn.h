@@ -94,12 +94,17 @@ void conn_kill (struct conn *conn, const char *why);
 /* Say goodbye to the server; then kill. */
 void conn_farewell (struct conn *conn);
 bool conn_dead (struct conn *conn);
-/* It died because a command was not answered within its deadline. */
-bool conn_overdue (struct conn *conn);
-/* Why it died: NUL-terminated into `why` of NBDM_REASON_LEN bytes. */
-void conn_why (struct conn *conn, char *why);
-uint64_t conn_outstanding (struct conn *conn);
-uint64_t conn_answered (struct conn *conn);
+
+/* A connection at one moment. */
+struct conn_report {
+  bool dead;
+  bool overdue;         /* it died because a deadline passed */
+  uint64_t outstanding; /* commands sent and not answered */
+  uint64_t answered;    /* since it was opened */
+  char why[160];        /* it died; else "" */
+};
+
+struct conn_report conn_report (struct conn *conn);
 
 uint64_t now_ns (void); /* CLOCK_MONOTONIC */
 

@@ -232,7 +232,7 @@ detach_locked (struct remote *r)
 {
   struct conn *conn = r->conn;
 
-  r->commands += conn_answered (conn);
+  r->commands += conn_report (conn).answered;
   r->conn = NULL;
   if (r->admitted) {
     strand_requests_locked (r);
@@ -248,23 +248,21 @@ void
 remote_lost_locked (struct remote *r, struct conn *conn)
 {
   bool admitted = r->admitted;
-  bool hold = r->volume->hold_ms > 0;
-  char why[NBDM_REASON_LEN];
+  struct conn_report report;
 
   if (conn == NULL || r->conn != conn)
     return;
-  conn_why (conn, why);
-  /* Clients have waited a whole deadline: no hold on top of that. */
-  hold = hold && !conn_overdue (conn);
+  report = conn_report (conn);
   detach_locked (r);
   if (!admitted)
     return;
-  if (r->state == NBDM_IN_SYNC && hold) {
+  /* With a deadline passed clients have waited enough: no hold on top. */
+  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0 && !report.overdue) {
     r->hold_until_ns = now_ns () + r->volume->hold_ms * UINT64_C (1000000);
-    remote_set_locked (r, NBDM_HOLDING, "%s", why);
+    remote_set_locked (r, NBDM_HOLDING, "%s", report.why);
   }
   else if (remote_used_locked (r)) {
-    snprintf (r->reason, sizeof r->reason, "%s", why);
+    snprintf (r->reason, sizeof r->reason, "%s", report.why);
     remote_degrade_locked (r);
   }
 }

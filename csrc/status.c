@@ -63,6 +63,7 @@ int
 nbdm_get_remote_status (struct nbdm *v, uint32_t index,
                         struct nbdm_remote_status *status)
 {
+  struct conn_report report = { .outstanding = 0 };
   const struct remote *r;
 
   if (index >= v->nr_remotes)
@@ -70,6 +71,8 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   r = &v->remotes[index];
   memset (status, 0, sizeof *status);
   pthread_mutex_lock (&v->lock);
+  if (r->conn)
+    report = conn_report (r->conn);
   memcpy (status->name, r->name, sizeof status->name);
   status->state = r->state;
   if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
@@ -82,8 +85,8 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   status->late_regions = r->dm.map[MAP_LATE].nr_set;
   status->unflushed_regions
       = r->dm.map[MAP_UNFLUSHED0].nr_set + r->dm.map[MAP_UNFLUSHED1].nr_set;
-  status->outstanding = r->conn ? conn_outstanding (r->conn) : 0;
-  status->commands = r->commands + (r->conn ? conn_answered (r->conn) : 0);
+  status->outstanding = report.outstanding;
+  status->commands = r->commands + report.answered;
   status->remote_size = r->remote_size;
   status->copied_bytes = r->copied_bytes;
   status->since = r->since;
