@@ -62,6 +62,7 @@ write_activity_locked (struct nbdm *v)
 
 /* Let up to `max` extents go cold: both sides flushed, the dirty maps'
  * pages durable, and nobody took them meanwhile.  The lock is dropped.
+ * Returns how many went; -EAGAIN: all are in use.
  */
 static int
 cool_locked (struct nbdm *v, uint32_t max, uint64_t before_ns)
@@ -69,7 +70,7 @@ cool_locked (struct nbdm *v, uint32_t max, uint64_t before_ns)
   int rc = 0;
 
   if (activity_pick (&v->activity, max, before_ns) == 0)
-    return 0;
+    return -EAGAIN;
   pthread_mutex_unlock (&v->lock);
   rc = volume_flush (v);
   pthread_mutex_lock (&v->lock);
@@ -94,7 +95,7 @@ make_room_locked (struct nbdm *v)
   dropped = cool_locked (v, v->activity.nr_entries / 4, UINT64_MAX);
   v->cooling = false;
   pthread_cond_broadcast (&v->changed);
-  if (dropped == 0) {
+  if (dropped == -EAGAIN) {
     /* Every extent is in use: wait for a request to end. */
     v->nr_waiting++;
     pthread_cond_wait (&v->changed, &v->lock);
@@ -326,5 +327,5 @@ nbdm_cool (struct nbdm *v, uint32_t idle_ms)
     pthread_cond_broadcast (&v->changed);
   }
   pthread_mutex_unlock (&v->lock);
-  return rc < 0 ? rc : 0;
+  return rc < 0 && rc != -EAGAIN ? rc : 0;
 }

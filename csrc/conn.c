@@ -46,6 +46,7 @@
 #include "nbdm.h"
 
 #define DEFAULT_MAX_PAYLOAD NBDM_MAX_REQUEST /* the protocol's advice */
+#define TICK_STEPS 256                       /* of libnbd in one tick at most */
 #define STARVED_DEADLINES 8                  /* see overdue_locked */
 
 struct conn {
@@ -207,8 +208,10 @@ libnbd_words (void)
   return colon && strncmp (error, "nbd_", 4) == 0 ? colon + 2 : error;
 }
 
-/* Wait for the socket or a kick, and let libnbd take one step. */
-static void
+/* Wait for the socket or a kick, and let libnbd take one step.  False: the
+ * time was over before anything happened.
+ */
+static bool
 poll_step (struct conn *conn, int timeout_ms)
 {
   unsigned dir = nbd_aio_get_direction (conn->nbd);
@@ -222,7 +225,7 @@ poll_step (struct conn *conn, int timeout_ms)
   if (dir & LIBNBD_AIO_DIRECTION_WRITE)
     pfd[0].events |= POLLOUT;
   if (poll (pfd, 2, timeout_ms) <= 0)
-    return;
+    return false;
   if (pfd[1].revents) {
     eventfd_t ignored;
     (void)eventfd_read (conn->kick, &ignored);
@@ -235,11 +238,13 @@ poll_step (struct conn *conn, int timeout_ms)
   if (pfd[0].revents & (POLLOUT | POLLERR)
       && (nbd_aio_get_direction (conn->nbd) & LIBNBD_AIO_DIRECTION_WRITE))
     nbd_aio_notify_write (conn->nbd);
-  wake_roused ();
+  /* Before those it strands are woken, or they would not know why. */
   if (nbd_aio_is_dead (conn->nbd) || nbd_aio_is_closed (conn->nbd))
     conn_kill (conn, nbd_aio_is_dead (conn->nbd)
                          ? libnbd_words ()
                          : "the server closed the connection");
+  wake_roused ();
+  return true;
 }
 
 static int
@@ -417,6 +422,8 @@ conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   pthread_mutex_unlock (&conn->lock);
 
   cookie = send_command (conn, cmd);
+  if (cookie != -1 && nbd_aio_is_dead (conn->nbd))
+    conn_kill (conn, libnbd_words ());
   wake_roused (); /* of a socket that broke just now */
   if (cookie == -1) {
     /* Not queued, so the callback is never called. */
@@ -471,6 +478,30 @@ conn_wait (struct conn *conn, struct waiter *waiter)
   wake_roused ();
 }
 
+int
+conn_pread (struct conn *conn, uint8_t *buf, uint64_t count, uint64_t offset)
+{
+  uint64_t max = conn->info.max_payload;
+
+  while (count > 0) {
+    struct waiter waiter = WAITER_INIT;
+    struct command cmd = { .kind = COMMAND_READ,
+                           .buf = buf,
+                           .offset = offset,
+                           .length = count < max ? count : max };
+
+    if (conn_issue (conn, &cmd, &waiter) < 0)
+      return -ENOTCONN;
+    conn_wait (conn, &waiter);
+    if (cmd.error)
+      return -cmd.error;
+    buf += cmd.length;
+    offset += cmd.length;
+    count -= cmd.length;
+  }
+  return 0;
+}
+
 bool
 conn_answered_all (struct conn *conn, const struct waiter *waiter)
 {
@@ -512,7 +543,11 @@ conn_tick (struct conn *conn, uint32_t deadline_ms)
   if (!conn->polling) {
     conn->polling = true;
     pthread_mutex_unlock (&conn->lock);
-    poll_step (conn, 0);
+    /* All that is possible: while every client's thread is at the local disk
+     * nobody else moves a long write along.
+     */
+    for (int i = 0; i < TICK_STEPS && poll_step (conn, 0); i++)
+      ;
     pthread_mutex_lock (&conn->lock);
     resign_locked (conn);
     pthread_mutex_unlock (&conn->lock);

@@ -80,6 +80,9 @@ int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
  */
 void conn_wait (struct conn *conn, struct waiter *waiter);
 
+/* Read it all, in commands as long as the server takes; blocks. */
+int conn_pread (struct conn *conn, uint8_t *buf, uint64_t count,
+                uint64_t offset);
 /* Whether conn_wait would return at once. */
 bool conn_answered_all (struct conn *conn, const struct waiter *waiter);
 

@@ -119,6 +119,11 @@ leg_finish (struct request *req, struct leg *leg)
     struct remote_flush flush;
     remote_flush_begin (leg->remote, &flush);
     leg->result = remote_flush_end (&flush);
+    /* Lost on the way and back: the flush was of another connection. */
+    pthread_mutex_lock (&v->lock);
+    if (leg->remote->conn != leg->conn)
+      leg->result = LEG_LOST;
+    pthread_mutex_unlock (&v->lock);
   }
 }
 
@@ -213,12 +218,16 @@ request_finish (struct nbdm *v, struct request *req, int local_rc)
 static int
 write_local (struct nbdm *v, const struct request *req)
 {
-  bool fua = req->flags & NBDM_FUA;
+  int rc = req->buf ? local_pwrite (v, req->buf, req->length, req->offset)
+                    : local_zero (v, req->length, req->offset,
+                                  req->flags & NBDM_MAY_TRIM);
 
-  if (req->buf)
-    return local_pwrite (v, req->buf, req->length, req->offset, fua);
-  return local_zero (v, req->length, req->offset, req->flags & NBDM_MAY_TRIM,
-                     fua);
+  /* Not RWF_DSYNC: that reports, once, write-back errors of any page of the
+   * file, and a flush after it would succeed and mean nothing (rule 10).
+   */
+  if (rc == 0 && (req->flags & NBDM_FUA))
+    rc = flush_local_group (v);
+  return rc;
 }
 
 static int

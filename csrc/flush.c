@@ -105,7 +105,7 @@ remote_flush_end (struct remote_flush *flush)
     }
     if (r->flush.done >= flush->ticket)
       break;
-    if (!remote_used_locked (r) || v->failed) {
+    if (!remote_used_locked (r) || v->failed || (v->drained && !r->admitted)) {
       rc = -ENOTCONN;
       break;
     }
@@ -122,7 +122,7 @@ remote_flush_end (struct remote_flush *flush)
   return rc;
 }
 
-static int
+int
 flush_local_group (struct nbdm *v)
 {
   struct flush_group *group = &v->local_flush;
@@ -149,6 +149,7 @@ flush_local_group (struct nbdm *v)
        * would succeed and mean nothing (rule 10).
        */
       v->local_flush_error = rc;
+      atomic_store (&v->local_doubted, true);
       volume_fail_locked (v, last_error ());
     }
     pthread_cond_broadcast (&v->changed);
@@ -183,6 +184,43 @@ volume_flush (struct nbdm *v)
   return rc;
 }
 
+/* Does a remote miss bytes that were answered?  Late regions' bytes were sent
+ * again, and are only copied once more.
+ */
+static bool
+any_behind_locked (const struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+    if (r->copying || r->dm.map[MAP_DIRTY].nr_set > r->dm.map[MAP_LATE].nr_set)
+      return true;
+  }
+  return false;
+}
+
+/* Policy stop: what a server lost that was back within the hold is dirty, and
+ * a flush is not answered before it has been copied; bounded.  The ticker
+ * wakes us.
+ */
+static int
+wait_for_both_locked (struct nbdm *v)
+{
+  uint64_t until = now_ns () + v->hold_ms * UINT64_C (1000000);
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    until += 2 * v->remotes[i].deadline_ms * UINT64_C (1000000);
+  while (!v->failed && !v->fenced && !v->stopping && any_behind_locked (v)) {
+    if (now_ns () > until)
+      return set_message (-EIO, "policy stop: a remote is not caught up yet");
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+  if (v->stopping && any_behind_locked (v))
+    return set_message (-ESHUTDOWN, "the volume is stopping");
+  return 0;
+}
+
 int
 nbdm_flush (struct nbdm *v)
 {
@@ -200,6 +238,8 @@ nbdm_flush (struct nbdm *v)
   rc = volume_flush (v);
 
   pthread_mutex_lock (&v->lock);
+  if (rc == 0 && v->policy == NBDM_STOP)
+    rc = wait_for_both_locked (v);
   v->nr_requests--;
   v->flushes++;
   if (v->stopping)

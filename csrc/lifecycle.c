@@ -57,6 +57,10 @@ drain (struct nbdm *v)
   first = !v->stopping;
   v->stopping = true;
   pthread_cond_broadcast (&v->changed);
+  /* Nobody connects any more: those who are held would wait in vain. */
+  for (uint32_t i = 0; i < v->nr_remotes && v->nr_requests > 0; i++)
+    if (v->remotes[i].state == NBDM_HOLDING)
+      remote_degrade_locked (&v->remotes[i]);
   while (v->nr_requests > 0 || v->cooling || v->activity_writing)
     pthread_cond_wait (&v->changed, &v->lock);
   v->drained = true;

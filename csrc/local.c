@@ -15,7 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -135,31 +134,13 @@ local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
 }
 
 int
-local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset,
-              bool fua)
+local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 {
-  const uint8_t *p = buf;
   int rc = fault_point ("local_write");
 
-  if (rc < 0)
-    return local_error (-rc, "write", offset);
-  if (!fua) {
+  if (rc == 0)
     rc = full_pwrite (v->local_fd, buf, count, offset);
-    return rc < 0 ? local_error (-rc, "write", offset) : 0;
-  }
-  while (count > 0) {
-    struct iovec iov = { .iov_base = (void *)p, .iov_len = count };
-    ssize_t n = pwritev2 (v->local_fd, &iov, 1, (off_t)offset, RWF_DSYNC);
-
-    if (n < 0 && errno == EINTR)
-      continue;
-    if (n <= 0)
-      return local_error (n < 0 ? errno : EIO, "write", offset);
-    p += n;
-    offset += (uint64_t)n;
-    count -= (uint64_t)n;
-  }
-  return 0;
+  return rc < 0 ? local_error (-rc, "write", offset) : 0;
 }
 
 /* 0: done; 1: this kind of zeroing is not to be had here; -errno. */
@@ -197,8 +178,7 @@ zero_by_writing (struct nbdm *v, uint64_t count, uint64_t offset)
 }
 
 int
-local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim,
-            bool fua)
+local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim)
 {
   int rc = fault_point ("local_write");
 
@@ -211,8 +191,6 @@ local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim,
     rc = zero_by_fallocate (v, FALLOC_FL_ZERO_RANGE, count, offset);
   if (rc == 1)
     rc = zero_by_writing (v, count, offset);
-  if (rc == 0 && fua && fdatasync (v->local_fd) < 0)
-    rc = local_error (errno, "flush", offset);
   return rc;
 }
 

@@ -102,8 +102,35 @@ check_clean (const struct nbdm *v, const char *file, bool clean,
                       file);
 }
 
+/* All dirty, late as well, as nobody knows what was under way, and what an
+ * operator assumed is overtaken.
+ */
+static void
+know_nothing (struct remote *r)
+{
+  dirty_map_mark (&r->dm, 0, r->volume->nr_regions, true);
+  r->assumed = false;
+}
+
+/* Durable before a fresh, empty log takes the place of the lost one: a start
+ * that ends between the two must not let the next one find nothing amiss.
+ */
 static int
-open_activity (struct nbdm *v, bool *all_dirty)
+forget_log (struct nbdm *v, const char *file)
+{
+  char what[NBDM_REASON_LEN];
+  int rc = 0;
+
+  snprintf (what, sizeof what, "%s", last_error ());
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++) {
+    know_nothing (&v->remotes[i]);
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  }
+  return rc < 0 ? rc : set_aside (v, file, what);
+}
+
+static int
+open_activity (struct nbdm *v)
 {
   uint64_t session = le64toh (v->sb.session);
   uint64_t nr_extents = (v->size - 1) / EXTENT_SIZE + 1;
@@ -119,11 +146,11 @@ open_activity (struct nbdm *v, bool *all_dirty)
   }
   if (!not_to_be_believed (rc))
     return rc;
-  *all_dirty = true;
-  rc = set_aside (v, "activity", last_error ());
+  rc = forget_log (v, "activity");
   if (rc == 0)
     rc = activity_create (v->dirfd, v->uuid, session, ACTIVITY_EXTENTS,
                           EXTENT_SIZE);
+  fault_point ("log_renewed");
   if (rc == 0)
     rc = activity_open (&v->activity, v->dirfd, v->uuid, session,
                         ACTIVITY_EXTENTS, EXTENT_SIZE, nr_extents, &clean);
@@ -137,6 +164,7 @@ make_inflight (struct nbdm *v)
   bool clean;
   int rc = inflight_create (v->dirfd, v->uuid, session, RING_SLOTS);
 
+  fault_point ("log_renewed");
   if (rc == 0)
     rc = inflight_open (&v->inflight, v->dirfd, v->uuid, session, RING_SLOTS,
                         &clean);
@@ -158,12 +186,13 @@ replay_slot (void *opaque, const struct slot_view *slot)
 static bool
 page_cache_lived (const struct nbdm *v)
 {
-  return memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
+  return faccessat (v->dirfd, DISTRUST_FILE, F_OK, 0) < 0
+         && memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
          && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
 }
 
 static int
-open_inflight (struct nbdm *v, bool *all_dirty)
+open_inflight (struct nbdm *v)
 {
   bool clean;
   int rc = inflight_open (&v->inflight, v->dirfd, v->uuid,
@@ -186,8 +215,7 @@ open_inflight (struct nbdm *v, bool *all_dirty)
   }
   if (!not_to_be_believed (rc))
     return rc;
-  *all_dirty = true;
-  rc = set_aside (v, "inflight", last_error ());
+  rc = forget_log (v, "inflight");
   return rc == 0 ? make_inflight (v) : rc;
 }
 
@@ -213,16 +241,6 @@ make_dirty_map (struct nbdm *v, struct remote *r)
     rc = dirty_map_open (&r->dm, v->dirfd, r->name, v->uuid, session,
                          v->nr_regions, v->region_size, &clean);
   return rc;
-}
-
-/* All dirty, late as well, as nobody knows what was under way, and what an
- * operator assumed is overtaken.
- */
-static void
-know_nothing (struct remote *r)
-{
-  dirty_map_mark (&r->dm, 0, r->volume->nr_regions, true);
-  r->assumed = false;
 }
 
 static int
@@ -323,11 +341,10 @@ make_all_late (struct nbdm *v)
 static int
 recover (struct nbdm *v)
 {
-  bool all_dirty = false;
-  int rc = open_activity (v, &all_dirty);
+  int rc = open_activity (v);
 
   if (rc == 0)
-    rc = open_inflight (v, &all_dirty);
+    rc = open_inflight (v);
   if (rc < 0)
     return rc;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
@@ -343,8 +360,6 @@ recover (struct nbdm *v)
       make_all_late (v);
     }
   }
-  for (uint32_t i = 0; i < v->nr_remotes && all_dirty; i++)
-    know_nothing (&v->remotes[i]);
   return 0;
 }
 
@@ -384,7 +399,10 @@ begin_session (struct nbdm *v)
   v->sb.session = htole64 (session);
   memcpy (v->sb.boot_id, v->boot_id, sizeof v->boot_id);
   memcpy (v->sb.mount_id, v->mount_id, sizeof v->mount_id);
-  return volume_persist_locked (v);
+  rc = volume_persist_locked (v);
+  if (rc == 0 && unlinkat (v->dirfd, DISTRUST_FILE, 0) < 0 && errno != ENOENT)
+    rc = set_error (-errno, "cannot remove " DISTRUST_FILE);
+  return rc;
 }
 
 static int
@@ -487,6 +505,11 @@ load (struct nbdm *v, const struct nbdm_params *params)
     rc = local_open (v, params->local, &local_size);
   if (rc == 0)
     rc = check_params (v, params, local_size);
+  /* What was written to it before us is in no extent: not durable, it would
+   * be lost with the power, and no map would know.
+   */
+  if (rc == 0)
+    rc = local_flush (v);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = open_remote (v, &params->remotes[i], i);
   if (rc == 0)

@@ -37,30 +37,22 @@ static int
 remote_pread (struct remote *r, uint8_t *buf, uint64_t count, uint64_t offset)
 {
   struct conn *conn = clean_conn (r, count, offset);
-  int error = 0;
+  int rc;
 
   if (conn == NULL)
     return -ENOTCONN;
-  while (count > 0 && error == 0) {
-    uint64_t max = conn_info (conn)->max_payload;
-    struct waiter waiter = WAITER_INIT;
-    struct command cmd = { .kind = COMMAND_READ,
-                           .buf = buf,
-                           .offset = offset,
-                           .length = count < max ? count : max };
-
-    if (conn_issue (conn, &cmd, &waiter) < 0)
-      error = ENOTCONN;
-    else {
-      conn_wait (conn, &waiter);
-      error = cmd.error;
-    }
-    buf += cmd.length;
-    offset += cmd.length;
-    count -= cmd.length;
-  }
+  rc = conn_pread (conn, buf, count, offset);
   conn_put (conn);
-  return -error;
+  return rc;
+}
+
+static int
+any_remote_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (remote_pread (&v->remotes[i], buf, count, offset) == 0)
+      return 0;
+  return -EIO;
 }
 
 int
@@ -70,12 +62,17 @@ nbdm_pread (struct nbdm *v, void *buf, uint32_t count, uint64_t offset)
 
   if (rc < 0)
     return rc;
-  rc = local_pread (v, buf, count, offset);
+  /* After a failed flush local may have lost what it answered. */
+  rc = atomic_load (&v->local_doubted)
+           ? any_remote_pread (v, buf, count, offset)
+           : -EIO;
   if (rc < 0)
+    rc = local_pread (v, buf, count, offset);
+  if (rc < 0) {
     local_failed (v, last_error ());
-  for (uint32_t i = 0; rc < 0 && i < v->nr_remotes; i++)
-    if (remote_pread (&v->remotes[i], buf, count, offset) == 0)
+    if (any_remote_pread (v, buf, count, offset) == 0)
       rc = 0;
+  }
   atomic_fetch_add (&v->reads, 1);
   return rc;
 }

@@ -94,25 +94,12 @@ static int
 compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
                uint8_t *ours, uint8_t *theirs)
 {
-  struct waiter waiter = WAITER_INIT;
-  struct command cmd = { .kind = COMMAND_READ,
-                         .buf = theirs,
-                         .offset = range->offset,
-                         .length = range->length };
-  int rc = conn_issue (conn, &cmd, &waiter);
-  int local_rc = local_pread (v, ours, range->length, range->offset);
+  int rc = conn_pread (conn, theirs, range->length, range->offset);
 
-  if (rc == 0) {
-    conn_wait (conn, &waiter);
-    if (cmd.error)
-      rc = set_message (-cmd.error, "it answered a read at %llu with: %s",
-                        (unsigned long long)range->offset,
-                        strerror (cmd.error));
-  }
-  else
-    rc = set_message (rc, "the connection was lost");
-  if (rc == 0)
-    rc = local_rc;
+  if (rc < 0)
+    return set_message (rc, "it answered a read at %llu with: %s",
+                        (unsigned long long)range->offset, strerror (-rc));
+  rc = local_pread (v, ours, range->length, range->offset);
   return rc == 0 ? memcmp (ours, theirs, range->length) != 0 : rc;
 }
 
@@ -266,7 +253,9 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   FIND_OR_RETURN (r, v, index);
 
   pthread_mutex_lock (&v->lock);
-  bitmap_clear_all (&r->dm.map[MAP_LATE]);
+  /* Not if it was lost meanwhile: what is late now is late from then on. */
+  if (r->admitted)
+    bitmap_clear_all (&r->dm.map[MAP_LATE]);
   remote_bump_locked (r);
   pthread_mutex_unlock (&v->lock);
   return 0;

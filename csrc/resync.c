@@ -499,11 +499,15 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
     rc = set_message (-ENOTCONN, "the remote is not connected");
   else
     b.conn = conn_get (b.remote->conn);
+  b.remote->copying = b.conn != NULL;
   pthread_mutex_unlock (&v->lock);
   if (rc == 0)
     rc = allocate (&b, io->depth);
   if (rc == 0)
     rc = run_batch (&b, io);
+  pthread_mutex_lock (&v->lock);
+  b.remote->copying = false;
+  pthread_mutex_unlock (&v->lock);
   release (&b);
   return rc;
 }

@@ -24,11 +24,13 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "internal.h"
 #include "volume.h"
@@ -89,7 +91,8 @@ persistent_state (const struct remote *r)
 {
   if (r->state == NBDM_FAILED)
     return NBDM_FAILED;
-  if (r->state == NBDM_OUT_OF_SYNC || r->dm.map[MAP_DIRTY].nr_set > 0)
+  if (r->state == NBDM_OUT_OF_SYNC || r->dm.map[MAP_DIRTY].nr_set > 0
+      || r->generation != r->volume->generation)
     return NBDM_OUT_OF_SYNC;
   return NBDM_IN_SYNC;
 }
@@ -135,6 +138,24 @@ volume_persist_locked (struct nbdm *v)
   return rc;
 }
 
+/* What the kernel could not write it may have dropped, and our mappings with
+ * it: the next start must not take the page cache for exact, but recover as
+ * after lost power.  No boot has the id 0.  Where even that cannot be stored,
+ * a file says it; best effort, for the volume has failed already.
+ */
+static void
+distrust_page_cache (struct nbdm *v)
+{
+  int fd;
+
+  memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
+  if (superblock_store (v->sb_fd, &v->sb) == 0)
+    return;
+  fd = openat (v->dirfd, DISTRUST_FILE, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (fd >= 0)
+    close (fd);
+}
+
 void
 volume_fail_locked (struct nbdm *v, const char *why)
 {
@@ -146,6 +167,7 @@ volume_fail_locked (struct nbdm *v, const char *why)
   length = strnlen (why, sizeof v->reason - 1);
   memmove (v->reason, why, length);
   v->reason[length] = '\0';
+  distrust_page_cache (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     remote_bump_locked (&v->remotes[i]);
   pthread_cond_broadcast (&v->changed);
@@ -199,7 +221,8 @@ generation_advance_locked (struct nbdm *v, struct remote *r)
   /* The others that are in sync get this write, and are of the new one. */
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *other = &v->remotes[i];
-    if (other != r && other->state == NBDM_IN_SYNC)
+    if (other != r
+        && (other->state == NBDM_IN_SYNC || other->state == NBDM_HOLDING))
       other->generation = next;
   }
   v->generation = next;
@@ -256,8 +279,11 @@ remote_lost_locked (struct remote *r, struct conn *conn)
   detach_locked (r);
   if (!admitted)
     return;
-  /* With a deadline passed clients have waited enough: no hold on top. */
-  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0 && !report.overdue) {
+  /* With a deadline passed clients have waited enough: no hold on top.  And
+   * once we stop nobody connects again.
+   */
+  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0 && !report.overdue
+      && !r->volume->stopping) {
     r->hold_until_ns = now_ns () + r->volume->hold_ms * UINT64_C (1000000);
     remote_set_locked (r, NBDM_HOLDING, "%s", report.why);
   }
@@ -270,6 +296,8 @@ remote_lost_locked (struct remote *r, struct conn *conn)
 void
 remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
 {
+  bool admitted = r->admitted;
+
   if (r->conn == NULL || r->conn != conn)
     return;
   conn_kill (conn, why);
@@ -277,7 +305,8 @@ remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
   if (r->state == NBDM_FAILED)
     return;
   snprintf (r->reason, sizeof r->reason, "%s", why);
-  if (remote_used_locked (r))
+  /* One that was never admitted does not end the hold it was to save. */
+  if (admitted && remote_used_locked (r))
     remote_degrade_locked (r);
 }
 

@@ -49,6 +49,8 @@ nap (struct nbdm *v)
     until.tv_sec++;
   }
   pthread_mutex_lock (&v->lock);
+  if (v->nr_waiting > 0)
+    pthread_cond_broadcast (&v->changed); /* they watch the clock too */
   if (!v->ticker_stop)
     pthread_cond_timedwait (&v->ticking, &v->lock, &until);
   pthread_mutex_unlock (&v->lock);

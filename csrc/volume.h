@@ -17,6 +17,7 @@
 #define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
 #define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
 #define RING_SLOTS 1024u
+#define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
 /* Group commit: a flush begun when `asked` was N covers every ticket up to N;
  * one runs at a time, so those who come meanwhile share the next.
@@ -48,6 +49,7 @@ struct remote {
   uint64_t remote_size;
   uint64_t commands; /* answered on earlier connections */
   uint64_t copied_bytes;
+  bool copying; /* a resync batch is under way */
 };
 
 /* One request's part on one remote. */
@@ -130,6 +132,7 @@ struct nbdm {
   uint32_t clients;
 
   atomic_u64 reads, write_ns;
+  atomic_bool local_doubted; /* a flush failed: it may have lost writes */
 };
 
 /* --- state.c: changes of state, durable before anybody is answered --- */
@@ -182,6 +185,10 @@ struct remote_flush {
  */
 void remote_flush_begin (struct remote *r, struct remote_flush *flush);
 int remote_flush_end (struct remote_flush *flush);
+/* The local leg alone, shared with whoever asks meanwhile; FUA goes through it
+ * as well.  A failure is final for the volume.
+ */
+int flush_local_group (struct nbdm *v);
 /* All legs; -EIO: the local disk.  A lost remote is not an error here. */
 int volume_flush (struct nbdm *v);
 
@@ -192,9 +199,8 @@ int volume_flush (struct nbdm *v);
 int local_open (struct nbdm *v, const char *path, uint64_t *size);
 int local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset);
 int local_pwrite (struct nbdm *v, const void *buf, uint64_t count,
-                  uint64_t offset, bool fua);
-int local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim,
-                bool fua);
+                  uint64_t offset);
+int local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim);
 bool local_fast_zero (const struct nbdm *v, bool may_trim);
 int local_flush (struct nbdm *v);
 /* The end of the hole that begins at offset, at most `end`; offset if there

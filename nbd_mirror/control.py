@@ -241,10 +241,13 @@ class ControlServer:
 
     def _answer(self, client: socket.socket) -> bytes | None:
         try:
-            _check_peer(client)
             try:
                 deadline = time.monotonic() + self._timeout_s
-                request = json.loads(_receive_line(client, MAX_REQUEST, deadline))
+                line = _receive_line(client, MAX_REQUEST, deadline)
+                # Only now: closed on before it has sent its request, a client gets
+                # a broken pipe and not the refusal. Nothing of it is looked at.
+                _check_peer(client)
+                request = json.loads(line)
                 command = request.pop("command")
                 if not isinstance(command, str):
                     raise TypeError

@@ -338,6 +338,10 @@ class Keeper:
             words = f"{uri}: connected, but not usable: {error}"
             self._engine.drop(self._remote, words)
             self._explain(words)
+        except Exception as error:
+            # A bug of ours must not leave a connection nobody uses or ends.
+            self._engine.drop(self._remote, f"internal error: {error!r}")
+            raise
 
     def _check_and_admit(self, uri: str, budget_s: float) -> None:
         sample = take_sample(

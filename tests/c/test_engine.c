@@ -395,6 +395,67 @@ test_hold_in_time_never_degrades (void)
   end_site ();
 }
 
+/* What was connected and not admitted does not end the hold it was to save. */
+static void
+test_unadmitted_connection_dropped_keeps_the_hold (void)
+{
+  char uri[160];
+
+  make_site (NBDM_DEGRADE, 2 * DEADLINE_S * 1000, 5000);
+  connect_remote ();
+  resync_to_end ();
+  kill_server ();
+  wait_state (NBDM_HOLDING);
+  start_server ();
+  snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", path ("sock"));
+  assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
+  nbdm_remote_drop (volume, 0, "the sample could not be read");
+  assert (status ().state == NBDM_HOLDING);
+  connect_remote ();
+  assert (status ().state == NBDM_IN_SYNC);
+  end_site ();
+}
+
+static void *
+one_flush (void *rc)
+{
+  *(int *)rc = nbdm_flush (volume);
+  return NULL;
+}
+
+/* A server back within the hold may have lost what it answered: a flush waits
+ * until that has been copied.
+ */
+static void
+test_policy_stop_flush_waits_for_both (void)
+{
+  uint8_t buf[4096] = { 3 };
+  struct nbdm_status s;
+  pthread_t thread;
+  int rc = 1;
+
+  make_site (NBDM_STOP, DEADLINE_S * 1000, 5000);
+  connect_remote ();
+  resync_to_end ();
+  assert (nbdm_pwrite (volume, buf, sizeof buf, 0, 0) == 0);
+  kill_server ();
+  wait_state (NBDM_HOLDING);
+  start_server ();
+  connect_remote ();
+  assert (status ().dirty_regions == 1 && status ().late_regions == 0);
+  assert (pthread_create (&thread, NULL, one_flush, &rc) == 0);
+  do
+    nbdm_get_status (volume, &s);
+  while (s.inflight == 0 && s.flushes == 0);
+  assert (s.flushes == 0);
+  resync_to_end ();
+  pthread_join (thread, NULL);
+  assert (rc == 0);
+  assert (nbdm_stop (volume) == 0);
+  assert_images_equal ();
+  end_site ();
+}
+
 static void
 test_policy_stop_fences_until_in_sync (void)
 {
@@ -512,6 +573,8 @@ static const struct {
   TEST (test_hung_remote_is_bounded),
   TEST (test_unanswered_resync_copies_are_late),
   TEST (test_hold_in_time_never_degrades),
+  TEST (test_unadmitted_connection_dropped_keeps_the_hold),
+  TEST (test_policy_stop_flush_waits_for_both),
   TEST (test_policy_stop_fences_until_in_sync),
   TEST (test_local_write_error_is_copied_back),
   TEST (test_local_read_error_is_served_by_the_remote),

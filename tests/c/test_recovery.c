@@ -150,6 +150,12 @@ one_late_region (struct nbdm *v)
 }
 
 static void
+no_dirty_region (struct nbdm *v)
+{
+  assert (remote (v).dirty_regions == 0);
+}
+
+static void
 one_dirty_extent (struct nbdm *v)
 {
   assert (remote (v).dirty_regions == EXTENT / REGION);
@@ -259,6 +265,93 @@ drop (const char *file, off_t unused)
 {
   (void)unused;
   assert (unlinkat (site.fd, file, 0) == 0);
+}
+
+static void drop (const char *file, off_t unused);
+static void flip (const char *file, off_t offset);
+
+static void
+all_dirty (struct nbdm *v)
+{
+  assert (remote (v).dirty_regions == NR_REGIONS);
+}
+
+/* The start that finds a log lost dies once the fresh one is there. */
+static void
+test_start_killed_after_renewing_a_log_is_still_all_dirty (void)
+{
+  static const char *const files[] = { "activity", "inflight" };
+
+  for (unsigned i = 0; i < 2; i++) {
+    make_volume (SIZE, REGION);
+    check_in_child (no_dirty_region);
+    drop (files[i], 0);
+    killed_at ("log_renewed=kill", 0);
+    check_in_child (all_dirty);
+    end_volume ();
+  }
+}
+
+/* In a child with NBDM_FAULT: the second flush of local fails, the first is
+ * the start's.
+ */
+static void
+in_child_with_failing_flush (void (*act) (struct nbdm *))
+{
+  int status;
+  pid_t pid = fork ();
+
+  assert (pid >= 0);
+  if (pid == 0) {
+    setenv ("NBDM_FAULT", "local_flush:2=error", 1);
+    struct nbdm *v = open_volume ();
+    assert (nbdm_start (v) == 0);
+    write_at (v, 2 * EXTENT);
+    act (v);
+    assert (nbdm_stop (v) == -EIO);
+    _exit (0);
+  }
+  waitpid (pid, &status, 0);
+  assert (status == 0);
+}
+
+static void
+flush_fails_for_good (struct nbdm *v)
+{
+  assert (nbdm_flush (v) == -EIO);
+  assert (nbdm_flush (v) == -EIO);
+}
+
+/* An error of FUA may be that of another write's page, and is told once. */
+static void
+fua_fails_for_good (struct nbdm *v)
+{
+  static const uint8_t buf[512];
+
+  assert (nbdm_pwrite (v, buf, sizeof buf, 0, NBDM_FUA) == -EIO);
+  assert (nbdm_flush (v) == -EIO);
+  assert (nbdm_pwrite (v, buf, sizeof buf, 0, 0) == -EIO);
+}
+
+static void
+extent_is_dirty (struct nbdm *v)
+{
+  assert (remote (v).dirty_regions >= EXTENT / REGION);
+}
+
+/* What the kernel could not write it may have dropped: no exact page cache. */
+static void
+test_failed_flush_is_final_and_recovered_as_lost_power (void)
+{
+  void (*const acts[]) (struct nbdm *)
+      = { flush_fails_for_good, fua_fails_for_good };
+
+  for (unsigned i = 0; i < 2; i++) {
+    make_volume (SIZE, REGION);
+    in_child_with_failing_flush (acts[i]);
+    check_in_child (extent_is_dirty);
+    end_volume ();
+  }
 }
 
 /* Torn slots after lost power are no lost log: the extents cover them. */
@@ -479,6 +572,8 @@ main (void)
   RUN (test_lost_power_makes_active_extents_dirty);
   RUN (test_lost_power_of_last_short_extent);
   RUN (test_lost_power_ignores_torn_slots);
+  RUN (test_start_killed_after_renewing_a_log_is_still_all_dirty);
+  RUN (test_failed_flush_is_final_and_recovered_as_lost_power);
   RUN (test_clean_stop_survives_a_reboot);
   RUN (test_dirty_bits_survive_a_kill);
   RUN (test_lost_log_means_all_dirty);
