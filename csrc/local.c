@@ -70,7 +70,11 @@ check_kind (struct nbdm *v, const char *path)
 
   if (stat (path, &st) < 0)
     return errno == ENOENT
-               ? set_message (-ENOENT, "the local disk %s does not exist", path)
+               ? set_message (-ENOENT,
+                              "the local disk %s does not exist; if it was "
+                              "lost, an empty one in its place would read as "
+                              "zeroes",
+                              path)
                : set_error (-errno, "cannot look at the local disk %s", path);
   if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode))
     return set_message (-EINVAL,

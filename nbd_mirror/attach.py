@@ -163,8 +163,10 @@ def other_ways(config: VolumeConfig) -> str:
     return "\n".join(
         [
             "with FUSE and a loop device (packages libnbd-bin, fuse3):",
-            f"  mkdir -p {folder} && nbdfuse {folder} '{uri}' &",
-            f"  mount -o loop {folder}/nbd /mnt",
+            f"  mkdir -p {folder}",
+            f"  nbdfuse {folder} '{uri}' &",
+            f"  until [ -e {folder}/nbd ]; do sleep 0.1; done",
+            f"  mount -o loop {folder}/nbd /mnt    # undo: umount /mnt {folder}",
             "or give it to QEMU as a disk:",
             f"  -drive 'file={uri},format=raw,if=virtio,cache=none'",
             f"  -blockdev driver=nbd,node-name={node},{server} "

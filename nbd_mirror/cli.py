@@ -324,6 +324,7 @@ def inspect(
 ) -> None:
     """Show the dirty maps: counts, the longest runs, a picture."""
     volume = load(config)
+    offline.read_superblock(volume)  # that the maps are this volume's
     with contextlib.ExitStack() as stack:
         maps = [
             stack.enter_context(open_map(offline.map_path(volume, remote.name)))
@@ -374,6 +375,9 @@ def _run() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except SystemExit as ended:
+        # 1 is click's and rich's alone, for a pipe whose reader has seen enough.
+        return 0 if ended.code == 1 else int(ended.code or 0)
     except Exception as error:
         if os.environ.get("NBD_MIRROR_DEBUG") == "1":
             traceback.print_exc()

@@ -20,11 +20,12 @@ from .errors import (
     BusyError,
     ConfigError,
     ExistsError,
+    FormatError,
     MirrorError,
     MissingError,
     from_errno,
 )
-from .offline import load_core
+from .offline import load_core, read_superblock
 from .units import format_size
 
 __all__ = ["create_volume"]
@@ -82,10 +83,14 @@ def _check_local(config: VolumeConfig) -> None:
         status = local.stat()
     except (FileNotFoundError, NotADirectoryError):
         size = config.size and format_size(config.size, exact=True).removesuffix("iB")
-        raise MissingError(
-            f"the local disk {local} is not there",
-            f"truncate -s {size.removesuffix('B')} {local}" if size else "",
-        ) from None
+        hint = f"truncate -s {size.removesuffix('B')} {local}" if size else ""
+        if (config.state_dir / "superblock").exists():
+            uri = config.remotes[0].uri
+            hint = (
+                f"if it was lost, copy it back first: nbdcopy '{uri}' {local}, then "
+                "nbd-mirror create CONFIG --force"
+            )
+        raise MissingError(f"the local disk {local} is not there", hint) from None
     except OSError as error:
         raise from_errno(error.errno or 0, f"{local}: {error.strerror}") from None
     if local.is_dir():
@@ -125,9 +130,21 @@ def _make_folder(config: VolumeConfig, force: bool) -> bool:
             f"volume {config.name} is served by process {pid}; its state is in use",
             "nbd-mirror stop CONFIG",
         )
+    _check_owner(config)
     if not force:
         _check_contents(folder)
     return False
+
+
+def _check_owner(config: VolumeConfig) -> None:
+    """Another volume's state is not overwritten, also not by force."""
+    try:
+        read_superblock(config)
+    except FormatError as error:
+        if "is the state of volume" in error.message:
+            raise
+    except MirrorError:
+        pass  # none, or one that cannot be read: what --force is for
 
 
 def _check_contents(folder: Path) -> None:

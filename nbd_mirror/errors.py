@@ -208,6 +208,8 @@ _BY_ERRNO: dict[int, type[MirrorError]] = {
     _errno.ENODEV: MissingError,
     _errno.ENXIO: MissingError,
     _errno.ENOTDIR: MissingError,
+    _errno.EISDIR: ConfigError,
+    _errno.EROFS: AccessError,
     _errno.EBUSY: BusyError,
     _errno.EADDRINUSE: BusyError,
     _errno.EEXIST: ExistsError,

@@ -363,11 +363,11 @@ class Keeper:
             self._engine.explain(self._remote, words)
 
     def _refuse(self, uri: str, region: int) -> None:
-        """Make the remote failed: this is another disk, nothing was written to it."""
+        """Make the remote failed: one of the two is not what it was; write nothing."""
         offset = region * self._engine.status().region_size
         where = f"region {region} (offset {offset}) differs; nothing was written to it"
         # The address comes last: it may be longer than the engine keeps.
-        words = f"this is not the disk that was left: {where}: {uri}"
+        words = f"this is not the disk that was left, or local is not: {where}: {uri}"
         with self._lock:
             self._error = self._last_error = words
         self._engine.fail(self._remote, words)
@@ -381,7 +381,7 @@ class Keeper:
             self._late_until = now + self._policy.late_window_s
         self._engine.admit(self._remote)
         with self._lock:
-            self._error = ""
+            # Its last error stays the reason until something was copied.
             self._retry_at = now
         self._log("info", f"{self._name}: connect: {uri}, {same} regions compared")
 

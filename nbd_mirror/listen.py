@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,7 +35,9 @@ class Listen(BaseModel):
     def uri(self) -> str:
         """The NBD URI a client on this host connects to."""
         if self.path is not None:
-            return "nbd+unix:///?" + urlencode({"socket": self.path}, safe="/")
+            return "nbd+unix:///?" + urlencode(
+                {"socket": self.path}, safe="/", quote_via=quote
+            )
         host = f"[{self.client_host}]" if ":" in self.host else self.client_host
         return f"nbd://{host}:{self.port}"
 

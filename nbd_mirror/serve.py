@@ -288,6 +288,7 @@ def start(config: VolumeConfig, door: str) -> int:
             raise ServerEndedError(_last_words(log, begin), code if code > 0 else 1)
         with contextlib.suppress(MirrorError):
             if serving_pid(config) == process.pid:
+                _pass_on_warnings(log, begin)
                 return process.pid
         time.sleep(0.05)
     raise WaitTimeoutError(
@@ -295,6 +296,14 @@ def start(config: VolumeConfig, door: str) -> int:
         f"it goes on starting, and says why in {log}",
         "nbd-mirror status CONFIG",
     )
+
+
+def _pass_on_warnings(log: Path, begin: int) -> None:
+    """Repeat on standard error what the start found wrong with the volume itself."""
+    for line in log.read_bytes()[begin:].decode(errors="replace").splitlines():
+        _, _, warning = line.partition(" warning volume ")
+        if warning:
+            sys.stderr.write(f"nbd-mirror: warning: volume {warning}\n")
 
 
 @contextlib.contextmanager

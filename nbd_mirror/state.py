@@ -224,8 +224,8 @@ def describe(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
     resume = f"nbd-mirror resume {config_name} {facts.name}"
     if facts.state is RemoteState.FAILED:
         reason = facts.reason or facts.last_error or "its log cannot be trusted"
-        full_copy = f"{invalidate} (overwrites it with a full copy)"
-        return reason, f"{full_copy}, or correct its uri and {resume}"
+        full_copy = f"if local is right, {invalidate} (overwrites it with a full copy)"
+        return reason, f"{resume}, once local and the uri are checked; or, {full_copy}"
     if facts.volume_failed:
         return "the volume has failed: nothing is sent to its remotes any more", ""
     if facts.state is RemoteState.IN_SYNC:
@@ -264,9 +264,10 @@ def _describe_resyncing(facts: Facts) -> str:
         return f"{failed}; {_next_attempt(facts)}"
     # While it copies, what was sent and not answered yet is late as well.
     if 0 < facts.dirty_bytes <= facts.late_bytes and facts.late_s > 0:
+        because = f"; before: {facts.last_error}" if facts.last_error else ""
         return (
             f"the last {left} are copied again in {_seconds(facts.late_s)}: until then "
-            "writes of the lost connection may still be carried out"
+            f"writes of the lost connection may still be carried out{because}"
         )
     if facts.stalled_s > STALLED_S:
         stalled = f"no region was copied for {_seconds(facts.stalled_s)}"

@@ -23,7 +23,7 @@ from .errors import ConfigError, MetadataFailedError, MirrorError, UnsupportedEr
 from .keeper import Keeper, RemotePolicy, View
 from .model import VolumeStatus
 from .process import exit_after, log, on_signal, outlive_parent
-from .state import describe, volume_state
+from .state import RemoteState, describe, volume_state
 
 __all__ = ["Volume"]
 
@@ -321,24 +321,30 @@ class Volume:
         if not volume.local_ok:
             reason = volume.reason or f"the local disk {self._config.local} failed"
             return reason, "replace the local disk, then stop and serve again"
+        found = volume.reason  # what recovery found at the start
         fence = "policy stop: writes get EIO until it is in_sync; "
         for one in remotes:
             if one["state"] == word and one["reason"]:
                 about = f"remote {one['name']}: {one['reason']}"
-                return (fence if volume.fenced else "") + about, one["hint"]
-        return (fence + "a remote is behind" if volume.fenced else volume.reason), ""
+                because = f"{found}; " if found else ""
+                return because + (fence if volume.fenced else "") + about, one["hint"]
+        return (fence + "a remote is behind" if volume.fenced else found), ""
 
 
 def _remote_dict(view: View, volume: VolumeStatus) -> dict[str, Any]:
     facts, status, progress = view.facts, view.status, view.progress
     reason, hint = describe(facts)
     resync = None
+    # While it is paused, or waits for late writes, nothing moves.
+    moving = facts.state is RemoteState.RESYNCING and not (
+        0 < facts.dirty_bytes <= facts.late_bytes and facts.late_s > 0
+    )
     if progress is not None:
         resync = {
             "done_bytes": progress.done_bytes,
             "total_bytes": progress.total_bytes,
-            "bytes_per_s": round(progress.bytes_per_s),
-            "eta_s": progress.eta_s,
+            "bytes_per_s": round(progress.bytes_per_s) if moving else 0,
+            "eta_s": progress.eta_s if moving else None,
             "growing": progress.growing,
         }
     unflushed = status.unflushed_regions * volume.region_size

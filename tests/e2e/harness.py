@@ -288,6 +288,8 @@ class Site:
         last: dict[str, Any] = {}
 
         def holds() -> object:
+            for secondary in self.secondaries:
+                secondary.revive()
             last.update(self.remote(name))
             return condition(last)
 

@@ -204,6 +204,33 @@ def test_create_in_a_folder_with_other_files_is_refused(file: Path) -> None:
     assert "other files, such as passwd" in done.stderr
 
 
+def test_create_over_another_volumes_state_is_refused_even_by_force(file: Path) -> None:
+    """A wrong `state` must not cost another volume its logs."""
+    (file.parent / "d.img").write_bytes(bytes(1 << 20))
+    (file.parent / "st").rmdir()
+    assert nbd_mirror("create", file).returncode == 0
+    other = file.with_name("other.toml")
+    other.write_text(file.read_text().replace('name="v"', 'name="other"', 1))
+    for words in (["create", other, "--force"], ["inspect", other]):
+        done = nbd_mirror(*words)
+        assert done.returncode == FormatError.exit_code
+        assert "is the state of volume v, not of other" in done.stderr
+
+
+def test_output_nobody_reads_to_the_end_is_no_error(file: Path) -> None:
+    """`status | head -1` is how people use it."""
+    (file.parent / "d.img").write_bytes(bytes(1 << 20))
+    (file.parent / "st").rmdir()
+    nbd_mirror("create", file)
+    words = [sys.executable, "-m", "nbd_mirror", "inspect", str(file)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
 def test_create_with_a_local_disk_too_small_tells_both_sizes(file: Path) -> None:
     """What is there and what is needed."""
     (file.parent / "d.img").write_bytes(bytes(5000))
@@ -213,6 +240,12 @@ def test_create_with_a_local_disk_too_small_tells_both_sizes(file: Path) -> None
 
 
 # --- the listening socket ---
+
+
+def test_uri_of_a_path_with_a_space_is_one_clients_take() -> None:
+    """%20, as URIs have it: libnbd takes a plus sign for a plus sign."""
+    listen = parse_listen("unix:/run/my disk.sock")
+    assert listen.uri == "nbd+unix:///?socket=/run/my%20disk.sock"
 
 
 def test_bind_to_a_socket_in_use_is_refused_and_leaves_it(tmp_path: Path) -> None:
