@@ -149,6 +149,8 @@ distrust_page_cache (struct nbdm *v)
   int fd;
 
   memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
+  /* It may be the store that was to say so which failed. */
+  v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
   if (superblock_store (v->sb_fd, &v->sb) == 0)
     return;
   fd = openat (v->dirfd, DISTRUST_FILE, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);

@@ -354,6 +354,32 @@ test_failed_flush_is_final_and_recovered_as_lost_power (void)
   }
 }
 
+/* The last store of a stop fails: it is not clean, whatever is stored later. */
+static void
+test_stop_that_failed_to_persist_is_not_clean (void)
+{
+  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_status s;
+  char name[NBDM_NAME_LEN];
+  int status;
+  pid_t pid;
+
+  make_volume (SIZE, REGION);
+  pid = fork ();
+  assert (pid >= 0);
+  if (pid == 0) {
+    setenv ("NBDM_FAULT", "superblock_sync:2=error", 1); /* 1: the open's */
+    struct nbdm *v = open_volume ();
+    assert (nbdm_stop (v) == -EIO);
+    _exit (0);
+  }
+  waitpid (pid, &status, 0);
+  assert (status == 0);
+  assert (nbdm_peek (site.path, name, &s, remotes) == 0);
+  assert (!s.clean);
+  end_volume ();
+}
+
 /* Torn slots after lost power are no lost log: the extents cover them. */
 static void
 test_lost_power_ignores_torn_slots (void)
@@ -574,6 +600,7 @@ main (void)
   RUN (test_lost_power_ignores_torn_slots);
   RUN (test_start_killed_after_renewing_a_log_is_still_all_dirty);
   RUN (test_failed_flush_is_final_and_recovered_as_lost_power);
+  RUN (test_stop_that_failed_to_persist_is_not_clean);
   RUN (test_clean_stop_survives_a_reboot);
   RUN (test_dirty_bits_survive_a_kill);
   RUN (test_lost_log_means_all_dirty);
