@@ -10,6 +10,7 @@ read and write a file system without mounting it.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from stage import DemoError, Stage
@@ -20,36 +21,36 @@ from nbd_mirror.config import load
 __all__ = ["Disk", "choose_disk"]
 
 
-class Disk:
+class Disk(ABC):
     """How the volume is formatted, filled and, from an image, read back."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
+    @abstractmethod
     def make_file_system(self) -> None:
         """Attach the volume and make a file system on it, ready for copies."""
-        raise NotImplementedError
 
-    def prepare(self, tree: str, name: str) -> None:
+    def prepare(self, tree: str, name: str) -> None:  # noqa: B027  mounts need none
         """Do what the copy of *tree* to *name* needs beforehand."""
 
+    @abstractmethod
     def copy_command(self, tree: str, name: str) -> str:
         """Return the command that copies *tree* to *name* and makes it durable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unmount(self) -> None:
         """Unmount and detach."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_image(self, image: str) -> None:
         """Make the file system on *image* readable below `back`."""
-        raise NotImplementedError
 
     def read_back_at(self, name: str) -> str:
         """Return the folder where what was copied to *name* is read back."""
         return f"back/{name}"
 
-    def release_image(self) -> None:
+    def release_image(self) -> None:  # noqa: B027  what keeps nothing mounted
         """Undo read_image."""
 
 
