@@ -74,6 +74,9 @@ cool_locked (struct nbdm *v, uint32_t max, uint64_t before_ns)
   pthread_mutex_unlock (&v->lock);
   rc = volume_flush (v);
   pthread_mutex_lock (&v->lock);
+  if (rc < 0) /* failed, or only the remotes are left and none flushed */
+    return v->failed ? rc : -EAGAIN;
+  rc = dirty_map_persist (&v->local.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_persist (&v->remotes[i].dm);
   if (rc == 0)
@@ -174,7 +177,7 @@ leg_plan_locked (struct request *req, struct leg *leg)
       .length = piece.length,
       .buf = req->buf ? (uint8_t *)req->buf + (piece.offset - req->offset)
                       : (uint8_t *)zeroes,
-      .fua = (req->flags & NBDM_FUA) && info->can_fua,
+      .fua = req->remote_fua && info->can_fua,
       .may_trim = req->flags & NBDM_MAY_TRIM,
     };
     leg->cursor = piece.offset + piece.length;
@@ -184,9 +187,26 @@ leg_plan_locked (struct request *req, struct leg *leg)
     leg->sent = true;
 }
 
+/* Local's part: before a byte moves it misses what it will not be sent.  And
+ * what it misses its remotes answer for alone, so they make it durable.
+ */
+static void
+classify_local_locked (struct nbdm *v, struct request *req)
+{
+  uint64_t first, count;
+
+  req->on_local = v->local.state != NBDM_LOCAL_FAILED;
+  req->remote_fua = (req->flags & NBDM_FUA) || v->local.state != NBDM_LOCAL_OK;
+  if (!req->on_local) {
+    region_span (v, req->offset, req->length, &first, &count);
+    dirty_map_mark (&v->local.dm, first, count, false);
+  }
+}
+
 static void
 classify_locked (struct nbdm *v, struct request *req)
 {
+  classify_local_locked (v, req);
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
     struct leg *leg = &req->legs[i];
@@ -239,6 +259,11 @@ admit_locked (struct nbdm *v, struct request *req)
   rc = gate_locked (v); /* it may have closed while we waited */
   if (rc < 0)
     goto out_slot;
+  if (!range_has_source_locked (v, req->offset, req->length)) {
+    rc = set_message (-EIO, "the local disk has failed, and no remote in sync "
+                            "is connected");
+    goto out_slot;
+  }
   inflight_issued (&v->inflight, req->slot, 1);
   classify_locked (v, req);
   if (!v->failed) {

@@ -29,6 +29,9 @@ make_logs (const struct nbdm_params *params, const struct disk_superblock *sb,
 
   if (rc == 0)
     rc = inflight_create (dirfd, sb->uuid, session, RING_SLOTS);
+  if (rc == 0)
+    rc = dirty_map_create (dirfd, LOCAL_NAME, sb->uuid, session, nr_regions,
+                           params->region_size, false);
   for (uint32_t i = 0; i < params->nr_remotes && rc == 0; i++)
     rc = dirty_map_create (dirfd, params->remotes[i].name, sb->uuid, session,
                            nr_regions, params->region_size,
@@ -88,12 +91,12 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
 static int
 measure_local (const struct nbdm_params *params, uint64_t *size)
 {
-  struct nbdm v = { .local_fd = -1 };
+  struct local_disk disk = { .fd = -1 };
   uint64_t local_size = 0;
-  int rc = local_open (&v, params->local, &local_size);
+  int rc = local_open (&disk, params->local, &local_size);
 
-  if (v.local_fd >= 0)
-    close (v.local_fd);
+  if (disk.fd >= 0)
+    close (disk.fd);
   if (rc < 0)
     return rc;
   *size = params->size ? params->size : local_size;

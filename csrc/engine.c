@@ -13,8 +13,10 @@
  *   ok     lost              -       hold; sent again, or as the next row
  *   ok     error, deadline   ok      degrade: dirty, out_of_sync durable
  *                            EIO     stop: the same, and writes are fenced
- *   error  anything          error   the range is dirty on every remote, and
+ *   error  ok, in sync       ok      local is failed, and misses the range
+ *   error  anything else     error   the range is dirty on every remote, and
  *                                    is copied from local again
+ *   -      as above          ok      local is failed: a remote has it, durably
  *
  * "The same bytes to every leg" needs no copy of ours: the door's buffer is
  * already private (nbdkit read the payload off the socket into memory that no
@@ -92,6 +94,22 @@ leg_hold (struct request *req, struct leg *leg)
   return rc;
 }
 
+/* Make durable what the leg's remote answered. */
+static void
+leg_flush (struct leg *leg)
+{
+  struct nbdm *v = leg->remote->volume;
+  struct remote_flush flush;
+
+  remote_flush_begin (leg->remote, &flush);
+  leg->result = remote_flush_end (&flush);
+  /* Lost on the way and back: the flush was of another connection. */
+  pthread_mutex_lock (&v->lock);
+  if (leg->remote->conn != leg->conn)
+    leg->result = LEG_LOST;
+  pthread_mutex_unlock (&v->lock);
+}
+
 static void
 leg_finish (struct request *req, struct leg *leg)
 {
@@ -115,16 +133,8 @@ leg_finish (struct request *req, struct leg *leg)
     }
     leg_issue (leg);
   }
-  if ((req->flags & NBDM_FUA) && !conn_info (leg->conn)->can_fua) {
-    struct remote_flush flush;
-    remote_flush_begin (leg->remote, &flush);
-    leg->result = remote_flush_end (&flush);
-    /* Lost on the way and back: the flush was of another connection. */
-    pthread_mutex_lock (&v->lock);
-    if (leg->remote->conn != leg->conn)
-      leg->result = LEG_LOST;
-    pthread_mutex_unlock (&v->lock);
-  }
+  if (req->remote_fua && !conn_info (leg->conn)->can_fua)
+    leg_flush (leg);
 }
 
 static const char *
@@ -145,7 +155,7 @@ leg_settle_locked (struct request *req, struct leg *leg, int local_rc)
   char why[NBDM_REASON_LEN];
 
   if (leg->result == 0) {
-    if (!(req->flags & NBDM_FUA) && r->conn == leg->conn) {
+    if (!req->remote_fua && r->conn == leg->conn) {
       region_span (r->volume, req->offset, req->length, &first, &count);
       bitmap_set (&r->dm.map[MAP_UNFLUSHED0 + r->filling], first, count);
     }
@@ -185,25 +195,83 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
   volume_persist_locked (v);
 }
 
+/* Has a leg that succeeded every region that local misses? */
+static bool
+covered_locked (const struct nbdm *v, const struct request *req, bool on_local)
+{
+  uint64_t first, count;
+
+  region_span (v, req->offset, req->length, &first, &count);
+  for (uint64_t region = first; region < first + count; region++) {
+    bool covered = on_local && local_has_locked (v, region);
+
+    for (uint32_t i = 0; i < v->nr_remotes && !covered; i++) {
+      const struct leg *leg = &req->legs[i];
+      covered = leg->active && leg->result == 0
+                && !bitmap_test (&leg->remote->dm.map[MAP_DIRTY], region);
+    }
+    if (!covered)
+      return false;
+  }
+  return true;
+}
+
+/* Local misses some or all of it: who has it must have it durably, also if it
+ * was sent before anybody knew.  Drops the lock to flush.
+ */
 static int
-request_finish (struct nbdm *v, struct request *req, int local_rc)
+secure_locked (struct nbdm *v, struct request *req, bool on_local)
+{
+  for (uint32_t i = 0; i < v->nr_remotes && !req->remote_fua; i++) {
+    struct leg *leg = &req->legs[i];
+
+    if (!leg->active || leg->result < 0)
+      continue;
+    pthread_mutex_unlock (&v->lock);
+    leg_flush (leg);
+    pthread_mutex_lock (&v->lock);
+  }
+  if (covered_locked (v, req, on_local))
+    return 0;
+  return set_message (-EIO, "the local disk has failed, and no remote in sync "
+                            "has answered the write");
+}
+
+/* The request's answer, by what became of each leg.  May drop the lock. */
+static int
+decide_locked (struct nbdm *v, struct request *req, int local_rc)
 {
   bool everywhere = true;
   int rc = local_rc;
 
-  pthread_mutex_lock (&v->lock);
-  for (uint32_t i = 0; i < v->nr_remotes; i++) {
-    struct leg *leg = &req->legs[i];
-    if (leg->active)
-      everywhere = leg_settle_locked (req, leg, local_rc) && everywhere;
-    leg->active = false;
-  }
-  if (local_rc < 0)
+  while (v->local.taking_over)
+    pthread_cond_wait (&v->changed, &v->lock);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (req->legs[i].active)
+      everywhere
+          = leg_settle_locked (req, &req->legs[i], local_rc) && everywhere;
+  if (rc < 0 && local_takeover_locked (v) == 0)
+    rc = 0;
+  if (rc < 0 && v->local.flush_error)
+    volume_fail_locked (v, v->local.reason);
+  if (rc == 0 && v->local.state != NBDM_LOCAL_OK)
+    rc = secure_locked (v, req, local_rc == 0 && req->on_local);
+  if (local_rc < 0 && v->local.state != NBDM_LOCAL_FAILED)
     local_error_locked (v, req, local_rc);
   if (rc == 0 && !everywhere && v->policy == NBDM_STOP)
     rc = set_message (-EIO, "policy stop: a remote is out of sync");
   if (rc == 0 && v->failed)
     rc = set_message (-EIO, "the volume has failed: %s", v->reason);
+  return rc;
+}
+
+static int
+request_finish (struct nbdm *v, struct request *req, int local_rc)
+{
+  int rc;
+
+  pthread_mutex_lock (&v->lock);
+  rc = decide_locked (v, req, local_rc);
   fault_point ("before_retire");
   request_retire_locked (v, req);
   v->writes++;
@@ -218,10 +286,15 @@ request_finish (struct nbdm *v, struct request *req, int local_rc)
 static int
 write_local (struct nbdm *v, const struct request *req)
 {
-  int rc = req->buf ? local_pwrite (v, req->buf, req->length, req->offset)
-                    : local_zero (v, req->length, req->offset,
-                                  req->flags & NBDM_MAY_TRIM);
+  int rc;
 
+  if (!req->on_local)
+    return 0;
+  rc = req->buf ? local_pwrite (v, req->buf, req->length, req->offset)
+                : local_zero (v, req->length, req->offset,
+                              req->flags & NBDM_MAY_TRIM);
+  if (rc < 0)
+    local_note_error (v);
   /* Not RWF_DSYNC: that reports, once, write-back errors of any page of the
    * file, and a flush after it would succeed and mean nothing (rule 10).
    */
@@ -253,8 +326,6 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
     if (req.legs[i].active)
       leg_issue (&req.legs[i]);
   rc = write_local (v, &req);
-  if (rc == -EIO)
-    local_failed (v, last_error ());
   inflight_done (&v->inflight, req.slot, 1);
   fault_point ("after_local");
   for (uint32_t i = 0; i < v->nr_remotes; i++)

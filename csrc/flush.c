@@ -125,7 +125,7 @@ remote_flush_end (struct remote_flush *flush)
 int
 flush_local_group (struct nbdm *v)
 {
-  struct flush_group *group = &v->local_flush;
+  struct flush_group *group = &v->local.flush;
   uint64_t ticket;
   int rc;
 
@@ -144,17 +144,17 @@ flush_local_group (struct nbdm *v)
     pthread_mutex_lock (&v->lock);
     group->running = false;
     group->done = covers;
-    if (rc < 0 && v->local_flush_error == 0) {
+    if (rc < 0 && v->local.flush_error == 0) {
       /* The kernel has dropped the pages it could not write: another fsync
        * would succeed and mean nothing (rule 10).
        */
-      v->local_flush_error = rc;
-      atomic_store (&v->local_doubted, true);
-      volume_fail_locked (v, last_error ());
+      v->local.flush_error = rc;
+      local_note_error_locked (v);
+      atomic_store (&v->local.doubted, true);
     }
     pthread_cond_broadcast (&v->changed);
   }
-  rc = v->local_flush_error;
+  rc = v->local.flush_error;
   pthread_mutex_unlock (&v->lock);
   return rc;
 }
@@ -164,6 +164,7 @@ volume_flush (struct nbdm *v)
 {
   struct remote_flush flushes[NBDM_MAX_REMOTES];
   bool begun[NBDM_MAX_REMOTES] = { false };
+  bool flushed = false;
   int rc;
 
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
@@ -177,10 +178,20 @@ volume_flush (struct nbdm *v)
     if (begun[i])
       remote_flush_begin (&v->remotes[i], &flushes[i]);
   }
-  rc = flush_local_group (v);
+  rc = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
+           ? 0
+           : flush_local_group (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (begun[i])
-      (void)remote_flush_end (&flushes[i]); /* lost: a state, not an error */
+    if (begun[i] && remote_flush_end (&flushes[i]) == 0)
+      flushed = true; /* lost: a state, and not an error while local is ok */
+
+  pthread_mutex_lock (&v->lock);
+  if (rc < 0)
+    rc = local_flush_lost_locked (v);
+  else if (v->local.state == NBDM_LOCAL_FAILED && !flushed)
+    rc = set_message (-EIO, "the local disk has failed, and no remote that is "
+                            "in sync is connected");
+  pthread_mutex_unlock (&v->lock);
   return rc;
 }
 

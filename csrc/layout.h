@@ -68,13 +68,15 @@ struct disk_superblock {
   uint64_t mount_id[3];
   uint32_t local_state; /* enum nbdm_local_state */
   uint32_t nr_remotes;
-  uint8_t reserved1[256];
+  int64_t local_since;    /* when local_state was entered, seconds since 1970 */
+  char local_reason[160]; /* why, NUL-terminated UTF-8 */
+  uint8_t reserved1[88];
   struct disk_remote remotes[LAYOUT_MAX_REMOTES];
   uint8_t reserved2[1536];
 };
 _Static_assert(offsetof (struct disk_superblock, session) == 128, "layout");
 _Static_assert(offsetof (struct disk_superblock, boot_id) == 208, "layout");
-_Static_assert(offsetof (struct disk_superblock, reserved1) == 256, "layout");
+_Static_assert(offsetof (struct disk_superblock, local_since) == 256, "layout");
 _Static_assert(offsetof (struct disk_superblock, remotes) == 512, "layout");
 _Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
 

@@ -93,6 +93,7 @@ persist_clean (struct nbdm *v)
   int rc = 0;
 
   pthread_mutex_lock (&v->lock);
+  rc = dirty_map_finish (&v->local.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_finish (&v->remotes[i].dm);
   if (rc == 0)
@@ -119,6 +120,9 @@ nbdm_stop (struct nbdm *v)
                ? 0
                : set_message (-EIO, "the stop was not clean: %s", v->reason);
   rc = volume_flush (v);
+  /* Local has failed: what its remotes answered they had made durable. */
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    rc = 0;
   ticker_join (v);
   disconnect_all (v);
   if (rc == 0 && !v->failed)
@@ -134,12 +138,13 @@ nbdm_close (struct nbdm *v)
   ticker_join (v);
   if (v->nr_remotes <= NBDM_MAX_REMOTES)
     disconnect_all (v);
+  dirty_map_close (&v->local.dm);
   for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)
     dirty_map_close (&v->remotes[i].dm);
   inflight_close (&v->inflight);
   activity_close (&v->activity);
-  if (v->local_fd >= 0)
-    close (v->local_fd);
+  if (v->local.disk.fd >= 0)
+    close (v->local.disk.fd);
   if (v->sb_fd >= 0)
     close (v->sb_fd);
   if (v->lock_fd >= 0)

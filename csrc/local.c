@@ -43,18 +43,18 @@ lock_disk (int fd, const char *path)
  * beside the disk: trying on the disk would change it.
  */
 static void
-probe_zeroing (struct nbdm *v, const char *path)
+probe_zeroing (struct local_disk *disk, const char *path)
 {
   char *copy = strdup (path);
   int fd
       = copy ? open (dirname (copy), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600) : -1;
 
-  v->local_can_punch = v->local_can_zero_range = false;
+  disk->can_punch = disk->can_zero_range = false;
   if (fd >= 0 && ftruncate (fd, 4096) == 0) {
-    v->local_can_punch
+    disk->can_punch
         = fallocate (fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096)
           == 0;
-    v->local_can_zero_range
+    disk->can_zero_range
         = fallocate (fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 0, 4096)
           == 0;
   }
@@ -64,7 +64,7 @@ probe_zeroing (struct nbdm *v, const char *path)
 }
 
 static int
-check_kind (struct nbdm *v, const char *path)
+check_kind (struct local_disk *disk, const char *path)
 {
   struct stat st;
 
@@ -81,36 +81,35 @@ check_kind (struct nbdm *v, const char *path)
                         "the local disk %s is neither a file nor a block "
                         "device",
                         path);
-  v->local_is_block = S_ISBLK (st.st_mode);
+  disk->is_block = S_ISBLK (st.st_mode);
   return 0;
 }
 
 int
-local_open (struct nbdm *v, const char *path, uint64_t *size)
+local_open (struct local_disk *disk, const char *path, uint64_t *size)
 {
   off_t end;
-  int rc = check_kind (v, path);
+  int rc = check_kind (disk, path);
 
   if (rc < 0)
     return rc;
-  v->local_fd
-      = open (path, O_RDWR | O_CLOEXEC | (v->local_is_block ? O_EXCL : 0));
-  if (v->local_fd < 0)
+  disk->fd = open (path, O_RDWR | O_CLOEXEC | (disk->is_block ? O_EXCL : 0));
+  if (disk->fd < 0)
     return errno == EBUSY
                ? set_message (-EBUSY,
                               "the local disk %s is in use (mounted, or part "
                               "of another device)",
                               path)
                : set_error (-errno, "cannot open the local disk %s", path);
-  rc = lock_disk (v->local_fd, path);
+  rc = lock_disk (disk->fd, path);
   if (rc < 0)
     return rc;
-  end = lseek (v->local_fd, 0, SEEK_END);
+  end = lseek (disk->fd, 0, SEEK_END);
   if (end < 0)
     return set_error (-errno, "cannot tell the size of %s", path);
   *size = (uint64_t)end;
-  if (!v->local_is_block)
-    probe_zeroing (v, path);
+  if (!disk->is_block)
+    probe_zeroing (disk, path);
   return 0;
 }
 
@@ -133,7 +132,7 @@ local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
   int rc = fault_point ("local_read");
 
   if (rc == 0)
-    rc = full_pread (v->local_fd, buf, count, offset);
+    rc = full_pread (v->local.disk.fd, buf, count, offset);
   return rc < 0 ? local_error (-rc, "read", offset) : 0;
 }
 
@@ -143,7 +142,7 @@ local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
   int rc = fault_point ("local_write");
 
   if (rc == 0)
-    rc = full_pwrite (v->local_fd, buf, count, offset);
+    rc = full_pwrite (v->local.disk.fd, buf, count, offset);
   return rc < 0 ? local_error (-rc, "write", offset) : 0;
 }
 
@@ -151,13 +150,13 @@ local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 static int
 zero_by_fallocate (struct nbdm *v, int mode, uint64_t count, uint64_t offset)
 {
-  while (fallocate (v->local_fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+  while (fallocate (v->local.disk.fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                     (off_t)count)
          < 0) {
     if (errno == EINTR)
       continue;
     if (errno == EOPNOTSUPP || errno == ENOSYS
-        || (errno == EINVAL && v->local_is_block))
+        || (errno == EINVAL && v->local.disk.is_block))
       return 1;
     return local_error (errno, "zero", offset);
   }
@@ -171,7 +170,7 @@ zero_by_writing (struct nbdm *v, uint64_t count, uint64_t offset)
 
   while (count > 0) {
     uint64_t n = count < ZERO_WRITE ? count : ZERO_WRITE;
-    int rc = full_pwrite (v->local_fd, zeroes, n, offset);
+    int rc = full_pwrite (v->local.disk.fd, zeroes, n, offset);
 
     if (rc < 0)
       return local_error (-rc, "zero", offset);
@@ -201,7 +200,7 @@ local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim)
 bool
 local_fast_zero (const struct nbdm *v, bool may_trim)
 {
-  return v->local_can_zero_range || (may_trim && v->local_can_punch);
+  return v->local.disk.can_zero_range || (may_trim && v->local.disk.can_punch);
 }
 
 int
@@ -209,7 +208,7 @@ local_flush (struct nbdm *v)
 {
   int rc = fault_point ("local_flush");
 
-  if (rc == 0 && fdatasync (v->local_fd) < 0)
+  if (rc == 0 && fdatasync (v->local.disk.fd) < 0)
     rc = -errno;
   return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
 }
@@ -217,17 +216,17 @@ local_flush (struct nbdm *v)
 uint64_t
 local_hole_end (struct nbdm *v, uint64_t offset, uint64_t end)
 {
-  off_t data = lseek (v->local_fd, (off_t)offset, SEEK_DATA);
+  off_t data = lseek (v->local.disk.fd, (off_t)offset, SEEK_DATA);
 
   if (data < 0)
-    return errno == ENXIO && !v->local_is_block ? end : offset;
+    return errno == ENXIO && !v->local.disk.is_block ? end : offset;
   return (uint64_t)data < end ? (uint64_t)data : end;
 }
 
 uint64_t
 local_data_end (struct nbdm *v, uint64_t offset, uint64_t end)
 {
-  off_t hole = lseek (v->local_fd, (off_t)offset, SEEK_HOLE);
+  off_t hole = lseek (v->local.disk.fd, (off_t)offset, SEEK_HOLE);
 
   if (hole < 0 || (uint64_t)hole <= offset || (uint64_t)hole > end)
     return end;

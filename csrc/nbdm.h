@@ -28,7 +28,14 @@ enum nbdm_remote_state {
   NBDM_FAILED = 6
 };
 
-enum nbdm_local_state { NBDM_LOCAL_OK = 1, NBDM_LOCAL_FAILED = 2 };
+/* The local disk has a dirty map of its own: what it misses, because it failed
+ * and a remote in sync took its place.
+ */
+enum nbdm_local_state {
+  NBDM_LOCAL_OK = 1,
+  NBDM_LOCAL_FAILED = 2,   /* not used: remotes serve in its place */
+  NBDM_LOCAL_RESYNCING = 3 /* written again; what it misses is copied back */
+};
 
 enum nbdm_policy {
   NBDM_DEGRADE = 1, /* a lost remote: go on with local alone */
@@ -79,7 +86,15 @@ struct nbdm_status {
   uint64_t flushes;
   uint64_t write_ns; /* sum of the answered writes' times */
   uint64_t activity_persists;
-  char reason[160]; /* why failed, or what recovery found; or "" */
+  char reason[160];        /* why failed, or what recovery found; or "" */
+  uint32_t local_attached; /* failed, and nbdm_local_attach has opened it */
+  uint64_t local_dirty_regions; /* what local misses */
+  uint64_t local_errors;   /* of local since start: reads, writes, flushes */
+  uint64_t local_repaired; /* regions rewritten from a remote since start */
+  uint64_t local_copied_bytes; /* the same, and what was copied back, bytes */
+  uint64_t local_serial;       /* see nbdm_wait_local */
+  int64_t local_since;         /* seconds since 1970 */
+  char local_reason[160];      /* of local_state; while ok its last error */
 };
 
 struct nbdm_remote_status {
@@ -196,7 +211,8 @@ int nbdm_remote_connect (struct nbdm *volume, uint32_t remote, const char *uri,
                          uint32_t timeout_ms);
 
 /* Compare a region on local with the connected remote: 0 same, 1 different,
- * -EBUSY: a request holds it (try another), -EAGAIN: it is dirty.
+ * -EBUSY: a request holds it (try another), -EAGAIN: it is dirty on either, or
+ * local is not open.
  */
 int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
 
@@ -224,7 +240,9 @@ int nbdm_remote_reset (struct nbdm *volume, uint32_t remote);
 /* Set or lift an operator's pause of resync, durably. */
 int nbdm_remote_pause (struct nbdm *volume, uint32_t remote, int paused);
 
-/* Make every region dirty, durably; failed -> out_of_sync. */
+/* Make every region dirty, durably; failed -> out_of_sync.  -EBUSY: the local
+ * disk misses something, and the remote may be the only copy of it.
+ */
 int nbdm_remote_invalidate (struct nbdm *volume, uint32_t remote);
 
 /* The late-write window is over: late regions are plain dirty ones now. */
@@ -237,6 +255,32 @@ int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
  */
 int nbdm_resync (struct nbdm *volume, uint32_t remote,
                  struct nbdm_resync *batch);
+
+/* --- The local disk, after it failed ---------------------------------- */
+
+/* Open `path` as the local disk again; it is used for nothing until admitted.
+ * `replaced`: it is another disk, so every region is dirty on it, durably.
+ * -EALREADY: local has not failed; -ENOENT, -EBUSY, -ERANGE (too small) and so
+ * on.
+ */
+int nbdm_local_attach (struct nbdm *volume, const char *path, int replaced);
+
+/* Use it from now on, durably: failed -> resyncing.  -ENODEV: not attached. */
+int nbdm_local_admit (struct nbdm *volume);
+
+/* Close an attached disk again; the reason becomes the state's, durably. */
+int nbdm_local_drop (struct nbdm *volume, const char *reason);
+
+/* Copy a batch of what local misses back from a remote that is clean there,
+ * flush local, clear the bits; `depth` is not used.  Also makes local ok when
+ * that left nothing dirty.  Returns 0 also if nothing was found; -ENOTCONN: no
+ * such remote is connected; -EIO: local has failed.
+ */
+int nbdm_local_resync (struct nbdm *volume, struct nbdm_resync *batch);
+
+/* As nbdm_wait_event, for the local disk. */
+uint64_t nbdm_wait_local (struct nbdm *volume, uint64_t seen,
+                          uint32_t timeout_ms);
 
 /* Let extents idle for at least `idle_ms` go cold: flushes the legs and
  * persists the dirty maps first.

@@ -80,8 +80,11 @@ compare_begin (struct remote *r, uint64_t region, struct range *range,
   pthread_mutex_lock (&v->lock);
   if (r->conn == NULL)
     rc = set_message (-ENOTCONN, "the connection was lost");
-  else if (bitmap_test (&r->dm.map[MAP_DIRTY], region))
+  else if (bitmap_test (&r->dm.map[MAP_DIRTY], region)
+           || bitmap_test (&v->local.dm.map[MAP_DIRTY], region))
     rc = set_message (-EAGAIN, "the region is dirty");
+  else if (v->local.state == NBDM_LOCAL_FAILED && !v->local.attached)
+    rc = set_message (-EAGAIN, "the local disk is not open");
   else if (!rangelock_try (&v->ranges, range))
     rc = set_message (-EBUSY, "a request holds the region");
   else
@@ -235,6 +238,13 @@ nbdm_remote_invalidate (struct nbdm *v, uint32_t index)
   int rc;
 
   pthread_mutex_lock (&v->lock);
+  if (v->local.state != NBDM_LOCAL_OK || v->local.taking_over) {
+    pthread_mutex_unlock (&v->lock);
+    return set_message (-EBUSY,
+                        "the local disk is not ok: %s may be the only copy of "
+                        "what it misses",
+                        r->name);
+  }
   dirty_map_mark (&r->dm, 0, v->nr_regions, false);
   r->assumed = false;
   if (r->admitted)

@@ -102,7 +102,10 @@ size_copy (struct batch *b, struct copy *copy, struct run *run)
 
   if (end > v->size)
     end = v->size;
-  hole_end = local_hole_end (v, offset, end);
+  /* The holes of a disk that misses something say nothing. */
+  hole_end = atomic_load (&v->local.state) == NBDM_LOCAL_OK
+                 ? local_hole_end (v, offset, end)
+                 : offset;
   if (hole_end < end)
     hole_end -= hole_end % v->region_size;
   copy->hole = hole_end > offset && conn_info (b->conn)->can_zero;
@@ -243,7 +246,7 @@ unlock_copy (struct batch *b, struct copy *copy)
   pthread_mutex_unlock (&v->lock);
 }
 
-/* With the range held: read and send.  -errno: local could not be read. */
+/* With the range held: read and send.  -errno: nobody has it to read. */
 static int
 send_copy (struct batch *b, struct copy *copy)
 {
@@ -256,16 +259,16 @@ send_copy (struct batch *b, struct copy *copy)
   copy->waiter = (struct waiter)WAITER_INIT;
   if (copy->hole) {
     /* It was a hole before we had the lock; a write may have filled it. */
-    if (local_hole_end (v, offset, offset + length) < offset + length) {
+    if (atomic_load (&v->local.state) != NBDM_LOCAL_OK
+        || local_hole_end (v, offset, offset + length) < offset + length) {
       unlock_copy (b, copy);
       return -EAGAIN;
     }
     send_segment (b, copy, offset, length, true);
   }
   else {
-    rc = local_pread (v, copy->buf, length, offset);
+    rc = source_pread (v, b->remote, copy->buf, length, offset);
     if (rc < 0) {
-      local_failed (v, last_error ());
       unlock_copy (b, copy);
       return rc;
     }

@@ -14,7 +14,8 @@
  *   deadline passed           in_sync, resyncing     out_of_sync
  *   the hold is over          holding                out_of_sync
  *   error answered            in_sync, resyncing     out_of_sync
- *   local write failed        in_sync                resyncing
+ *   local write failed, and
+ *     nobody takes its place  in_sync                resyncing
  *   admitted, nothing dirty   holding, out_of_sync   in_sync
  *   admitted, some dirty      holding, out_of_sync   resyncing
  *   last region flushed       resyncing              in_sync
@@ -26,6 +27,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
@@ -43,6 +45,68 @@ region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
   *count = (offset + length - 1) / v->region_size - *first + 1;
 }
 
+/* Does any other remote have the region? */
+static bool
+other_has_locked (const struct remote *r, uint64_t region)
+{
+  const struct nbdm *v = r->volume;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *other = &v->remotes[i];
+    if (other != r && !bitmap_test (&other->dm.map[MAP_DIRTY], region))
+      return true;
+  }
+  return false;
+}
+
+/* Every region keeps a source.  Where local misses it, "may differ from local"
+ * says nothing against the remote it was last written to, and were that one
+ * dirty too, nothing would be left to read or to copy from.
+ */
+void
+mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
+                     bool late)
+{
+  const struct bitmap *missing = &r->volume->local.dm.map[MAP_DIRTY];
+  uint64_t end = first + count;
+
+  if (missing->nr_set == 0) {
+    dirty_map_mark (&r->dm, first, count, late);
+    return;
+  }
+  while (first < end) {
+    uint64_t next = bitmap_next_set (missing, first, end);
+
+    if (next > first)
+      dirty_map_mark (&r->dm, first, next - first, late);
+    first = bitmap_next_clear (missing, next, end);
+    for (; next < first; next++)
+      if (other_has_locked (r, next))
+        dirty_map_mark (&r->dm, next, 1, late);
+  }
+}
+
+void
+unflushed_lost_locked (struct remote *r)
+{
+  uint64_t nr = r->volume->nr_regions, region = 0;
+
+  if (r->volume->local.dm.map[MAP_DIRTY].nr_set > 0)
+    /* In two steps: a kill between them finds the bits in both maps. */
+    for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
+      struct bitmap *map = &r->dm.map[i];
+
+      while ((region = bitmap_next_set (map, region, nr)) < nr) {
+        uint64_t next = bitmap_next_clear (map, region, nr);
+        mark_regions_locked (r, region, next - region, false);
+        region = next;
+      }
+      atomic_signal_fence (memory_order_seq_cst);
+      bitmap_clear_all (map);
+    }
+  dirty_map_lost (&r->dm);
+}
+
 void
 mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
                    bool late)
@@ -50,7 +114,7 @@ mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
   uint64_t first, count;
 
   region_span (r->volume, offset, length, &first, &count);
-  dirty_map_mark (&r->dm, first, count, late);
+  mark_regions_locked (r, first, count, late);
 }
 
 void
@@ -120,6 +184,7 @@ volume_persist_locked (struct nbdm *v)
 
   if (v->failed)
     return -EIO;
+  rc = dirty_map_persist (&v->local.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_persist (&v->remotes[i].dm);
   if (rc == 0) {
@@ -128,7 +193,10 @@ volume_persist_locked (struct nbdm *v)
       v->sb.remotes[i] = disk_remote (&v->remotes[i]);
     v->sb.nr_remotes = htole32 (v->nr_remotes);
     v->sb.generation = htole64 (v->generation);
-    v->sb.local_state = htole32 (v->local_state);
+    v->sb.local_state = htole32 (v->local.state);
+    v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.since);
+    snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
+              v->local.reason);
     v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
                            | (v->fenced ? SUPERBLOCK_FENCED : 0));
     rc = superblock_store (v->sb_fd, &v->sb);
@@ -173,16 +241,6 @@ volume_fail_locked (struct nbdm *v, const char *why)
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     remote_bump_locked (&v->remotes[i]);
   pthread_cond_broadcast (&v->changed);
-}
-
-void
-local_failed (struct nbdm *v, const char *why)
-{
-  pthread_mutex_lock (&v->lock);
-  v->local_state = NBDM_LOCAL_FAILED;
-  if (v->reason[0] == '\0')
-    snprintf (v->reason, sizeof v->reason, "%s", why);
-  pthread_mutex_unlock (&v->lock);
 }
 
 /* Every admitted request whose answer waits for this remote: the remote may
@@ -261,7 +319,7 @@ detach_locked (struct remote *r)
   r->conn = NULL;
   if (r->admitted) {
     strand_requests_locked (r);
-    dirty_map_lost (&r->dm);
+    unflushed_lost_locked (r);
   }
   r->admitted = false;
   conn_put (conn);
@@ -312,9 +370,11 @@ remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
     remote_degrade_locked (r);
 }
 
-static void
+void
 lift_fence_locked (struct nbdm *v)
 {
+  if (v->local.state != NBDM_LOCAL_OK)
+    return;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (v->remotes[i].state != NBDM_IN_SYNC)
       return;

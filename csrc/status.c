@@ -42,7 +42,15 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   status->generation = v->generation;
   status->session = le64toh (v->sb.session);
   status->nr_remotes = v->nr_remotes;
-  status->local_state = v->local_state;
+  status->local_state = v->local.state;
+  status->local_attached = v->local.attached;
+  status->local_dirty_regions = v->local.dm.map[MAP_DIRTY].nr_set;
+  status->local_errors = atomic_load (&v->local.errors);
+  status->local_repaired = v->local.repaired;
+  status->local_copied_bytes = v->local.copied_bytes;
+  status->local_serial = v->local.serial;
+  status->local_since = v->local.since;
+  memcpy (status->local_reason, v->local.reason, sizeof status->local_reason);
   status->failed = v->failed;
   status->fenced = v->fenced;
   status->stopping = v->stopping;
@@ -165,6 +173,9 @@ peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
   status->session = le64toh (sb->session);
   status->nr_remotes = le32toh (sb->nr_remotes);
   status->local_state = le32toh (sb->local_state);
+  status->local_since = (int64_t)le64toh ((uint64_t)sb->local_since);
+  snprintf (status->local_reason, sizeof status->local_reason, "%.159s",
+            sb->local_reason);
   status->fenced = (flags & SUPERBLOCK_FENCED) != 0;
   status->clean = (flags & SUPERBLOCK_CLEAN) != 0;
 }

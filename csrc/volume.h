@@ -17,6 +17,7 @@
 #define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
 #define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
 #define RING_SLOTS 1024u
+#define LOCAL_NAME "local"     /* of its dirty map; no remote is called so */
 #define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
 /* Group commit: a flush begun when `asked` was N covers every ticket up to N;
@@ -39,6 +40,7 @@ struct remote {
   enum nbdm_remote_state state; /* never NBDM_PAUSED: see `paused` */
   bool paused;
   bool assumed;
+  bool map_lost;       /* at the start: all dirty for want of knowing */
   uint64_t generation; /* the volume's when last in sync */
   int64_t since;
   char reason[NBDM_REASON_LEN];
@@ -50,6 +52,34 @@ struct remote {
   uint64_t commands; /* answered on earlier connections */
   uint64_t copied_bytes;
   bool copying; /* a resync batch is under way */
+};
+
+/* An open file or block device. */
+struct local_disk {
+  int fd; /* -1: not open */
+  bool is_block;
+  bool can_punch, can_zero_range; /* for certain */
+};
+
+/* The local disk as a leg.  It has a state and a dirty map as a remote has,
+ * but it is the one that all reads come from: so only a failure makes it miss
+ * anything (local_state.c).
+ */
+struct local {
+  struct local_disk disk;
+  struct dirty_map dm; /* dirty.local: only MAP_DIRTY and `copied` are used */
+  _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
+  bool map_lost;          /* at the start: as struct remote's */
+  bool attached;          /* failed, and open again */
+  bool taking_over;       /* being made to miss something: nobody is answered */
+  struct flush_group flush;
+  int flush_error;     /* sticky: a failed fsync is never believed again */
+  atomic_bool doubted; /* a flush failed: it may have lost writes */
+  char reason[NBDM_REASON_LEN]; /* of the state; while ok the last error */
+  int64_t since;
+  uint64_t serial;
+  uint64_t repaired, copied_bytes;
+  atomic_u64 errors;
 };
 
 /* One request's part on one remote. */
@@ -72,6 +102,8 @@ struct request {
   uint32_t flags; /* NBDM_* */
   uint64_t offset, length;
   const void *buf; /* the door's private copy of the payload, or NULL */
+  bool on_local;   /* the local disk is to get it */
+  bool remote_fua; /* remotes are to make it durable before they answer */
   struct range range;
   pthread_cond_t granted;
   int slot;
@@ -84,13 +116,9 @@ struct nbdm {
   /* Fixed after nbdm_open. */
   char name[NBDM_NAME_LEN];
   uint8_t uuid[16];
-  char *local_path;
   int dirfd;   /* state directory */
   int lock_fd; /* held: only one server a volume */
   int sb_fd;
-  int local_fd;
-  bool local_is_block;
-  bool local_can_punch, local_can_zero_range; /* for certain */
   uint64_t size;
   uint32_t region_size;
   uint64_t nr_regions;
@@ -112,6 +140,7 @@ struct nbdm {
   struct activity activity;
   struct inflight inflight;
   struct rangelock ranges;
+  struct local local;
   struct remote remotes[NBDM_MAX_REMOTES];
   bool activity_writing, cooling;
 
@@ -124,15 +153,11 @@ struct nbdm {
   bool failed;              /* rule 10: final */
   bool fenced;
   char reason[NBDM_REASON_LEN];
-  enum nbdm_local_state local_state;
-  struct flush_group local_flush;
-  int local_flush_error; /* sticky: a failed fsync is never believed again */
   uint64_t generation;
   uint64_t writes, flushes;
   uint32_t clients;
 
   atomic_u64 reads, write_ns;
-  atomic_bool local_doubted; /* a flush failed: it may have lost writes */
 };
 
 /* --- state.c: changes of state, durable before anybody is answered --- */
@@ -140,8 +165,6 @@ struct nbdm {
 /* Write the superblock as things are.  A failure makes the volume failed. */
 int volume_persist_locked (struct nbdm *v);
 void volume_fail_locked (struct nbdm *v, const char *why);
-/* Say that the local disk has answered EIO; takes the lock. */
-void local_failed (struct nbdm *v, const char *why);
 /* New state and reason (printf), in memory; bumps the serial. */
 void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
                         const char *fmt, ...)
@@ -165,8 +188,17 @@ void generation_advance_locked (struct nbdm *v, struct remote *r);
 /* The regions a byte range touches: rounded outwards. */
 void region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
                   uint64_t *first, uint64_t *count);
+/* Regions become dirty, but for those it is the only source of: local misses
+ * them and every other remote does.  With `late` also late.
+ */
+void mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
+                          bool late);
 void mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
                         bool late);
+/* The connection is lost: unflushed becomes dirty, but for the above. */
+void unflushed_lost_locked (struct remote *r);
+/* Policy stop's fence, once everything is in sync. */
+void lift_fence_locked (struct nbdm *v);
 
 /* --- flush.c --------------------------------------------------------- */
 
@@ -186,17 +218,18 @@ struct remote_flush {
 void remote_flush_begin (struct remote *r, struct remote_flush *flush);
 int remote_flush_end (struct remote_flush *flush);
 /* The local leg alone, shared with whoever asks meanwhile; FUA goes through it
- * as well.  A failure is final for the volume.
+ * as well.  After a failure each call fails: local_flush_lost_locked follows.
  */
 int flush_local_group (struct nbdm *v);
-/* All legs; -EIO: the local disk.  A lost remote is not an error here. */
+/* All legs; -EIO: no disk that has everything did it.  A lost remote is not
+ * an error here while local is ok.
+ */
 int volume_flush (struct nbdm *v);
 
 /* --- local.c --------------------------------------------------------- */
 
-/* Open, lock and measure; the caller closes v->local_fd, also after an error.
- */
-int local_open (struct nbdm *v, const char *path, uint64_t *size);
+/* Open, lock and measure; the caller closes disk->fd, also after an error. */
+int local_open (struct local_disk *disk, const char *path, uint64_t *size);
 int local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset);
 int local_pwrite (struct nbdm *v, const void *buf, uint64_t count,
                   uint64_t offset);
@@ -208,6 +241,48 @@ int local_flush (struct nbdm *v);
  */
 uint64_t local_hole_end (struct nbdm *v, uint64_t offset, uint64_t end);
 uint64_t local_data_end (struct nbdm *v, uint64_t offset, uint64_t end);
+
+/* --- local_state.c: what local misses, and who serves it --------------- */
+
+/* Count an error of the local disk, and keep its words (of last_error). */
+void local_note_error (struct nbdm *v); /* takes the lock */
+void local_note_error_locked (struct nbdm *v);
+/* Local has failed: a remote in sync takes its place, durably.  0: local is
+ * failed and somebody serves; -EIO: there is no such remote, or policy stop;
+ * nothing has changed but that more may be dirty.  Drops the lock meanwhile;
+ * the caller leads no flush.
+ */
+int local_takeover_locked (struct nbdm *v);
+/* The same after a failed flush, where else the volume fails. */
+int local_flush_lost_locked (struct nbdm *v);
+/* A region could not be read on local, and was on a remote: local misses it
+ * from now on, so that it is written anew.  Takes the lock.
+ */
+void local_miss_region (struct nbdm *v, uint64_t region);
+/* May a region be read from local? */
+bool local_has_locked (const struct nbdm *v, uint64_t region);
+/* Has every region of the range a leg in use that has it? */
+bool range_has_source_locked (const struct nbdm *v, uint64_t offset,
+                              uint64_t length);
+/* New state, in memory; bumps the serial. */
+void local_set_locked (struct nbdm *v, enum nbdm_local_state state);
+/* resyncing -> ok when nothing is missing; durable. */
+void local_settle_locked (struct nbdm *v);
+/* Open or make dirty.local; then, with the remotes' maps open as well, make
+ * state and maps fit each other.
+ */
+int local_map_open (struct nbdm *v);
+void local_map_recover (struct nbdm *v);
+/* Lost power while local was failed: what it may miss for want of msync. */
+void local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length);
+
+/* --- read.c ------------------------------------------------------------ */
+
+/* From a disk that misses no answered write of it, but not from `except`
+ * (NULL: any).  Waits for a remote on hold that has it.  -EIO.
+ */
+int source_pread (struct nbdm *v, const struct remote *except, void *buf,
+                  uint64_t count, uint64_t offset);
 
 /* --- engine.c -------------------------------------------------------- */
 
@@ -231,6 +306,14 @@ void request_retire_locked (struct nbdm *v, struct request *req);
  * The lock ends with the descriptor.
  */
 int state_lock (int dirfd, const char *state_dir, int *lock_fd);
+
+/* --- recover.c ------------------------------------------------------- */
+
+/* What the superblock and dirty.<remote> say of one remote. */
+int remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
+                 uint32_t index);
+/* With all dirty maps loaded: the other logs, and what may differ. */
+int volume_recover (struct nbdm *v);
 
 /* --- ticker.c -------------------------------------------------------- */
 

@@ -1,0 +1,211 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Copy back to the local disk what it misses, while clients read and write.
+ *
+ * The mirror image of resync.c, with one leg's order turned round:
+ *
+ *   range lock -> read from a remote that is clean there -> write to local ->
+ *   `copied`, unlock ... -> local flushed -> dirty bit cleared
+ *
+ * Clients' writes go to local from the moment it is admitted, whole regions
+ * missing or not, so a copied region stays equal until its bit is cleared.
+ * One copy at a time: a local disk has no round trips to hide, and it is the
+ * disk that clients' reads wait for.
+ */
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+#include "volume.h"
+
+#define COPY_BYTES (1u << 20) /* in one copy, or one region if more */
+
+struct back {
+  struct nbdm *volume;
+  uint64_t cursor; /* region */
+  uint8_t *buf;
+  size_t buf_size;
+  uint64_t bytes, zero_bytes;
+};
+
+/* The next run that is missing and not copied, at most a buffer long. */
+static bool
+find_run_locked (const struct back *b, uint64_t *first, uint64_t *count)
+{
+  const struct nbdm *v = b->volume;
+  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  const struct bitmap *copied = &v->local.dm.copied;
+  uint64_t nr = v->nr_regions, region = b->cursor, end;
+
+  for (;;) {
+    region = bitmap_next_set (missing, region, nr);
+    if (region == nr)
+      return false;
+    end = bitmap_next_clear (copied, region, nr);
+    if (end == region)
+      break;
+    region = end;
+  }
+  end = region + b->buf_size / v->region_size;
+  end = bitmap_next_clear (missing, region, end < nr ? end : nr);
+  end = bitmap_next_set (copied, region, end);
+  *first = region;
+  *count = end - region;
+  return true;
+}
+
+/* Hold the range, if local is still to be written. */
+static bool
+lock_range (struct nbdm *v, struct range *range, pthread_cond_t *granted)
+{
+  bool held;
+
+  range->granted = granted;
+  pthread_mutex_lock (&v->lock);
+  rangelock_add (&v->ranges, range);
+  while (range->blockers > 0)
+    pthread_cond_wait (granted, &v->lock);
+  held = v->local.state == NBDM_LOCAL_RESYNCING && !v->failed && !v->stopping;
+  if (!held)
+    rangelock_remove (&v->ranges, range);
+  pthread_mutex_unlock (&v->lock);
+  return held;
+}
+
+static bool
+is_zero (const uint8_t *buf, uint64_t length)
+{
+  return buf[0] == 0 && memcmp (buf, buf + 1, length - 1) == 0;
+}
+
+static int
+copy_range (struct back *b, const struct range *range)
+{
+  struct nbdm *v = b->volume;
+  int rc = source_pread (v, NULL, b->buf, range->length, range->offset);
+
+  if (rc < 0)
+    return set_message (-ENOTCONN,
+                        "no remote that has what the local disk misses at %llu "
+                        "is connected",
+                        (unsigned long long)range->offset);
+  fault_point ("local_resync_after_read");
+  if (is_zero (b->buf, range->length)) {
+    b->zero_bytes += range->length;
+    rc = local_zero (v, range->length, range->offset, true);
+  }
+  else
+    rc = local_pwrite (v, b->buf, range->length, range->offset);
+  if (rc < 0) {
+    local_note_error (v);
+    pthread_mutex_lock (&v->lock);
+    local_takeover_locked (v); /* to failed again, if anybody can serve */
+    pthread_mutex_unlock (&v->lock);
+    return -EIO;
+  }
+  b->bytes += range->length;
+  return 0;
+}
+
+/* 1: copied a run; 0: there is none; -errno. */
+static int
+copy_run (struct back *b)
+{
+  struct nbdm *v = b->volume;
+  pthread_cond_t granted = PTHREAD_COND_INITIALIZER;
+  uint64_t first, count, end;
+  struct range range;
+  bool found;
+  int rc;
+
+  pthread_mutex_lock (&v->lock);
+  found = find_run_locked (b, &first, &count);
+  pthread_mutex_unlock (&v->lock);
+  if (!found)
+    return 0;
+  end = (first + count) * v->region_size;
+  end = end < v->size ? end : v->size;
+  range = (struct range){ .offset = first * v->region_size,
+                          .length = end - first * v->region_size };
+  if (!lock_range (v, &range, &granted))
+    return set_message (-ENOTCONN, "copying back was interrupted");
+  rc = copy_range (b, &range);
+  pthread_mutex_lock (&v->lock);
+  if (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING)
+    bitmap_set (&v->local.dm.copied, first, count);
+  rangelock_remove (&v->ranges, &range);
+  pthread_mutex_unlock (&v->lock);
+  /* Past one that has no source now, as others may have one. */
+  b->cursor = first + count;
+  return rc == 0 ? 1 : rc;
+}
+
+/* Only what a flush begun after its copy has covered is no longer missing. */
+static int
+flush_and_clean (struct back *b, struct nbdm_resync *io)
+{
+  struct nbdm *v = b->volume;
+  uint64_t cleaned;
+  int rc = flush_local_group (v);
+
+  fault_point ("local_resync_before_clean");
+  pthread_mutex_lock (&v->lock);
+  if (rc < 0)
+    rc = local_flush_lost_locked (v) < 0 ? rc : -EIO;
+  else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed) {
+    cleaned = dirty_map_clean (&v->local.dm, 0, v->nr_regions);
+    io->copied_bytes = cleaned * v->region_size;
+    v->local.copied_bytes += io->copied_bytes;
+    v->local.repaired += cleaned;
+    local_settle_locked (v);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}
+
+int
+nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
+{
+  struct back b = { .volume = v, .cursor = io->first_region };
+  int rc = 1, clean_rc;
+
+  io->next_region = io->copied_bytes = io->zero_bytes = 0;
+  if (atomic_load (&v->local.state) != NBDM_LOCAL_RESYNCING)
+    return 0;
+  b.buf_size = v->region_size > COPY_BYTES ? v->region_size : COPY_BYTES;
+  b.buf = malloc (b.buf_size);
+  if (b.buf == NULL)
+    return set_error (-ENOMEM, "copying back");
+  while (rc == 1 && b.bytes < io->max_bytes)
+    rc = copy_run (&b);
+  io->next_region = rc == 0 ? 0 : b.cursor;
+  io->zero_bytes = b.zero_bytes;
+  free (b.buf);
+  clean_rc = rc == -EIO ? 0 : flush_and_clean (&b, io);
+  return rc < 0 ? rc : clean_rc;
+}
+
+uint64_t
+nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
+{
+  struct timespec until;
+  uint64_t serial;
+  int rc = 0;
+
+  clock_gettime (CLOCK_MONOTONIC, &until);
+  until.tv_sec += timeout_ms / 1000;
+  until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+  if (until.tv_nsec >= 1000000000) {
+    until.tv_nsec -= 1000000000;
+    until.tv_sec++;
+  }
+  pthread_mutex_lock (&v->lock);
+  while (v->local.serial == seen && !v->waking && rc == 0)
+    rc = pthread_cond_timedwait (&v->events, &v->lock, &until);
+  serial = v->local.serial;
+  pthread_mutex_unlock (&v->lock);
+  return serial;
+}

@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk fails, and a remote takes its place.
+ *
+ *   event                                       from           to
+ *   a write or flush fails, a remote in sync    ok, resyncing  failed
+ *   the same, no remote in sync                 any            (unchanged)
+ *   a region cannot be read, a remote can       ok             resyncing
+ *   an operator attaches and admits a disk      failed         resyncing
+ *   nothing is missing any more                 resyncing      ok
+ *
+ * What local misses is a set bit in its own dirty map.  The rules it lives by:
+ *
+ * - Every region keeps a source: a region that local misses is not made dirty
+ *   on the last remote that has it (mark_regions_locked).
+ * - A remote that is the only one to have some bytes has them durably: it is
+ *   flushed before local is said to miss anything, and writes ask it for FUA
+ *   from then on.  For if it crashed, nobody could bring back what it lost.
+ * - When local fails, what it answered and did not flush is not to be relied
+ *   on either: so it misses the whole of every active extent, as after lost
+ *   power.
+ *
+ * A takeover sets the bits first: they lie in a mapping, so a process that is
+ * killed from there on finds them, and believes them also under a superblock
+ * that still says ok.  Nobody is answered meanwhile (`taking_over`).
+ */
+
+#include <endian.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+#include "volume.h"
+
+void
+local_note_error_locked (struct nbdm *v)
+{
+  atomic_fetch_add (&v->local.errors, 1);
+  snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+}
+
+void
+local_note_error (struct nbdm *v)
+{
+  pthread_mutex_lock (&v->lock);
+  local_note_error_locked (v);
+  pthread_mutex_unlock (&v->lock);
+}
+
+void
+local_set_locked (struct nbdm *v, enum nbdm_local_state state)
+{
+  if (v->local.state != state)
+    v->local.since = (int64_t)time (NULL);
+  atomic_store (&v->local.state, state);
+  v->local.serial++;
+  /* The remotes' policy threads are told as well: what they may do depends on
+   * where they can read from.
+   */
+  pthread_cond_broadcast (&v->events);
+  pthread_cond_broadcast (&v->changed);
+}
+
+bool
+local_has_locked (const struct nbdm *v, uint64_t region)
+{
+  return v->local.state != NBDM_LOCAL_FAILED
+         && !bitmap_test (&v->local.dm.map[MAP_DIRTY], region);
+}
+
+static bool
+remote_has_locked (const struct remote *r, uint64_t region)
+{
+  return remote_used_locked (r) && !bitmap_test (&r->dm.map[MAP_DIRTY], region);
+}
+
+bool
+range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
+{
+  uint64_t first, count;
+
+  if (v->local.state != NBDM_LOCAL_FAILED
+      && v->local.dm.map[MAP_DIRTY].nr_set == 0)
+    return true;
+  region_span (v, offset, length, &first, &count);
+  for (uint64_t region = first; region < first + count; region++) {
+    bool found = local_has_locked (v, region);
+
+    for (uint32_t i = 0; i < v->nr_remotes && !found; i++)
+      found = remote_has_locked (&v->remotes[i], region);
+    if (!found)
+      return false;
+  }
+  return true;
+}
+
+/* --- what local is made to miss ---------------------------------------- */
+
+/* Runs of regions, so that the two kinds of failure are one procedure. */
+typedef void (*visit_run) (struct nbdm *v, uint64_t first, uint64_t count);
+
+static void
+miss_run_locked (struct nbdm *v, uint64_t first, uint64_t count)
+{
+  dirty_map_mark (&v->local.dm, first, count, false);
+}
+
+static void
+visit_active_locked (struct nbdm *v, visit_run visit)
+{
+  uint64_t extents[ACTIVITY_EXTENTS];
+  uint32_t nr = activity_list (&v->activity, extents, ACTIVITY_EXTENTS);
+
+  for (uint32_t i = 0; i < nr; i++) {
+    uint64_t offset = extents[i] * EXTENT_SIZE, first, count;
+    uint64_t length
+        = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
+
+    region_span (v, offset, length, &first, &count);
+    visit (v, first, count);
+  }
+}
+
+/* Nobody could take the place of a disk that was ok: it misses nothing after
+ * all.  Requests that failed on a remote meanwhile took local's bits for a
+ * reason not to mark it, so the remotes may miss what local has.
+ */
+static void
+take_back_locked (struct nbdm *v)
+{
+  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  uint64_t nr = v->nr_regions, region = 0;
+
+  while ((region = bitmap_next_set (missing, region, nr)) < nr) {
+    uint64_t end = bitmap_next_clear (missing, region, nr);
+
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      dirty_map_mark (&v->remotes[i].dm, region, end - region, false);
+    region = end;
+  }
+  bitmap_clear_all (&v->local.dm.map[MAP_DIRTY]);
+  v->local.dm.changed = true;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+    if (r->state == NBDM_IN_SYNC && r->dm.map[MAP_DIRTY].nr_set > 0)
+      remote_set_locked (r, NBDM_RESYNCING, "%s", v->local.reason);
+  }
+}
+
+static bool
+flush_remote_unlocked (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+  struct remote_flush flush;
+  int rc;
+
+  pthread_mutex_unlock (&v->lock);
+  remote_flush_begin (r, &flush);
+  rc = remote_flush_end (&flush);
+  pthread_mutex_lock (&v->lock);
+  return rc == 0;
+}
+
+static void
+await_takeover_locked (struct nbdm *v)
+{
+  while (v->local.taking_over)
+    pthread_cond_wait (&v->changed, &v->lock);
+}
+
+static void
+end_taking_over_locked (struct nbdm *v)
+{
+  v->local.taking_over = false;
+  pthread_cond_broadcast (&v->changed);
+}
+
+static struct remote *
+successor_locked (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].admitted && v->remotes[i].state == NBDM_IN_SYNC)
+      return &v->remotes[i];
+  return NULL;
+}
+
+int
+local_takeover_locked (struct nbdm *v)
+{
+  struct remote *r;
+  bool flushed;
+
+  await_takeover_locked (v);
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    return 0;
+  r = successor_locked (v);
+  if (r == NULL || v->policy == NBDM_STOP || v->failed)
+    return -EIO;
+  v->local.taking_over = true;
+  visit_active_locked (v, miss_run_locked);
+  fault_point ("takeover_marked");
+  flushed = flush_remote_unlocked (r);
+  if (flushed && r->admitted && r->state == NBDM_IN_SYNC && !v->failed) {
+    local_set_locked (v, NBDM_LOCAL_FAILED);
+    v->local.attached = false;
+    volume_persist_locked (v);
+  }
+  else if (v->local.state == NBDM_LOCAL_OK)
+    take_back_locked (v);
+  fault_point ("takeover_done");
+  end_taking_over_locked (v);
+  return v->local.state == NBDM_LOCAL_FAILED && !v->failed ? 0 : -EIO;
+}
+
+int
+local_flush_lost_locked (struct nbdm *v)
+{
+  int rc = local_takeover_locked (v);
+
+  if (rc < 0)
+    volume_fail_locked (v, v->local.reason);
+  return rc;
+}
+
+/* A remote that has the region and may become its only source. */
+static struct remote *
+keeper_of_locked (struct nbdm *v, uint64_t region)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].admitted && remote_has_locked (&v->remotes[i], region))
+      return &v->remotes[i];
+  return NULL;
+}
+
+void
+local_miss_region (struct nbdm *v, uint64_t region)
+{
+  struct remote *r;
+
+  pthread_mutex_lock (&v->lock);
+  await_takeover_locked (v);
+  r = keeper_of_locked (v, region);
+  if (r && !v->failed && local_has_locked (v, region)) {
+    bool was_ok = v->local.state == NBDM_LOCAL_OK;
+
+    v->local.taking_over = true;
+    miss_run_locked (v, region, 1);
+    if (flush_remote_unlocked (r) && r->admitted && !v->failed
+        && remote_has_locked (r, region)) {
+      if (was_ok)
+        local_set_locked (v, NBDM_LOCAL_RESYNCING);
+      volume_persist_locked (v);
+    }
+    else if (was_ok)
+      take_back_locked (v);
+    end_taking_over_locked (v);
+  }
+  pthread_mutex_unlock (&v->lock);
+}
+
+void
+local_settle_locked (struct nbdm *v)
+{
+  if (v->local.state != NBDM_LOCAL_RESYNCING || v->failed
+      || v->local.taking_over || v->local.dm.map[MAP_DIRTY].nr_set > 0)
+    return;
+  v->local.reason[0] = '\0';
+  local_set_locked (v, NBDM_LOCAL_OK);
+  lift_fence_locked (v);
+  volume_persist_locked (v);
+}
+
+/* --- at the start -------------------------------------------------------- */
+
+static bool
+any_remote_clean (const struct nbdm *v, uint64_t region)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (!bitmap_test (&v->remotes[i].dm.map[MAP_DIRTY], region))
+      return true;
+  return false;
+}
+
+static void
+miss_where_remote_has (struct nbdm *v, uint64_t first, uint64_t count)
+{
+  for (uint64_t region = first; region < first + count; region++)
+    if (any_remote_clean (v, region))
+      dirty_map_mark (&v->local.dm, region, 1, false);
+}
+
+void
+local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
+{
+  uint64_t first, count;
+
+  region_span (v, offset, length, &first, &count);
+  miss_where_remote_has (v, first, count);
+}
+
+/* A superblock that says ok, over a map that is not empty: killed in the
+ * middle of a takeover.  The remotes' maps are loaded, so where all of them
+ * miss a region, local has it.
+ */
+static void
+resume_takeover (struct nbdm *v)
+{
+  struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  uint64_t nr = v->nr_regions, region = 0;
+
+  for (; (region = bitmap_next_set (missing, region, nr)) < nr; region++)
+    if (!any_remote_clean (v, region))
+      bitmap_clear (missing, region, 1);
+  v->local.dm.changed = true;
+  if (missing->nr_set == 0)
+    return;
+  v->local.state = NBDM_LOCAL_RESYNCING;
+  snprintf (v->local.reason, sizeof v->local.reason,
+            "the server was killed while a remote took the place of the local "
+            "disk");
+}
+
+/* While the superblock says ok the map is empty, by rule 7: so a lost one is
+ * no loss, and a volume of an earlier version has none.
+ */
+int
+local_map_open (struct nbdm *v)
+{
+  uint64_t session = le64toh (v->sb.session);
+  bool clean;
+  int rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
+                           v->nr_regions, v->region_size, &clean);
+
+  if (rc != -ENOENT && rc != -EUCLEAN)
+    return rc;
+  if (v->local.state != NBDM_LOCAL_OK) {
+    v->local.map_lost = true;
+    snprintf (v->reason, sizeof v->reason,
+              "%s: everything is copied to the local disk again",
+              last_error ());
+  }
+  rc = dirty_map_create (v->dirfd, LOCAL_NAME, v->uuid, session, v->nr_regions,
+                         v->region_size, false);
+  if (rc == 0)
+    rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
+                         v->nr_regions, v->region_size, &clean);
+  return rc;
+}
+
+/* A region that local misses, and that every remote's map calls dirty: local
+ * was made to miss it because a remote had it, so it is one whose map is lost,
+ * if there is just one such.
+ */
+static void
+find_lost_sources (struct nbdm *v)
+{
+  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  uint64_t nr = v->nr_regions, region = 0;
+  struct remote *lost = NULL;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].map_lost) {
+      if (lost)
+        return;
+      lost = &v->remotes[i];
+    }
+  if (lost == NULL)
+    return;
+  for (; (region = bitmap_next_set (missing, region, nr)) < nr; region++)
+    if (!any_remote_clean (v, region)) {
+      bitmap_clear (&lost->dm.map[MAP_DIRTY], region, 1);
+      bitmap_clear (&lost->dm.map[MAP_LATE], region, 1);
+    }
+}
+
+void
+local_map_recover (struct nbdm *v)
+{
+  if (v->local.state == NBDM_LOCAL_OK)
+    resume_takeover (v);
+  else if (v->local.map_lost)
+    miss_where_remote_has (v, 0, v->nr_regions);
+  else
+    find_lost_sources (v);
+}

@@ -1,0 +1,337 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk fails, with real threads and a real nbdkit as its remote:
+ * takeover, reads and writes without it, copying back, and what a killed
+ * process finds.  The failures are fault points; those of real disks are in
+ * the end-to-end tests.
+ */
+
+#include "site.h"
+
+static struct nbdm_status
+volume_status (void)
+{
+  struct nbdm_status s;
+
+  nbdm_get_status (volume, &s);
+  return s;
+}
+
+static void
+bring_up (const char *fault)
+{
+  setenv ("NBDM_FAULT", fault, 1);
+  make_site (NBDM_DEGRADE, 300, 5000);
+  connect_remote ();
+  resync_to_end ();
+}
+
+static void
+write_block (unsigned region, uint8_t value, int expected)
+{
+  uint8_t buf[4096];
+
+  memset (buf, value, sizeof buf);
+  assert (nbdm_pwrite (volume, buf, sizeof buf, region * REGION, 0)
+          == expected);
+}
+
+static void
+assert_block (unsigned region, uint8_t value)
+{
+  uint8_t buf[4096];
+
+  assert (nbdm_pread (volume, buf, sizeof buf, region * REGION) == 0);
+  for (unsigned i = 0; i < sizeof buf; i++)
+    assert (buf[i] == value);
+}
+
+/* As the policy thread does. */
+static void
+copy_back (void)
+{
+  time_t until = time (NULL) + DEADLINE_S;
+  struct nbdm_resync batch = { .max_bytes = 1u << 20 };
+
+  while (volume_status ().local_state == NBDM_LOCAL_RESYNCING) {
+    int rc = nbdm_local_resync (volume, &batch);
+
+    assert (rc == 0 || rc == -ENOTCONN);
+    assert (time (NULL) < until);
+    batch.first_region = batch.next_region;
+  }
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (volume_status ().local_dirty_regions == 0);
+}
+
+static void
+end_equal (void)
+{
+  assert (nbdm_flush (volume) == 0);
+  assert (nbdm_stop (volume) == 0);
+  assert_images_equal ();
+  end_site ();
+}
+
+static void
+reopen (void)
+{
+  assert (nbdm_open (&params, &volume) == 0);
+  assert (nbdm_start (volume) == 0);
+  connect_remote ();
+}
+
+static void
+test_write_error_is_taken_over (void)
+{
+  bring_up ("local_write:3=error");
+  write_block (0, 1, 0);
+  write_block (1, 2, 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  write_block (2, 3, 0); /* local refuses it, the client is not told */
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (volume_status ().local_errors == 1);
+  assert (volume_status ().local_reason[0]);
+  assert (status ().state == NBDM_IN_SYNC);
+  write_block (2, 4, 0);
+  write_block (40, 5, 0);
+  assert_block (0, 1);
+  assert_block (1, 2);
+  assert_block (2, 4);
+  assert_block (40, 5);
+  assert (nbdm_remote_invalidate (volume, 0) == -EBUSY);
+  assert (nbdm_local_admit (volume) == -ENODEV);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_remote_compare (volume, 0, 64) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  write_block (3, 6, 0);
+  assert_block (2, 4);
+  copy_back ();
+  /* What was in the one active extent. */
+  assert (volume_status ().local_copied_bytes == 64u * REGION);
+  assert (nbdm_local_attach (volume, params.local, 0) == -EALREADY);
+  end_equal ();
+}
+
+static void
+test_flush_error_is_taken_over (void)
+{
+  bring_up ("local_flush:2=error"); /* the first is the open's */
+  write_block (0, 1, 0);
+  assert (nbdm_flush (volume) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (!volume_status ().failed);
+  assert_block (0, 1);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  copy_back ();
+  end_equal ();
+}
+
+static void
+test_fua_error_is_taken_over (void)
+{
+  uint8_t buf[512] = { 1 };
+
+  bring_up ("local_flush:2=error");
+  assert (nbdm_pwrite (volume, buf, sizeof buf, 0, NBDM_FUA) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_flush (volume) == 0);
+  assert (nbdm_stop (volume) == 0);
+  nbdm_close (volume);
+  reopen ();
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_local_attach (volume, params.local, 1) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  assert (volume_status ().local_dirty_regions == 65);
+  copy_back ();
+  end_equal ();
+}
+
+/* Without a remote in sync the client gets the error, and never old data. */
+static void
+test_alone_it_is_an_error (void)
+{
+  bring_up ("local_write:2=error,local_read:70=error");
+  write_block (0, 1, 0);
+  kill_server ();
+  write_block (1, 2, -EIO);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  write_block (2, 3, 0);
+  start_server ();
+  connect_remote ();
+  resync_to_end ();
+  end_equal ();
+}
+
+static void
+test_remote_lost_while_it_serves (void)
+{
+  uint8_t buf[4096];
+
+  bring_up ("local_write:2=error");
+  write_block (0, 1, 0);
+  write_block (1, 2, 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  kill_server ();
+  write_block (1, 3, -EIO); /* held, then nobody has it */
+  assert (nbdm_pread (volume, buf, sizeof buf, 0) == -EIO);
+  write_block (5, 3, -EIO); /* refused at once */
+  assert (nbdm_flush (volume) == -EIO);
+  assert (!volume_status ().failed);
+  start_server ();
+  connect_remote ();
+  assert (status ().dirty_regions == 0);
+  assert (status ().state == NBDM_IN_SYNC);
+  assert_block (0, 1);
+  write_block (5, 4, 0);
+  assert_block (5, 4);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  copy_back ();
+  end_equal ();
+}
+
+/* While being caught up, local is the source of what it does not miss. */
+static void
+test_remote_lost_while_copying_back (void)
+{
+  bring_up ("local_write:1=error");
+  write_block (7, 1, 0);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  assert (volume_status ().local_dirty_regions == 64);
+  {
+    struct nbdm_resync batch = { .max_bytes = REGION };
+    assert (nbdm_local_resync (volume, &batch) == 0);
+  }
+  assert (volume_status ().local_dirty_regions > 0);
+  kill_server ();
+  write_block (0, 2, 0);     /* copied back by now */
+  write_block (63, 3, -EIO); /* still missing: nobody has it */
+  assert_block (0, 2);
+  start_server ();
+  connect_remote ();
+  assert_block (0, 2);
+  copy_back ();
+  resync_to_end ();
+  assert_block (7, 1);
+  end_equal ();
+}
+
+static void
+test_bad_sector_is_rewritten (void)
+{
+  bring_up ("local_read:66=error,local_read:67=error"); /* after the sync */
+  write_block (3, 11, 0);
+  for (unsigned i = 0; i < 100; i++)
+    assert_block (3, 11);
+  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (volume_status ().local_dirty_regions == 1);
+  write_block (3, 12, 0);
+  assert_block (3, 12);
+  copy_back ();
+  assert (volume_status ().local_repaired == 1);
+  assert (volume_status ().local_errors == 1);
+  assert_block (3, 12);
+  end_equal ();
+}
+
+static void
+test_policy_stop_takes_nothing_over (void)
+{
+  setenv ("NBDM_FAULT", "local_write:2=error", 1);
+  make_site (NBDM_STOP, 300, 5000);
+  connect_remote ();
+  resync_to_end ();
+  write_block (0, 1, 0);
+  write_block (0, 2, -EIO);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  resync_to_end ();
+  end_equal ();
+}
+
+/* A process killed between the marks and the superblock believes the marks. */
+static void
+test_killed_in_a_takeover (void)
+{
+  pid_t pid;
+  int wstatus;
+
+  make_site (NBDM_DEGRADE, 300, 5000);
+  assert (nbdm_stop (volume) == 0);
+  nbdm_close (volume);
+  pid = fork ();
+  assert (pid >= 0);
+  if (pid == 0) {
+    setenv ("NBDM_FAULT", "local_write:2=error,takeover_marked=kill", 1);
+    execl ("/proc/self/exe", "test_local", "--killed-in-a-takeover", dir,
+           (char *)NULL);
+    _exit (127);
+  }
+  waitpid (pid, &wstatus, 0);
+  assert (WIFSIGNALED (wstatus) && WTERMSIG (wstatus) == SIGKILL);
+  reopen ();
+  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert_block (0, 1);
+  copy_back ();
+  resync_to_end ();
+  assert_block (0, 1);
+  end_equal ();
+}
+
+static void
+child_killed_in_a_takeover (const char *folder)
+{
+  snprintf (dir, sizeof dir, "%s", folder);
+  set_params (NBDM_DEGRADE, 300, 5000);
+  reopen ();
+  resync_to_end ();
+  write_block (0, 1, 0);
+  write_block (1, 2, 0);
+  abort (); /* it was to be killed */
+}
+
+/* Whatever fails and when: no client sees an error, and the disks end equal. */
+static void
+test_takeover_under_load (void)
+{
+  bring_up ("local_write:500=error,local_flush:900=error");
+  start_load ();
+  for (unsigned i = 0; i < 3; i++) {
+    wait_requests (600);
+    if (volume_status ().local_state == NBDM_LOCAL_FAILED) {
+      assert (nbdm_local_attach (volume, params.local, i == 1) == 0);
+      assert (nbdm_local_admit (volume) == 0);
+      copy_back ();
+    }
+  }
+  stop_load ();
+  assert (volume_status ().local_errors > 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  end_equal ();
+}
+
+static const struct test tests[] = {
+  TEST (test_write_error_is_taken_over),
+  TEST (test_flush_error_is_taken_over),
+  TEST (test_fua_error_is_taken_over),
+  TEST (test_alone_it_is_an_error),
+  TEST (test_remote_lost_while_it_serves),
+  TEST (test_remote_lost_while_copying_back),
+  TEST (test_bad_sector_is_rewritten),
+  TEST (test_policy_stop_takes_nothing_over),
+  TEST (test_killed_in_a_takeover),
+  TEST (test_takeover_under_load),
+};
+
+int
+main (int argc, char *argv[])
+{
+  if (argc > 2) {
+    alarm (100);
+    child_killed_in_a_takeover (argv[2]);
+  }
+  return run_tests (tests, sizeof tests / sizeof tests[0],
+                    argc > 1 ? argv[1] : NULL);
+}
