@@ -320,7 +320,7 @@ def test_format_constants_are_those_of_layout_h(tmp_path: Path) -> None:
     assert enum
     defined |= set(re.findall(r"^ +([A-Z]\w+),?", enum[1], re.M))
     assert defined == set(table)
-    sorted(table)
+    names = sorted(table)
     assert compiled(names, tmp_path) == [int(table[name]) for name in names]
     for magic in re.findall(r'_MAGIC "(\w{8})"', text):
         assert f"`{magic}`" in FORMAT.read_text()
