@@ -193,15 +193,20 @@ activity_open (struct activity *act, int dirfd, const uint8_t *uuid,
 static int
 write_all (struct activity *act)
 {
-  int r;
+  int r = fault_point ("activity_set_write");
 
   activity_set_seal (act);
-  r = full_pwrite (act->fd, act->sectors,
-                   (size_t)act->nr_sectors * LAYOUT_SECTOR, sector_offset (0));
+  if (r == 0)
+    r = full_pwrite (act->fd, act->sectors,
+                     (size_t)act->nr_sectors * LAYOUT_SECTOR,
+                     sector_offset (0));
   if (r < 0)
     return set_error (r, "cannot write %s", FILE_NAME);
-  if (fdatasync (act->fd) == -1)
-    return set_error (-errno, "cannot make %s durable", FILE_NAME);
+  r = fault_point ("activity_set_sync");
+  if (r == 0 && fdatasync (act->fd) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make %s durable", FILE_NAME);
   return 0;
 }
 
@@ -259,5 +264,6 @@ activity_write (struct activity *act, const struct activity_batch *batch)
     r = -errno;
   if (r < 0)
     return set_error (r, "cannot make %s durable", FILE_NAME);
+  fault_point ("activity_synced");
   return 0;
 }

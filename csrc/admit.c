@@ -45,6 +45,7 @@ write_activity_locked (struct nbdm *v)
   v->activity_writing = true;
   rc = activity_stage (&v->activity, &batch);
   if (rc > 0) {
+    fault_point ("activity_staged");
     pthread_mutex_unlock (&v->lock);
     rc = activity_write (&v->activity, &batch);
     pthread_mutex_lock (&v->lock);
@@ -71,16 +72,20 @@ cool_locked (struct nbdm *v, uint32_t max, uint64_t before_ns)
 
   if (activity_pick (&v->activity, max, before_ns) == 0)
     return -EAGAIN;
+  fault_point ("cool_picked");
   pthread_mutex_unlock (&v->lock);
   rc = volume_flush (v);
+  fault_point ("cool_flushed");
   pthread_mutex_lock (&v->lock);
   if (rc < 0) /* failed, or only the remotes are left and none flushed */
     return v->failed ? rc : -EAGAIN;
   rc = dirty_map_persist (&v->local.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_persist (&v->remotes[i].dm);
-  if (rc == 0)
+  if (rc == 0) {
+    fault_point ("cool_persisted");
     return (int)activity_drop (&v->activity);
+  }
   volume_fail_locked (v, last_error ());
   return rc;
 }
@@ -249,6 +254,7 @@ admit_locked (struct nbdm *v, struct request *req)
   rangelock_add (&v->ranges, &req->range);
   while (req->range.blockers > 0)
     pthread_cond_wait (&req->granted, &v->lock);
+  fault_point ("range_granted");
   rc = hold_extents_locked (v, req);
   if (rc < 0)
     goto out_range;
@@ -265,6 +271,7 @@ admit_locked (struct nbdm *v, struct request *req)
     goto out_slot;
   }
   inflight_issued (&v->inflight, req->slot, 1);
+  fault_point ("slot_reserved");
   classify_locked (v, req);
   if (!v->failed) {
     link_locked (v, req);
@@ -320,6 +327,7 @@ request_retire_locked (struct nbdm *v, struct request *req)
   if (req->next)
     req->next->prev = req->prev;
   inflight_retire (&v->inflight, req->slot);
+  fault_point ("after_retire");
   rangelock_remove (&v->ranges, &req->range);
   activity_release (&v->activity, req->first_extent, req->last_extent,
                     now_ns ());
@@ -345,8 +353,10 @@ nbdm_cool (struct nbdm *v, uint32_t idle_ms)
     while (rc > 0 && v->activity_writing)
       pthread_cond_wait (&v->changed, &v->lock);
     if (rc > 0 && !v->failed) {
+      fault_point ("cool_dropped");
       activity_forget (&v->activity);
       rc = write_activity_locked (v);
+      fault_point ("cool_forgotten");
     }
     v->cooling = false;
     pthread_cond_broadcast (&v->changed);

@@ -123,6 +123,7 @@ check_absent (int dirfd, const char *state_dir, int force)
                         state_dir);
   if (unlinkat (dirfd, "superblock", 0) < 0 || fsync (dirfd) < 0)
     return set_error (-errno, "cannot remove the superblock in %s", state_dir);
+  fault_point ("create_erased");
   return 0;
 }
 
@@ -149,6 +150,7 @@ nbdm_create (const struct nbdm_params *params, int force)
     nr_regions = (size - 1) / params->region_size + 1;
     rc = make_logs (params, &sb, dirfd, nr_regions);
   }
+  fault_point ("create_logs_made");
   if (rc == 0)
     rc = superblock_create (dirfd, &sb);
   if (lock_fd >= 0)

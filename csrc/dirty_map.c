@@ -249,8 +249,10 @@ sync_bits (struct dirty_map *dm)
   r = fault_point ("dirty_map_sync");
   if (r == 0 && msync (bits (dm), bits_size (dm), MS_SYNC) == -1)
     r = -errno;
-  if (r == 0)
+  if (r == 0) {
+    fault_point ("dirty_map_synced");
     return 0;
+  }
   dm->changed = true;
   return set_error (r, "cannot make %s durable", dm->file);
 }
@@ -364,6 +366,7 @@ dirty_map_lost (struct dirty_map *dm)
      * so the compiler may not mix the stores.
      */
     atomic_signal_fence (memory_order_seq_cst);
+    fault_point ("lost_merged");
     bitmap_clear_all (&dm->map[unflushed[i]]);
   }
   bitmap_clear_all (&dm->copied);

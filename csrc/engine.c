@@ -56,6 +56,7 @@ leg_round (struct leg *leg)
   if (leg->conn == NULL)
     return LEG_LOST;
   conn_wait (leg->conn, &leg->waiter);
+  fault_point ("leg_answered");
   for (unsigned i = 0; i < leg->nr; i++) {
     int error = leg->commands[i].error;
     if (error == ESHUTDOWN) {
@@ -82,12 +83,14 @@ leg_hold (struct request *req, struct leg *leg)
   remote_lost_locked (r, leg->conn);
   conn_put (leg->conn);
   leg->conn = NULL;
+  fault_point ("hold_lost");
   while (r->state == NBDM_HOLDING && !v->failed)
     pthread_cond_wait (&v->changed, &v->lock);
   if (r->admitted && !v->failed) {
     leg->conn = conn_get (r->conn);
     leg->cursor = req->offset;
     leg_plan_locked (req, leg);
+    fault_point ("hold_resend");
     rc = 0;
   }
   pthread_mutex_unlock (&v->lock);
@@ -325,6 +328,7 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req.legs[i].active)
       leg_issue (&req.legs[i]);
+  fault_point ("after_issue");
   rc = write_local (v, &req);
   inflight_done (&v->inflight, req.slot, 1);
   fault_point ("after_local");
@@ -335,6 +339,7 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
     }
   fault_point ("after_remote");
   rc = request_finish (v, &req, rc);
+  fault_point ("before_answer");
   atomic_fetch_add (&v->write_ns, now_ns () - start);
   return rc;
 }

@@ -6,13 +6,16 @@
  * They are in the release build too: what was tested is what runs, and
  * without NBDM_FAULT a point is one load and a branch.  A word of NBDM_FAULT
  * that is not understood ends the process, for a test whose fault never fires
- * would pass for the wrong reason.
+ * would pass for the wrong reason; so does a point that the table below does
+ * not have, asked for or passed.
  *
  *   NBDM_FAULT=POINT[:N]=ACTION[,...]
  *
- * ACTION is kill, wait:PATH or error.  With :N it happens at the Nth time
- * only, else each time.
+ * ACTION is kill, wait:PATH or error[:ERRNO], as in error:ENOSPC; without a
+ * name it is EIO.  With :N it happens at the Nth time only, else each time.
  */
+
+#define _GNU_SOURCE
 
 #include <errno.h>
 #include <fcntl.h>
@@ -24,24 +27,137 @@
 #include <unistd.h>
 
 #include "internal.h"
+#include "nbdm.h"
 
 #define MAX_FAULTS 16
 #define WAIT_S 60
+#define MAX_ERRNO 133
 #define POLL_NS 10000000 /* 10 ms: how often a waiting point looks */
+
+/* Every point, by what reaches it, and whether it can be made to fail: what
+ * its name says is then done as if it had returned the error.
+ */
+struct point {
+  const char *name;
+  bool fails;
+};
+
+static const struct point points[] = {
+  /* a write, trim or zero */
+  { "range_granted", false },
+  { "activity_staged", false },
+  { "activity_write", true },
+  { "activity_sync", true },
+  { "activity_synced", false },
+  { "after_mark", false },
+  { "slot_reserved", false },
+  { "after_log", false },
+  { "after_issue", false },
+  { "local_write", true },
+  { "after_local", false },
+  { "leg_answered", false },
+  { "after_remote", false },
+  { "before_retire", false },
+  { "after_retire", false },
+  { "before_answer", false },
+  /* a flush, and FUA */
+  { "flush_turned", false },
+  { "flush_sent", false },
+  { "local_flush", true },
+  { "local_flushed", false },
+  { "flush_answered", false },
+  { "flush_landed", false },
+  { "flush_before_answer", false },
+  /* extents go cold */
+  { "cool_picked", false },
+  { "cool_flushed", false },
+  { "cool_persisted", false },
+  { "cool_dropped", false },
+  { "cool_forgotten", false },
+  /* a change of state */
+  { "hold_lost", false },
+  { "hold_resend", false },
+  { "lost_stranded", false },
+  { "lost_merged", false },
+  { "degrade_marked", false },
+  { "generation_new", false },
+  { "settle_in_sync", false },
+  { "volume_failing", false },
+  { "dirty_map_sync", true },
+  { "dirty_map_synced", false },
+  { "superblock_write", true },
+  { "superblock_sync", true },
+  { "superblock_synced", false },
+  /* the policy threads' and the operator's */
+  { "admitted", false },
+  { "late_released", false },
+  { "invalidate_marked", false },
+  { "remote_failing", false },
+  /* resync */
+  { "resync_locked", false },
+  { "local_read", true },
+  { "resync_after_read", false },
+  { "resync_after_send", false },
+  { "resync_answered", false },
+  { "resync_copied", false },
+  { "resync_before_flush", false },
+  { "resync_before_clean", false },
+  { "resync_after_clean", false },
+  /* local fails, and is copied back */
+  { "takeover_marked", false },
+  { "takeover_done", false },
+  { "local_resync_after_read", false },
+  { "local_resync_before_clean", false },
+  /* a start */
+  { "open_loaded", false },
+  { "open_local_flushed", false },
+  { "forget_persisted", false },
+  { "log_set_aside", false },
+  { "log_renewed", false },
+  { "replay_marked", false },
+  { "recover_lost", false },
+  { "open_recovered", false },
+  { "activity_set_write", true },
+  { "activity_set_sync", true },
+  { "log_header_write", true },
+  { "log_header_sync", true },
+  { "begin_set", false },
+  { "begin_slots", false },
+  { "begin_maps", false },
+  { "begin_superblock", false },
+  { "open_begun", false },
+  /* a stop */
+  { "stop_drained", false },
+  { "stop_flushed", false },
+  { "stop_disconnected", false },
+  { "stop_maps_finished", false },
+  { "inflight_sync", true },
+  { "stop_slots_finished", false },
+  { "stop_set_finished", false },
+  /* create, and a lost log made anew */
+  { "create_erased", false },
+  { "file_allocate", true },
+  { "file_sync", true },
+  { "file_rename", true },
+  { "file_rename_sync", true },
+  { "create_logs_made", false },
+};
+#define NR_POINTS (sizeof points / sizeof points[0])
 
 enum action { ACTION_KILL, ACTION_WAIT, ACTION_ERROR };
 
 struct fault {
   const char *point;
-  const char *path; /* ACTION_WAIT */
+  char *path; /* ACTION_WAIT */
   enum action action;
+  int error;    /* ACTION_ERROR: -errno */
   uint64_t nth; /* 0: each time */
   atomic_u64 reached;
 };
 
-/* Written once, before `nr_faults`, then only read, but for `reached`. */
+/* Written once, before `fault_count`, then only read, but for `reached`. */
 static struct fault faults[MAX_FAULTS];
-static _Atomic int nr_faults;
+atomic_int fault_count;
 
 static void __attribute__ ((noreturn))
 refuse (const char *word, const char *why)
@@ -50,11 +166,65 @@ refuse (const char *word, const char *why)
   exit (EXIT_FAILURE);
 }
 
-/* Cuts `word` up: the parts stay in use. */
+static const struct point *
+find_point (const char *name)
+{
+  for (size_t i = 0; i < NR_POINTS; i++)
+    if (strcmp (points[i].name, name) == 0)
+      return &points[i];
+  return NULL;
+}
+
+const char *
+nbdm_fault_point (uint32_t index, int *fails)
+{
+  if (index >= NR_POINTS)
+    return NULL;
+  *fails = points[index].fails;
+  return points[index].name;
+}
+
+static int
+parse_errno (const char *name)
+{
+  for (int err = 1; err <= MAX_ERRNO; err++) {
+    const char *known = strerrorname_np (err);
+
+    if (known && strcmp (known, name) == 0)
+      return -err;
+  }
+  refuse (name, "there is no such errno");
+}
+
+static void
+parse_action (const char *action, const struct point *point,
+              struct fault *fault)
+{
+  if (strcmp (action, "kill") == 0)
+    fault->action = ACTION_KILL;
+  else if (strncmp (action, "wait:", 5) == 0 && action[5]) {
+    fault->action = ACTION_WAIT;
+    fault->path = strdup (action + 5);
+    if (fault->path == NULL)
+      refuse (action, "out of memory");
+  }
+  else if (strcmp (action, "error") == 0
+           || strncmp (action, "error:", 6) == 0) {
+    if (!point->fails)
+      refuse (point->name, "this point cannot be made to fail");
+    fault->action = ACTION_ERROR;
+    fault->error = action[5] ? parse_errno (action + 6) : -EIO;
+  }
+  else
+    refuse (action, "the action is kill, wait:PATH or error[:ERRNO]");
+}
+
+/* Cuts `word` up. */
 static void
 parse_fault (char *word, struct fault *fault)
 {
   char *action = strchr (word, '=');
+  const struct point *point;
   char *count, *end;
 
   if (action == NULL || action == word)
@@ -67,17 +237,11 @@ parse_fault (char *word, struct fault *fault)
     if (*count < '0' || *count > '9' || *end || fault->nth == 0)
       refuse (count, "N is a number from 1");
   }
-  fault->point = word;
-  if (strcmp (action, "kill") == 0)
-    fault->action = ACTION_KILL;
-  else if (strcmp (action, "error") == 0)
-    fault->action = ACTION_ERROR;
-  else if (strncmp (action, "wait:", 5) == 0 && action[5]) {
-    fault->action = ACTION_WAIT;
-    fault->path = action + 5;
-  }
-  else
-    refuse (action, "the action is kill, wait:PATH or error");
+  point = find_point (word);
+  if (point == NULL)
+    refuse (word, "there is no such point");
+  fault->point = point->name;
+  parse_action (action, point, fault);
 }
 
 static void
@@ -89,7 +253,7 @@ parse_all (void)
 
   if (value == NULL || *value == '\0')
     return;
-  copy = strdup (value); /* never freed: the faults point into it */
+  copy = strdup (value);
   if (copy == NULL)
     refuse (value, "out of memory");
   for (word = strtok_r (copy, ",", &save); word;
@@ -98,7 +262,8 @@ parse_all (void)
       refuse (word, "too many faults");
     parse_fault (word, &faults[n++]);
   }
-  atomic_store (&nr_faults, n);
+  free (copy);
+  atomic_store (&fault_count, n);
 }
 
 void
@@ -150,17 +315,19 @@ act (const struct fault *fault)
     wait_for (fault->path);
     return 0;
   case ACTION_ERROR:
-    return set_error (-EIO, "fault point %s", fault->point);
+    return set_error (fault->error, "fault point %s", fault->point);
   }
   return 0;
 }
 
 int
-fault_point (const char *name)
+fault_reached (const char *name)
 {
-  int n = atomic_load_explicit (&nr_faults, memory_order_acquire);
+  int n = atomic_load (&fault_count);
   int r = 0;
 
+  if (find_point (name) == NULL)
+    refuse (name, "the table of fault points does not have it");
   for (int i = 0; i < n; i++) {
     struct fault *fault = &faults[i];
 

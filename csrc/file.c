@@ -117,16 +117,41 @@ static int
 fill_and_sync (int fd, const char *name, uint64_t size, file_fill fill,
                const void *opaque)
 {
-  int r = allocate (fd, size);
+  int r = fault_point ("file_allocate");
 
   if (r == 0)
+    r = allocate (fd, size);
+  if (r == 0)
     r = fill (fd, opaque);
+  if (r == 0)
+    r = fault_point ("file_sync");
   if (r == 0 && fdatasync (fd) == -1)
     r = -errno;
   if (r == -ENOSPC || r == -EDQUOT)
     return no_room (r, name, size);
   if (r < 0)
     return set_error (r, "cannot write %s in the state directory", name);
+  return 0;
+}
+
+static int
+rename_durably (int dirfd, const char *temporary, const char *name)
+{
+  int r = fault_point ("file_rename");
+
+  if (r == 0 && renameat (dirfd, temporary, dirfd, name) == -1)
+    r = -errno;
+  if (r < 0) {
+    unlinkat (dirfd, temporary, 0);
+    return set_error (r, "cannot rename %s to %s in the state directory",
+                      temporary, name);
+  }
+  r = fault_point ("file_rename_sync");
+  if (r == 0 && fsync (dirfd) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make %s durable: fsync of the state directory",
+                      name);
   return 0;
 }
 
@@ -150,19 +175,11 @@ file_make_filled (int dirfd, const char *name, uint64_t size, file_fill fill,
   r = fill_and_sync (fd, name, size, fill, opaque);
   if (close (fd) == -1 && r == 0)
     r = set_error (-errno, "cannot write %s in the state directory", name);
-  if (r == 0 && renameat (dirfd, temporary, dirfd, name) == -1)
-    r = set_error (-errno, "cannot rename %s to %s in the state directory",
-                   temporary, name);
-  if (r < 0) {
+  if (r == 0)
+    r = rename_durably (dirfd, temporary, name);
+  else
     unlinkat (dirfd, temporary, 0);
-    return r;
-  }
-  if (fsync (dirfd) == -1)
-    return set_error (-errno,
-                      "cannot make %s durable: fsync of the state "
-                      "directory",
-                      name);
-  return 0;
+  return r;
 }
 
 static int
@@ -276,13 +293,17 @@ log_header_load (int fd, const char *name, const struct disk_log_header *expect,
 int
 log_header_store (int fd, const char *name, struct disk_log_header *header)
 {
-  int r;
+  int r = fault_point ("log_header_write");
 
   log_header_seal (header);
-  r = full_pwrite (fd, header, sizeof *header, 0);
+  if (r == 0)
+    r = full_pwrite (fd, header, sizeof *header, 0);
   if (r < 0)
     return set_error (r, "cannot write the header of %s", name);
-  if (fdatasync (fd) == -1)
-    return set_error (-errno, "cannot make the header of %s durable", name);
+  r = fault_point ("log_header_sync");
+  if (r == 0 && fdatasync (fd) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make the header of %s durable", name);
   return 0;
 }

@@ -57,8 +57,10 @@ remote_flush_begin (struct remote *r, struct remote_flush *flush)
   if (r->admitted && !r->flush.running)
     lead_locked (flush);
   pthread_mutex_unlock (&v->lock);
+  fault_point ("flush_turned");
   if (flush->leading)
     send_flush (flush);
+  fault_point ("flush_sent");
 }
 
 static void
@@ -100,8 +102,10 @@ remote_flush_end (struct remote_flush *flush)
     if (flush->leading) {
       pthread_mutex_unlock (&v->lock);
       conn_wait (flush->conn, &flush->waiter);
+      fault_point ("flush_answered");
       pthread_mutex_lock (&v->lock);
       land_locked (flush);
+      fault_point ("flush_landed");
     }
     if (r->flush.done >= flush->ticket)
       break;
@@ -248,6 +252,7 @@ nbdm_flush (struct nbdm *v)
 
   rc = volume_flush (v);
 
+  fault_point ("flush_before_answer");
   pthread_mutex_lock (&v->lock);
   if (rc == 0 && v->policy == NBDM_STOP)
     rc = wait_for_both_locked (v);

@@ -223,12 +223,17 @@ inflight_begin (struct inflight *log, uint64_t session)
 int
 inflight_finish (struct inflight *log)
 {
+  int r;
+
   if (log->nr_open > 0)
     return set_message (-EBUSY, "%s: %" PRIu32 " slots are open", FILE_NAME,
                         log->nr_open);
   /* The slots before the flag: the flag vouches for them. */
-  if (msync (log->mapping, log->mapping_size, MS_SYNC) == -1)
-    return set_error (-errno, "cannot make %s durable", FILE_NAME);
+  r = fault_point ("inflight_sync");
+  if (r == 0 && msync (log->mapping, log->mapping_size, MS_SYNC) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make %s durable", FILE_NAME);
   log->header.flags |= htole32 (LOG_CLEAN);
   return log_header_store (log->fd, FILE_NAME, &log->header);
 }
@@ -337,6 +342,7 @@ inflight_replay (struct inflight *log, uint64_t size,
         && view_slot (&log->slots[i], size, &view) == 0)
       visit (opaque, &view);
 
+  fault_point ("replay_marked");
   /* Not before all were seen: a kill in between replays them again. */
   for (uint32_t i = 0; i < log->nr_slots; i++)
     store_word (&log->slots[i], 0);

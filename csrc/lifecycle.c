@@ -65,6 +65,7 @@ drain (struct nbdm *v)
     pthread_cond_wait (&v->changed, &v->lock);
   v->drained = true;
   pthread_mutex_unlock (&v->lock);
+  fault_point ("stop_drained");
   return first;
 }
 
@@ -96,10 +97,13 @@ persist_clean (struct nbdm *v)
   rc = dirty_map_finish (&v->local.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_finish (&v->remotes[i].dm);
+  fault_point ("stop_maps_finished");
   if (rc == 0)
     rc = inflight_finish (&v->inflight);
+  fault_point ("stop_slots_finished");
   if (rc == 0)
     rc = activity_finish (&v->activity);
+  fault_point ("stop_set_finished");
   if (rc < 0)
     volume_fail_locked (v, last_error ());
   else {
@@ -123,8 +127,10 @@ nbdm_stop (struct nbdm *v)
   /* Local has failed: what its remotes answered they had made durable. */
   if (v->local.state == NBDM_LOCAL_FAILED)
     rc = 0;
+  fault_point ("stop_flushed");
   ticker_join (v);
   disconnect_all (v);
+  fault_point ("stop_disconnected");
   if (rc == 0 && !v->failed)
     rc = persist_clean (v);
   if (rc < 0 || v->failed)

@@ -210,7 +210,10 @@ local_flush (struct nbdm *v)
 
   if (rc == 0 && fdatasync (v->local.disk.fd) < 0)
     rc = -errno;
-  return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
+  if (rc < 0)
+    return set_error (rc, "the local disk failed to flush");
+  fault_point ("local_flushed");
+  return 0;
 }
 
 uint64_t

@@ -317,3 +317,10 @@ int nbdm_get_recent_regions (struct nbdm *volume, uint64_t *regions,
  */
 int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
                struct nbdm_remote_status *remotes);
+
+/* --- Tests ----------------------------------------------------------- */
+
+/* The name of the fault point with this index, from 0; NULL: there is none.
+ * `*fails`: NBDM_FAULT may have it return an error.
+ */
+const char *nbdm_fault_point (uint32_t index, int *fails);

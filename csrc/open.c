@@ -76,19 +76,23 @@ begin_session (struct nbdm *v)
 {
   uint64_t session = next_session (v);
   int rc = activity_begin (&v->activity, session);
+  fault_point ("begin_set");
 
   if (rc == 0)
     rc = inflight_begin (&v->inflight, session);
   if (rc == 0)
     rc = dirty_map_begin (&v->local.dm, session);
+  fault_point ("begin_slots");
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = dirty_map_begin (&v->remotes[i].dm, session);
+  fault_point ("begin_maps");
   if (rc < 0)
     return rc;
   v->sb.session = htole64 (session);
   memcpy (v->sb.boot_id, v->boot_id, sizeof v->boot_id);
   memcpy (v->sb.mount_id, v->mount_id, sizeof v->mount_id);
   rc = volume_persist_locked (v);
+  fault_point ("begin_superblock");
   if (rc == 0 && unlinkat (v->dirfd, DISTRUST_FILE, 0) < 0 && errno != ENOENT)
     rc = set_error (-errno, "cannot remove " DISTRUST_FILE);
   return rc;
@@ -216,6 +220,7 @@ load (struct nbdm *v, const struct nbdm_params *params)
   rc = state_lock (v->dirfd, params->state_dir, &v->lock_fd);
   if (rc == 0)
     rc = load_superblock (v, params->state_dir);
+  fault_point ("open_loaded");
   if (rc == 0)
     rc = open_local (v, params->local, &local_size);
   if (rc == 0)
@@ -225,14 +230,17 @@ load (struct nbdm *v, const struct nbdm_params *params)
    */
   if (rc == 0 && v->local.disk.fd >= 0)
     rc = local_flush (v);
+  fault_point ("open_local_flushed");
   if (rc == 0)
     rc = local_map_open (v);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = remote_load (v, &params->remotes[i], i);
   if (rc == 0)
     rc = volume_recover (v);
+  fault_point ("open_recovered");
   if (rc == 0)
     rc = begin_session (v);
+  fault_point ("open_begun");
   if (rc == 0)
     begin_states (v);
   return rc;

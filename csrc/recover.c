@@ -42,6 +42,7 @@ set_aside (struct nbdm *v, const char *file, const char *what)
   snprintf (bad, sizeof bad, "%s.bad", file);
   if (renameat (v->dirfd, file, v->dirfd, bad) < 0 && errno != ENOENT)
     return set_error (-errno, "cannot set aside %s", file);
+  fault_point ("log_set_aside");
   return 0;
 }
 
@@ -101,6 +102,7 @@ forget_log (struct nbdm *v, const char *file)
   }
   if (rc == 0)
     rc = dirty_map_persist (&v->local.dm);
+  fault_point ("forget_persisted");
   return rc < 0 ? rc : set_aside (v, file, what);
 }
 
@@ -341,6 +343,7 @@ volume_recover (struct nbdm *v)
      */
     for (uint32_t i = 0; i < v->nr_remotes; i++)
       unflushed_lost_locked (&v->remotes[i]);
+    fault_point ("recover_lost");
     if (!page_cache_lived (v)) {
       activity_visit (&v->activity, mark_extent, v);
       make_all_late (v);

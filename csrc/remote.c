@@ -152,6 +152,7 @@ nbdm_remote_admit (struct nbdm *v, uint32_t index)
   else {
     r->admitted = true;
     r->flush.done = r->flush.asked; /* unflushed became dirty meanwhile */
+    fault_point ("admitted");
     remote_settle_locked (r);
     remote_bump_locked (r);
     pthread_cond_broadcast (&v->changed);
@@ -196,6 +197,7 @@ nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
   if (remote_used_locked (r))
     remote_degrade_locked (r); /* it was holding: end the wait, by the rules */
   remote_set_locked (r, NBDM_FAILED, "%s", reason);
+  fault_point ("remote_failing");
   rc = volume_persist_locked (v);
   pthread_mutex_unlock (&v->lock);
   return rc;
@@ -246,6 +248,7 @@ nbdm_remote_invalidate (struct nbdm *v, uint32_t index)
                         r->name);
   }
   dirty_map_mark (&r->dm, 0, v->nr_regions, false);
+  fault_point ("invalidate_marked");
   r->assumed = false;
   if (r->admitted)
     remote_set_locked (r, NBDM_RESYNCING, "%s", why);
@@ -266,6 +269,7 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   /* Not if it was lost meanwhile: what is late now is late from then on. */
   if (r->admitted)
     bitmap_clear_all (&r->dm.map[MAP_LATE]);
+  fault_point ("late_released");
   remote_bump_locked (r);
   pthread_mutex_unlock (&v->lock);
   return 0;

@@ -155,6 +155,7 @@ lock_copy (struct batch *b, struct copy *copy)
   if (rc == 1)
     mark_dirty_locked (b->remote, copy->range.offset, copy->range.length, true);
   pthread_mutex_unlock (&v->lock);
+  fault_point ("resync_locked");
   return rc;
 }
 
@@ -275,6 +276,7 @@ send_copy (struct batch *b, struct copy *copy)
     fault_point ("resync_after_read");
     send_data (b, copy);
   }
+  fault_point ("resync_after_send");
   copy->busy = true;
   b->issued_bytes += length;
   return 0;
@@ -309,6 +311,7 @@ end_copy (struct batch *b, struct copy *copy)
   int rc;
 
   collect_answers (b, copy);
+  fault_point ("resync_answered");
   copy->busy = false;
   rc = copy->error;
   pthread_mutex_lock (&v->lock);
@@ -329,6 +332,7 @@ end_copy (struct batch *b, struct copy *copy)
     if (rc == 0)
       bitmap_set (&r->dm.copied, b->runs[b->nr_runs - 1].first,
                   b->runs[b->nr_runs - 1].count);
+    fault_point ("resync_copied");
   }
   rangelock_remove (&v->ranges, &copy->range);
   pthread_mutex_unlock (&v->lock);
@@ -426,6 +430,7 @@ flush_and_clean (struct batch *b, struct nbdm_resync *io)
   if (!v->failed && r->conn == b->conn)
     for (size_t i = 0; i < b->nr_runs; i++)
       cleaned += dirty_map_clean (&r->dm, b->runs[i].first, b->runs[i].count);
+  fault_point ("resync_after_clean");
   io->copied_bytes = cleaned * v->region_size;
   r->copied_bytes += io->copied_bytes;
   pthread_mutex_unlock (&v->lock);

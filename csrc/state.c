@@ -237,6 +237,7 @@ volume_fail_locked (struct nbdm *v, const char *why)
   length = strnlen (why, sizeof v->reason - 1);
   memmove (v->reason, why, length);
   v->reason[length] = '\0';
+  fault_point ("volume_failing");
   distrust_page_cache (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     remote_bump_locked (&v->remotes[i]);
@@ -286,6 +287,7 @@ generation_advance_locked (struct nbdm *v, struct remote *r)
       other->generation = next;
   }
   v->generation = next;
+  fault_point ("generation_new");
   volume_persist_locked (v);
 }
 
@@ -299,6 +301,7 @@ remote_degrade_locked (struct remote *r)
   snprintf (why, sizeof why, "%s", r->reason);
   strand_requests_locked (r);
   remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
+  fault_point ("degrade_marked");
   if (v->policy == NBDM_STOP)
     v->fenced = true;
   if (writes && r->generation == v->generation)
@@ -319,6 +322,7 @@ detach_locked (struct remote *r)
   r->conn = NULL;
   if (r->admitted) {
     strand_requests_locked (r);
+    fault_point ("lost_stranded");
     unflushed_lost_locked (r);
   }
   r->admitted = false;
@@ -400,5 +404,6 @@ remote_settle_locked (struct remote *r)
   r->generation = v->generation;
   remote_set_locked (r, NBDM_IN_SYNC, "%s", "");
   lift_fence_locked (v);
+  fault_point ("settle_in_sync");
   volume_persist_locked (v);
 }

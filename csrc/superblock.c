@@ -169,6 +169,7 @@ superblock_store (int fd, struct disk_superblock *sb)
     r = -errno;
   if (r < 0)
     return set_error (r, "cannot make " FILE_NAME " durable");
+  fault_point ("superblock_synced");
   *sb = next;
   return 0;
 }

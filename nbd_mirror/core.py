@@ -43,6 +43,7 @@ __all__ = [
     "Params",
     "RemoteParams",
     "create",
+    "fault_points",
     "peek",
 ]
 
@@ -107,6 +108,15 @@ def peek(state_dir: str) -> Peek:
     check(lib.nbdm_peek(os.fsencode(state_dir), name, status, remotes), "peek")
     found = tuple(remote_status(remotes[i], _text) for i in range(status.nr_remotes))
     return Peek(_text(name), volume_status(status, _text), found)
+
+
+def fault_points() -> dict[str, bool]:
+    """Name every point that NBDM_FAULT knows; whether it can be made to fail."""
+    fails = ffi.new("int *")
+    found: dict[str, bool] = {}
+    while (name := lib.nbdm_fault_point(len(found), fails)) != ffi.NULL:
+        found[_text(name)] = bool(fails[0])
+    return found
 
 
 class Engine:

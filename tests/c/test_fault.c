@@ -5,6 +5,7 @@
  */
 
 #include "test.h"
+#include "nbdm.h"
 
 #include <signal.h>
 #include <time.h>
@@ -16,9 +17,9 @@ pass_three_points (void *opaque)
 
   fault_init ();
   for (int i = 0; i < 3; i++)
-    assert (fault_point ("there") == r[i]);
-  assert (fault_point ("elsewhere") == 0);
-  assert (fault_point ("ther") == 0);
+    assert (fault_point ("local_flush") == r[i]);
+  assert (fault_point ("local_write") == 0);
+  assert (fault_point ("local_flushed") == 0);
 }
 
 static void
@@ -34,13 +35,13 @@ static void
 pass_without_init (void *opaque)
 {
   (void)opaque;
-  assert (fault_point ("there") == 0);
+  assert (fault_point ("local_flush") == 0);
 }
 
 static void
 test_fault_before_init_does_nothing (void)
 {
-  assert (passed (in_child ("there=kill", pass_without_init, NULL)));
+  assert (passed (in_child ("local_flush=kill", pass_without_init, NULL)));
 }
 
 static void
@@ -48,7 +49,7 @@ test_fault_error_returns_each_time (void)
 {
   int r[] = { -EIO, -EIO, -EIO };
 
-  assert (passed (in_child ("there=error", pass_three_points, r)));
+  assert (passed (in_child ("local_flush=error", pass_three_points, r)));
 }
 
 static void
@@ -56,7 +57,51 @@ test_fault_error_with_count_returns_once (void)
 {
   int r[] = { 0, -EIO, 0 };
 
-  assert (passed (in_child ("there:2=error", pass_three_points, r)));
+  assert (passed (in_child ("local_flush:2=error", pass_three_points, r)));
+}
+
+static void
+test_fault_error_has_the_errno_asked_for (void)
+{
+  int r[] = { -ENOSPC, -EIO, -EROFS };
+
+  assert (
+      passed (in_child ("local_flush:1=error:ENOSPC,local_flush:2=error:EIO,"
+                        "local_flush:3=error:EROFS",
+                        pass_three_points, r)));
+}
+
+static void
+pass_unknown_point (void *opaque)
+{
+  (void)opaque;
+  fault_init ();
+  fault_point ("local_flus");
+}
+
+/* Else no test could ever name it. */
+static void
+test_fault_point_that_is_in_no_table_ends_the_process (void)
+{
+  int status = in_child ("after_log=kill", pass_unknown_point, NULL);
+
+  assert (WIFEXITED (status) && WEXITSTATUS (status) == EXIT_FAILURE);
+  assert (passed (in_child (NULL, pass_unknown_point, NULL)));
+}
+
+static void
+test_fault_points_are_listed_once_each (void)
+{
+  const char *name, *other;
+  int fails, ignored;
+
+  for (uint32_t i = 0; (name = nbdm_fault_point (i, &fails)); i++) {
+    assert (fails == 0 || fails == 1);
+    for (uint32_t j = 0; j < i; j++) {
+      other = nbdm_fault_point (j, &ignored);
+      assert (strcmp (name, other) != 0);
+    }
+  }
 }
 
 static void
@@ -65,7 +110,8 @@ test_fault_several_each_act (void)
   int r[] = { -EIO, 0, -EIO };
 
   assert (passed (
-      in_child ("there:1=error,x=kill,there:3=error", pass_three_points, r)));
+      in_child ("local_flush:1=error,after_log=kill,local_flush:3=error",
+                pass_three_points, r)));
 }
 
 static void
@@ -73,18 +119,23 @@ test_fault_kill_ends_the_process (void)
 {
   int r[] = { 0, 0, 0 };
 
-  assert (killed (in_child ("there=kill", pass_three_points, r)));
-  assert (killed (in_child ("there:3=kill", pass_three_points, r)));
-  assert (passed (in_child ("there:4=kill", pass_three_points, r)));
+  assert (killed (in_child ("local_flush=kill", pass_three_points, r)));
+  assert (killed (in_child ("local_flush:3=kill", pass_three_points, r)));
+  assert (passed (in_child ("local_flush:4=kill", pass_three_points, r)));
 }
 
 static void
 test_fault_misspelt_ends_the_process (void)
 {
   static const char *const wrong[]
-      = { "there",       "there=",       "=kill",         "there=die",
-          "there:=kill", "there:0=kill", "there:1x=kill", "there:-1=kill",
-          "there=wait:", "a=kill,b" };
+      = { "local_flush", "local_flush=", "=kill", "local_flush=die",
+          "local_flush:=kill", "local_flush:0=kill", "local_flush:1x=kill",
+          "local_flush:-1=kill", "local_flush=wait:", "local_flush=error:",
+          "local_flush=error:ENOSPACE", "local_flush=error:28",
+          "local_flush=errors", "local_flush=kill,after_log", "local_flus=kill",
+          "local_flushe=error",
+          /* nobody looks at what it returns */
+          "after_log=error" };
   int r[] = { 0, 0, 0 };
 
   for (unsigned i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
@@ -105,7 +156,7 @@ test_fault_wait_goes_on_when_the_file_appears (void)
   int r[] = { 0, 0, 0 };
   int status, tries = 0;
 
-  snprintf (spec, sizeof spec, "there:2=wait:%s/go", folder.path);
+  snprintf (spec, sizeof spec, "local_flush:2=wait:%s/go", folder.path);
   pid_t pid = fork ();
   assert (pid >= 0);
   if (pid == 0)
@@ -131,6 +182,9 @@ main (void)
   RUN (test_fault_before_init_does_nothing);
   RUN (test_fault_error_returns_each_time);
   RUN (test_fault_error_with_count_returns_once);
+  RUN (test_fault_error_has_the_errno_asked_for);
+  RUN (test_fault_point_that_is_in_no_table_ends_the_process);
+  RUN (test_fault_points_are_listed_once_each);
   RUN (test_fault_several_each_act);
   RUN (test_fault_kill_ends_the_process);
   RUN (test_fault_misspelt_ends_the_process);

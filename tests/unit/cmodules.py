@@ -54,7 +54,7 @@ MODULES: dict[str, CModule] = {
         "uint32_t crc32c (uint32_t crc, const void *data, size_t length);"
     ),
     "fault": CModule("void fault_init (void);", needs=("error",)),
-    "file": CModule("", needs=("error", "crc32c")),
+    "file": CModule("", needs=("error", "crc32c", "fault")),
     "bitmap": CModule(
         """
         struct bitmap {
@@ -152,7 +152,7 @@ MODULES: dict[str, CModule] = {
         """,
         needs=("file",),
     ),
-    "activity_file": CModule("", needs=("file", "fault")),
+    "activity_file": CModule("", needs=("file",)),
     "activity": CModule(
         """
         struct activity {

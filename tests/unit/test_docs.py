@@ -40,7 +40,7 @@ from unit.pages import (
 )
 
 from nbd_mirror import config as config_module
-from nbd_mirror import offline, volume
+from nbd_mirror import core, offline, volume
 from nbd_mirror.cli import app
 from nbd_mirror.create import create_volume
 from nbd_mirror.errors import EXIT_CODES
@@ -386,11 +386,24 @@ def test_design_names_what_exists() -> None:
         assert any((folder / name).exists() for folder in folders), name
 
 
+def test_fault_points_in_the_source_are_those_of_the_table() -> None:
+    """No point is passed that cannot be asked for, none listed that is not passed."""
+    sources = source_text()
+    looked_at, ignored = set(), set()
+    for before, name in re.findall(r'(.*)fault_point \("(\w+)"\)', sources):
+        (looked_at if before.strip() else ignored).add(name)
+    fails = core.fault_points()
+    assert looked_at == {name for name, may_fail in fails.items() if may_fail}
+    assert ignored == {name for name, may_fail in fails.items() if not may_fail}
+
+
 def test_design_lists_every_fault_point() -> None:
-    """The fault points are those the engine has."""
-    listed = set(code_names(section(DESIGN, "Fault points"))) - {"NBDM_FAULT"}
-    points = re.findall(r'fault_point \("(\w+)"\)', source_text())
-    assert set(points) == listed
+    """The fault points, and which can fail, are those the engine has."""
+    *groups, (_, failing) = rows(section(DESIGN, "Fault points"))
+    listed = [name for _, names in groups for name in code_names(names)]
+    fails = core.fault_points()
+    assert listed == list(fails)
+    assert code_names(failing) == [name for name in fails if fails[name]]
 
 
 def test_documents_say_their_licence() -> None:
