@@ -29,7 +29,7 @@
 #include "internal.h"
 #include "nbdm.h"
 
-#define MAX_FAULTS 16
+#define MAX_FAULTS 128 /* more than there are points */
 #define WAIT_S 60
 #define MAX_ERRNO 133
 #define POLL_NS 10000000 /* 10 ms: how often a waiting point looks */
@@ -275,7 +275,9 @@ fault_init (void)
 }
 
 /* A file and not a signal or a pipe: the test is in another process, perhaps
- * in another language, and may come to look at any time.
+ * in another language, and may come to look at any time.  It grows by a byte
+ * each time the point is reached: so with PATH there beforehand, which makes
+ * nobody wait, points are counted.
  */
 static void
 wait_for (const char *path)
@@ -287,8 +289,8 @@ wait_for (const char *path)
   int fd;
 
   snprintf (reached, sizeof reached, "%s.reached", path);
-  fd = open (reached, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
-  if (fd == -1)
+  fd = open (reached, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  if (fd == -1 || write (fd, "+", 1) != 1)
     refuse (reached, strerror (errno));
   close (fd);
 
