@@ -261,7 +261,10 @@ decide_locked (struct nbdm *v, struct request *req, int local_rc)
     rc = secure_locked (v, req, local_rc == 0 && req->on_local);
   if (local_rc < 0 && v->local.state != NBDM_LOCAL_FAILED)
     local_error_locked (v, req, local_rc);
-  if (rc == 0 && !everywhere && v->policy == NBDM_STOP)
+  /* Fenced: it may have been admitted under policy degrade, when a remote was
+   * behind and got nothing or not all of it.
+   */
+  if (rc == 0 && v->policy == NBDM_STOP && (!everywhere || v->fenced))
     rc = set_message (-EIO, "policy stop: a remote is out of sync");
   if (rc == 0 && v->failed)
     rc = set_message (-EIO, "the volume has failed: %s", v->reason);

@@ -224,14 +224,15 @@ wait_for_both_locked (struct nbdm *v)
 
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     until += 2 * v->remotes[i].deadline_ms * UINT64_C (1000000);
-  while (!v->failed && !v->fenced && !v->stopping && any_behind_locked (v)) {
+  while (v->policy == NBDM_STOP && !v->failed && !v->fenced && !v->stopping
+         && any_behind_locked (v)) {
     if (now_ns () > until)
       return set_message (-EIO, "policy stop: a remote is not caught up yet");
     v->nr_waiting++;
     pthread_cond_wait (&v->changed, &v->lock);
     v->nr_waiting--;
   }
-  if (v->stopping && any_behind_locked (v))
+  if (v->policy == NBDM_STOP && v->stopping && any_behind_locked (v))
     return set_message (-ESHUTDOWN, "the volume is stopping");
   return 0;
 }

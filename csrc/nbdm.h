@@ -56,7 +56,8 @@ struct nbdm_params {
   uint64_t size;         /* bytes; 0: adopt the local disk's own size */
   uint32_t region_size;  /* bytes, power of two, 4 KiB to 4 MiB */
   uint32_t policy;       /* enum nbdm_policy */
-  uint32_t hold_ms;      /* requests wait this long for a lost remote */
+  uint32_t fail_fenced_reads; /* policy stop: while fenced reads get EIO too */
+  uint32_t hold_ms;           /* requests wait this long for a lost remote */
   uint32_t nr_remotes;
   struct nbdm_remote_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
@@ -75,6 +76,8 @@ struct nbdm_status {
   uint32_t local_state; /* enum nbdm_local_state */
   uint32_t failed;      /* metadata could not be persisted: final */
   uint32_t fenced;      /* policy stop: writes get EIO */
+  uint32_t policy;      /* enum nbdm_policy, in force now; nbdm_peek: 0 */
+  uint32_t fail_fenced_reads;
   uint32_t stopping;
   uint32_t clean;    /* nbdm_peek: stopped cleanly */
   uint32_t clients;  /* connections, see nbdm_count_client */
@@ -200,6 +203,14 @@ uint32_t nbdm_min_block (const struct nbdm *volume);
 
 /* Count a client's connection in (+1) or out (-1); returns the new count. */
 int nbdm_count_client (struct nbdm *volume, int change);
+
+/* Change the policy of a volume while requests run.  To NBDM_STOP: a remote
+ * that is neither in sync nor holding fences writes, durably, before this
+ * returns.  To NBDM_DEGRADE: the fence is lifted.  Not kept over a start.
+ * -EIO: the volume has failed; -ESHUTDOWN; -EINVAL.
+ */
+int nbdm_set_policy (struct nbdm *volume, uint32_t policy,
+                     uint32_t fail_fenced_reads);
 
 /* --- Remotes: mechanism for the policy threads ----------------------- */
 

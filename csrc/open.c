@@ -272,6 +272,7 @@ nbdm_open (const struct nbdm_params *params, struct nbdm **volume)
   v->dirfd = v->lock_fd = v->sb_fd = v->local.disk.fd = v->local.dm.fd = -1;
   v->activity.fd = v->inflight.fd = -1;
   v->policy = params->policy;
+  v->fail_fenced_reads = params->fail_fenced_reads != 0;
   v->hold_ms = params->hold_ms;
   v->nr_remotes = params->nr_remotes;
   for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)

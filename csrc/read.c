@@ -152,6 +152,8 @@ nbdm_pread (struct nbdm *v, void *buf, uint32_t count, uint64_t offset)
 {
   int rc = check_range (v, count, offset);
 
+  if (rc == 0)
+    rc = fenced_read_check (v);
   if (rc < 0)
     return rc;
   rc = source_pread (v, NULL, buf, count, offset);
@@ -179,6 +181,8 @@ nbdm_extents (struct nbdm *v, uint64_t count, uint64_t offset,
   uint32_t nr = 0;
   int rc = check_range (v, count, offset);
 
+  if (rc == 0)
+    rc = fenced_read_check (v); /* that it is a hole is what a read tells */
   if (rc < 0)
     return rc;
   /* Its holes say nothing about what it misses. */

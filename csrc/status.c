@@ -53,6 +53,8 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   memcpy (status->local_reason, v->local.reason, sizeof status->local_reason);
   status->failed = v->failed;
   status->fenced = v->fenced;
+  status->policy = v->policy;
+  status->fail_fenced_reads = atomic_load (&v->fail_fenced_reads);
   status->stopping = v->stopping;
   status->inflight = v->nr_requests;
   status->active_extents = activity_count (&v->activity);

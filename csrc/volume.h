@@ -122,7 +122,6 @@ struct nbdm {
   uint64_t size;
   uint32_t region_size;
   uint64_t nr_regions;
-  enum nbdm_policy policy;
   uint32_t hold_ms;
   uint32_t nr_remotes;
   uint8_t boot_id[16];
@@ -151,13 +150,15 @@ struct nbdm {
   bool drained;             /* and the last one has ended */
   bool stopped;             /* cleanly: the logs are empty */
   bool failed;              /* rule 10: final */
-  bool fenced;
+  bool fenced;              /* policy stop: never under degrade */
+  enum nbdm_policy policy;  /* may change at any time */
   char reason[NBDM_REASON_LEN];
   uint64_t generation;
   uint64_t writes, flushes;
   uint32_t clients;
 
   atomic_u64 reads, write_ns;
+  atomic_bool fail_fenced_reads; /* without it reads take no lock */
 };
 
 /* --- state.c: changes of state, durable before anybody is answered --- */
@@ -199,6 +200,11 @@ void mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
 void unflushed_lost_locked (struct remote *r);
 /* Policy stop's fence, once everything is in sync. */
 void lift_fence_locked (struct nbdm *v);
+
+/* --- policy.c -------------------------------------------------------- */
+
+/* -EIO: the volume is fenced, and its reads shall fail too. */
+int fenced_read_check (struct nbdm *v);
 
 /* --- flush.c --------------------------------------------------------- */
 

@@ -5,7 +5,7 @@
  * races and lifetimes.
  */
 
-#include "site.h"
+#include "engine_site.h"
 
 /* --- tests ----------------------------------------------------------- */
 
@@ -260,7 +260,7 @@ test_clean_restart_copies_nothing (void)
   end_site ();
 }
 
-static const struct test tests[] = {
+static const struct engine_test tests[] = {
   TEST (test_kill_under_load_catches_up),
   TEST (test_resync_end_under_load_loses_nothing),
   TEST (test_hung_remote_is_bounded),
@@ -276,6 +276,5 @@ static const struct test tests[] = {
 int
 main (int argc, char *argv[])
 {
-  return run_tests (tests, sizeof tests / sizeof tests[0],
-                    argc > 1 ? argv[1] : NULL);
+  return run_tests (tests, sizeof tests / sizeof tests[0], argc, argv);
 }

@@ -6,7 +6,7 @@
  * the end-to-end tests.
  */
 
-#include "site.h"
+#include "engine_site.h"
 
 static struct nbdm_status
 volume_status (void)
@@ -312,7 +312,7 @@ test_takeover_under_load (void)
   end_equal ();
 }
 
-static const struct test tests[] = {
+static const struct engine_test tests[] = {
   TEST (test_write_error_is_taken_over),
   TEST (test_flush_error_is_taken_over),
   TEST (test_fua_error_is_taken_over),
@@ -332,6 +332,5 @@ main (int argc, char *argv[])
     alarm (100);
     child_killed_in_a_takeover (argv[2]);
   }
-  return run_tests (tests, sizeof tests / sizeof tests[0],
-                    argc > 1 ? argv[1] : NULL);
+  return run_tests (tests, sizeof tests / sizeof tests[0], argc, argv);
 }

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A volume with a local image, a real nbdkit as its remote, and a load on it,
- * for the C tests of the whole engine.  Each test runs in a process of its
- * own, because the fault points are read once a process.
+/* A site for tests of the whole engine: a volume in a folder of its own, a
+ * real nbdkit as its remote, a load, and a process of its own for each test,
+ * because the fault points are read once a process.
  */
 
-#ifndef NBDM_SITE_H
-#define NBDM_SITE_H
+#ifndef NBDM_ENGINE_SITE_H
+#define NBDM_ENGINE_SITE_H
 
 #undef NDEBUG
 #include <assert.h>
@@ -29,7 +29,8 @@
 
 #include "nbdm.h"
 
-#define TEST_UNUSED __attribute__ ((unused))
+/* No test uses all of it. */
+#pragma GCC diagnostic ignored "-Wunused-function"
 
 #define REGION 65536u
 #define SIZE (64u * REGION + 5 * 512u) /* the last region is short */
@@ -42,7 +43,7 @@ static struct nbdm_params params;
 
 /* --- the site -------------------------------------------------------- */
 
-static TEST_UNUSED const char *
+static const char *
 path (const char *name)
 {
   static _Thread_local char buf[4][128];
@@ -53,7 +54,7 @@ path (const char *name)
   return p;
 }
 
-static TEST_UNUSED void
+static void
 make_image (const char *name)
 {
   int fd = open (path (name), O_RDWR | O_CREAT | O_TRUNC, 0600);
@@ -62,14 +63,14 @@ make_image (const char *name)
   close (fd);
 }
 
-static TEST_UNUSED void
+static void
 pause_ms (unsigned ms)
 {
   poll (NULL, 0, (int)ms);
 }
 
 /* nbdkit dies with us, whatever happens to the test. */
-static TEST_UNUSED void
+static void
 start_server (void)
 {
   time_t until = time (NULL) + DEADLINE_S;
@@ -89,14 +90,14 @@ start_server (void)
   }
 }
 
-static TEST_UNUSED void
+static void
 kill_server (void)
 {
   kill (server, SIGKILL);
   waitpid (server, NULL, 0);
 }
 
-static TEST_UNUSED void
+static void
 remove_site (void)
 {
   char command[128];
@@ -106,7 +107,7 @@ remove_site (void)
 }
 
 /* Of the folder that `dir` names. */
-static TEST_UNUSED void
+static void
 set_params (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
 {
   params = (struct nbdm_params){ .name = "test",
@@ -121,7 +122,7 @@ set_params (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
   params.remotes[0].deadline_ms = deadline_ms;
 }
 
-static TEST_UNUSED void
+static void
 make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
 {
   snprintf (dir, sizeof dir, "/tmp/nbdm-engine-XXXXXX");
@@ -136,7 +137,7 @@ make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
   assert (nbdm_start (volume) == 0);
 }
 
-static TEST_UNUSED struct nbdm_remote_status
+static struct nbdm_remote_status
 status (void)
 {
   struct nbdm_remote_status s;
@@ -145,7 +146,7 @@ status (void)
   return s;
 }
 
-static TEST_UNUSED void
+static void
 wait_state (enum nbdm_remote_state state)
 {
   time_t until = time (NULL) + DEADLINE_S;
@@ -158,7 +159,7 @@ wait_state (enum nbdm_remote_state state)
   }
 }
 
-static TEST_UNUSED void
+static void
 connect_remote (void)
 {
   time_t until = time (NULL) + DEADLINE_S;
@@ -174,7 +175,7 @@ connect_remote (void)
 }
 
 /* Batches until in sync, as the policy thread does. */
-static TEST_UNUSED void
+static void
 resync_to_end (void)
 {
   time_t until = time (NULL) + DEADLINE_S;
@@ -192,7 +193,7 @@ resync_to_end (void)
   assert (status ().state == NBDM_IN_SYNC);
 }
 
-static TEST_UNUSED void
+static void
 assert_images_equal (void)
 {
   char command[400];
@@ -202,7 +203,7 @@ assert_images_equal (void)
   assert (system (command) == 0);
 }
 
-static TEST_UNUSED void
+static void
 end_site (void)
 {
   assert (nbdm_stop (volume) == 0);
@@ -215,8 +216,11 @@ end_site (void)
 
 static atomic_bool load_stop;
 static atomic_uint load_requests;
+static atomic_uint load_errors; /* EIO, where `load_may_fail` */
+static bool load_may_fail;
+static uint64_t load_size = SIZE; /* the rest is the test's own */
 
-static TEST_UNUSED void *
+static void *
 load (void *opaque)
 {
   unsigned seed = (unsigned)(uintptr_t)opaque;
@@ -225,7 +229,7 @@ load (void *opaque)
   while (!load_stop) {
     uint32_t count = ((unsigned)rand_r (&seed) % 300 + 1) * 512;
     uint64_t offset
-        = (unsigned)rand_r (&seed) % ((SIZE - count) / 512 + 1) * 512;
+        = (unsigned)rand_r (&seed) % ((load_size - count) / 512 + 1) * 512;
     unsigned kind = (unsigned)rand_r (&seed) % 20;
     int rc;
 
@@ -240,7 +244,8 @@ load (void *opaque)
       rc = nbdm_pread (volume, buf, count, offset);
     else
       rc = nbdm_pwrite (volume, buf, count, offset, kind == 4 ? NBDM_FUA : 0);
-    assert (rc == 0);
+    assert (rc == 0 || (load_may_fail && rc == -EIO));
+    load_errors += rc != 0;
     load_requests++;
   }
   free (buf);
@@ -250,7 +255,7 @@ load (void *opaque)
 #define LOAD_THREADS 6
 static pthread_t load_threads[LOAD_THREADS];
 
-static TEST_UNUSED void
+static void
 start_load (void)
 {
   load_stop = false;
@@ -259,7 +264,7 @@ start_load (void)
             == 0);
 }
 
-static TEST_UNUSED void
+static void
 stop_load (void)
 {
   load_stop = true;
@@ -267,7 +272,7 @@ stop_load (void)
     pthread_join (load_threads[i], NULL);
 }
 
-static TEST_UNUSED void
+static void
 wait_requests (unsigned more)
 {
   unsigned goal = load_requests + more;
@@ -279,7 +284,9 @@ wait_requests (unsigned more)
   }
 }
 
-struct test {
+/* --- running them ---------------------------------------------------- */
+
+struct engine_test {
   const char *name;
   void (*run) (void);
 };
@@ -289,9 +296,11 @@ struct test {
 #name, name                                                                \
   }
 
-/* Every test, or the one that is named; the program's exit code. */
-static TEST_UNUSED int
-run_tests (const struct test *tests, size_t nr, const char *only)
+/* Each in a process of its own, or only the one the command line names;
+ * returns what main shall.
+ */
+static int
+run_tests (const struct engine_test *tests, size_t nr, int argc, char *argv[])
 {
   int failed = 0;
 
@@ -299,7 +308,7 @@ run_tests (const struct test *tests, size_t nr, const char *only)
     int wstatus;
     pid_t pid;
 
-    if (only && strcmp (only, tests[i].name) != 0)
+    if (argc > 1 && strcmp (argv[1], tests[i].name) != 0)
       continue;
     fflush (stdout);
     pid = fork ();
@@ -316,4 +325,4 @@ run_tests (const struct test *tests, size_t nr, const char *only)
   return failed != 0;
 }
 
-#endif /* NBDM_SITE_H */
+#endif /* NBDM_ENGINE_SITE_H */
