@@ -19,7 +19,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
@@ -30,11 +29,20 @@ from . import __version__, offline
 from . import attach as kernel
 from . import serve as server
 from .cli_show import map_json, name_volume, show_map, show_status
+from .cli_types import (
+    Config,
+    Door,
+    JsonOption,
+    PolicyArgument,
+    ReadsOption,
+    RemoteArgument,
+)
 from .client import ask
 from .config import VolumeConfig, load
 from .create import create_volume
 from .errors import EXIT_CODES, MetadataFailedError, MirrorError, from_errno
 from .mapview import open_map, save_png
+from .policy import describe_policy
 from .state import RemoteState
 from .units import format_size, parse_duration
 from .watch import status_of, wait_for
@@ -60,22 +68,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Door(StrEnum):
-    """Which plugin nbdkit loads."""
-
-    native = "native"
-    python = "python"
-
-
-Config = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
-]
-RemoteArgument = Annotated[
-    str | None, typer.Argument(metavar="REMOTE", help="Else all of them.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _command(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -275,6 +267,19 @@ def _remote_command(volume: VolumeConfig, command: str, remote: str | None) -> N
     done = {"pause": "paused", "resume": "resumed", "invalidate": "all dirty"}[command]
     names = [remote] if remote else [one.name for one in volume.remotes]
     _say(f"{', '.join(names)}: {done}")
+
+
+@_command
+def policy(
+    config: Config,
+    policy: PolicyArgument = None,
+    fenced_reads: ReadsOption = None,
+) -> None:
+    """Show or switch the policy of a served volume. Until its server ends."""
+    volume = load(config)
+    answer = ask(volume, "policy", 30.0, policy=policy, fenced_reads=fenced_reads)
+    for line in describe_policy(answer, volume):
+        _say(line)
 
 
 @_command

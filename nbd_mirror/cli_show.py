@@ -83,6 +83,8 @@ def show_status(console: Console, status: Mapping[str, Any], asked: str) -> None
         asked: what the user calls the volume, for the hints.
     """
     facts = [format_size(status["size"]), f"policy {status['policy']}"]
+    if status["policy"] == "stop" and status["fenced_reads"] == "fail":
+        facts += ["fenced reads fail"]
     if status["pid"] is not None:
         facts += [f"{status['door']} door, pid {status['pid']}"]
         facts += [

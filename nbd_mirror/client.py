@@ -26,7 +26,8 @@ def ask(
 
     Args:
         config: of the volume.
-        command: "ping", "status", "pause", "resume", "invalidate" or "stop".
+        command: "ping", "status", "pause", "resume", "invalidate",
+            "policy" or "stop".
         timeout_s: seconds to wait.
         args: the command's own.
     Raises:

@@ -73,6 +73,7 @@ _RULES = {
     "listen": LISTEN_RULE,
     "region_size": "a power of two from 4KiB to 4MiB",
     "policy": '"degrade" or "stop"',
+    "fenced_reads": '"serve" or "fail"',
     "hold": "a time from 0s to 5min",
     "late_write_window": "a time from 0s to 1h",
     "remote": f"1 to {MAX_REMOTES} [[remote]] tables",
@@ -187,6 +188,7 @@ class VolumeConfig(BaseModel):
     listen: Annotated[Listen, BeforeValidator(parse_listen)]
     region_size: Annotated[int, BeforeValidator(_parse_region_size)] = 64 << 10
     policy: Literal["degrade", "stop"] = "degrade"
+    fenced_reads: Literal["serve", "fail"] = "serve"
     hold: Annotated[float, _between("hold", 0, 300)] = 2.0
     late_write_window: Annotated[float, _between("late_write_window", 0, 3600)] = 30.0
     remotes: Annotated[
@@ -382,6 +384,7 @@ def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
         size=config.size,
         region_size=config.region_size,
         policy=config.policy,
+        fenced_reads=config.fenced_reads,
         hold_ms=round(config.hold * 1000),
         remotes=tuple(
             RemoteParams(

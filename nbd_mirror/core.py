@@ -336,6 +336,22 @@ class Engine:
         error = _error(rc, "resync") if rc < 0 else None
         return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
 
+    def set_policy(self, policy: str, fenced_reads: str) -> None:
+        """
+        Change the policy while requests run; the next start takes its own.
+
+        Args:
+            policy: "degrade" lifts a fence; "stop" fences at once, durably, if a
+                remote is behind.
+            fenced_reads: "serve" or "fail".
+
+        Raises:
+            MirrorIOError: the volume has failed, or does so now.
+        """
+        fail = int(fenced_reads == "fail")
+        rc = lib.nbdm_set_policy(self.handle, _POLICIES[policy], fail)
+        check(rc, f"policy {policy}")
+
     def cool(self, idle_s: float) -> None:
         """Let extents idle for *idle_s* go cold: flushes and persists first."""
         check(lib.nbdm_cool(self.handle, _ms(idle_s)), "cool")
@@ -388,6 +404,7 @@ def _make_params(params: Params) -> tuple[Any, list[Any]]:
     out.name, out.local, out.state_dir = alive
     out.size, out.region_size = params.size, params.region_size
     out.policy = _POLICIES[params.policy]
+    out.fail_fenced_reads = int(params.fenced_reads == "fail")
     out.hold_ms = params.hold_ms
     out.nr_remotes = len(params.remotes)
     for entry, remote in zip(out.remotes, params.remotes, strict=False):

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 LOCAL_OK = 1  # enum nbdm_local_state
+POLICY_NAMES = ("", "degrade", "stop")  # by enum nbdm_policy
 HOLE = 3  # NBDM_EXTENT_HOLE: a hole that reads as zeroes
 
 
@@ -49,7 +50,7 @@ class Params:
     A volume as create and open need it.
 
     *size* is in bytes, 0 adopts the local disk's own; *region_size* in bytes;
-    *policy* is "degrade" or "stop".
+    *policy* is "degrade" or "stop", *fenced_reads* "serve" or "fail".
     """
 
     name: str
@@ -60,6 +61,7 @@ class Params:
     policy: str
     hold_ms: int
     remotes: tuple[RemoteParams, ...]
+    fenced_reads: str = "serve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class VolumeStatus:
     local_ok: bool
     failed: bool
     fenced: bool
+    policy: str  # in force now; of a peek: ""
+    fenced_reads: str
     stopping: bool
     clean: bool  # of a peek: stopped cleanly
     clients: int
@@ -169,6 +173,8 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
         local_ok=c.local_state == LOCAL_OK,
         failed=bool(c.failed),
         fenced=bool(c.fenced),
+        policy=POLICY_NAMES[c.policy],
+        fenced_reads="fail" if c.fail_fenced_reads else "serve",
         stopping=bool(c.stopping),
         clean=bool(c.clean),
         clients=c.clients,

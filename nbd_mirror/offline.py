@@ -100,6 +100,7 @@ def stopped_status(config: VolumeConfig) -> dict[str, Any]:
         "inflight": 0,
         "active_extents": 0,
         "policy": config.policy,
+        "fenced_reads": config.fenced_reads,
         "region_size": peek.volume.region_size,
         "generation": peek.volume.generation,
         "clean_stop": clean,

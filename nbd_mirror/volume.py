@@ -22,6 +22,7 @@ from .core import Engine
 from .errors import ConfigError, MetadataFailedError, MirrorError, UnsupportedError
 from .keeper import Keeper, RemotePolicy, View
 from .model import VolumeStatus
+from .policy import fence_words, switch_policy
 from .process import exit_after, log, on_signal, outlive_parent
 from .state import RemoteState, describe, volume_state
 
@@ -224,6 +225,8 @@ class Volume:
                 if not args.get("remote"):
                     raise ConfigError("invalidate needs the name of a remote")
                 return self._each(args, self._invalidate)
+            case "policy":
+                return switch_policy(self.engine, args, self._config.name)
             case "stop":
                 return self._stop_command()
         raise UnsupportedError(f'the server does not know the command "{command}"')
@@ -302,7 +305,8 @@ class Volume:
             "clients": volume.clients,
             "inflight": volume.inflight,
             "active_extents": volume.active_extents,
-            "policy": self._config.policy,
+            "policy": volume.policy,
+            "fenced_reads": volume.fenced_reads,
             "region_size": volume.region_size,
             "generation": volume.generation,
             "remotes": remotes,
@@ -322,7 +326,7 @@ class Volume:
             reason = volume.reason or f"the local disk {self._config.local} failed"
             return reason, "replace the local disk, then stop and serve again"
         found = volume.reason  # what recovery found at the start
-        fence = "policy stop: writes get EIO until it is in_sync; "
+        fence = fence_words(volume)
         for one in remotes:
             if one["state"] == word and one["reason"]:
                 about = f"remote {one['name']}: {one['reason']}"

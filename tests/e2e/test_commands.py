@@ -31,6 +31,8 @@ STATUS_KEYS = {
     "local",
     "inflight",
     "active_extents",
+    "policy",
+    "fenced_reads",
     "remotes",
 }
 REMOTE_KEYS = {

@@ -67,10 +67,11 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         'listen="tcp:[::1]:10809"\n[[remote]]\nname="a"\nuri="nbd://h"\n'
     )
     config = load(path)
-    assert (0, 65536, "degrade", 2.0, 30.0) == (
+    assert (0, 65536, "degrade", "serve", 2.0, 30.0) == (
         config.size,
         config.region_size,
         config.policy,
+        config.fenced_reads,
         config.hold,
         config.late_write_window,
     )
@@ -94,6 +95,11 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         ('"10GiB"', '"10GB"', 'size = "10GB": must be bytes, or a number with B, KiB'),
         ('"10GiB"', "true", "size = true: must be bytes"),
         ('"degrade"', '"maybe"', 'policy = "maybe": must be "degrade" or "stop"'),
+        (
+            'policy = "degrade"',
+            'fenced_reads = "stale"',
+            'fenced_reads = "stale": must be "serve" or "fail"',
+        ),
         ('"2s"', '"1h"', 'hold = "1h": must be a time from 0s to 5min'),
         ('"30s"', '"x"', 'late_write_window = "x": must be seconds, or a number with'),
         ('"5s"', '"1ms"', 'remote "dr": deadline = "1ms": must be a time from 100ms'),

@@ -156,7 +156,7 @@ def value_of(key: str, text: str) -> object:
     value = text.strip('"')
     if key == "region_size":
         return parse_size(value)
-    return value if key == "policy" else parse_duration(value)
+    return value if key in ("policy", "fenced_reads") else parse_duration(value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The arguments and options that commands share: apart, as cli.py is long enough."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Config",
+    "Door",
+    "JsonOption",
+    "PolicyArgument",
+    "ReadsOption",
+    "RemoteArgument",
+]
+
+
+class Door(StrEnum):
+    """Which plugin nbdkit loads."""
+
+    native = "native"
+    python = "python"
+
+
+class Policy(StrEnum):
+    """What a lost remote means for clients."""
+
+    degrade = "degrade"
+    stop = "stop"
+
+
+class FencedReads(StrEnum):
+    """What a fenced volume answers reads with."""
+
+    serve = "serve"
+    fail = "fail"
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
+]
+RemoteArgument = Annotated[
+    str | None, typer.Argument(metavar="REMOTE", help="Else all of them.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PolicyArgument = Annotated[
+    Policy | None,
+    typer.Argument(metavar="POLICY", help="degrade or stop; else it is shown."),
+]
+ReadsOption = Annotated[
+    FencedReads | None, typer.Option(help="Of policy stop, while it is fenced.")
+]
