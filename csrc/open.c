@@ -168,6 +168,7 @@ load_superblock (struct nbdm *v, const char *state_dir)
 static void
 begin_states (struct nbdm *v)
 {
+  v->fenced = v->policy == NBDM_STOP && v->local.state != NBDM_LOCAL_OK;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
