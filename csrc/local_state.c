@@ -20,9 +20,11 @@
  *   on either: so it misses the whole of every active extent, as after lost
  *   power.
  *
- * A takeover sets the bits first: they lie in a mapping, so a process that is
- * killed from there on finds them, and believes them also under a superblock
- * that still says ok.  Nobody is answered meanwhile (`taking_over`).
+ * In a takeover the marks come first, and a superblock that says resyncing,
+ * both durable, and only then the remote is flushed.  A process killed from
+ * there on has a remote that serves what local may have lost; one killed
+ * before has answered nothing by it.  Nobody is answered meanwhile
+ * (`taking_over`).
  */
 
 #include <endian.h>
@@ -47,6 +49,14 @@ local_note_error (struct nbdm *v)
   pthread_mutex_lock (&v->lock);
   local_note_error_locked (v);
   pthread_mutex_unlock (&v->lock);
+}
+
+uint32_t
+local_persistent_state (const struct nbdm *v)
+{
+  return v->local.taking_over && v->local.state == NBDM_LOCAL_OK
+             ? NBDM_LOCAL_RESYNCING
+             : v->local.state;
 }
 
 void
@@ -170,10 +180,12 @@ await_takeover_locked (struct nbdm *v)
     pthread_cond_wait (&v->changed, &v->lock);
 }
 
+/* Durable before those who wait are answered. */
 static void
 end_taking_over_locked (struct nbdm *v)
 {
   v->local.taking_over = false;
+  volume_persist_locked (v);
   pthread_cond_broadcast (&v->changed);
 }
 
@@ -200,12 +212,12 @@ local_takeover_locked (struct nbdm *v)
     return -EIO;
   v->local.taking_over = true;
   visit_active_locked (v, miss_run_locked);
+  volume_persist_locked (v);
   fault_point ("takeover_marked");
   flushed = flush_remote_unlocked (r);
   if (flushed && r->admitted && r->state == NBDM_IN_SYNC && !v->failed) {
     local_set_locked (v, NBDM_LOCAL_FAILED);
     v->local.attached = false;
-    volume_persist_locked (v);
   }
   else if (v->local.state == NBDM_LOCAL_OK)
     take_back_locked (v);
@@ -247,11 +259,11 @@ local_miss_region (struct nbdm *v, uint64_t region)
 
     v->local.taking_over = true;
     miss_run_locked (v, region, 1);
+    volume_persist_locked (v);
     if (flush_remote_unlocked (r) && r->admitted && !v->failed
         && remote_has_locked (r, region)) {
       if (was_ok)
         local_set_locked (v, NBDM_LOCAL_RESYNCING);
-      volume_persist_locked (v);
     }
     else if (was_ok)
       take_back_locked (v);
@@ -300,53 +312,44 @@ local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
   miss_where_remote_has (v, first, count);
 }
 
-/* A superblock that says ok, over a map that is not empty: killed in the
- * middle of a takeover.  The remotes' maps are loaded, so where all of them
- * miss a region, local has it.
- */
-static void
-resume_takeover (struct nbdm *v)
+static int
+make_map (struct nbdm *v)
 {
-  struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
-  uint64_t nr = v->nr_regions, region = 0;
+  uint64_t session = le64toh (v->sb.session);
+  bool clean;
+  int rc = dirty_map_create (v->dirfd, LOCAL_NAME, v->uuid, session,
+                             v->nr_regions, v->region_size, false);
 
-  for (; (region = bitmap_next_set (missing, region, nr)) < nr; region++)
-    if (!any_remote_clean (v, region))
-      bitmap_clear (missing, region, 1);
-  v->local.dm.changed = true;
-  if (missing->nr_set == 0)
-    return;
-  v->local.state = NBDM_LOCAL_RESYNCING;
-  snprintf (v->local.reason, sizeof v->local.reason,
-            "the server was killed while a remote took the place of the local "
-            "disk");
+  if (rc == 0)
+    rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
+                         v->nr_regions, v->region_size, &clean);
+  return rc;
 }
 
-/* While the superblock says ok the map is empty, by rule 7: so a lost one is
- * no loss, and a volume of an earlier version has none.
+/* While the superblock says ok nothing is missing, by rule 7, whatever the map
+ * says: so a lost one is no loss, and a volume of an earlier version has none.
  */
 int
 local_map_open (struct nbdm *v)
 {
-  uint64_t session = le64toh (v->sb.session);
-  bool clean;
-  int rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
-                           v->nr_regions, v->region_size, &clean);
+  bool clean, ok = v->local.state == NBDM_LOCAL_OK;
+  int rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid,
+                           le64toh (v->sb.session), v->nr_regions,
+                           v->region_size, &clean);
 
+  if (rc == 0 && ok && v->local.dm.map[MAP_DIRTY].nr_set > 0) {
+    dirty_map_close (&v->local.dm);
+    return make_map (v);
+  }
   if (rc != -ENOENT && rc != -EUCLEAN)
     return rc;
-  if (v->local.state != NBDM_LOCAL_OK) {
+  if (!ok) {
     v->local.map_lost = true;
     snprintf (v->reason, sizeof v->reason,
               "%s: everything is copied to the local disk again",
               last_error ());
   }
-  rc = dirty_map_create (v->dirfd, LOCAL_NAME, v->uuid, session, v->nr_regions,
-                         v->region_size, false);
-  if (rc == 0)
-    rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
-                         v->nr_regions, v->region_size, &clean);
-  return rc;
+  return make_map (v);
 }
 
 /* A region that local misses, and that every remote's map calls dirty: local
@@ -378,9 +381,7 @@ find_lost_sources (struct nbdm *v)
 void
 local_map_recover (struct nbdm *v)
 {
-  if (v->local.state == NBDM_LOCAL_OK)
-    resume_takeover (v);
-  else if (v->local.map_lost)
+  if (v->local.map_lost)
     miss_where_remote_has (v, 0, v->nr_regions);
   else
     find_lost_sources (v);

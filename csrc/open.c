@@ -48,33 +48,11 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
   return 0;
 }
 
-/* Higher than any that was stamped: with one slot of the superblock lost the
- * logs may be ahead of it, and a number that came twice would make an old
- * copy of a log look like the one in use.
- */
-static uint64_t
-next_session (const struct nbdm *v)
-{
-  uint64_t session = le64toh (v->sb.session);
-  uint64_t stamped = le64toh (v->activity.header.session);
-
-  session = stamped > session ? stamped : session;
-  stamped = le64toh (v->inflight.header.session);
-  session = stamped > session ? stamped : session;
-  stamped = le64toh (v->local.dm.header.session);
-  session = stamped > session ? stamped : session;
-  for (uint32_t i = 0; i < v->nr_remotes; i++) {
-    stamped = le64toh (v->remotes[i].dm.header.session);
-    session = stamped > session ? stamped : session;
-  }
-  return session + 1;
-}
-
 /* Stamp the logs, then the superblock: in use, of the next session. */
 static int
 begin_session (struct nbdm *v)
 {
-  uint64_t session = next_session (v);
+  uint64_t session = volume_next_session (v);
   int rc = activity_begin (&v->activity, session);
   fault_point ("begin_set");
 
@@ -140,9 +118,13 @@ load_superblock (struct nbdm *v, const char *state_dir)
   rc = superblock_load (v->sb_fd, &v->sb, &torn);
   if (rc < 0)
     return rc;
-  if (torn)
+  if (torn) {
     /* The lost slot may be the newer one, which said: in use. */
     v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
+    snprintf (
+        v->reason, sizeof v->reason,
+        "one of the two slots of superblock is garbled: the other counts");
+  }
   memcpy (v->uuid, v->sb.uuid, sizeof v->uuid);
   v->size = le64toh (v->sb.size);
   v->region_size = le32toh (v->sb.region_size);

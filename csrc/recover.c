@@ -58,6 +58,38 @@ is_clean (const struct nbdm *v)
   return le32toh (v->sb.flags) & SUPERBLOCK_CLEAN;
 }
 
+/* Higher than any that was stamped: with one slot of the superblock lost the
+ * logs may be ahead of it, and a number that came twice would make an old
+ * copy of a log look like the one in use.
+ */
+uint64_t
+volume_next_session (const struct nbdm *v)
+{
+  uint64_t session = le64toh (v->sb.session);
+  uint64_t stamped = le64toh (v->activity.header.session);
+
+  session = stamped > session ? stamped : session;
+  stamped = le64toh (v->inflight.header.session);
+  session = stamped > session ? stamped : session;
+  stamped = le64toh (v->local.dm.header.session);
+  session = stamped > session ? stamped : session;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    stamped = le64toh (v->remotes[i].dm.header.session);
+    session = stamped > session ? stamped : session;
+  }
+  return session + 1;
+}
+
+/* A superblock that is clean vouches for the logs of its session alone.  Logs
+ * ahead of it are those of a start that did not get far, and then empty; or it
+ * is an old copy put back, and they are of a session that nobody closed.
+ */
+static bool
+was_in_use (const struct nbdm *v)
+{
+  return !is_clean (v) || volume_next_session (v) > le64toh (v->sb.session) + 1;
+}
+
 /* A log that was not closed, under a superblock that says all were: an old
  * copy put back.  One session ahead it was merely stamped by a start that
  * did not get far.
@@ -175,7 +207,7 @@ open_inflight (struct nbdm *v)
   int rc = inflight_open (&v->inflight, v->dirfd, v->uuid,
                           le64toh (v->sb.session), RING_SLOTS, &clean);
 
-  if (rc == 0 && !is_clean (v) && !page_cache_lived (v)) {
+  if (rc == 0 && was_in_use (v) && !page_cache_lived (v)) {
     /* Nobody made the slots durable: they may be torn, and say nothing that
      * the active extents do not cover.
      */
@@ -337,7 +369,7 @@ volume_recover (struct nbdm *v)
     return rc;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     check_generation (v, &v->remotes[i]);
-  if (!is_clean (v)) {
+  if (was_in_use (v)) {
     /* Also after a clean stop there is nothing in these, so it is only said
      * here for whom it matters.
      */

@@ -193,7 +193,7 @@ volume_persist_locked (struct nbdm *v)
       v->sb.remotes[i] = disk_remote (&v->remotes[i]);
     v->sb.nr_remotes = htole32 (v->nr_remotes);
     v->sb.generation = htole64 (v->generation);
-    v->sb.local_state = htole32 (v->local.state);
+    v->sb.local_state = htole32 (local_persistent_state (v));
     v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.since);
     snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
               v->local.reason);
@@ -208,8 +208,9 @@ volume_persist_locked (struct nbdm *v)
 
 /* What the kernel could not write it may have dropped, and our mappings with
  * it: the next start must not take the page cache for exact, but recover as
- * after lost power.  No boot has the id 0.  Where even that cannot be stored,
- * a file says it; best effort, for the volume has failed already.
+ * after lost power.  No boot has the id 0.  A file says it too: the store may
+ * fail, and the slot it went into may be garbled later.  Best effort both, for
+ * the volume has failed already.
  */
 static void
 distrust_page_cache (struct nbdm *v)
@@ -219,8 +220,7 @@ distrust_page_cache (struct nbdm *v)
   memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
   /* It may be the store that was to say so which failed. */
   v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
-  if (superblock_store (v->sb_fd, &v->sb) == 0)
-    return;
+  superblock_store (v->sb_fd, &v->sb);
   fd = openat (v->dirfd, DISTRUST_FILE, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (fd >= 0)
     close (fd);

@@ -270,6 +270,8 @@ bool local_has_locked (const struct nbdm *v, uint64_t region);
 /* Has every region of the range a leg in use that has it? */
 bool range_has_source_locked (const struct nbdm *v, uint64_t offset,
                               uint64_t length);
+/* What a restart may believe: see local_state.c on takeovers. */
+uint32_t local_persistent_state (const struct nbdm *v);
 /* New state, in memory; bumps the serial. */
 void local_set_locked (struct nbdm *v, enum nbdm_local_state state);
 /* resyncing -> ok when nothing is missing; durable. */
@@ -318,6 +320,8 @@ int state_lock (int dirfd, const char *state_dir, int *lock_fd);
 /* What the superblock and dirty.<remote> say of one remote. */
 int remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
                  uint32_t index);
+/* The session after the highest that was stamped anywhere. */
+uint64_t volume_next_session (const struct nbdm *v);
 /* With all dirty maps loaded: the other logs, and what may differ. */
 int volume_recover (struct nbdm *v);
 
