@@ -31,6 +31,7 @@ class Nemesis:
         self._depth = 0
         self._acts: list[tuple[int, Callable[[Far], None]]] = [
             (4, self._kill_primary),
+            (3, self._fail_over),
             (2, self._stop_primary),
             (4, self._kill_secondary),
             (3, self._freeze_secondary),
@@ -90,16 +91,27 @@ class Nemesis:
 
     # --- acts ---
 
-    def _kill_primary(self, far: Far) -> None:
+    def _kill_primary(self, _: Far) -> None:
         field, away = self._field, self._random.uniform(0.0, 0.5)
-        fail_over = self._random.random() < 0.5
         if not field.serving:  # an act around this one has stopped it
             return
-        self._say("kill the primary" + (", fail over" if fail_over else ""))
+        self._say("kill the primary")
         field.kill_primary()
-        if fail_over:
-            field.fail_over(far)
         self._pass(away)
+        field.serve()
+
+    def _fail_over(self, far: Far) -> None:
+        field, moment = self._field, self._random.uniform(0.0, 0.2)
+        if not field.serving:
+            return
+        if self._depth == 0:  # nothing is broken: under load it gets in sync
+            for one in field.fars:
+                field.tell("resume", one)
+            field.wait_in_sync()
+            field.rest(moment)
+        self._say(f"kill the primary under load, fail over to {far.name}")
+        field.kill_primary()
+        field.fail_over(far)
         field.serve()
 
     def _stop_primary(self, _: Far) -> None:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Some of scripts/soak: a while of random faults, and proof that it would find a loss.
+
+A fresh seed each run looks where nobody has looked; the fixed one is for telling a
+new bug from an old one. Both are printed by the tool, with how to repeat them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+
+SOAK = support.ROOT / "scripts" / "soak.py"
+PROGRAMS = ("nbdkit", "qemu-nbd", "nbd-server")
+
+
+@pytest.fixture
+def folders(run_dir: Path) -> Path:
+    """Give the folder in which the soak makes its own."""
+    support.requires_program(*PROGRAMS)
+    folder = run_dir / "s"
+    folder.mkdir()
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return what scripts/soak would give it, and where its folders go."""
+    return {"PYTHONPATH": str(support.ROOT / "tests"), "TMPDIR": str(folder)}
+
+
+def soak(
+    processes: support.Processes, folder: Path, *options: str, code: int = 0
+) -> tuple[dict[str, int], str]:
+    """
+    Run it to its end.
+
+    Args:
+        code: its exit status.
+
+    Returns:
+        Its totals, and what it said.
+    """
+    done = processes.run(
+        [sys.executable, SOAK, "--json", *options],
+        env=environment(folder),
+        check=False,
+        timeout_s=160,
+    )
+    print(done.stderr)
+    kept = [path.read_text() for path in folder.glob("*/violation.txt")]
+    assert code == done.returncode, "\n".join([done.stderr, *kept])
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", ["fixed", "fresh"])
+def test_random_faults_lose_nothing(
+    processes: support.Processes, folders: Path, seed: str
+) -> None:
+    """Episodes through both doors: no block is wrong, all disks end equal."""
+    number = 1 if seed == "fixed" else random.SystemRandom().randrange(1 << 32)
+    minutes = "0.5" if seed == "fixed" else "0.8"
+    totals, said = soak(
+        processes, folders, "--seed", str(number), "--minutes", minutes, "--verbose"
+    )
+    assert 0 == totals["violations"]
+    assert totals["episodes"] >= 2, "both doors had a turn"
+    assert "door native" in said
+    assert "door python" in said
+    assert totals["writes_answered"] > 200
+    assert totals["blocks_checked"] > 10_000
+    assert totals["comparisons"] >= totals["episodes"]
+    assert [] == list(folders.iterdir()), "nothing is left of what went well"
+
+
+@pytest.mark.parametrize("how", ["old-block", "torn-block", "copy", "dirty-map"])
+def test_loss_is_found(processes: support.Processes, folders: Path, how: str) -> None:
+    """What was spoiled behind the mirror's back ends the run and is kept."""
+    totals, said = soak(
+        processes, folders, "--seed", "3", "--episode", "0", "--sabotage", how, code=1
+    )
+    assert 1 == totals["violations"]
+    assert "repeat: scripts/soak --seed 3 --episode 0" in said
+    (folder,) = folders.iterdir()
+    report = (folder / "violation.txt").read_text()
+    words = {
+        "old-block": ("found:   write", "history", "local disk, quiet"),
+        "torn-block": ("no whole block", "the primary was killed"),
+        "copy": ("dr differs from local", "found:   write", "allowed: write"),
+        "dirty-map": ("dr",),
+    }
+    for word in words[how]:
+        assert word in report
+    for kept in ("local.img", "dr.img", "state/superblock", "v.toml"):
+        assert (folder / kept).exists()
+
+
+def test_interrupted_soak_leaves_nothing(
+    processes: support.Processes, folders: Path
+) -> None:
+    """Ctrl-C ends every process and removes the folder."""
+    before = support.marked_processes()
+    running = processes.start(
+        [sys.executable, SOAK, "--seed", "4", "--minutes", "5"],
+        env=environment(folders),
+    )
+    support.wait_until(
+        lambda: any("local.img" in str(p) for p in folders.glob("*/*")), "a volume"
+    )
+    support.wait_until(
+        lambda: any("nbdkit" in c for c in support.marked_processes().values()),
+        "its servers",
+    )
+    os.kill(running.pid, signal.SIGINT)
+    try:
+        assert 130 == running.wait(60)
+    except subprocess.TimeoutExpired:
+        pytest.fail("it did not end within 60 s")
+    assert [] == list(folders.iterdir())
+    support.wait_until(
+        lambda: set(support.marked_processes()) <= set(before), "its processes to end"
+    )
