@@ -68,6 +68,7 @@ class Checker:
         self._unflushed: deque[Op] = deque()  # answered, in that order
         self._reading: dict[int, None] = {}  # starts of reads under way
         self._notes: deque[tuple[int, str]] = deque(maxlen=MAX_NOTES)
+        self._ends: deque[int] = deque([0, 0], maxlen=2)  # of the last two servers
         # For the totals: writes by their end, blocks looked at, and torn ones excused.
         self.sent = self.answered = self.failed = self.lost = 0
         self.flushed = self.checked = self.torn = 0
@@ -150,6 +151,7 @@ class Checker:
         with self._lock:
             now = self._now()
             self._notes.append((now, text))
+            self._ends.append(now)
             for op in list(self._pending.values()):
                 op.server_ended = min(op.server_ended, now)
                 if op.outcome == "lost":
@@ -195,10 +197,10 @@ class Checker:
 
     def judge_copy(self, first: int, data: Data, where: str) -> list[Verdict]:
         """
-        Judge an in-sync disk beside the one that clients see.
+        Judge an in-sync disk beside the one that clients saw; its primary is dead.
 
-        It holds every answered write, but nobody saw it: of what was unanswered it
-        may have another part, and later reads need not agree with it.
+        It holds every answered write; of what was unanswered it may have another
+        part than local, whatever was read there, and later reads need not agree.
         """
         found = list(self._decoded(first, data))
         verdicts = []
@@ -207,8 +209,8 @@ class Checker:
             self.checked += len(found)
             for block, value, text in found:
                 register = self._registers[block]
-                if not register.allowed((now, now), value):
-                    allowed = register.allowed((now, now))
+                allowed = register.copied((now, now), self._ends[0])
+                if not any(claim.value == value for claim in allowed):
                     verdicts.append(self._verdict(block, text, where, allowed))
         return verdicts
 

@@ -147,15 +147,40 @@ class Register:
             for claim in self.claims
             if claim.op.seq < span[1]
             and value in (None, claim.value)
-            and self._possible(claim, span)
+            and self._possible(claim, span, self.claims)
         ]
 
-    def _possible(self, one: Claim, span: tuple[int, int]) -> bool:
+    def copied(self, span: tuple[int, int], since: int) -> list[Claim]:
+        """
+        Return what an in-sync copy may hold whose primary is dead.
+
+        Of what that primary had not answered each disk may have its own part, also
+        where it was read from the other one. What an earlier one left was made equal.
+
+        Args:
+            span: when the copy is looked at.
+            since: when the primary before the dead one had ended.
+        """
+        own = {id(c) for c in self.claims if c.op.seq > since and not c.op.answered}
+        others = [c for c in self.claims if id(c) not in own]
+        floor = max((c.op.seq for c in others if c.op.answered), default=0)
+        return [
+            claim
+            for claim in self.claims
+            if (
+                claim.op.ended >= floor
+                if id(claim) in own
+                else self._possible(claim, span, others)
+            )
+        ]
+
+    @staticmethod
+    def _possible(one: Claim, span: tuple[int, int], claims: list[Claim]) -> bool:
         """Tell whether *one* could be seen in *span* and contradict nothing."""
         begun, ended = span
         first_end = min(one.op.ended, one.seen_end, ended)
         last_start = max(one.op.seq, one.seen_start, begun)
-        for other in self.claims:
+        for other in claims:
             if other is one or not (other.op.answered or other.seen_end < NEVER):
                 continue
             if first_end < other.last_start and other.first_end < last_start:

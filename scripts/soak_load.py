@@ -23,8 +23,10 @@ from nbd_mirror.register import BLOCK
 
 __all__ = ["Load", "ViolationError", "read_all"]
 
-KINDS = ("write", "read", "flush", "zero", "trim")
-WEIGHTS = (52, 32, 4, 7, 5)
+# How often; flushes and FUA are each episode's own, as without them much is unflushed.
+KINDS = {"write": 52.0, "read": 32.0, "zero": 7.0, "trim": 5.0}
+FLUSHES = (0.05, 0.5, 4.0)
+FUAS = (0.0, 0.02, 0.1)
 LONGEST = 96  # blocks a request
 HOT_SPOTS = 6
 PATIENCE_S = 90.0  # for a request to be answered, well or not
@@ -46,6 +48,15 @@ class Request:
     no_hole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What an episode's clients share."""
+
+    hot: list[int]  # blocks near which they like to write, so that they overlap
+    flushes: float  # how often, beside KINDS
+    fuas: float  # the part of the writes
+
+
 class Choice:
     """
     One client's sequence of requests.
@@ -53,27 +64,30 @@ class Choice:
     Args:
         seed: of the sequence.
         blocks: of the volume.
-        hot: blocks near which every client likes to write, so that they overlap.
+        habits: of the episode's clients.
     """
 
-    def __init__(self, seed: str, blocks: int, hot: list[int]) -> None:
+    def __init__(self, seed: str, blocks: int, habits: Habits) -> None:
         self._random = random.Random(seed)
         self._blocks = blocks
-        self._hot = hot
+        self._habits = habits
+        kinds = {**KINDS, "flush": habits.flushes}
+        self._kinds, self._weights = list(kinds), list(kinds.values())
 
     def next(self) -> Request:
         """Draw the next request."""
         draw = self._random
-        (kind,) = draw.choices(KINDS, WEIGHTS)
+        (kind,) = draw.choices(self._kinds, self._weights)
         size = draw.random()
         most = 1 if size < 0.5 else 16 if size < 0.85 else LONGEST
         count = draw.randint(1, most)
         if draw.random() < 0.45:
-            first = draw.choice(self._hot) + draw.randint(-8, 8)
+            first = draw.choice(self._habits.hot) + draw.randint(-8, 8)
         else:
             first = draw.randrange(self._blocks)
         first = min(max(first, 0), self._blocks - count)
-        return Request(kind, first, count, draw.random() < 0.1, draw.random() < 0.3)
+        fua = draw.random() < self._habits.fuas
+        return Request(kind, first, count, fua, draw.random() < 0.3)
 
 
 class Client(threading.Thread):
@@ -187,8 +201,9 @@ class Load:
         self._verdicts: list[str] = []
         draw = random.Random(seed)
         hot = [draw.randrange(blocks) for _ in range(HOT_SPOTS)]
+        habits = Habits(hot, draw.choice(FLUSHES), draw.choice(FUAS))
         self._clients = [
-            Client(self, Choice(f"{seed} client {i}", blocks, hot))
+            Client(self, Choice(f"{seed} client {i}", blocks, habits))
             for i in range(clients)
         ]
 

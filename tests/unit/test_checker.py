@@ -291,6 +291,29 @@ def test_copy_holds_what_was_answered_and_binds_nobody() -> None:
     assert checker.judge_copy(0, first, "dr")
     assert not checker.judge_copy(0, maybe, "dr")
     assert not checker.judge(0, answered, "local"), "the copy was seen by nobody"
+    assert not checker.judge_copy(0, maybe, "dr"), "nor is it bound by local"
+
+
+def test_copy_may_miss_what_only_local_has() -> None:
+    """An unanswered write that clients read from local need not be on the copy."""
+    checker = Checker(1, RUN)
+    answered = write(checker)
+    maybe = write(checker, outcome="lost")
+    assert not checker.judge(0, maybe, "read by a client")
+    checker.server_ended("crash")
+    assert not checker.judge_copy(0, answered, "dr")
+
+
+def test_copy_has_what_an_earlier_crash_left() -> None:
+    """What was unanswered two primaries ago was made equal since: local's part."""
+    checker = Checker(1, RUN)
+    answered = write(checker)
+    maybe = write(checker, outcome="lost")
+    checker.server_ended("crash")
+    assert not checker.judge(0, answered, "local")
+    checker.server_ended("crash")
+    assert checker.judge_copy(0, maybe, "dr")
+    assert not checker.judge_copy(0, answered, "dr")
 
 
 @pytest.mark.parametrize("by", ["flush", "fua"])
