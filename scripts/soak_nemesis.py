@@ -14,7 +14,8 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
-from soak_site import DEADLINE_S, HOLD_S, Far, Field
+from soak_far import Far
+from soak_site import DEADLINE_S, HOLD_S, Field
 
 __all__ = ["Nemesis"]
 
