@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import support
 from e2e.clients import Load, connect, differing_regions, dirty_set
+from e2e.faulty import Faulty
 from e2e.servers import Secondary
 
 from nbd_mirror import config as config_module
@@ -58,7 +59,7 @@ class Site:
         folder: with a short path, for sockets.
         processes: starts and surely ends them.
         size: of the volume, bytes.
-        remotes: the kind of each secondary; they are named dr, dr1, ...
+        remotes: the kind of each secondary, or "faulty"; they are named dr, dr1, ...
         keys: of the configuration, in the place of the defaults below.
     """
 
@@ -92,7 +93,9 @@ class Site:
         }
         self.deadline = "2s"
         self.secondaries = [
-            Secondary(processes, folder, f"dr{i or ''}", kind)
+            (Faulty if kind == "faulty" else Secondary)(
+                processes, folder, f"dr{i or ''}", kind
+            )
             for i, kind in enumerate(remotes)
         ]
         self.region_size = parse_size(self.keys["region_size"])
@@ -108,6 +111,12 @@ class Site:
     def dr(self) -> Secondary:
         """The first secondary."""
         return self.secondaries[0]
+
+    @property
+    def faulty(self) -> Faulty:
+        """The first secondary, of the kind "faulty"."""
+        assert isinstance(self.dr, Faulty)
+        return self.dr
 
     def write_config(self) -> None:
         """Write the configuration as *keys* and *secondaries* are by now."""

@@ -30,13 +30,14 @@ class Secondary:
         processes: starts and surely ends them.
         folder: with a short path.
         name: the remote's.
-        kind: one of KINDS.
+        kind: one of KINDS, or a subclass's own.
     """
 
     def __init__(
         self, processes: support.Processes, folder: Path, name: str, kind: str
     ) -> None:
-        support.requires_program(kind)
+        if kind in KINDS:
+            support.requires_program(kind)
         self.name = name
         self.kind = kind
         self.image = folder / f"{name}.img"
