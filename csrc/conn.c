@@ -195,14 +195,17 @@ conn_kill (struct conn *conn, const char *why)
   (void)eventfd_write (conn->kick, 1);
 }
 
-/* libnbd's last word on why, without the name of its function in front. */
+/* libnbd's last word on why, without the name of its function in front.  Its
+ * errors are each thread's own: one that only met the dead connection was
+ * told a state of libnbd's, which explains nothing to an operator.
+ */
 static const char *
 libnbd_words (void)
 {
   const char *error = nbd_get_error ();
   const char *colon;
 
-  if (error == NULL)
+  if (error == NULL || strstr (error, "invalid in state"))
     return "the connection was closed";
   colon = strstr (error, ": ");
   return colon && strncmp (error, "nbd_", 4) == 0 ? colon + 2 : error;
