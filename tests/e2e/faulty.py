@@ -46,7 +46,7 @@ class Faulty(Secondary):
 
     Attributes, for a test to set before start() or between connections: *size*, the
     export's, None for the image's; *read_only*; *flags*, what it says it can;
-    *volatile*, taken at start().
+    *volatile*, taken at start(). To read: *lost*, *kept*.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Faulty(Secondary):
         self.read_only = False
         self.flags = SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_ZERO
         self.volatile = False
+        self.lost = 0  # bytes, at the last kill()
         self.kept: list[Command] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self._changed = threading.Condition()  # guards all of these
@@ -112,13 +113,14 @@ class Faulty(Secondary):
             seen = dict(self.counts)
         pytest.fail(f"waited 20 s in vain for {count} {event} of a {kind}: {seen}")
 
-    def late(self) -> int:
-        """Carry out what was kept, whatever came of its connection; says how many."""
+    def late(self, *commands: Command) -> None:
+        """Carry out what was kept, all or *commands*, though its connection is dead."""
         with self._changed:
-            kept, self.kept = self.kept, []
-            for command in kept:
+            chosen = commands or tuple(self.kept)
+            assert chosen, "nothing was kept"
+            for command in chosen:
+                self.kept.remove(command)
                 self._apply(command)
-        return len(kept)
 
     @property
     def unflushed(self) -> int:
@@ -167,6 +169,7 @@ class Faulty(Secondary):
         assert self._disk is not None
         if choose:
             self._disk.keep_some(choose)
+        self.lost = self._disk.unflushed
         self._disk.close()
         self._disk = None
 
