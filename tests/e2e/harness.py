@@ -243,6 +243,10 @@ class Site:
         """What the last server said so far."""
         return self.log_path.read_text() if self.log_path.exists() else ""
 
+    def wait_log(self, words: str) -> None:
+        """Wait until the server has said *words*: its log lags behind its state."""
+        support.wait_until(lambda: words in self.log, f"the log to say {words!r}")
+
     def ended(self, timeout_s: float = 20) -> int:
         """Wait until the server has ended; return its exit code, or -signal."""
         assert self._server is not None

@@ -81,10 +81,10 @@ def test_hung_command_is_bounded(
         handle.flush()
     took = time.monotonic() - begun
     assert DEADLINE_S / 2 < took < PATIENCE_S
-    assert f"a command was not answered within {DEADLINE_S} s" in site.log
+    site.wait_log(f"a command was not answered within {DEADLINE_S} s")
     site.wait_remote(lambda one: not one["connected"], "it to be lost")
     site.assert_covered()
-    assert "in_sync -> out_of_sync" in site.log
+    site.wait_log("in_sync -> out_of_sync")
     finish(site, handle)
 
 
