@@ -4,7 +4,7 @@
 # builds (nbd_mirror/_build.py), scripts/setup prepares.
 
 PYTHON := .venv/bin/python
-C_FILES = $(shell find csrc tests/c -name build -prune -o -name '*.[ch]' -print)
+C_FILES = $(shell find csrc tests/c tests/fuzz -name build -prune -o -name '*.[ch]' -print)
 
 .PHONY: help setup build check check-c check-e2e check-vm lint fmt bench demo clean
 
@@ -49,5 +49,5 @@ demo:
 	scripts/demo
 
 clean:
-	rm -rf build dist nbd_mirror/*.so tests/c/build
+	rm -rf build dist nbd_mirror/*.so tests/c/build tests/fuzz/build
 	find . -name __pycache__ -prune -exec rm -rf {} +

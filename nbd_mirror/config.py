@@ -131,7 +131,7 @@ def _check_uri(value: str) -> str:
         raise ValueError(f"must be {_URI_RULE}")
     sockets = parse_qs(parts.query).get("socket", [])
     if parts.scheme.endswith("+unix"):
-        if len(sockets) != 1 or not sockets[0].startswith("/"):
+        if len(sockets) != 1 or sockets[0][:1] != "/" or "\0" in sockets[0]:
             raise ValueError("needs ?socket=/absolute/path of the server's socket")
         if len(os.fsencode(sockets[0])) > MAX_UNIX_PATH:
             raise ValueError(f"the socket's path is over {MAX_UNIX_PATH} bytes")
@@ -254,15 +254,14 @@ def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
     text = _read(source, os.fspath(path_or_name))
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers without end
         raise ConfigError(f"{source.name}: not valid TOML: {error}") from None
     try:
         config = VolumeConfig.model_validate(data, context={"folder": source.parent})
     except ValidationError as error:
         lines = _explain(data, error)
-        raise ConfigError(
-            "\n".join(f"{source.name}: {line}" for line in lines)
-        ) from None
+        text = "\n".join(f"{source.name}: {_plain(line)}" for line in lines)
+        raise ConfigError(text) from None
     config._source = source
     _check_paths_differ(config)
     return config
@@ -293,17 +292,15 @@ def _read(source: Path, asked: str) -> str:
 
 
 def _check_paths_differ(config: VolumeConfig) -> None:
-    name = config.source.name
+    wrong = ""
     if config.local == config.state:
-        raise ConfigError(f"{name}: local and state are the same path, {config.local}")
-    if Path(config.state) in Path(config.local).parents:
-        raise ConfigError(
-            f'{name}: local = "{config.local}": must not lie in the state directory'
-        )
-    if config.listen.path == f"{config.state}/control":
-        raise ConfigError(
-            f'{name}: listen = "{config.listen}": that is the control socket\'s path'
-        )
+        wrong = f"local and state are the same path, {config.local}"
+    elif Path(config.state) in Path(config.local).parents:
+        wrong = f'local = "{config.local}": must not lie in the state directory'
+    elif config.listen.path == f"{config.state}/control":
+        wrong = f'listen = "{config.listen}": that is the control socket\'s path'
+    if wrong:
+        raise ConfigError(f"{config.source.name}: {_plain(wrong)}")
 
 
 def _explain(data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
@@ -358,11 +355,20 @@ def _explain_unknown(key: str, allowed: Collection[str]) -> str:
 
 def _toml(value: object) -> str:
     """Write a value as it stands in the file, shortened."""
-    if isinstance(value, str | bool | int | float):
-        text = json.dumps(value, ensure_ascii=False)
-    else:
-        text = str(value)
+    if isinstance(value, int) and value.bit_length() > 400:
+        return "a number of over 120 digits"  # Python does not print any
+    known = isinstance(value, str | bool | int | float)
+    text = json.dumps(value, ensure_ascii=False) if known else str(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _plain(line: str) -> str:
+    """Keep a line one line, whatever was quoted in it."""
+    line = line if len(line) <= 500 else f"{line[:497]}..."
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in line
+    )
 
 
 def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:

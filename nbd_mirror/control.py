@@ -251,7 +251,7 @@ class ControlServer:
                 command = request.pop("command")
                 if not isinstance(command, str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise FormatError(
                     "the request is no line of JSON with a command"
                 ) from None
@@ -349,7 +349,7 @@ def call(
                 "the control socket is another user's",
                 "run it as that user, or as root",
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise FormatError(
                 "what answers on the control socket is no nbd-mirror server"
             ) from None
@@ -365,7 +365,10 @@ def _result(answer: Any) -> Any:
         if answer["ok"] is True:
             return answer["result"]
         error = answer["error"]
-        raised = from_name(error["class"], error["message"], error["hint"])
+        name, message, hint = (error[key] for key in ("class", "message", "hint"))
+        if not all(isinstance(text, str) for text in (name, message, hint)):
+            raise TypeError
+        raised = from_name(name, message, hint)
     except (KeyError, TypeError):
         raise FormatError(
             "what answers on the control socket is no nbd-mirror server"

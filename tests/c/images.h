@@ -94,8 +94,11 @@ place_make (struct place *place)
 {
   struct nbdm_params *params = &place->params;
 
-  snprintf (place->dir, sizeof place->dir, "%s/nbdm-image-XXXXXX",
-            access ("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
+  const char *tmp = getenv ("TMPDIR");
+
+  if (tmp == NULL)
+    tmp = access ("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+  snprintf (place->dir, sizeof place->dir, "%.40s/nbdm-image-XXXXXX", tmp);
   assert (mkdtemp (place->dir));
   place_disk (place, "local");
   place_disk (place, "remote");
