@@ -1,0 +1,510 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* See nbd_peer.h.  One thread a connection; with `shuffle` a second one, which
+ * takes commands off the queue in any order.
+ */
+
+#define _GNU_SOURCE
+
+#undef NDEBUG
+#include <assert.h>
+#include <endian.h>
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "nbd_peer.h"
+#include "nbd_wire.h"
+
+#define MAX_QUEUE 64
+
+struct item {
+  struct item *next;
+  struct peer_command cmd;
+  bool applied;
+};
+
+struct session {
+  struct peer *peer;
+  struct session *next;
+  int fd;
+  bool ended;
+  struct item *queue;
+  unsigned nr;
+};
+
+struct peer {
+  struct peer_params params;
+  char socket[sizeof ((struct sockaddr_un *)0)->sun_path];
+  int listener;
+  pthread_t acceptor;
+
+  pthread_mutex_t lock; /* all below, and the images' change */
+  pthread_cond_t changed;
+  uint8_t *image, *flushed;
+  uint8_t *unflushed; /* a byte a sector */
+  enum peer_hold hold;
+  bool stopping, keep;
+  uint64_t random;
+  struct session *sessions;
+  struct item *late;
+};
+
+uint64_t
+peer_random (uint64_t *state)
+{
+  *state ^= *state >> 12;
+  *state ^= *state << 25;
+  *state ^= *state >> 27;
+  return *state * UINT64_C (0x2545f4914f6cdd1d);
+}
+
+/* --- applying and answering ------------------------------------------ */
+
+static void
+flush_locked (struct peer *peer, uint64_t offset, uint64_t length)
+{
+  for (uint64_t s = offset / PEER_SECTOR; s * PEER_SECTOR < offset + length;
+       s++)
+    if (peer->unflushed[s]) {
+      memcpy (peer->flushed + s * PEER_SECTOR, peer->image + s * PEER_SECTOR,
+              PEER_SECTOR);
+      peer->unflushed[s] = 0;
+    }
+}
+
+static void
+apply_locked (struct peer *peer, const struct peer_command *cmd)
+{
+  uint8_t *bytes = peer->image + cmd->offset;
+
+  switch (cmd->type) {
+  case PEER_READ:
+    memcpy (cmd->data, bytes, cmd->length);
+    return;
+  case PEER_FLUSH:
+    flush_locked (peer, 0, peer->params.size);
+    return;
+  case PEER_WRITE:
+    memcpy (bytes, cmd->data, cmd->length);
+    break;
+  default:
+    memset (bytes, 0, cmd->length);
+    break;
+  }
+  memset (peer->unflushed + cmd->offset / PEER_SECTOR, 1,
+          cmd->length / PEER_SECTOR);
+  if (cmd->fua)
+    flush_locked (peer, cmd->offset, cmd->length);
+}
+
+static void
+apply (struct peer *peer, const struct peer_command *cmd)
+{
+  const struct peer_params *p = &peer->params;
+
+  if (p->enter)
+    p->enter (p->opaque);
+  pthread_mutex_lock (&peer->lock);
+  apply_locked (peer, cmd);
+  pthread_mutex_unlock (&peer->lock);
+  if (p->applied)
+    p->applied (p->opaque, cmd);
+  if (p->leave)
+    p->leave (p->opaque);
+}
+
+/* False: the connection is over. */
+static bool
+wait_for (struct session *s, enum peer_hold below)
+{
+  struct peer *peer = s->peer;
+  bool go;
+
+  pthread_mutex_lock (&peer->lock);
+  while (peer->hold >= below && !s->ended)
+    pthread_cond_wait (&peer->changed, &peer->lock);
+  go = !s->ended;
+  pthread_mutex_unlock (&peer->lock);
+  return go;
+}
+
+static bool
+answer (struct session *s, const struct peer_command *cmd)
+{
+  const struct reply reply
+      = { .magic = htobe32 (REPLY_MAGIC), .cookie = cmd->cookie };
+
+  return wait_for (s, PEER_HOLD_ANSWERS)
+         && wire_transmit (s->fd, &reply, sizeof reply)
+         && (cmd->type != PEER_READ
+             || wire_transmit (s->fd, cmd->data, cmd->length));
+}
+
+static void
+item_free (struct item *item)
+{
+  free (item->cmd.data);
+  free (item);
+}
+
+/* --- connections ----------------------------------------------------- */
+
+static struct item *
+receive_item (struct session *s)
+{
+  struct request request;
+  struct item *item;
+
+  if (!wire_receive (s->fd, &request, sizeof request)
+      || be16toh (request.type) == TYPE_DISCONNECT)
+    return NULL;
+  assert (request.magic == htobe32 (REQUEST_MAGIC));
+  item = calloc (1, sizeof *item);
+  assert (item);
+  item->cmd = (struct peer_command){
+    .type = be16toh (request.type),
+    .fua = be16toh (request.flags) & FLAG_FUA,
+    .cookie = request.cookie,
+    .offset = be64toh (request.offset),
+    .length = be32toh (request.length),
+  };
+  assert (item->cmd.offset <= s->peer->params.size
+          && item->cmd.length <= s->peer->params.size - item->cmd.offset);
+  assert (item->cmd.offset % PEER_SECTOR == 0
+          && item->cmd.length % PEER_SECTOR == 0);
+  if (item->cmd.type == PEER_READ || item->cmd.type == PEER_WRITE) {
+    item->cmd.data = malloc (item->cmd.length);
+    assert (item->cmd.data);
+  }
+  if (item->cmd.type == PEER_WRITE
+      && !wire_receive (s->fd, item->cmd.data, item->cmd.length)) {
+    item_free (item);
+    return NULL;
+  }
+  return item;
+}
+
+/* Take the n-th item out of the queue. */
+static struct item *
+take_locked (struct session *s, unsigned n)
+{
+  struct item **p = &s->queue;
+
+  while (n-- > 0)
+    p = &(*p)->next;
+  struct item *item = *p;
+  *p = item->next;
+  s->nr--;
+  return item;
+}
+
+static void
+put_locked (struct session *s, struct item *item)
+{
+  item->next = s->queue;
+  s->queue = item;
+  s->nr++;
+  pthread_cond_broadcast (&s->peer->changed);
+}
+
+/* Any of those queued; NULL when the connection has ended. */
+static struct item *
+next_item (struct session *s, bool *later)
+{
+  struct peer *peer = s->peer;
+  struct item *item = NULL;
+  uint64_t dice;
+
+  pthread_mutex_lock (&peer->lock);
+  while (!s->ended && (s->nr == 0 || peer->hold == PEER_HOLD_ALL))
+    pthread_cond_wait (&peer->changed, &peer->lock);
+  dice = peer_random (&peer->random);
+  if (!s->ended && s->nr < 4 && dice % 4 == 0) {
+    /* Let more come, so that there is something to choose from. */
+    pthread_mutex_unlock (&peer->lock);
+    if (dice % 256 == 0)
+      poll (NULL, 0, 1);
+    else
+      sched_yield ();
+    pthread_mutex_lock (&peer->lock);
+  }
+  if (!s->ended)
+    item = take_locked (s, (unsigned)(dice >> 32) % s->nr);
+  pthread_mutex_unlock (&peer->lock);
+  *later = dice >> 8 & 1;
+  return item;
+}
+
+static void *
+shuffler (void *opaque)
+{
+  struct session *s = opaque;
+  struct item *item;
+  bool later;
+
+  while ((item = next_item (s, &later)) != NULL) {
+    if (!item->applied) {
+      apply (s->peer, &item->cmd);
+      item->applied = true;
+      if (later) {
+        pthread_mutex_lock (&s->peer->lock);
+        put_locked (s, item);
+        pthread_mutex_unlock (&s->peer->lock);
+        continue;
+      }
+    }
+    if (!answer (s, &item->cmd))
+      shutdown (s->fd, SHUT_RDWR);
+    item_free (item);
+  }
+  return NULL;
+}
+
+static void
+end_session (struct session *s)
+{
+  struct peer *peer = s->peer;
+  struct session **p = &peer->sessions;
+
+  pthread_mutex_lock (&peer->lock);
+  while (s->nr > 0) {
+    struct item *item = take_locked (s, 0);
+
+    if (item->applied || !peer->keep || item->cmd.type == PEER_READ
+        || item->cmd.type == PEER_FLUSH)
+      item_free (item);
+    else {
+      item->next = peer->late;
+      peer->late = item;
+    }
+  }
+  while (*p != s)
+    p = &(*p)->next;
+  *p = s->next;
+  close (s->fd);
+  pthread_cond_broadcast (&peer->changed);
+  pthread_mutex_unlock (&peer->lock);
+  free (s);
+}
+
+static void
+serve_in_order (struct session *s)
+{
+  struct item *item;
+  bool go = true;
+
+  while (go && (item = receive_item (s)) != NULL) {
+    go = wait_for (s, PEER_HOLD_ALL);
+    if (go) {
+      apply (s->peer, &item->cmd);
+      go = answer (s, &item->cmd);
+    }
+    item_free (item);
+  }
+}
+
+static void
+serve_shuffled (struct session *s)
+{
+  struct peer *peer = s->peer;
+  struct item *item;
+  pthread_t worker;
+
+  assert (pthread_create (&worker, NULL, shuffler, s) == 0);
+  while ((item = receive_item (s)) != NULL) {
+    pthread_mutex_lock (&peer->lock);
+    while (s->nr == MAX_QUEUE && !s->ended)
+      pthread_cond_wait (&peer->changed, &peer->lock);
+    put_locked (s, item);
+    pthread_mutex_unlock (&peer->lock);
+  }
+  pthread_mutex_lock (&peer->lock);
+  s->ended = true;
+  pthread_cond_broadcast (&peer->changed);
+  pthread_mutex_unlock (&peer->lock);
+  pthread_join (worker, NULL);
+}
+
+static void *
+serve (void *opaque)
+{
+  struct session *s = opaque;
+
+  if (wire_handshake (s->fd, s->peer->params.size)) {
+    if (s->peer->params.shuffle)
+      serve_shuffled (s);
+    else
+      serve_in_order (s);
+  }
+  end_session (s);
+  return NULL;
+}
+
+static void *
+acceptor (void *opaque)
+{
+  struct peer *peer = opaque;
+  int fd;
+
+  while ((fd = accept4 (peer->listener, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+    struct session *s = calloc (1, sizeof *s);
+    pthread_t thread;
+
+    assert (s);
+    s->peer = peer;
+    s->fd = fd;
+    pthread_mutex_lock (&peer->lock);
+    s->next = peer->sessions;
+    peer->sessions = s;
+    s->ended = peer->stopping;
+    pthread_mutex_unlock (&peer->lock);
+    assert (pthread_create (&thread, NULL, serve, s) == 0);
+    pthread_detach (thread);
+  }
+  return NULL;
+}
+
+/* --- for the test ---------------------------------------------------- */
+
+static uint8_t *
+zeroes (uint64_t size)
+{
+  void *p = mmap (NULL, size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+  assert (p != MAP_FAILED);
+  return p;
+}
+
+struct peer *
+peer_start (const struct peer_params *params)
+{
+  struct sockaddr_un address = { .sun_family = AF_UNIX };
+  struct peer *peer = calloc (1, sizeof *peer);
+
+  assert (peer && params->size % PEER_SECTOR == 0);
+  peer->params = *params;
+  peer->random = params->seed | 1;
+  snprintf (peer->socket, sizeof peer->socket, "%s", params->socket);
+  peer->params.socket = peer->socket;
+  pthread_mutex_init (&peer->lock, NULL);
+  pthread_cond_init (&peer->changed, NULL);
+  peer->image = zeroes (params->size);
+  peer->flushed = zeroes (params->size);
+  peer->unflushed = zeroes (params->size / PEER_SECTOR);
+  memcpy (address.sun_path, peer->socket, sizeof address.sun_path);
+  peer->listener = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  assert (peer->listener >= 0);
+  assert (bind (peer->listener, (struct sockaddr *)&address, sizeof address)
+          == 0);
+  assert (listen (peer->listener, 8) == 0);
+  assert (pthread_create (&peer->acceptor, NULL, acceptor, peer) == 0);
+  return peer;
+}
+
+uint8_t *
+peer_image (struct peer *peer)
+{
+  return peer->image;
+}
+
+void
+peer_cut (struct peer *peer, bool keep)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->keep = keep;
+  for (struct session *s = peer->sessions; s; s = s->next) {
+    s->ended = true;
+    shutdown (s->fd, SHUT_RDWR);
+  }
+  pthread_cond_broadcast (&peer->changed);
+  while (peer->sessions)
+    pthread_cond_wait (&peer->changed, &peer->lock);
+  peer->keep = false;
+  pthread_mutex_unlock (&peer->lock);
+}
+
+unsigned
+peer_apply_late (struct peer *peer)
+{
+  struct item *item;
+  unsigned n = 0;
+
+  for (;;) {
+    pthread_mutex_lock (&peer->lock);
+    struct item **p = &peer->late;
+    while (*p && (*p)->next && peer_random (&peer->random) % 2)
+      p = &(*p)->next;
+    item = *p;
+    if (item)
+      *p = item->next;
+    pthread_mutex_unlock (&peer->lock);
+    if (item == NULL)
+      return n;
+    apply (peer, &item->cmd);
+    item_free (item);
+    n++;
+  }
+}
+
+void
+peer_lose_power (struct peer *peer, enum peer_loss loss)
+{
+  peer_cut (peer, false);
+  pthread_mutex_lock (&peer->lock);
+  for (uint64_t s = 0; s < peer->params.size / PEER_SECTOR; s++) {
+    if (!peer->unflushed[s])
+      continue;
+    if (loss == PEER_LOSE_ALL
+        || (loss == PEER_LOSE_SOME && peer_random (&peer->random) % 2))
+      memcpy (peer->image + s * PEER_SECTOR, peer->flushed + s * PEER_SECTOR,
+              PEER_SECTOR);
+    else
+      memcpy (peer->flushed + s * PEER_SECTOR, peer->image + s * PEER_SECTOR,
+              PEER_SECTOR);
+    peer->unflushed[s] = 0;
+  }
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
+peer_hold (struct peer *peer, enum peer_hold hold)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->hold = hold;
+  pthread_cond_broadcast (&peer->changed);
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
+peer_stop (struct peer *peer)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->stopping = true;
+  pthread_mutex_unlock (&peer->lock);
+  shutdown (peer->listener, SHUT_RDWR);
+  pthread_join (peer->acceptor, NULL);
+  close (peer->listener);
+  peer_cut (peer, false);
+  while (peer->late) {
+    struct item *item = peer->late;
+    peer->late = item->next;
+    item_free (item);
+  }
+  unlink (peer->socket);
+  munmap (peer->image, peer->params.size);
+  munmap (peer->flushed, peer->params.size);
+  munmap (peer->unflushed, peer->params.size / PEER_SECTOR);
+  pthread_mutex_destroy (&peer->lock);
+  pthread_cond_destroy (&peer->changed);
+  free (peer);
+}

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* An NBD server inside the test, for what no other server can be made to do:
+ * show its image at one instant, lose what it has not flushed, apply and
+ * answer commands in any order, and apply those of a dead connection late.
+ *
+ * The image is in memory.  What a read sees is one copy of it, what has been
+ * flushed is another, so that a loss of power is a choice between the two,
+ * sector by sector.
+ */
+
+#ifndef NBDM_NBD_PEER_H
+#define NBDM_NBD_PEER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define PEER_SECTOR 512u /* bytes; what a loss of power keeps or takes */
+
+enum peer_type {
+  PEER_READ = 0,
+  PEER_WRITE = 1,
+  PEER_FLUSH = 3,
+  PEER_TRIM = 4,
+  PEER_ZERO = 6
+};
+
+struct peer_command {
+  uint16_t type; /* enum peer_type, as in the protocol */
+  bool fua;
+  uint64_t cookie;
+  uint64_t offset;
+  uint32_t length;
+  uint8_t *data; /* of a write, or for a read; else NULL */
+};
+
+enum peer_hold {
+  PEER_GO,
+  PEER_HOLD_ANSWERS, /* applied, and not answered */
+  PEER_HOLD_ALL      /* not applied either */
+};
+
+enum peer_loss { PEER_LOSE_ALL, PEER_LOSE_NONE, PEER_LOSE_SOME };
+
+struct peer_params {
+  const char *socket; /* path; copied */
+  uint64_t size;      /* bytes */
+  uint64_t seed;
+  bool shuffle; /* apply and answer in any order, now and then later */
+  /* Around the applying of a command, so that it is one instant of the
+   * test's; `applied` is called between the two, with the image changed.
+   */
+  void (*enter) (void *opaque);
+  void (*applied) (void *opaque, const struct peer_command *cmd);
+  void (*leave) (void *opaque);
+  void *opaque;
+};
+
+struct peer;
+
+/* Listens when this returns.  The socket's name must be free. */
+struct peer *peer_start (const struct peer_params *params);
+/* Cut, stop listening, free. */
+void peer_stop (struct peer *peer);
+
+/* What a read sees.  Nothing changes it between `enter` and `leave`, nor
+ * while no client is connected.
+ */
+uint8_t *peer_image (struct peer *peer);
+
+/* Close every connection and wait for its end.  What was received and not
+ * applied is forgotten, or with `keep` kept for peer_apply_late.
+ */
+void peer_cut (struct peer *peer, bool keep);
+/* Apply what was kept, in any order.  Returns how many commands. */
+unsigned peer_apply_late (struct peer *peer);
+/* Cut; then what was not flushed is lost, kept, or either by sector. */
+void peer_lose_power (struct peer *peer, enum peer_loss loss);
+void peer_hold (struct peer *peer, enum peer_hold hold);
+
+/* xorshift64*; the state must not be 0. */
+uint64_t peer_random (uint64_t *state);
+
+#endif /* NBDM_NBD_PEER_H */

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What of the NBD protocol nbd_peer.c speaks: fixed newstyle, simple replies.
+ * The protocol is followed, so that libnbd is talked to as by any server; what
+ * of it is not there is refused.
+ */
+
+#ifndef NBDM_NBD_WIRE_H
+#define NBDM_NBD_WIRE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define REQUEST_MAGIC 0x25609513u
+#define REPLY_MAGIC 0x67446698u
+#define TYPE_DISCONNECT 2
+#define FLAG_FUA 1
+
+/* Big-endian, but for the cookie, which is the client's. */
+struct __attribute__ ((packed)) request {
+  uint32_t magic;
+  uint16_t flags, type;
+  uint64_t cookie, offset;
+  uint32_t length;
+};
+
+struct __attribute__ ((packed)) reply {
+  uint32_t magic, error;
+  uint64_t cookie;
+};
+
+/* All of it, or false: the connection is over. */
+bool wire_receive (int fd, void *buf, size_t count);
+bool wire_transmit (int fd, const void *buf, size_t count);
+/* Up to the transmission phase; false: the client wants none. */
+bool wire_handshake (int fd, uint64_t size);
+
+#endif /* NBDM_NBD_WIRE_H */

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A volume whose remotes are servers inside the test (nbd_peer.h), so that
+ * both images can be looked at, at one instant and without a copy.  In memory
+ * where there is a file system for it: these tests do nothing but write, and
+ * what a disk would keep is not what they are about.
+ */
+
+#ifndef NBDM_SITE_H
+#define NBDM_SITE_H
+
+#include <pthread.h>
+#include <time.h>
+
+#include "nbd_peer.h"
+#include "test.h"
+
+#include "nbdm.h"
+
+#define SITE_DEADLINE_S 60
+#define SITE_MAX_PEERS 2
+
+struct site {
+  /* Set by the test, before site_make. */
+  uint64_t size;
+  uint32_t region_size;
+  uint32_t hold_ms;
+  uint32_t nr_peers;
+  struct peer_params peer; /* of each; the socket, size and seed are ours */
+  uint64_t seed;
+
+  char dir[64];
+  char local[80], state[80], sockets[SITE_MAX_PEERS][80];
+  struct nbdm_params params;
+  struct nbdm *volume;
+  struct peer *peers[SITE_MAX_PEERS];
+  const uint8_t *image; /* the local disk */
+};
+
+/* Images of zeroes, peers that listen, a volume that was created. */
+void site_make (struct site *site);
+void site_open (struct site *site); /* and start */
+/* Stop cleanly, and free all. */
+void site_end (struct site *site);
+/* The same without the stop, for a volume that was closed. */
+void site_remove (struct site *site);
+
+struct nbdm_remote_status site_status (struct site *site, uint32_t remote);
+void site_wait_state (struct site *site, uint32_t remote,
+                      enum nbdm_remote_state state);
+/* Connect and admit, as often as it takes. */
+void site_connect (struct site *site, uint32_t remote);
+/* One batch, as the policy would call for it; late regions are released once
+ * nothing else is left, so the test must have let late writes in by then.
+ */
+int site_resync (struct site *site, uint32_t remote, struct nbdm_resync *batch);
+void site_resync_to_end (struct site *site, uint32_t remote);
+
+/* The seed of this run: NBDM_TEST_SEED, or the one given; printed. */
+uint64_t site_seed (uint64_t fixed);
+
+#endif /* NBDM_SITE_H */
