@@ -96,7 +96,9 @@ class Soak:
             self._status.start()
         try:
             number = first
-            while self.episodes == 0 or (
+            # Each door has its turn, however short the time.
+            least = 1 if options.episode is not None else len(options.doors)
+            while self.episodes < least or (
                 options.episode is None and self.elapsed_s < options.minutes * 60
             ):
                 if not self._episode(number):
@@ -191,7 +193,12 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, help="how long; 5 unless told otherwise")
+    add(
+        "--minutes",
+        type=float,
+        default=5.0,
+        help="how long, and an episode a door at least; 5 unless told otherwise",
+    )
     add("--seed", type=int, help="of all choices; a fresh one unless told otherwise")
     add("--episode", type=int, help="run this one episode alone")
     add("--doors", type=doors, default=list(DOORS), help="native,python: in turn")

@@ -40,6 +40,7 @@ class Nemesis:
             (2, self._silence),
             (2, self._pause),
             (1, self._invalidate),
+            (1, self._switch_policy),
             (2, self._kill_both),
             (1, self._flap),
         ]
@@ -224,6 +225,11 @@ class Nemesis:
         self._say(f"invalidate {far.name}")
         self._field.tell("invalidate", far)
         self._field.counts["invalidates"] += 1
+
+    def _switch_policy(self, _: Far) -> None:
+        policy = self._random.choice(("degrade", "stop"))
+        self._say(f"policy {policy}")
+        self._field.switch_policy(policy)
 
     def _hurry(self, far: Far) -> None:
         """Mostly have it connected at once: the back-off alone would take the time."""

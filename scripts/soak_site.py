@@ -282,6 +282,12 @@ class Field:
         with contextlib.suppress(MirrorError):
             self.site.tell(what, far.name)
 
+    def switch_policy(self, policy: str) -> None:
+        """Switch the policy of the primary while it runs, if it does."""
+        with contextlib.suppress(MirrorError):
+            control.call(self.site.state, "policy", 30.0, policy=policy)
+            self.counts["policy switches"] += 1
+
     def wait_in_sync(self) -> None:
         """Return once all remotes are in sync; nothing may be broken."""
         deadline = time.monotonic() + HEALED_S
