@@ -154,14 +154,11 @@ static bool
 leg_settle_locked (struct request *req, struct leg *leg, int local_rc)
 {
   struct remote *r = leg->remote;
-  uint64_t first, count;
   char why[NBDM_REASON_LEN];
 
   if (leg->result == 0) {
-    if (!req->remote_fua && r->conn == leg->conn) {
-      region_span (r->volume, req->offset, req->length, &first, &count);
-      bitmap_set (&r->dm.map[MAP_UNFLUSHED0 + r->filling], first, count);
-    }
+    if (!req->remote_fua && r->conn == leg->conn)
+      unflushed_add_locked (r, req->offset, req->length);
     return true;
   }
   /* Both refused alike: nothing is known of either, but neither is worse;

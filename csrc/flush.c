@@ -126,6 +126,26 @@ remote_flush_end (struct remote_flush *flush)
   return rc;
 }
 
+bool
+remote_flush_alone (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+  struct remote_flush flush = { .remote = r, .waiter = WAITER_INIT };
+
+  pthread_mutex_lock (&v->lock);
+  if (r->admitted && !r->flush.running)
+    lead_locked (&flush);
+  pthread_mutex_unlock (&v->lock);
+  if (!flush.leading)
+    return false;
+  send_flush (&flush);
+  conn_wait (flush.conn, &flush.waiter);
+  pthread_mutex_lock (&v->lock);
+  land_locked (&flush);
+  pthread_mutex_unlock (&v->lock);
+  return true;
+}
+
 int
 flush_local_group (struct nbdm *v)
 {

@@ -39,12 +39,14 @@ int
 nbdm_start (struct nbdm *v)
 {
   uint64_t until = now_ns () + v->hold_ms * UINT64_C (1000000);
+  int rc;
 
   /* The hold begins when somebody tries to connect, not at the open. */
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     v->remotes[i].hold_until_ns = until;
   avoid_reclaim_deadlock ();
-  return ticker_start (v);
+  rc = ticker_start (v);
+  return rc == 0 ? flushers_start (v) : rc;
 }
 
 /* Refuse what comes, wait for what is under way; false: stopped before. */
@@ -128,6 +130,7 @@ nbdm_stop (struct nbdm *v)
   if (v->local.state == NBDM_LOCAL_FAILED)
     rc = 0;
   fault_point ("stop_flushed");
+  flushers_join (v);
   ticker_join (v);
   disconnect_all (v);
   fault_point ("stop_disconnected");
@@ -141,6 +144,7 @@ nbdm_stop (struct nbdm *v)
 void
 nbdm_close (struct nbdm *v)
 {
+  flushers_join (v);
   ticker_join (v);
   if (v->nr_remotes <= NBDM_MAX_REMOTES)
     disconnect_all (v);

@@ -58,6 +58,8 @@ struct nbdm_params {
   uint32_t policy;       /* enum nbdm_policy */
   uint32_t fail_fenced_reads; /* policy stop: while fenced reads get EIO too */
   uint32_t hold_ms;           /* requests wait this long for a lost remote */
+  uint32_t flush_bytes; /* unflushed, and a remote is flushed; 0: 64 MiB */
+  uint32_t flush_ms;    /* or when the oldest is of that age; 0: 5 s */
   uint32_t nr_remotes;
   struct nbdm_remote_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
@@ -157,7 +159,9 @@ int nbdm_create (const struct nbdm_params *params, int force);
  */
 int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
 
-/* Start the ticker thread (deadlines, the hold's end, idle connections). */
+/* Start the engine's own threads: the ticker (deadlines, the hold's end, idle
+ * connections), and a flusher a remote.
+ */
 int nbdm_start (struct nbdm *volume);
 
 /* Stop cleanly: refuse new requests with -ESHUTDOWN, wait for those under

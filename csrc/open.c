@@ -262,6 +262,7 @@ nbdm_open (const struct nbdm_params *params, struct nbdm **volume)
     v->remotes[i] = (struct remote){ .volume = v, .dm.fd = -1 };
   snprintf (v->name, sizeof v->name, "%s", params->name);
   init_sync (v);
+  flushers_init (v, params);
   if (params->nr_remotes > NBDM_MAX_REMOTES)
     rc = set_message (-EINVAL, "at most %d remotes", NBDM_MAX_REMOTES);
   else

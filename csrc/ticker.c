@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The ticker: the one thread of the engine's own.  It is what bounds every
- * wait (rule 13): commands past their deadline, holds that are over, and
- * connections that die while nobody waits on them.  Whatever Python does or
- * does not do meanwhile, no request waits longer.
+/* The ticker: a thread of the engine's own, which never waits for a remote.
+ * It is what bounds every wait (rule 13): commands past their deadline, holds
+ * that are over, and connections that die while nobody waits on them.  Whatever
+ * Python does or does not do meanwhile, no request waits longer.
  */
 
 #include <errno.h>

@@ -48,6 +48,11 @@ struct remote {
   uint64_t serial;
   unsigned filling; /* 0 or 1: the unflushed map that answers go into */
   struct flush_group flush;
+  pthread_t flusher;
+  bool flusher_running; /* of who starts and joins it alone */
+  bool flusher_naps;
+  pthread_cond_t flush_due; /* ends its nap */
+  uint64_t unflushed_ns;    /* since when the filling map is not empty */
   uint64_t remote_size;
   uint64_t commands; /* answered on earlier connections */
   uint64_t copied_bytes;
@@ -123,6 +128,8 @@ struct nbdm {
   uint32_t region_size;
   uint64_t nr_regions;
   uint32_t hold_ms;
+  uint32_t flush_bytes; /* unflushed, and a remote is flushed */
+  uint32_t flush_ms;    /* and when the oldest is of that age */
   uint32_t nr_remotes;
   uint8_t boot_id[16];
   uint64_t mount_id[3];
@@ -133,6 +140,7 @@ struct nbdm {
   pthread_cond_t ticking; /* ends the ticker's nap */
   pthread_t ticker;
   bool ticker_running, ticker_stop;
+  bool flushers_stop;
   bool waking;
 
   struct disk_superblock sb;
@@ -223,6 +231,10 @@ struct remote_flush {
  */
 void remote_flush_begin (struct remote *r, struct remote_flush *flush);
 int remote_flush_end (struct remote_flush *flush);
+/* A flush nobody asked for: false, and nothing sent, if one is under way or
+ * there is no connection.  Blocks, bounded by the deadline, but for no hold.
+ */
+bool remote_flush_alone (struct remote *r);
 /* The local leg alone, shared with whoever asks meanwhile; FUA goes through it
  * as well.  After a failure each call fails: local_flush_lost_locked follows.
  */
@@ -231,6 +243,14 @@ int flush_local_group (struct nbdm *v);
  * an error here while local is ok.
  */
 int volume_flush (struct nbdm *v);
+
+/* --- flusher.c ------------------------------------------------------- */
+
+/* The remote answered a write of this range. */
+void unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length);
+void flushers_init (struct nbdm *v, const struct nbdm_params *params);
+int flushers_start (struct nbdm *v);
+void flushers_join (struct nbdm *v); /* while the ticker runs */
 
 /* --- local.c --------------------------------------------------------- */
 

@@ -36,6 +36,7 @@ from .cli_types import (
     PolicyArgument,
     ReadsOption,
     RemoteArgument,
+    duration,
 )
 from .client import ask
 from .config import VolumeConfig, load
@@ -44,7 +45,7 @@ from .errors import EXIT_CODES, MetadataFailedError, MirrorError, from_errno
 from .mapview import open_map, save_png
 from .policy import describe_policy
 from .state import RemoteState
-from .units import format_size, parse_duration
+from .units import format_size
 from .watch import status_of, wait_for
 from .watch import watch as watch_volume
 
@@ -210,7 +211,7 @@ def wait(
     volume = load(config)
     if remote is not None:
         volume.remote(remote)
-    timeout_s = _duration("--timeout", timeout)
+    timeout_s = duration("--timeout", timeout)
     wait_for(
         volume,
         state.value,
@@ -347,13 +348,6 @@ def inspect(
                 raise from_errno(
                     error.errno or errno.EIO, f"{png}: {error.strerror}"
                 ) from None
-
-
-def _duration(option: str, text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text}: {error}", param_hint=option) from None
 
 
 # --- where every error ends ----------------------------------------------

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .units import parse_duration
+
 __all__ = [
     "Config",
     "Door",
@@ -15,6 +17,7 @@ __all__ = [
     "PolicyArgument",
     "ReadsOption",
     "RemoteArgument",
+    "duration",
 ]
 
 
@@ -53,3 +56,11 @@ PolicyArgument = Annotated[
 ReadsOption = Annotated[
     FencedReads | None, typer.Option(help="Of policy stop, while it is fenced.")
 ]
+
+
+def duration(option: str, text: str) -> float:
+    """Return what an option gives as a time, in seconds."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}", param_hint=option) from None

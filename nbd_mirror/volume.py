@@ -167,28 +167,16 @@ class Volume:
     # --- maintenance ---
 
     def _maintain(self) -> None:
-        writes = -1
         while not self._ending.wait(MAINTENANCE_S):
             try:
                 status = self.engine.status()
                 self._tell(status)
                 if not status.failed:
-                    self._tidy(status, idle=status.writes == writes)
-                writes = status.writes
+                    self.engine.cool(COOL_S)
             except MirrorError as error:
                 self._say_once("warning", f"volume {self._config.name}: {error}")
             except Exception:
                 self._say_once("error", f"maintenance: {traceback.format_exc()}")
-
-    def _tidy(self, status: VolumeStatus, *, idle: bool) -> None:
-        """Flush what idle clients left unflushed; let idle extents go cold."""
-        if idle and status.inflight == 0 and self._unflushed():
-            self.engine.flush()
-        self.engine.cool(COOL_S)
-
-    def _unflushed(self) -> bool:
-        remotes = map(self.engine.remote_status, range(len(self._keepers)))
-        return any(one.admitted and one.unflushed_regions for one in remotes)
 
     def _tell(self, status: VolumeStatus) -> None:
         name = self._config.name

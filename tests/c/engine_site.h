@@ -40,6 +40,7 @@ static char dir[64];
 static pid_t server;
 static struct nbdm *volume;
 static struct nbdm_params params;
+static uint32_t flush_bytes, flush_ms; /* 0: as the engine has it */
 
 /* --- the site -------------------------------------------------------- */
 
@@ -117,6 +118,8 @@ set_params (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
                                  .region_size = REGION,
                                  .policy = policy,
                                  .hold_ms = hold_ms,
+                                 .flush_bytes = flush_bytes,
+                                 .flush_ms = flush_ms,
                                  .nr_remotes = 1 };
   params.remotes[0].name = "dr";
   params.remotes[0].deadline_ms = deadline_ms;
