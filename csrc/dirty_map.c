@@ -250,6 +250,7 @@ sync_bits (struct dirty_map *dm)
   if (r == 0 && msync (bits (dm), bits_size (dm), MS_SYNC) == -1)
     r = -errno;
   if (r == 0) {
+    dm->persists++;
     fault_point ("dirty_map_synced");
     return 0;
   }

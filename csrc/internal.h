@@ -176,7 +176,8 @@ struct dirty_map {
   struct bitmap map[NR_MAPS];
   struct bitmap copied;
   void *copied_words;
-  bool changed; /* since the last dirty_map_persist */
+  bool changed;      /* since the last dirty_map_persist */
+  uint64_t persists; /* msyncs that were made */
 };
 
 /* Make the file: nothing dirty, or everything (`all_dirty`); durable. */

@@ -89,8 +89,10 @@ struct nbdm_status {
   uint64_t reads;       /* requests answered since start */
   uint64_t writes;      /* writes, trims and zeroes */
   uint64_t flushes;
-  uint64_t write_ns; /* sum of the answered writes' times */
-  uint64_t activity_persists;
+  uint64_t write_ns;          /* sum of the answered writes' times */
+  uint64_t activity_persists; /* since start: batches written */
+  uint64_t superblock_persists;
+  uint64_t dirty_persists; /* all maps */
   char reason[160];        /* why failed, or what recovery found; or "" */
   uint32_t local_attached; /* failed, and nbdm_local_attach has opened it */
   uint64_t local_dirty_regions; /* what local misses */

@@ -200,6 +200,7 @@ volume_persist_locked (struct nbdm *v)
     v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
                            | (v->fenced ? SUPERBLOCK_FENCED : 0));
     rc = superblock_store (v->sb_fd, &v->sb);
+    v->superblock_persists++;
   }
   if (rc < 0)
     volume_fail_locked (v, last_error ());

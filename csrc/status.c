@@ -65,6 +65,10 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   status->flushes = v->flushes;
   status->write_ns = atomic_load (&v->write_ns);
   status->activity_persists = v->activity.persists;
+  status->superblock_persists = v->superblock_persists;
+  status->dirty_persists = v->local.dm.persists;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    status->dirty_persists += v->remotes[i].dm.persists;
   snprintf (status->reason, sizeof status->reason, "%s", v->reason);
   pthread_mutex_unlock (&v->lock);
 }

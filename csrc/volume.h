@@ -163,6 +163,7 @@ struct nbdm {
   char reason[NBDM_REASON_LEN];
   uint64_t generation;
   uint64_t writes, flushes;
+  uint64_t superblock_persists;
   uint32_t clients;
 
   atomic_u64 reads, write_ns;

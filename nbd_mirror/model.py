@@ -90,6 +90,8 @@ class VolumeStatus:
     flushes: int
     write_s: float
     activity_persists: int
+    superblock_persists: int
+    dirty_persists: int
     reason: str
 
 
@@ -186,6 +188,8 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
         flushes=c.flushes,
         write_s=c.write_ns / 1e9,
         activity_persists=c.activity_persists,
+        superblock_persists=c.superblock_persists,
+        dirty_persists=c.dirty_persists,
         reason=text(c.reason),
     )
 

@@ -99,6 +99,7 @@ def stopped_status(config: VolumeConfig) -> dict[str, Any]:
         "clients": 0,
         "inflight": 0,
         "active_extents": 0,
+        "persists": {"activity": 0, "superblock": 0, "dirty": 0},
         "policy": config.policy,
         "fenced_reads": config.fenced_reads,
         "region_size": peek.volume.region_size,

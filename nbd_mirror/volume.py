@@ -293,6 +293,11 @@ class Volume:
             "clients": volume.clients,
             "inflight": volume.inflight,
             "active_extents": volume.active_extents,
+            "persists": {
+                "activity": volume.activity_persists,
+                "superblock": volume.superblock_persists,
+                "dirty": volume.dirty_persists,
+            },
             "policy": volume.policy,
             "fenced_reads": volume.fenced_reads,
             "region_size": volume.region_size,

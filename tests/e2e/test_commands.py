@@ -31,6 +31,7 @@ STATUS_KEYS = {
     "local",
     "inflight",
     "active_extents",
+    "persists",
     "policy",
     "fenced_reads",
     "remotes",
