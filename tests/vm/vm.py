@@ -101,11 +101,38 @@ for fs in dev proc sys run; do mount --rbind /$fs {NEW_ROOT}/$fs; done
 """
 
 
+def interpreter(script: Path) -> list[str]:
+    """Return what runs *script* in the guest."""
+    if script.suffix != ".py":
+        return ["bash"]
+    # As pytest has it: the checkout's package, and tests/ for what they share; -P
+    # keeps the script's folder out. The checkout is read-only there.
+    path = f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"
+    return ["env", path, "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-P"]
+
+
+def disk_options(disks: Sequence[Path]) -> str:
+    """Return qemu's options for disks, which the guest sees as /dev/vda, vdb, ..."""
+    # One queue: what is asked for first is done first, as dm-log-writes takes for
+    # granted. Unsafe: nothing is proved by making this machine sync.
+    drives = (
+        f"-drive id=disk{i},file={disk},if=none,format=raw,cache=unsafe "
+        f"-device virtio-blk-pci,drive=disk{i},num-queues=1,discard=off"
+        for i, disk in enumerate(disks)
+    )
+    return " ".join(drives)
+
+
 def vng_command(
-    shared: Path, script: Path, arguments: Sequence[str], modules: Sequence[str]
+    shared: Path,
+    script: Path,
+    arguments: Sequence[str],
+    modules: Sequence[str],
+    disks: Sequence[Path],
 ) -> list[str]:
     """Return the command that boots, runs *script* and powers off."""
-    inside = shlex.join(["chroot", NEW_ROOT, "bash", str(script), *arguments])
+    words = [*interpreter(script), str(script), *arguments]
+    inside = shlex.join(["chroot", NEW_ROOT, *words])
     folder = shlex.quote(str(shared))
     begin = shared / "begin.sh"
     begin.write_text(
@@ -126,7 +153,8 @@ def vng_command(
     return [
         *(str(vng), "--disable-kvm", "--force-9p", "--busybox", "/bin/busybox"),
         *("--run", str(kernel_image()), "--cpus", "2", "--memory", MEMORY),
-        *(f"--rwdir={shared}={shared}", f"--qemu-opts={host_root}"),
+        f"--rwdir={shared}={shared}",
+        f"--qemu-opts={host_root} {disk_options(disks)}".rstrip(),
         *("--cwd", "/", "--exec", f"bash {folder}/begin.sh"),
     ]
 
@@ -136,19 +164,22 @@ def run_in_vm(
     timeout_s: float,
     arguments: Sequence[str] = (),
     modules: Sequence[str] = (),
+    disks: Sequence[Path] = (),
 ) -> subprocess.CompletedProcess[str]:
     """
-    Boot a guest, run *script* with bash as root in it, and return what it printed.
+    Boot a guest, run *script* as root in it, and return what it printed.
 
     Skips the test where the tools or the kernel cannot be had. Boots in about 8 s;
     the guest's CPU is emulated, some ten times slower.
 
     Args:
         script: a file of this machine, not below /run: the guest sees it at the same
-            path, and can write below /run only.
+            path, and can write below /run only. For this Python if its name ends in
+            .py, else for bash.
         timeout_s: seconds; then the guest is killed, and the exit code is 124.
         arguments: of the script.
         modules: of the kernel, loaded before.
+        disks: raw images, which the guest gets as /dev/vda, /dev/vdb, ...
 
     Returns:
         the script's exit code (125: it did not come to its end, 124: killed at the
@@ -157,11 +188,13 @@ def run_in_vm(
     requires(os.uname().machine == "x86_64", "the virtual machine is made for x86-64")
     requires_program("qemu-system-x86_64", "busybox", "apt-get", "dpkg-deb", "modprobe")
     # The guest cannot keep compiled modules, and is slow at compiling.
-    compileall.compile_dir(ROOT / "nbd_mirror", quiet=1)
+    for folder in (ROOT / "nbd_mirror", ROOT / "tests" / "vm"):
+        compileall.compile_dir(folder, quiet=1)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     shared = Path(tempfile.mkdtemp(prefix="nbdm-vm-"))
     try:
-        code = boot(vng_command(shared, script, arguments, modules), path, timeout_s)
+        command = vng_command(shared, script, arguments, modules, disks)
+        code = boot(command, path, timeout_s)
         texts = [
             file.read_text(errors="replace") if file.exists() else ""
             for file in (shared / "output", shared / "dmesg", shared / "status")
