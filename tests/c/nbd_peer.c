@@ -439,6 +439,10 @@ peer_apply_late (struct peer *peer)
   struct item *item;
   unsigned n = 0;
 
+  pthread_mutex_lock (&peer->lock);
+  while (peer->sessions && peer->sessions->next)
+    pthread_cond_wait (&peer->changed, &peer->lock);
+  pthread_mutex_unlock (&peer->lock);
   for (;;) {
     pthread_mutex_lock (&peer->lock);
     struct item **p = &peer->late;
@@ -456,11 +460,22 @@ peer_apply_late (struct peer *peer)
   }
 }
 
+static void
+forget_late (struct peer *peer)
+{
+  while (peer->late) {
+    struct item *item = peer->late;
+    peer->late = item->next;
+    item_free (item);
+  }
+}
+
 void
 peer_lose_power (struct peer *peer, enum peer_loss loss)
 {
   peer_cut (peer, false);
   pthread_mutex_lock (&peer->lock);
+  forget_late (peer);
   for (uint64_t s = 0; s < peer->params.size / PEER_SECTOR; s++) {
     if (!peer->unflushed[s])
       continue;
@@ -495,11 +510,7 @@ peer_stop (struct peer *peer)
   pthread_join (peer->acceptor, NULL);
   close (peer->listener);
   peer_cut (peer, false);
-  while (peer->late) {
-    struct item *item = peer->late;
-    peer->late = item->next;
-    item_free (item);
-  }
+  forget_late (peer);
   unlink (peer->socket);
   munmap (peer->image, peer->params.size);
   munmap (peer->flushed, peer->params.size);

@@ -72,7 +72,9 @@ uint8_t *peer_image (struct peer *peer);
  * applied is forgotten, or with `keep` kept for peer_apply_late.
  */
 void peer_cut (struct peer *peer, bool keep);
-/* Apply what was kept, in any order.  Returns how many commands. */
+/* Wait for the end of every connection but the newest, and apply what was
+ * kept, in any order: nothing comes late after it.  Returns how many commands.
+ */
 unsigned peer_apply_late (struct peer *peer);
 /* Cut; then what was not flushed is lost, kept, or either by sector. */
 void peer_lose_power (struct peer *peer, enum peer_loss loss);

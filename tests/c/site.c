@@ -62,6 +62,7 @@ site_make (struct site *site)
     peer.socket = site->sockets[i];
     peer.size = site->size;
     peer.seed = site->seed + i + 1;
+    peer.opaque = (void *)(uintptr_t)i;
     site->peers[i] = peer_start (&peer);
     site->params.remotes[i].name = names[i];
     site->params.remotes[i].deadline_ms = SITE_DEADLINE_S * 1000;

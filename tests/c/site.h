@@ -15,7 +15,7 @@
 #include "nbd_peer.h"
 #include "test.h"
 
-#include "nbdm.h"
+#include "volume.h" /* the types nbdm.h takes for granted, and nbdm.h */
 
 #define SITE_DEADLINE_S 60
 #define SITE_MAX_PEERS 2
@@ -26,7 +26,8 @@ struct site {
   uint32_t region_size;
   uint32_t hold_ms;
   uint32_t nr_peers;
-  struct peer_params peer; /* of each; the socket, size and seed are ours */
+  struct peer_params peer; /* the socket, size and seed are ours; `opaque` is
+                            * the peer's number */
   uint64_t seed;
 
   char dir[64];
