@@ -205,8 +205,10 @@ judge (const struct verdict *verdict)
     fprintf (stderr, "open: %s\n", nbdm_last_error ());
     condemn (verdict, 0, 0, "cannot be recovered");
   }
-  if (v->reason[0])
+  if (v->reason[0] && strstr (v->reason, "slots of superblock") == NULL)
     condemn (verdict, 0, 0, v->reason);
+  if (v->local.state != NBDM_LOCAL_OK || v->local.dm.map[MAP_DIRTY].nr_set)
+    condemn (verdict, 0, 0, "is said to be missing on local");
   for (uint32_t i = 0; i < PEERS; i++)
     judge_remote (verdict, v, i, named[i]);
   nbdm_close (v);
