@@ -163,7 +163,10 @@ activity_set_init (struct activity *act)
   act->sectors = calloc (act->nr_sectors, sizeof *act->sectors);
   act->sector_changed = calloc (act->nr_sectors, sizeof *act->sector_changed);
   act->hash = calloc (buckets, sizeof *act->hash);
-  if (!act->entries || !act->sectors || !act->sector_changed || !act->hash)
+  act->staged = calloc (act->nr_sectors, sizeof *act->staged);
+  act->staged_index = calloc (act->nr_sectors, sizeof *act->staged_index);
+  if (!act->entries || !act->sectors || !act->sector_changed || !act->hash
+      || !act->staged || !act->staged_index)
     return set_error (-ENOMEM, "no memory for the activity log");
   return 0;
 }
@@ -175,6 +178,8 @@ activity_set_free (struct activity *act)
   free (act->sectors);
   free (act->sector_changed);
   free (act->hash);
+  free (act->staged);
+  free (act->staged_index);
 }
 
 const char *
@@ -387,22 +392,14 @@ stage_sector (struct activity *act, uint32_t index,
 int
 activity_stage (struct activity *act, struct activity_batch *batch)
 {
-  struct activity_batch b = { 0 };
-  uint32_t n = 0;
+  struct activity_batch b
+      = { .sectors = act->staged, .index = act->staged_index };
 
-  for (uint32_t i = 0; i < act->nr_sectors; i++)
-    n += act->sector_changed[i];
-  if (n == 0)
-    return 0;
-  b.sectors = calloc (n, sizeof *b.sectors);
-  b.index = calloc (n, sizeof *b.index);
-  if (!b.sectors || !b.index) {
-    activity_discard (&b);
-    return set_error (-ENOMEM, "no memory for a write of the activity log");
-  }
   for (uint32_t i = 0; i < act->nr_sectors; i++)
     if (act->sector_changed[i])
       stage_sector (act, i, &b);
+  if (b.count == 0)
+    return 0;
   *batch = b;
   return 1;
 }
@@ -426,8 +423,6 @@ activity_written (struct activity *act, struct activity_batch *batch)
 void
 activity_discard (struct activity_batch *batch)
 {
-  free (batch->sectors);
-  free (batch->index);
   memset (batch, 0, sizeof *batch);
 }
 

@@ -306,6 +306,8 @@ struct activity {
   bool *sector_changed;
   uint32_t *hash; /* 1 + index; 0: end */
   uint32_t hash_mask;
+  struct disk_activity_sector *staged; /* what a batch points to */
+  uint32_t *staged_index;
   struct activity_lru used;  /* the set, by last use */
   struct activity_lru spare; /* the other places, in the order to take them */
   uint32_t nr_free;          /* spare places */
@@ -346,11 +348,12 @@ void activity_release (struct activity *act, uint64_t first, uint64_t last,
                        uint64_t now_ns);
 
 /* A write in three steps.  Under the lock: copy the changed sectors into
- * `batch` (malloc'ed here); 1, 0: nothing to write, or -ENOMEM.  Without it:
- * write them and fdatasync.  Under it: what was staged is ACTIVE now, and the
- * batch is freed.  One at a time.  If the write failed, activity_discard in
- * the place of _written, and never write again (rule 10): nothing becomes
- * ACTIVE.
+ * `batch`; 1, or 0: nothing to write.  Without it: write them and fdatasync.
+ * Under it: what was staged is ACTIVE now.  One at a time, for the copies lie
+ * in memory of the log's that was taken when it was opened: a write must not
+ * need any (it may be what the kernel frees memory with).  If the write failed,
+ * activity_discard in the place of _written, and never write again (rule 10):
+ * nothing becomes ACTIVE.
  */
 struct activity_batch {
   struct disk_activity_sector *sectors;

@@ -58,6 +58,8 @@ struct peer {
   struct item *late;
 };
 
+_Thread_local bool peer_thread;
+
 uint64_t
 peer_random (uint64_t *state)
 {
@@ -251,6 +253,7 @@ shuffler (void *opaque)
   struct item *item;
   bool later;
 
+  peer_thread = true;
   while ((item = next_item (s, &later)) != NULL) {
     if (!item->applied) {
       apply (s->peer, &item->cmd);
@@ -339,6 +342,7 @@ serve (void *opaque)
 {
   struct session *s = opaque;
 
+  peer_thread = true;
   if (wire_handshake (s->fd, s->peer->params.size)) {
     if (s->peer->params.shuffle)
       serve_shuffled (s);
@@ -355,6 +359,7 @@ acceptor (void *opaque)
   struct peer *peer = opaque;
   int fd;
 
+  peer_thread = true;
   while ((fd = accept4 (peer->listener, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
     struct session *s = calloc (1, sizeof *s);
     pthread_t thread;

@@ -80,6 +80,9 @@ unsigned peer_apply_late (struct peer *peer);
 void peer_lose_power (struct peer *peer, enum peer_loss loss);
 void peer_hold (struct peer *peer, enum peer_hold hold);
 
+/* This thread is a server's, not one of whom is tested. */
+extern _Thread_local bool peer_thread;
+
 /* xorshift64*; the state must not be 0. */
 uint64_t peer_random (uint64_t *state);
 

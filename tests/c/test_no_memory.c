@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Out of memory: a write must not need any, for it may be what the kernel
+ * frees memory with.  This test has the allocator's name to itself, and is
+ * built without the address sanitizer for that.
+ *
+ * The engine's own code must not even ask.  libnbd does, a command at a time;
+ * where it gets none the remote is lost, and the disk goes on without it.
+ */
+
+#include "site.h"
+
+#include <stdatomic.h>
+
+#define REGION 65536u
+#define EXTENTS 80u
+#define SIZE ((uint64_t)EXTENTS * EXTENT_SIZE)
+
+/* --- the allocator --------------------------------------------------- */
+
+void *__libc_malloc (size_t size);
+void *__libc_calloc (size_t count, size_t size);
+void *__libc_realloc (void *p, size_t size);
+
+extern char __executable_start, etext;
+
+enum refuse {
+  REFUSE_NOBODY,
+  REFUSE_ENGINE, /* what is linked into this program */
+  REFUSE_ALL     /* libnbd and the C library as well */
+};
+
+static _Atomic enum refuse refuse;
+static atomic_uint refused;
+
+/* The servers in this program are another machine's. */
+static bool
+refused_to (const char *caller)
+{
+  if (refuse == REFUSE_NOBODY || peer_thread)
+    return false;
+  if (refuse == REFUSE_ENGINE
+      && (caller < &__executable_start || caller > &etext))
+    return false;
+  refused++;
+  errno = ENOMEM;
+  return true;
+}
+
+void *
+malloc (size_t size)
+{
+  return refused_to (__builtin_return_address (0)) ? NULL
+                                                   : __libc_malloc (size);
+}
+
+void *
+calloc (size_t count, size_t size)
+{
+  return refused_to (__builtin_return_address (0))
+             ? NULL
+             : __libc_calloc (count, size);
+}
+
+void *
+realloc (void *p, size_t size)
+{
+  return refused_to (__builtin_return_address (0)) ? NULL
+                                                   : __libc_realloc (p, size);
+}
+
+/* --- tests ----------------------------------------------------------- */
+
+static struct site site;
+
+static void
+begin (void)
+{
+  site = (struct site){
+    .size = SIZE, .region_size = REGION, .hold_ms = 20, .nr_peers = 1, .seed = 1
+  };
+  site_make (&site);
+  site_open (&site);
+  site_connect (&site, 0);
+  site_resync_to_end (&site, 0);
+}
+
+/* In sync again, and both the same. */
+static void
+end (void)
+{
+  uint8_t *local = __libc_malloc (SIZE);
+  int fd = open (site.local, O_RDONLY | O_CLOEXEC);
+
+  refuse = REFUSE_NOBODY;
+  if (site_status (&site, 0).state != NBDM_IN_SYNC) {
+    site_connect (&site, 0);
+    site_resync_to_end (&site, 0);
+  }
+  assert (full_pread (fd, local, SIZE, 0) == 0);
+  assert (memcmp (local, peer_image (site.peers[0]), SIZE) == 0);
+  close (fd);
+  free (local);
+  site_end (&site);
+}
+
+/* All kinds of requests, to `count` extents from `first` on. */
+static void
+requests (unsigned first, unsigned count)
+{
+  static uint8_t buf[2 * REGION], read[sizeof buf];
+
+  memset (buf, (int)first + 1, sizeof buf);
+  for (unsigned i = first; i < first + count; i++) {
+    uint64_t offset = (uint64_t)i * EXTENT_SIZE;
+
+    assert (nbdm_pwrite (site.volume, buf, sizeof buf, offset, 0) == 0);
+    assert (nbdm_pwrite (site.volume, buf, 512, offset + REGION, NBDM_FUA)
+            == 0);
+    assert (nbdm_pread (site.volume, read, sizeof read, offset) == 0);
+    assert (memcmp (buf, read, sizeof buf) == 0);
+    assert (nbdm_trim (site.volume, 4096, offset + 4096, 0) == 0);
+    assert (nbdm_zero (site.volume, REGION, offset + 4 * REGION, 0) == 0);
+  }
+  assert (nbdm_flush (site.volume) == 0);
+}
+
+/* Extents that are active, new ones, and those let go: without asking. */
+static void
+test_engine_asks_for_none (void)
+{
+  begin ();
+  requests (0, 4);
+  refuse = REFUSE_ENGINE;
+  requests (0, 4);
+  requests (4, EXTENTS - 4); /* into the second sector of the log */
+  assert (nbdm_cool (site.volume, 0) == 0);
+  requests (0, EXTENTS);
+  assert (refused == 0);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  end ();
+}
+
+static void
+test_engine_degrades_without (void)
+{
+  begin ();
+  requests (0, 2);
+  refuse = REFUSE_ENGINE;
+  peer_cut (site.peers[0], false);
+  requests (0, 8);
+  assert (refused == 0);
+  assert (site_status (&site, 0).state == NBDM_OUT_OF_SYNC);
+  end ();
+}
+
+/* libnbd cannot send: that remote is lost, and nothing else. */
+static void
+test_remote_is_lost_when_libnbd_gets_none (void)
+{
+  begin ();
+  requests (0, 2);
+  refuse = REFUSE_ALL;
+  requests (0, 8);
+  assert (refused > 0);
+  assert (site_status (&site, 0).state == NBDM_OUT_OF_SYNC);
+  assert (site_status (&site, 0).dirty_regions > 0);
+  end ();
+}
+
+/* A resync needs memory: it says so, clears nothing, and goes on later. */
+static void
+test_resync_waits_for_memory (void)
+{
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  uint64_t dirty;
+
+  begin ();
+  assert (nbdm_remote_invalidate (site.volume, 0) == 0);
+  dirty = site_status (&site, 0).dirty_regions;
+  refuse = REFUSE_ENGINE;
+  assert (nbdm_resync (site.volume, 0, &batch) == -ENOMEM);
+  assert (site_status (&site, 0).dirty_regions == dirty);
+  requests (0, 4);
+  refuse = REFUSE_NOBODY;
+  site_resync_to_end (&site, 0);
+  end ();
+}
+
+int
+main (void)
+{
+  alarm (100); /* nothing here may hang */
+  RUN (test_engine_asks_for_none);
+  RUN (test_engine_degrades_without);
+  refused = 0;
+  RUN (test_remote_is_lost_when_libnbd_gets_none);
+  refused = 0;
+  RUN (test_resync_waits_for_memory);
+  return 0;
+}
