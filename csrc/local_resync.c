@@ -159,7 +159,8 @@ flush_and_clean (struct back *b, struct nbdm_resync *io)
     cleaned = dirty_map_clean (&v->local.dm, 0, v->nr_regions);
     io->copied_bytes = cleaned * v->region_size;
     v->local.copied_bytes += io->copied_bytes;
-    v->local.repaired += cleaned;
+    if (v->local.repairing)
+      v->local.repaired += cleaned;
     local_settle_locked (v);
   }
   pthread_mutex_unlock (&v->lock);

@@ -64,6 +64,7 @@ local_set_locked (struct nbdm *v, enum nbdm_local_state state)
 {
   if (v->local.state != state)
     v->local.since = (int64_t)time (NULL);
+  v->local.repairing = false;
   atomic_store (&v->local.state, state);
   v->local.serial++;
   /* The remotes' policy threads are told as well: what they may do depends on
@@ -262,8 +263,10 @@ local_miss_region (struct nbdm *v, uint64_t region)
     volume_persist_locked (v);
     if (flush_remote_unlocked (r) && r->admitted && !v->failed
         && remote_has_locked (r, region)) {
-      if (was_ok)
+      if (was_ok) {
         local_set_locked (v, NBDM_LOCAL_RESYNCING);
+        v->local.repairing = true;
+      }
     }
     else if (was_ok)
       take_back_locked (v);

@@ -96,8 +96,9 @@ struct nbdm_status {
   char reason[160];        /* why failed, or what recovery found; or "" */
   uint32_t local_attached; /* failed, and nbdm_local_attach has opened it */
   uint64_t local_dirty_regions; /* what local misses */
-  uint64_t local_errors;   /* of local since start: reads, writes, flushes */
-  uint64_t local_repaired; /* regions rewritten from a remote since start */
+  uint64_t local_errors; /* of local since start: reads, writes, flushes */
+  uint64_t
+      local_repaired; /* regions it could not read, rewritten since start */
   uint64_t local_copied_bytes; /* the same, and what was copied back, bytes */
   uint64_t local_serial;       /* see nbdm_wait_local */
   int64_t local_since;         /* seconds since 1970 */
@@ -229,7 +230,7 @@ int nbdm_remote_connect (struct nbdm *volume, uint32_t remote, const char *uri,
 
 /* Compare a region on local with the connected remote: 0 same, 1 different,
  * -EBUSY: a request holds it (try another), -EAGAIN: it is dirty on either, or
- * local is not open.
+ * local is not open, -ENODATA: local cannot read it.
  */
 int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
 

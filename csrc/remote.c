@@ -103,7 +103,13 @@ compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
     return set_message (rc, "it answered a read at %llu with: %s",
                         (unsigned long long)range->offset, strerror (-rc));
   rc = local_pread (v, ours, range->length, range->offset);
-  return rc == 0 ? memcmp (ours, theirs, range->length) != 0 : rc;
+  if (rc == 0)
+    return memcmp (ours, theirs, range->length) != 0;
+  /* A bad sector of ours says nothing about the remote, which is needed to
+   * write it anew.
+   */
+  local_note_error (v);
+  return -ENODATA;
 }
 
 int

@@ -76,6 +76,7 @@ struct local {
   _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
   bool map_lost;          /* at the start: as struct remote's */
   bool attached;          /* failed, and open again */
+  bool repairing;         /* was ok: it misses what it could not read */
   bool taking_over;       /* being made to miss something: nobody is answered */
   struct flush_group flush;
   int flush_error;     /* sticky: a failed fsync is never believed again */

@@ -278,7 +278,7 @@ class Engine:
     def compare(self, remote: int, region: int) -> int:
         """Compare a region on local and the connected remote: a `Verdict`. Blocks."""
         rc = int(lib.nbdm_remote_compare(self.handle, remote, region))
-        if rc in (Verdict.BUSY, Verdict.DIRTY):
+        if rc in (Verdict.BUSY, Verdict.DIRTY, Verdict.UNREADABLE):
             return rc
         return check(rc, f"compare region {region}")
 

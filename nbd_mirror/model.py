@@ -155,12 +155,13 @@ class Extent:
 
 
 class Verdict:
-    """What comparing a region says; the two last ones mean: take another region."""
+    """What comparing a region says; the last ones mean: take another region."""
 
     SAME = 0
     DIFFERENT = 1
     BUSY = -errno.EBUSY  # a request holds it
     DIRTY = -errno.EAGAIN
+    UNREADABLE = -errno.ENODATA  # by local
 
 
 def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:

@@ -7,7 +7,8 @@ compared with local before anything is trusted or written. Chosen are the places
 a wrong disk would show: the first and the last region (partition tables, superblocks),
 recently written ones (an old backup differs there), and random ones where local holds
 data, as holes are alike everywhere. Dirty regions prove nothing and are passed over;
-with every region dirty there is nothing to prove, all of it is copied.
+with every region dirty there is nothing to prove, all of it is copied. Sectors that
+local cannot read are passed over too: the remote is needed to write them anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import MirrorError
+from .errors import MirrorError, MirrorIOError
 from .model import HOLE, Verdict, VolumeStatus
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def take_sample(
         clock: gives seconds.
 
     Raises:
-        MirrorError: one of the two disks could not be read.
+        MirrorError: the remote could not be read, or the local disk nowhere.
     """
     end = clock() + budget_s
-    same = 0
+    same = unreadable = 0
     seen: set[int] = set()
     for region in _candidates(engine, random):
-        if same >= ENOUGH or (same > 0 and clock() >= end):
+        if same + unreadable >= ENOUGH or (same + unreadable and clock() >= end):
             break
         if region in seen:
             continue
@@ -73,6 +74,12 @@ def take_sample(
         if verdict != Verdict.BUSY:
             seen.add(region)
         same += verdict == Verdict.SAME
+        unreadable += verdict == Verdict.UNREADABLE
+    if unreadable and not same:
+        raise MirrorIOError(
+            f"the local disk cannot read any of {unreadable} regions: nothing tells "
+            "whether these are the same disks"
+        )
     return Sample(same, None)
 
 
