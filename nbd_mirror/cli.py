@@ -41,7 +41,13 @@ from .cli_types import (
 from .client import ask
 from .config import VolumeConfig, load
 from .create import create_volume
-from .errors import EXIT_CODES, MetadataFailedError, MirrorError, from_errno
+from .errors import (
+    EXIT_CODES,
+    ConfigError,
+    MetadataFailedError,
+    MirrorError,
+    from_errno,
+)
 from .mapview import open_map, save_png
 from .policy import describe_policy
 from .state import RemoteState
@@ -188,7 +194,7 @@ def status(config: Config, as_json: JsonOption = False) -> None:
     """Show the state of a volume. Its remotes too, and why they are as they are."""
     answer = status_of(load(config))
     if as_json:
-        for about in (answer, *answer["remotes"]):
+        for about in (answer, answer["local"], *answer["remotes"]):
             about["hint"] = name_volume(about["hint"], config)
         _say(json.dumps(answer, indent=2))
     else:
@@ -204,13 +210,14 @@ def wait(
     ] = "60s",
     remote: Annotated[
         str | None,
-        typer.Option(metavar="REMOTE", help="Only this remote; else all of them."),
+        typer.Option(
+            metavar="REMOTE", help='Only this remote, or "local"; else all of them.'
+        ),
     ] = None,
 ) -> None:
-    """Wait until the remotes are in a state."""
+    """Wait until the remotes are in a state; for in_sync, also the local disk."""
     volume = load(config)
-    if remote is not None:
-        volume.remote(remote)
+    _check_disk(volume, remote)
     timeout_s = duration("--timeout", timeout)
     wait_for(
         volume,
@@ -247,7 +254,7 @@ def pause(config: Config, remote: RemoteArgument = None) -> None:
 
 @_command
 def resume(config: Config, remote: RemoteArgument = None) -> None:
-    """Resume resync. A remote that failed is checked again."""
+    """Resume resync. A disk that failed is checked again; "local" is one too."""
     _remote_command(load(config), "resume", remote)
 
 
@@ -256,13 +263,19 @@ def invalidate(
     config: Config,
     remote: Annotated[str, typer.Argument(metavar="REMOTE", help="Which remote.")],
 ) -> None:
-    """Make all of a remote dirty. Everything is copied to it again."""
+    """Make all of a remote, or of a new "local", dirty. All is copied to it."""
     _remote_command(load(config), "invalidate", remote)
 
 
+def _check_disk(volume: VolumeConfig, name: str | None) -> None:
+    if name not in (None, "local"):
+        volume.remote(name)  # raises if there is none
+
+
 def _remote_command(volume: VolumeConfig, command: str, remote: str | None) -> None:
-    if remote is not None:
-        volume.remote(remote)
+    if remote == "local" and command == "pause":
+        raise ConfigError("what the local disk misses is copied back without a pause")
+    _check_disk(volume, remote)
     arguments = {} if remote is None else {"remote": remote}
     ask(volume, command, 30.0, **arguments)
     done = {"pause": "paused", "resume": "resumed", "invalidate": "all dirty"}[command]
@@ -332,10 +345,8 @@ def inspect(
     volume = load(config)
     offline.read_superblock(volume)  # that the maps are this volume's
     with contextlib.ExitStack() as stack:
-        maps = [
-            stack.enter_context(open_map(offline.map_path(volume, remote.name)))
-            for remote in volume.remotes
-        ]
+        paths = offline.map_paths(volume)
+        maps = [stack.enter_context(open_map(path)) for path in paths]
         if as_json:
             _say(json.dumps(map_json(volume.name, maps), indent=2))
         else:

@@ -53,9 +53,9 @@ def name_volume(hint: str, asked: str) -> str:
     return hint.replace("CONFIG", shlex.quote(asked))
 
 
-def describe_resync(remote: Mapping[str, Any]) -> str:
-    """Say how far resync is, how fast, how long yet; or "" if none runs."""
-    resync = remote["resync"]
+def describe_resync(disk: Mapping[str, Any]) -> str:
+    """Say how far a disk's resync is, how fast, how long yet; or "" if none runs."""
+    resync = disk["resync"]
     if not resync:
         return ""
     done, total = resync["done_bytes"], resync["total_bytes"]
@@ -96,18 +96,37 @@ def show_status(console: Console, status: Mapping[str, Any], asked: str) -> None
     _line(console, head, state_text(status["state"]), f"  {', '.join(facts)}")
     # A volume is what its worst remote is; what stands there need not stand twice.
     said = [f"remote {one['name']}: {one['reason']}" for one in status["remotes"]]
+    said.append(f"local: {status['local']['reason']}")
     if status["reason"] not in said:
         _why(console, status, asked)
     width = max(5, *(len(remote["name"]) for remote in status["remotes"]), 0)
-    local = status["local"]
+    _show_local(console, status["local"], asked, width)
+    for remote in status["remotes"]:
+        _show_remote(console, remote, asked, width)
+
+
+def _show_local(
+    console: Console, local: Mapping[str, Any], asked: str, width: int
+) -> None:
+    words = [local["path"]]
+    if local["state"] != "ok":
+        words.append(f"{format_size(local['dirty_bytes'])} dirty")
+    if local["errors"]:
+        words.append(_count(local["errors"], "error"))
+    if local["repaired_regions"]:
+        words.append(f"{_count(local['repaired_regions'], 'region')} repaired")
+    if local["state"] != "ok" and local["since"]:
+        words.append(f"since {local['since']}")
     _line(
         console,
         f"  {'local':{width}}  ",
         state_text(local["state"]),
-        f"{' ' * (13 - len(local['state']))}{local['path']}",
+        f"{' ' * (13 - len(local['state']))}{', '.join(words)}",
     )
-    for remote in status["remotes"]:
-        _show_remote(console, remote, asked, width)
+    progress = describe_resync(local)
+    if progress:
+        _line(console, f"    resync: {progress}")
+    _why(console, local, asked)
 
 
 def _show_remote(
@@ -162,11 +181,11 @@ def can_draw_blocks(console: Console) -> bool:
 
 def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
     """
-    Print a remote's counts, longest runs and the picture of its dirty map.
+    Print a disk's counts, longest runs and the picture of its dirty map.
 
     Args:
         console: where to; its width is the picture's.
-        maps: of the remote.
+        maps: of the remote, or of the local disk.
         size: of the volume, in bytes; 0 if unknown.
     """
     dirty = maps.dirty_regions
@@ -197,8 +216,13 @@ def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
 
 
 def map_json(volume: str, maps: Sequence[DirtyMaps]) -> dict[str, Any]:
-    """Return what `inspect --json` prints: counts and longest runs of each remote."""
-    return {"volume": volume, "remotes": [_one_map_json(one) for one in maps]}
+    """Return what `inspect --json` prints: counts and longest runs of each map."""
+    found = [_one_map_json(one) for one in maps]
+    return {
+        "volume": volume,
+        "local": next((one for one in found if one["name"] == "local"), None),
+        "remotes": [one for one in found if one["name"] != "local"],
+    }
 
 
 def _one_map_json(maps: DirtyMaps) -> dict[str, Any]:

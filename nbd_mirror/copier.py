@@ -21,12 +21,16 @@ __all__ = ["Copier"]
 BUSY_FIRST_S, BUSY_LAST_S = 0.05, 1.0  # rests while clients hold all dirty regions
 
 
-class Copier:
-    """Copies *remote*'s dirty regions, a batch a call, round and round."""
+# Engine.resync of a remote, or Engine.local_resync: first region, bytes, depth.
+Copy = Callable[[int, int, int], Batch]
 
-    def __init__(self, engine: Engine, remote: int, clock: Callable[[], float]) -> None:
+
+class Copier:
+    """Copies a disk's dirty regions by *copy*, a batch a call, round and round."""
+
+    def __init__(self, engine: Engine, copy: Copy, clock: Callable[[], float]) -> None:
         self._engine = engine
-        self._remote = remote
+        self._copy = copy
         self._clock = clock
         self._pace = Pace()
         self._plan = self._pace.plan
@@ -46,7 +50,7 @@ class Copier:
             ended, then = self._ended
             self._pace.between(started - ended, *_written(then, before))
         first, plan = self._next_region, self._plan
-        batch = self._engine.resync(self._remote, first, plan.max_bytes, plan.depth)
+        batch = self._copy(first, plan.max_bytes, plan.depth)
         after, ended = self._engine.status(), self._clock()
         self._plan = self._pace.after_batch(
             ended - started, *_written(before, after), batch.copied_bytes

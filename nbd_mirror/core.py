@@ -330,11 +330,8 @@ class Engine:
             What was done; its *error*, not raised because regions before it may be
             clean now: the remote was lost, or local could not be read.
         """
-        batch = ffi.new("struct nbdm_resync *")
-        batch.first_region, batch.max_bytes, batch.depth = first, max_bytes, depth
-        rc = lib.nbdm_resync(self.handle, remote, batch)
-        error = _error(rc, "resync") if rc < 0 else None
-        return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
+        batch = _make_batch(first, max_bytes, depth)
+        return _done(batch, lib.nbdm_resync(self.handle, remote, batch))
 
     def set_policy(self, policy: str, fenced_reads: str) -> None:
         """
@@ -365,6 +362,47 @@ class Engine:
         timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
         return int(lib.nbdm_wait_event(self.handle, remote, seen, timeout_ms))
 
+    # --- the local disk, after it failed ---
+
+    def local_attach(self, path: str, *, replaced: bool) -> None:
+        """
+        Open the local disk again; not used for anything until admitted.
+
+        Args:
+            replaced: it is another disk than the one that failed: every region
+                becomes dirty on it, durably.
+
+        Raises:
+            BusyError: it has not failed, or the disk is in use. MissingError,
+            RemoteError (too small), MirrorIOError.
+        """
+        rc = lib.nbdm_local_attach(self.handle, os.fsencode(path), int(replaced))
+        check(rc, f"attach {path}")
+
+    def local_admit(self) -> None:
+        """Use the attached local disk from now on; ok if it misses nothing."""
+        check(lib.nbdm_local_admit(self.handle), "admit the local disk")
+
+    def local_drop(self, reason: str) -> None:
+        """Close the attached local disk again; *reason* becomes the state's."""
+        rc = lib.nbdm_local_drop(self.handle, _reason(reason))
+        check(rc, "drop the local disk")
+
+    def local_resync(self, first: int, max_bytes: int, depth: int) -> Batch:
+        """
+        Copy a batch of what local misses back from the remotes; flush, clear bits.
+
+        Blocks for as long as that takes. Takes and returns what `resync` does. The
+        *error* has errno ENOTCONN if no remote that is clean there is connected.
+        """
+        batch = _make_batch(first, max_bytes, depth)
+        return _done(batch, lib.nbdm_local_resync(self.handle, batch))
+
+    def wait_local(self, seen: int, timeout_s: float | None) -> int:
+        """Do as `wait_event` for the local disk's serial."""
+        timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
+        return int(lib.nbdm_wait_local(self.handle, seen, timeout_ms))
+
     # --- looking at it ---
 
     def status(self) -> VolumeStatus:
@@ -391,6 +429,18 @@ class Engine:
         found = ffi.new("uint64_t[]", limit)
         rc = lib.nbdm_get_recent_regions(self.handle, found, limit)
         return list(found[0 : check(rc, "recent regions")])
+
+
+def _make_batch(first: int, max_bytes: int, depth: int) -> Any:
+    batch = ffi.new("struct nbdm_resync *")
+    batch.first_region, batch.max_bytes, batch.depth = first, max_bytes, depth
+    return batch
+
+
+def _done(batch: Any, rc: int) -> Batch:
+    """Say what a call of resync did; must follow it at once, as `check`."""
+    error = _error(rc, "resync") if rc < 0 else None
+    return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
 
 
 def _make_params(params: Params) -> tuple[Any, list[Any]]:

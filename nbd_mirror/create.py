@@ -26,6 +26,7 @@ from .errors import (
     from_errno,
 )
 from .offline import load_core, read_superblock
+from .state import LocalState
 from .units import format_size
 
 __all__ = ["create_volume"]
@@ -61,6 +62,7 @@ def create_volume(
     """
     params = to_params(config, assume)
     core = load_core()
+    _check_local_is_whole(config)
     _check_local(config)
     made = _make_folder(config, force)
     try:
@@ -75,6 +77,26 @@ def create_volume(
 
 
 _FORCE = "nbd-mirror create CONFIG --force (forgets what the remotes miss: all dirty)"
+
+
+def _check_local_is_whole(config: VolumeConfig) -> None:
+    """
+    Check that local misses nothing that was answered, also with force.
+
+    A new volume takes local as the source: what only the remotes have would be lost.
+    """
+    try:
+        peek = read_superblock(config)
+    except MirrorError:
+        return  # no volume, or none that can be read: judged elsewhere
+    if peek.volume.local.state is not LocalState.OK:
+        raise ExistsError(
+            f"refuses to make {config.local} the source: it misses writes that were "
+            "answered while it had failed, and that only the remotes have",
+            "nbd-mirror serve CONFIG, then nbd-mirror resume CONFIG local or "
+            "nbd-mirror invalidate CONFIG local\n"
+            f"or, to throw those writes away: rm {config.state}/superblock",
+        )
 
 
 def _check_local(config: VolumeConfig) -> None:

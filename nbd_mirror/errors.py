@@ -211,6 +211,7 @@ _BY_ERRNO: dict[int, type[MirrorError]] = {
     _errno.EISDIR: ConfigError,
     _errno.EROFS: AccessError,
     _errno.EBUSY: BusyError,
+    _errno.EALREADY: BusyError,  # the local disk has not failed: it is in use
     _errno.EADDRINUSE: BusyError,
     _errno.EEXIST: ExistsError,
     _errno.EUCLEAN: FormatError,

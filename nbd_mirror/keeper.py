@@ -10,6 +10,7 @@ The keeper is the only one that connects, compares, admits and copies.
 
 from __future__ import annotations
 
+import functools
 import random as _random
 import threading
 import time
@@ -278,7 +279,8 @@ class Keeper:
             if progress is None:
                 self._log("info", f"{self._name}: resync_start: {dirty} bytes dirty")
                 progress = Progress(self._clock(), dirty, status.copied_bytes)
-                self._copier = Copier(self._engine, self._remote, self._clock)
+                copy = functools.partial(self._engine.resync, self._remote)
+                self._copier = Copier(self._engine, copy, self._clock)
         elif progress is not None:
             done = f"{progress.done_bytes} bytes in {progress.elapsed_s:.1f} s"
             if status.state is RemoteState.IN_SYNC:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MirrorError
-from .state import RemoteState
+from .state import LocalState, RemoteState
 
 __all__ = [
     "Batch",
     "Extent",
+    "LocalStatus",
     "Params",
     "Peek",
     "RemoteParams",
@@ -30,7 +31,6 @@ __all__ = [
     "volume_status",
 ]
 
-LOCAL_OK = 1  # enum nbdm_local_state
 POLICY_NAMES = ("", "degrade", "stop")  # by enum nbdm_policy
 HOLE = 3  # NBDM_EXTENT_HOLE: a hole that reads as zeroes
 
@@ -65,6 +65,26 @@ class Params:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalStatus:
+    """
+    What the engine reports of the local disk; counts are since the start.
+
+    *dirty_regions* is what it misses, *repaired* the regions rewritten from a remote
+    after a read failed; *serial* is what `Engine.wait_local` takes.
+    """
+
+    state: LocalState
+    attached: bool  # failed, and opened again: not used before it is admitted
+    dirty_regions: int
+    errors: int
+    repaired: int
+    copied_bytes: int
+    since: int
+    serial: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeStatus:
     """What the engine reports of the volume; times are seconds."""
 
@@ -74,7 +94,7 @@ class VolumeStatus:
     generation: int
     session: int
     nr_remotes: int
-    local_ok: bool
+    local: LocalStatus
     failed: bool
     fenced: bool
     policy: str  # in force now; of a peek: ""
@@ -173,7 +193,7 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
         generation=c.generation,
         session=c.session,
         nr_remotes=c.nr_remotes,
-        local_ok=c.local_state == LOCAL_OK,
+        local=_local_status(c, text),
         failed=bool(c.failed),
         fenced=bool(c.fenced),
         policy=POLICY_NAMES[c.policy],
@@ -192,6 +212,20 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
         superblock_persists=c.superblock_persists,
         dirty_persists=c.dirty_persists,
         reason=text(c.reason),
+    )
+
+
+def _local_status(c: Any, text: Callable[[Any], str]) -> LocalStatus:
+    return LocalStatus(
+        state=LocalState.from_c(c.local_state),
+        attached=bool(c.local_attached),
+        dirty_regions=c.local_dirty_regions,
+        errors=c.local_errors,
+        repaired=c.local_repaired,
+        copied_bytes=c.local_copied_bytes,
+        since=c.local_since,
+        serial=c.local_serial,
+        reason=text(c.local_reason),
     )
 
 

@@ -17,10 +17,10 @@ from typing import Any
 from .config import VolumeConfig
 from .errors import FormatError, MirrorError, MissingError, UnsupportedError
 from .mapview import DirtyMaps, open_map
-from .model import Peek, RemoteStatus
-from .state import RemoteState
+from .model import Peek, RemoteStatus, VolumeStatus
+from .state import LocalFacts, LocalState, RemoteState, describe_local
 
-__all__ = ["load_core", "map_path", "read_superblock", "stopped_status"]
+__all__ = ["load_core", "map_paths", "read_superblock", "stopped_status"]
 
 
 def load_core() -> Any:
@@ -39,9 +39,16 @@ def load_core() -> Any:
     return core
 
 
-def map_path(config: VolumeConfig, remote: str) -> Path:
-    """Return the file that holds a remote's dirty map."""
-    return config.state_dir / f"dirty.{remote}"
+def map_paths(config: VolumeConfig) -> list[Path]:
+    """Return the files of the dirty maps: local's first, then the remotes'."""
+    paths = [_map_path(config, remote.name) for remote in config.remotes]
+    local = _map_path(config, "local")
+    # A volume that an earlier version made has none before it is served again.
+    return [local, *paths] if local.exists() else paths
+
+
+def _map_path(config: VolumeConfig, disk: str) -> Path:
+    return config.state_dir / f"dirty.{disk}"
 
 
 def read_superblock(config: VolumeConfig) -> Peek:
@@ -90,10 +97,7 @@ def stopped_status(config: VolumeConfig) -> dict[str, Any]:
         "state": "stopped",
         "reason": reason,
         "hint": "nbd-mirror serve CONFIG",
-        "local": {
-            "path": config.local,
-            "state": "ok" if peek.volume.local_ok else "failed",
-        },
+        "local": _local(config, peek.volume),
         "door": None,
         "pid": None,
         "clients": 0,
@@ -111,13 +115,40 @@ def stopped_status(config: VolumeConfig) -> dict[str, Any]:
     }
 
 
+def _local(config: VolumeConfig, volume: VolumeStatus) -> dict[str, Any]:
+    dirty, reason, hint = 0, "", ""
+    status = volume.local
+    if status.state is not LocalState.OK:
+        try:
+            with open_map(_map_path(config, "local")) as maps:
+                dirty = maps.bytes_of(maps.dirty_regions, volume.size)
+        except MirrorError as error:
+            dirty, reason = volume.size, f"{error}; the next start takes all as missed"
+        # As if a remote was there: without a server nobody knows.
+        facts = LocalFacts(status.state, dirty, sources=1, reason=status.reason)
+        why, hint = describe_local(facts)
+        reason = reason or why
+    return {
+        "path": config.local,
+        "state": status.state.value,
+        "reason": reason,
+        "hint": hint,
+        "dirty_bytes": dirty,
+        "errors": 0,
+        "repaired_regions": 0,
+        "copied_bytes": 0,
+        "resync": None,
+        "since": "",
+    }
+
+
 def _remote(
     config: VolumeConfig, remote: RemoteStatus, volume_size: int
 ) -> dict[str, Any]:
     reason, hint = remote.reason, ""
     counts = {"dirty_bytes": 0, "late_bytes": 0, "unflushed_bytes": 0}
     try:
-        with open_map(map_path(config, remote.name)) as maps:
+        with open_map(_map_path(config, remote.name)) as maps:
             counts = _counts(maps, volume_size)
     except MirrorError as error:
         # Rule 9: a map that cannot be trusted means all dirty, and saying so.

@@ -27,6 +27,18 @@ file names them, explains them and decides the keeper's next step.
 
 Every state has a reason but in_sync, and that too while it is not proven or not
 connected: `describe` returns no empty one, whatever the facts are.
+
+The local disk has states of its own. It has no connection, so it has fewer:
+
+    state        means                            leaves to     when
+    -----------  -------------------------------  ------------  ---------------------
+    ok           misses nothing                   failed        it gave an error that a
+                                                                remote makes up for
+                                                  resyncing     a read failed: a sector
+    failed       not used at all; in-sync         resyncing     an operator resumes or
+                 remotes serve reads and writes                 invalidates it
+    resyncing    written to; what it missed is    ok            nothing is missed
+                 copied back from a remote        failed        it gave an error again
 """
 
 from __future__ import annotations
@@ -39,10 +51,13 @@ from enum import Enum
 __all__ = [
     "Action",
     "Facts",
+    "LocalFacts",
+    "LocalState",
     "RemoteState",
     "Step",
     "backoff_s",
     "describe",
+    "describe_local",
     "hold_retry_s",
     "next_step",
     "volume_state",
@@ -74,6 +89,26 @@ class RemoteState(Enum):
         if not 1 <= value <= len(_BY_C_VALUE):
             raise ValueError(f"the engine reports the unknown remote state {value}")
         return _BY_C_VALUE[value - 1]
+
+
+class LocalState(Enum):
+    """The local disk's state; the values are the words of status and log."""
+
+    OK = "ok"
+    FAILED = "failed"
+    RESYNCING = "resyncing"
+
+    @classmethod
+    def from_c(cls, value: int) -> LocalState:
+        """
+        Translate enum nbdm_local_state, whose order is this one's.
+
+        Raises:
+            ValueError: the engine and this file are not of one version.
+        """
+        if not 1 <= value <= len(cls):
+            raise ValueError(f"the engine reports the unknown local state {value}")
+        return list(cls)[value - 1]
 
 
 # In the order of enum nbdm_remote_state, which starts at 1.
@@ -120,6 +155,18 @@ class Facts:
     late_s: float = 0.0  # of the late-write window that are left
     stalled_s: float = 0.0  # since resync last finished a region
     volume_failed: bool = False  # final: no remote is used any more
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFacts:
+    """The local disk at one moment, as `Facts` is for a remote."""
+
+    state: LocalState
+    dirty_bytes: int = 0  # what it misses
+    sources: int = 0  # remotes that are connected and in use
+    reason: str = ""  # the engine's
+    last_error: str = ""  # of copying, since it last worked
+    stalled_s: float = 0.0  # since a region was last copied back
 
 
 class Action(Enum):
@@ -190,19 +237,22 @@ def hold_retry_s(random: float) -> float:
 
 
 def volume_state(
-    remotes: Iterable[RemoteState], *, failed: bool, fenced: bool, local_ok: bool
+    remotes: Iterable[RemoteState], *, failed: bool, fenced: bool, local: LocalState
 ) -> str:
     """
-    Name the volume's state: that of its worst remote.
+    Name the volume's state: that of its worst disk.
 
     Args:
         failed: metadata could not be persisted; final.
         fenced: policy stop refuses writes, so it is no better than out_of_sync.
-        local_ok: the local disk works.
+        local: the local disk's; while it is copied back it is as bad as a remote
+            that is.
     """
-    if failed or not local_ok:
+    if failed or local is LocalState.FAILED:
         return RemoteState.FAILED.value
     states = [RemoteState.IN_SYNC, *remotes]
+    if local is LocalState.RESYNCING:
+        states.append(RemoteState.RESYNCING)
     if fenced:
         states.append(RemoteState.OUT_OF_SYNC)
     return max(states, key=_SEVERITY.index).value
@@ -245,6 +295,39 @@ def describe(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
         # The engine leaves this state as it admits; a status may fall in between.
         return facts.reason or "connected; resync begins", ""
     return _describe_resyncing(facts), ""
+
+
+def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str, str]:
+    """
+    Say why the local disk is in its state, and which command helps.
+
+    Returns:
+        The reason, empty only if it is ok; the hint, empty where waiting helps.
+    """
+    left = _size(facts.dirty_bytes)
+    if facts.state is LocalState.FAILED:
+        because = facts.reason or "it gave an error"
+        served = "the remotes serve reads and writes"
+        if facts.sources == 0:
+            served = "and no remote is connected: reads and writes get EIO"
+        resume = f"nbd-mirror resume {config_name} local, if the same disk works again"
+        full_copy = f"nbd-mirror invalidate {config_name} local (copies all to it)"
+        return (
+            f"{because}; {served}; it misses {left}",
+            f"{resume}; or, if it was replaced, {full_copy}",
+        )
+    if facts.state is LocalState.OK:
+        return "", ""
+    because = f" ({facts.reason})" if facts.reason else ""
+    words = f"{left} left to copy back from the remotes{because}"
+    if facts.sources == 0:
+        return f"{words}: no remote is connected; waiting for one", ""
+    if facts.last_error:
+        return f"{words}; {facts.last_error}; tried again by itself", ""
+    if facts.stalled_s > STALLED_S:
+        stalled = f"no region was copied for {_seconds(facts.stalled_s)}"
+        return f"{words}; {stalled}: clients' requests hold the regions", ""
+    return words, ""
 
 
 def _describe_in_sync(facts: Facts, invalidate: str) -> tuple[str, str]:

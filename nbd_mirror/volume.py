@@ -2,7 +2,7 @@
 """
 The volume a server serves: the one control object behind both doors.
 
-It ties the engine to a keeper a remote, the control socket and a maintenance thread,
+It ties the engine to a keeper a disk, the control socket and a maintenance thread,
 and brings them up and down in the one order that is safe. A door only opens it before
 any fork, starts it after, and stops it at the end; requests never pass here.
 """
@@ -10,21 +10,23 @@ any fork, starts it after, and stops it at the end; requests never pass here.
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from . import config as _config
 from .control import ControlServer, control_path
 from .core import Engine
 from .errors import ConfigError, MetadataFailedError, MirrorError, UnsupportedError
-from .keeper import Keeper, RemotePolicy, View
+from .keeper import Keeper, RemotePolicy
+from .local_keeper import LocalKeeper
 from .model import VolumeStatus
-from .policy import fence_words, switch_policy
+from .policy import switch_policy
 from .process import exit_after, log, on_signal, outlive_parent
-from .state import RemoteState, describe, volume_state
+from .report import explain, local_dict, remote_dict
+from .state import volume_state
 
 __all__ = ["Volume"]
 
@@ -32,6 +34,7 @@ MAINTENANCE_S = 2.0
 COOL_S = 60.0  # an extent idle for longer goes cold
 JOIN_S = 10.0  # beyond two deadlines
 GRACE_S = 2.0  # for clients to go away once everything is stopped
+LOCAL = "local"  # the local disk's name where else a remote's stands
 
 
 class Volume:
@@ -51,6 +54,7 @@ class Volume:
         self._door = door
         self._shutdown = shutdown
         self.engine = Engine(_config.to_params(config))
+        self._local = self._make_local_keeper()
         self._keepers = self._make_keepers()
         self._control = ControlServer(control_path(config.state), self.handle)
         self._ending = threading.Event()
@@ -71,6 +75,22 @@ class Volume:
             MirrorError: of any class; the volume is not served, and nothing is lost.
         """
         return cls(_config.load(path), door, shutdown)
+
+    def _make_local_keeper(self) -> LocalKeeper:
+        config = self._config
+        keeper = LocalKeeper(
+            self.engine,
+            config.local,
+            len(config.remotes),
+            log,
+            asked=shlex.quote(os.fspath(config.source)),
+        )
+        why = keeper.why_not_used()
+        if why:
+            # Also to who types `serve`, which repeats a start's warnings.
+            text = f"the local disk is not used: {why}"
+            log("warning", f"volume {config.name}: {text}")
+        return keeper
 
     def _make_keepers(self) -> list[Keeper]:
         status = self.engine.status()
@@ -105,10 +125,13 @@ class Volume:
         on_signal(self._end)
         self.engine.start()
         self._control.start()
-        for keeper in self._keepers:
+        for keeper in self._threads():
             keeper.start()
         self._maintenance.start()
         log("info", f"volume {self._config.name}: served, {self._door} door")
+
+    def _threads(self) -> list[Keeper | LocalKeeper]:
+        return [self._local, *self._keepers]
 
     def stop(self) -> bool:
         """
@@ -121,7 +144,7 @@ class Volume:
         """
         clean = self._halt()
         self._control.close()  # joins its threads: one may still send an answer
-        threads_ended = all(keeper.join(0) for keeper in self._keepers)
+        threads_ended = all(keeper.join(0) for keeper in self._threads())
         if threads_ended and not self._maintenance.is_alive():
             self.engine.close()
         self._closed.set()
@@ -139,7 +162,7 @@ class Volume:
         with self._halt_lock:
             if self._clean is None:
                 self._ending.set()
-                for keeper in self._keepers:
+                for keeper in self._threads():
                     keeper.end()
                 self.engine.wake()
                 self._join()
@@ -148,7 +171,7 @@ class Volume:
 
     def _join(self) -> None:
         timeout_s = 2 * max(r.deadline for r in self._config.remotes) + JOIN_S
-        for keeper in self._keepers:
+        for keeper in self._threads():
             if not keeper.join(timeout_s):
                 log("error", "a keeper does not end; the engine is stopped without it")
         if self._maintenance.ident is not None:
@@ -183,8 +206,6 @@ class Volume:
         if status.failed:
             text = f"volume {name}: failed: {status.reason}"
             self._say_once("error", f"{text}; writes get EIO until it is served anew")
-        if not status.local_ok:
-            self._say_once("error", f"volume {name}: local_failed: {status.reason}")
 
     def _say_once(self, level: str, text: str) -> None:
         if text not in self._said:
@@ -210,9 +231,7 @@ class Volume:
             case "resume":
                 return self._resume(args)
             case "invalidate":
-                if not args.get("remote"):
-                    raise ConfigError("invalidate needs the name of a remote")
-                return self._each(args, self._invalidate)
+                return self._invalidate(args)
             case "policy":
                 return switch_policy(self.engine, args, self._config.name)
             case "stop":
@@ -230,21 +249,36 @@ class Volume:
             act(index)
         return {"remotes": [names[i] for i in chosen]}
 
-    def _invalidate(self, index: int) -> None:
-        # The operator has seen why it did not work: what counts is what comes now.
-        self._keepers[index].forget_error()
-        self.engine.invalidate(index)
+    def _invalidate(self, args: Mapping[str, Any]) -> object:
+        """Overwrite a remote, or with the name "local" a replaced local disk."""
+        if not args.get("remote"):
+            raise ConfigError("invalidate needs the name of a remote, or local")
+        if args["remote"] == LOCAL:
+            self._local.replace(_config.load(self._config.source).local)
+            return {"remotes": [LOCAL]}
+
+        def invalidate(index: int) -> None:
+            # The operator has seen why it did not work: what counts is what comes now.
+            self._keepers[index].forget_error()
+            self.engine.invalidate(index)
+
+        return self._each(args, invalidate)
 
     def _pause(self, index: int) -> None:
         self.engine.pause(index, paused=True)
 
     def _resume(self, args: Mapping[str, Any]) -> object:
         """
-        Lift the pause and check a failed remote again, at the uri it has by now.
+        Lift the pause and check a failed disk again, where it is by now.
 
-        The configuration is read again, so that correcting a uri needs no restart.
+        The configuration is read again, so that correcting a uri, or the path of the
+        local disk, needs no restart.
         """
-        uris = {one.name: one.uri for one in _config.load(self._config.source).remotes}
+        found = _config.load(self._config.source)
+        if args.get("remote") == LOCAL:
+            self._local.resume(found.local)
+            return {"remotes": [LOCAL]}
+        uris = {one.name: one.uri for one in found.remotes}
 
         def resume(index: int) -> None:
             remote = self._config.remotes[index]
@@ -269,14 +303,15 @@ class Volume:
         """Report everything, as `nbd-mirror status --json` prints it."""
         volume = self.engine.status()
         views = [keeper.view() for keeper in self._keepers]
-        remotes = [_remote_dict(view, volume) for view in views]
+        remotes = [remote_dict(view, volume) for view in views]
+        local = local_dict(self._local.view())
         word = volume_state(
             [view.facts.state for view in views],
             failed=volume.failed,
             fenced=volume.fenced,
-            local_ok=volume.local_ok,
+            local=volume.local.state,
         )
-        reason, hint = self._explain(volume, word, remotes)
+        reason, hint = explain(volume, word, self._config.state, local, remotes)
         return {
             "volume": self._config.name,
             "uuid": volume.uuid,
@@ -284,10 +319,7 @@ class Volume:
             "state": word,
             "reason": reason,
             "hint": hint,
-            "local": {
-                "path": self._config.local,
-                "state": "ok" if volume.local_ok else "failed",
-            },
+            "local": local,
             "door": self._door,
             "pid": os.getpid(),
             "clients": volume.clients,
@@ -304,60 +336,3 @@ class Volume:
             "generation": volume.generation,
             "remotes": remotes,
         }
-
-    def _explain(
-        self, volume: VolumeStatus, word: str, remotes: list[dict[str, Any]]
-    ) -> tuple[str, str]:
-        """Say why the volume is in its state: its own reason, or the worst remote's."""
-        if volume.failed:
-            reason = f"{volume.reason}; writes get EIO until it is served anew"
-            repair = (
-                f"mend what holds {self._config.state}, then nbd-mirror stop CONFIG"
-            )
-            return reason, f"{repair} and nbd-mirror serve CONFIG"
-        if not volume.local_ok:
-            reason = volume.reason or f"the local disk {self._config.local} failed"
-            return reason, "replace the local disk, then stop and serve again"
-        found = volume.reason  # what recovery found at the start
-        fence = fence_words(volume)
-        for one in remotes:
-            if one["state"] == word and one["reason"]:
-                about = f"remote {one['name']}: {one['reason']}"
-                because = f"{found}; " if found else ""
-                return because + (fence if volume.fenced else "") + about, one["hint"]
-        return (fence + "a remote is behind" if volume.fenced else found), ""
-
-
-def _remote_dict(view: View, volume: VolumeStatus) -> dict[str, Any]:
-    facts, status, progress = view.facts, view.status, view.progress
-    reason, hint = describe(facts)
-    resync = None
-    # While it is paused, or waits for late writes, nothing moves.
-    moving = facts.state is RemoteState.RESYNCING and not (
-        0 < facts.dirty_bytes <= facts.late_bytes and facts.late_s > 0
-    )
-    if progress is not None:
-        resync = {
-            "done_bytes": progress.done_bytes,
-            "total_bytes": progress.total_bytes,
-            "bytes_per_s": round(progress.bytes_per_s) if moving else 0,
-            "eta_s": progress.eta_s if moving else None,
-            "growing": progress.growing,
-        }
-    unflushed = status.unflushed_regions * volume.region_size
-    return {
-        "name": status.name,
-        "uri": view.uri,
-        "state": status.state.value,
-        "reason": reason,
-        "hint": hint,
-        "connected": status.admitted,
-        "dirty_bytes": facts.dirty_bytes,
-        "late_bytes": facts.late_bytes,
-        "unflushed_bytes": min(unflushed, volume.size),
-        "assumed": status.assumed,
-        "paused": status.paused,
-        "resync": resync,
-        "last_error": view.last_error,
-        "since": datetime.fromtimestamp(status.since, UTC).isoformat(),
-    }

@@ -50,14 +50,24 @@ def reached(status: Status, state: str, remote: str | None) -> bool:
     """
     Say whether the remote, or without a name each of them, is in *state*.
 
-    Of a volume that is failed itself, no remote is in any other state.
+    The local disk is asked too where all are to be in_sync, which it is when it is
+    ok; and alone where *remote* is "local". Of a volume that is failed itself, no
+    disk is in any other state.
     """
     if _metadata_failed(status):
         return state == "failed"
-    states = [
-        one["state"] for one in status["remotes"] if remote in (None, one["name"])
-    ]
+    states = [one["state"] for one in _asked(status, state, remote)]
     return status["pid"] is not None and all(one == state for one in states)
+
+
+def _asked(status: Status, state: str, name: str | None) -> list[dict[str, Any]]:
+    """Give the disks whose states count, the local one with a remote's words."""
+    found = [one for one in status["remotes"] if name in (None, one["name"])]
+    if name == "local" or (name is None and state == "in_sync"):
+        local = status["local"]
+        word = "in_sync" if local["state"] == "ok" else local["state"]
+        found.append({**local, "name": "local", "state": word})
+    return found
 
 
 def wait_for(
@@ -103,7 +113,7 @@ def wait_for(
 
 
 def _metadata_failed(status: Status) -> bool:
-    """Say whether the volume itself is failed, and not only a remote of it."""
+    """Say whether the volume itself is failed, and not only a disk of it."""
     others = [status["local"]["state"], *(one["state"] for one in status["remotes"])]
     return status["state"] == "failed" and "failed" not in others
 
@@ -112,8 +122,8 @@ def _not_reached(
     status: Status, state: str, timeout_s: float, remote: str | None
 ) -> WaitTimeoutError:
     lines, hint = [], ""
-    for one in status["remotes"]:
-        if remote in (None, one["name"]) and one["state"] != state:
+    for one in _asked(status, state, remote):
+        if one["state"] != state:
             why = f": {one['reason']}" if one["reason"] else ""
             lines.append(f"{one['name']} is {one['state']}{why}")
             hint = hint or one["hint"]
@@ -163,11 +173,11 @@ def _lines(status: Status) -> Iterator[str]:
     if status["pid"] is None:
         yield f"{status['volume']}: {status['reason']}"
         return
-    for remote in status["remotes"]:
-        words = [f"{remote['name']}: {remote['state']}"]
-        if remote["dirty_bytes"]:
-            words.append(f"{format_size(remote['dirty_bytes'])} dirty")
-        resync = remote["resync"]
+    for disk in _disks(status):
+        words = [f"{disk['name']}: {disk['state']}"]
+        if disk["dirty_bytes"]:
+            words.append(f"{format_size(disk['dirty_bytes'])} dirty")
+        resync = disk["resync"]
         if resync and resync["total_bytes"]:
             # In steps of a tenth, or a log of it would be endless.
             tenths = 10 * resync["done_bytes"] // resync["total_bytes"]
@@ -178,6 +188,12 @@ def _lines(status: Status) -> Iterator[str]:
         yield ", ".join(words)
 
 
+def _disks(status: Status) -> list[dict[str, Any]]:
+    """Give the disks to watch: the remotes, and first local unless it is ok."""
+    local = {**status["local"], "name": "local"}
+    return [*([] if local["state"] == "ok" else [local]), *status["remotes"]]
+
+
 def _picture(status: Status, asked: str) -> Group:
     head = Text.assemble(
         Text(f"{status['volume']}  ", style="bold"),
@@ -186,9 +202,9 @@ def _picture(status: Status, asked: str) -> Group:
         f"{status['active_extents']} active extents",
     )
     table = Table.grid(padding=(0, 2))
-    for remote in status["remotes"]:
-        bar: ProgressBar | Text = Text(f"{format_size(remote['dirty_bytes'])} dirty")
-        resync = remote["resync"]
+    for disk in _disks(status):
+        bar: ProgressBar | Text = Text(f"{format_size(disk['dirty_bytes'])} dirty")
+        resync = disk["resync"]
         if resync:
             bar = ProgressBar(
                 total=max(resync["total_bytes"], 1),
@@ -196,12 +212,12 @@ def _picture(status: Status, asked: str) -> Group:
                 width=32,
             )
         table.add_row(
-            Text(remote["name"], style="bold"),
-            state_text(remote["state"]),
+            Text(disk["name"], style="bold"),
+            state_text(disk["state"]),
             bar,
-            Text(describe_resync(remote)),
+            Text(describe_resync(disk)),
         )
-        for about in (remote["reason"], name_volume(remote["hint"], asked)):
+        for about in (disk["reason"], name_volume(disk["hint"], asked)):
             if about:
                 table.add_row("", "", "", Text(about, style="dim"))
     lines: list[Text | Table] = [head, table]

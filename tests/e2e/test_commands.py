@@ -79,7 +79,9 @@ def test_status_json_has_every_key(behind: Site, *, running: bool) -> None:
     assert remote["state"] == "out_of_sync"
     assert remote["reason"]
     assert status["state"] == ("out_of_sync" if running else "stopped")
-    assert status["local"] == {"path": str(site.local), "state": "ok"}
+    assert status["local"]["path"] == str(site.local)
+    assert status["local"]["state"] == "ok"
+    assert status["local"]["dirty_bytes"] == 0
     assert status["size"] == site.size
 
 

@@ -87,6 +87,22 @@ def _remote(**changes: Any) -> dict[str, Any]:
     return {**remote, **changes}
 
 
+def _local(**changes: Any) -> dict[str, Any]:
+    local = {
+        "path": "/d.img",
+        "state": "ok",
+        "reason": "",
+        "hint": "",
+        "dirty_bytes": 0,
+        "errors": 0,
+        "repaired_regions": 0,
+        "copied_bytes": 0,
+        "resync": None,
+        "since": "",
+    }
+    return {**local, **changes}
+
+
 def _status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
     status = {
         "volume": "v",
@@ -95,7 +111,7 @@ def _status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "state": remotes[0]["state"],
         "reason": "",
         "hint": "",
-        "local": {"path": "/d.img", "state": "ok"},
+        "local": _local(),
         "door": "native",
         "pid": 1,
         "clients": 1,
@@ -139,6 +155,9 @@ def test_version_is_printed() -> None:
         (["pause", "FILE"], NotRunningError.exit_code),
         (["invalidate", "FILE", "dr"], NotRunningError.exit_code),
         (["invalidate", "FILE", "rd"], ConfigError.exit_code),
+        (["invalidate", "FILE", "local"], NotRunningError.exit_code),
+        (["resume", "FILE", "local"], NotRunningError.exit_code),
+        (["pause", "FILE", "local"], ConfigError.exit_code),
         (["inspect", "FILE"], MissingError.exit_code),
         (["detach", "/dev/sda"], MissingError.exit_code),
     ],
@@ -348,6 +367,36 @@ def test_status_shows_why_and_what_to_try_with_the_volumes_name() -> None:
     assert "\x1b" not in text
 
 
+def test_status_of_a_failed_local_disk_is_loud_and_said_once() -> None:
+    """Reason, what it misses and both commands stand under it, and not twice."""
+    local = _local(
+        state="failed",
+        reason="Input/output error; the remotes serve reads and writes",
+        hint="nbd-mirror resume CONFIG local",
+        dirty_bytes=3 << 20,
+        errors=1,
+        since="2024-01-01T00:00:00+00:00",
+    )
+    text = _shown(
+        _status(
+            _remote(),
+            local=local,
+            state="failed",
+            reason=f"local: {local['reason']}",
+            hint=local["hint"],
+        )
+    )
+    assert "/d.img, 3MiB dirty, 1 error, since 2024" in text
+    assert text.count("why: Input/output error; the remotes serve") == 1
+    assert text.count("try: nbd-mirror resume pg local") == 1
+
+
+def test_status_counts_repaired_regions_of_a_disk_that_is_ok() -> None:
+    """A disk that loses sectors is shown to, before it fails as a whole."""
+    text = _shown(_status(_remote(), local=_local(errors=2, repaired_regions=2)))
+    assert "/d.img, 2 errors, 2 regions repaired" in text
+
+
 def test_status_on_a_terminal_is_coloured_unless_no_color(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -405,6 +454,30 @@ def test_wait_for_one_remote_does_not_mind_the_others(config: VolumeConfig) -> N
     """--remote looks at that one alone."""
     with _served(config, _status(_remote(), _remote(state="failed", name="b"))):
         _wait(config, 10, "dr")
+
+
+def test_wait_for_all_waits_for_the_local_disk_too(config: VolumeConfig) -> None:
+    """Remotes that are in sync are not enough while local is copied back."""
+    local = _local(state="resyncing", reason="1 MiB left")
+    answers = [_status(_remote(), local=local), _status(_remote())]
+    with _served(config, *answers):
+        _wait(config, 10)
+    with (
+        _served(config, answers[0]),
+        pytest.raises(WaitTimeoutError, match="local is resyncing: 1 MiB left"),
+    ):
+        _wait(config, 0.2)
+
+
+def test_wait_for_the_local_disk_alone(config: VolumeConfig) -> None:
+    """--remote local does not mind the remotes; one remote does not mind local."""
+    failed = _local(state="failed", reason="EIO")
+    with _served(config, _status(_remote(state="out_of_sync"))):
+        _wait(config, 10, "local")
+    with _served(config, _status(_remote(), local=failed)):
+        _wait(config, 10, "dr")
+        with pytest.raises(WaitTimeoutError, match="local is failed: EIO"):
+            _wait(config, 0.2, "local")
 
 
 def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
@@ -466,6 +539,36 @@ def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> No
         "dr: resyncing, 50% of 1MiB",
         "dr: in_sync",
     ]
+
+
+def test_watch_shows_the_local_disk_until_it_is_ok(config: VolumeConfig) -> None:
+    """What is copied back has its lines and its bar, and ends like a resync."""
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1 << 20,
+        "eta_s": 3.0,
+        "growing": False,
+    }
+    answers = [
+        _status(_remote(), local=_local(state="failed", dirty_bytes=1 << 20)),
+        _status(_remote(), local=_local(state="resyncing", resync=resync)),
+        _status(_remote()),
+    ]
+    plain, live = io.StringIO(), io.StringIO()
+    with _served(config, *answers):
+        watch.watch(config, Console(file=plain, width=100), "v", "in_sync")
+    console = Console(file=live, width=120, force_terminal=True)
+    with _served(config, *answers):
+        watch.watch(config, console, "v", "in_sync")
+    lines = [line.split(" ", 1)[1] for line in plain.getvalue().splitlines()]
+    assert lines == [
+        "local: failed, 1MiB dirty",
+        "dr: in_sync",
+        "local: resyncing, 50% of 1MiB",
+    ]
+    for part in ("local", "50.0%", "3s left"):
+        assert part in live.getvalue()
 
 
 def test_watch_on_a_terminal_draws_and_ends(config: VolumeConfig) -> None:

@@ -40,7 +40,7 @@ from unit.pages import (
 )
 
 from nbd_mirror import config as config_module
-from nbd_mirror import core, offline, volume
+from nbd_mirror import core, offline, report, volume
 from nbd_mirror.cli import app
 from nbd_mirror.create import create_volume
 from nbd_mirror.errors import EXIT_CODES
@@ -222,10 +222,12 @@ def test_status_json_keys_are_documented() -> None:
     """The manual lists the keys of a server's status, and those without a server."""
     text = section(MANUAL, "STATUS AS JSON")
     listed = {name for cells in rows(text) for name in code_names(" ".join(cells[:2]))}
-    written = literal_keys(volume.Volume.status) | literal_keys(volume._remote_dict)
-    stopped = literal_keys(offline.stopped_status) | literal_keys(offline._remote)
+    served = (volume.Volume.status, report.remote_dict, report.local_dict)
+    written = set().union(*map(literal_keys, [*served, report._resync]))
+    without = (offline.stopped_status, offline._remote, offline._local)
+    stopped = set().union(*map(literal_keys, without))
     assert written - listed == stopped - listed == set()
-    values = {"ok", "failed"}
+    values = {"ok", "failed", "resyncing"}
     assert written | stopped | {"clean_stop"} == listed - values
     assert {"clean_stop"} == stopped - written
 

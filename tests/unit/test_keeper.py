@@ -27,11 +27,13 @@ NR_REGIONS = SIZE // REGION
 class Mirror:
     """An open volume with a keeper, and what the keeper logged."""
 
-    def __init__(self, params: core.Params, uri: str) -> None:
+    def __init__(
+        self, params: core.Params, uri: str, engine: type[core.Engine] = core.Engine
+    ) -> None:
         self.params = params
         self.uri = uri
         self.log: list[str] = []
-        self.engine = core.Engine(params)
+        self.engine = engine(params)
         self.engine.start()
         self.keeper: Keeper | None = None
 

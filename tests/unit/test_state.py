@@ -23,10 +23,13 @@ from nbd_mirror.state import (
     STALLED_S,
     Action,
     Facts,
+    LocalFacts,
+    LocalState,
     RemoteState,
     Step,
     backoff_s,
     describe,
+    describe_local,
     hold_retry_s,
     next_step,
     volume_state,
@@ -53,6 +56,15 @@ FACTS = st.builds(
     stalled_s=TIMES,
     volume_failed=st.booleans(),
 )
+LOCAL_FACTS = [
+    LocalFacts(state, dirty, sources, reason, error, stalled_s)
+    for state in LocalState
+    for dirty in (0, 1, 5 << 30)
+    for sources in (0, 2)
+    for reason in ("", "the local disk failed to write at 0: Input/output error")
+    for error in ("", "no remote that has it is connected")
+    for stalled_s in (0.0, STALLED_S + 1)
+]
 
 
 def every_combination() -> list[Facts]:
@@ -261,6 +273,52 @@ class TestDescribe:
         )
 
 
+class TestDescribeLocal:
+    """Why the local disk is as it is, and what helps."""
+
+    @pytest.mark.parametrize("facts", LOCAL_FACTS, ids=str)
+    def test_whatever_is_not_ok_has_a_reason_and_an_operators_state_a_hint(
+        self, facts: LocalFacts
+    ) -> None:
+        """Only a failed disk waits for an operator; a copy back goes on by itself."""
+        reason, hint = describe_local(facts, "pg")
+        assert bool(reason) is (facts.state is not LocalState.OK)
+        assert bool(hint) is (facts.state is LocalState.FAILED)
+        if hint:
+            assert "nbd-mirror resume pg local" in hint
+            assert "nbd-mirror invalidate pg local" in hint
+            assert facts.reason in reason
+
+    def test_failed_without_a_remote_says_that_requests_fail(self) -> None:
+        """Nobody is told that remotes serve when there is none."""
+        alone, _ = describe_local(LocalFacts(LocalState.FAILED, sources=0))
+        served, _ = describe_local(LocalFacts(LocalState.FAILED, sources=1))
+        assert "EIO" in alone
+        assert "EIO" not in served
+        assert "the remotes serve" in served
+
+    def test_copying_back_without_a_remote_says_that_it_waits(self) -> None:
+        """A copy that cannot go on names what it waits for."""
+        facts = LocalFacts(LocalState.RESYNCING, 3 << 20, sources=0)
+        reason, _ = describe_local(facts)
+        assert reason.startswith("3.0 MiB left to copy back from the remotes")
+        assert "no remote is connected" in reason
+
+    def test_stalled_copy_says_so(self) -> None:
+        """No region finished for a while: not passed over in silence."""
+        facts = LocalFacts(
+            LocalState.RESYNCING, 65536, sources=1, stalled_s=STALLED_S + 1
+        )
+        assert "no region was copied for 11 s" in describe_local(facts)[0]
+
+    def test_state_from_c_covers_the_enum_and_nothing_else(self) -> None:
+        """The numbers of enum nbdm_local_state, 1 to 3."""
+        assert list(LocalState) == [LocalState.from_c(i) for i in range(1, 4)]
+        for value in (0, 4):
+            with pytest.raises(ValueError, match="unknown local state"):
+                LocalState.from_c(value)
+
+
 class TestVolumeState:
     """One word for all."""
 
@@ -281,22 +339,36 @@ class TestVolumeState:
     ) -> None:
         """Two remotes: the worse one counts."""
         worst = max(states, key=self.ORDER.index).value
-        assert worst == volume_state(states, failed=False, fenced=False, local_ok=True)
+        assert worst == volume_state(
+            states, failed=False, fenced=False, local=LocalState.OK
+        )
 
-    @pytest.mark.parametrize(("failed", "local_ok"), [(True, True), (False, False)])
+    @pytest.mark.parametrize(
+        ("failed", "local"), [(True, LocalState.OK), (False, LocalState.FAILED)]
+    )
     def test_volume_that_failed_is_failed_whatever_its_remotes(
-        self, failed: bool, local_ok: bool
+        self, failed: bool, local: LocalState
     ) -> None:
         """Metadata or the local disk failed: that is the word."""
         states = [RemoteState.IN_SYNC]
         assert "failed" == volume_state(
-            states, failed=failed, fenced=False, local_ok=local_ok
+            states, failed=failed, fenced=False, local=local
+        )
+
+    @pytest.mark.parametrize("remote", RemoteState)
+    def test_volume_whose_local_disk_is_copied_back_is_resyncing_or_worse(
+        self, remote: RemoteState
+    ) -> None:
+        """The local disk counts as a remote that is resyncing."""
+        worst = max(remote, RemoteState.RESYNCING, key=self.ORDER.index)
+        assert worst.value == volume_state(
+            [remote], failed=False, fenced=False, local=LocalState.RESYNCING
         )
 
     def test_volume_that_is_fenced_is_not_in_sync(self) -> None:
         """Writes that get EIO are not called in_sync or holding."""
         word = volume_state(
-            [RemoteState.HOLDING], failed=False, fenced=True, local_ok=True
+            [RemoteState.HOLDING], failed=False, fenced=True, local=LocalState.OK
         )
         assert "out_of_sync" == word
 

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The local keeper: the thread that copies back what the local disk misses.
+
+After an error that a remote makes up for, the engine goes on without the local disk and
+keeps a map of what it misses. Whether it may be used again is for an operator to say
+(`resume`: the same disk works again; `invalidate`: it was replaced); then this thread
+copies back, as it does by itself for a single sector that could not be read. All
+waiting is done in the engine, without the GIL. The operator's two commands run in the
+control socket's thread, one at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import random as _random
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .copier import Copier
+from .errors import ConfigError, MirrorError, RemoteError
+from .model import LocalStatus, VolumeStatus
+from .resync import Progress
+from .sample import take_sample
+from .state import LocalFacts, LocalState, describe_local
+
+if TYPE_CHECKING:
+    from .core import Engine
+    from .keeper import Log
+
+__all__ = ["LocalKeeper", "LocalView"]
+
+RETRY_S = 1.0  # until the next batch, where nothing tells that it would work
+SAID_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
+SAMPLE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalView:
+    """The local disk at one moment, for status."""
+
+    facts: LocalFacts
+    status: LocalStatus
+    path: str
+    progress: Progress | None
+
+
+class LocalKeeper:
+    """
+    Keeps the local disk, at *path* as far as is known.
+
+    Args:
+        nr_remotes: how many there are to copy from.
+        asked: what the operator calls the volume, for the log's hints.
+        clock: gives seconds, monotonic.
+        random: gives numbers in [0, 1).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        path: str,
+        nr_remotes: int,
+        log: Log,
+        *,
+        asked: str = "CONFIG",
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        self._engine = engine
+        self._nr_remotes = nr_remotes
+        self._log = log
+        self._asked = asked
+        self._clock = clock
+        self._random = random
+        self._ending = False
+        self._thread = threading.Thread(
+            target=self._run, name="keeper local", daemon=True
+        )
+        self._command = threading.Lock()  # one operator's command at a time
+        # Only the thread uses these.
+        self._seen: LocalStatus | None = None  # at the last turn
+        self._copier: Copier | None = None
+        self._repairing = False  # it was ok: this is a sector, not a whole disk
+        self._admitted = False  # by an operator, and not ok since
+        self._say_progress_at = 0.0  # again
+        self._say_repairs_at = 0.0
+        self._repairs_said = 0
+        # The lock guards what status reads beside the thread.
+        self._lock = threading.Lock()
+        self._path = path
+        self._error = ""  # why copying does not work now
+        self._progress: Progress | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Tell the thread to end; the caller also calls `Engine.wake`."""
+        self._ending = True
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the thread has ended; says whether it did."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def view(self) -> LocalView:
+        """Report the local disk as it is now. Does not block on I/O."""
+        volume = self._engine.status()
+        with self._lock:
+            facts = self._facts(volume)
+            return LocalView(facts, volume.local, self._path, self._progress)
+
+    def why_not_used(self) -> str:
+        """Say why the local disk is not used, and what helps; "" if it is."""
+        facts = self.view().facts
+        return self._why(facts) if facts.state is LocalState.FAILED else ""
+
+    def _why(self, facts: LocalFacts) -> str:
+        reason, hint = describe_local(facts, self._asked)
+        return f"{reason}; try: {hint}"
+
+    # --- an operator's commands ---
+
+    def resume(self, path: str) -> None:
+        """
+        Use the same disk again, once a sample has shown that it is the same.
+
+        Blocks for as long as the sample takes.
+
+        Raises:
+            BusyError: it has not failed, or the disk is in use. ConfigError: it is
+            not the disk that was left. RemoteError: there is none to compare it
+            with. MissingError, MirrorIOError: it does not work yet.
+        """
+        with self._command:
+            self._engine.local_attach(path, replaced=False)
+            try:
+                self._check_is_the_same(path)
+            except BaseException as error:
+                self._engine.local_drop(str(error))
+                raise
+            self._admit(path)
+
+    def replace(self, path: str) -> None:
+        """
+        Use another disk in its place: all of it is overwritten.
+
+        Raises:
+            MirrorError: as `resume`, but for the sample.
+        """
+        with self._command:
+            self._engine.local_attach(path, replaced=True)
+            self._admit(path)
+
+    def _admit(self, path: str) -> None:
+        with self._lock:
+            self._path = path
+            self._error = ""
+        self._admitted = True
+        self._engine.local_admit()
+
+    def _check_is_the_same(self, path: str) -> None:
+        compared = False
+        for remote in range(self._nr_remotes):
+            if not self._engine.remote_status(remote).admitted:
+                continue
+            compared = True
+            sample = take_sample(
+                self._engine,
+                remote,
+                random=self._random,
+                clock=self._clock,
+                budget_s=SAMPLE_S,
+            )
+            if sample.differs is not None:
+                raise self._another_disk(path, sample.differs)
+            if sample.same > 0:
+                return
+        # With every region dirty there is nothing to prove: all of it is copied.
+        if not compared:
+            raise RemoteError(
+                "no remote is connected: nothing tells whether this is the disk that "
+                f"was left: {path}",
+                "nbd-mirror resume CONFIG, then nbd-mirror resume CONFIG local",
+            )
+
+    def _another_disk(self, path: str, region: int) -> ConfigError:
+        offset = region * self._engine.status().region_size
+        return ConfigError(
+            f"this is not the disk that was left: region {region} (offset {offset}) "
+            f"differs; nothing was written to it: {path}",
+            "correct `local`; or, if it was replaced, nbd-mirror invalidate CONFIG "
+            "local (overwrites it with a full copy)",
+        )
+
+    # --- the loop ---
+
+    def _run(self) -> None:
+        while not self._ending:
+            try:
+                volume = self._engine.status()
+                self._observe(volume)
+                self._act(volume)
+            except MirrorError as error:
+                self._rest(str(error))
+            except Exception as error:
+                # A bug here must neither end the keeper nor be silent.
+                self._log("error", f"local: {traceback.format_exc()}")
+                self._rest(f"internal error: {error!r}")
+
+    def _act(self, volume: VolumeStatus) -> None:
+        """Copy a batch back, or wait until there is something to copy."""
+        if volume.failed or self._copier is None:
+            self._engine.wait_local(volume.local.serial, None)
+            return
+        batch, wait_s = self._copier.copy()
+        if batch.copied_bytes > 0 or batch.error is None:
+            # What could be copied was: go on, also where a part was refused.
+            with self._lock:
+                self._error = ""
+            if wait_s > 0:
+                self._wait(wait_s)
+        elif batch.error.errno == errno.ENOTCONN:
+            self._wait_for_remote(str(batch.error))
+        else:
+            self._rest(str(batch.error))
+
+    def _wait(self, wait_s: float) -> None:
+        local = self._engine.status().local
+        if local.state is LocalState.RESYNCING:
+            self._engine.wait_local(local.serial, wait_s)
+
+    def _wait_for_remote(self, words: str) -> None:
+        """Wait until a remote that is away is back, or for a while."""
+        self._note(words)
+        for remote in range(self._nr_remotes):
+            status = self._engine.remote_status(remote)
+            if not status.admitted:
+                self._engine.wait_event(remote, status.serial, RETRY_S)
+                return
+        self._wait(RETRY_S)
+
+    def _rest(self, words: str) -> None:
+        self._note(words)
+        self._wait(RETRY_S)
+
+    def _note(self, words: str) -> None:
+        """Remember why copying does not work, and say it once."""
+        if words != self._error and not self._ending:
+            self._log("warning", f"local: {words}")
+        with self._lock:
+            self._error = words
+
+    def _facts(self, volume: VolumeStatus) -> LocalFacts:
+        """Put together what is known; the lock is held."""
+        local, stalled_s = volume.local, 0.0
+        dirty = min(local.dirty_regions * volume.region_size, volume.size)
+        if self._progress is not None:
+            now = self._clock()
+            self._progress.update(now, dirty, local.copied_bytes)
+            stalled_s = self._progress.stalled_s(now)
+        remotes = map(self._engine.remote_status, range(self._nr_remotes))
+        return LocalFacts(
+            state=local.state,
+            dirty_bytes=dirty,
+            sources=sum(one.admitted for one in remotes),
+            reason=local.reason,
+            last_error=self._error,
+            stalled_s=stalled_s,
+        )
+
+    # --- what changed ---
+
+    def _observe(self, volume: VolumeStatus) -> None:
+        """Take notice of what changed since the last turn, and say so."""
+        seen, self._seen = self._seen, volume.local
+        before = LocalState.OK if seen is None else seen.state
+        state = volume.local.state
+        with self._lock:
+            facts = self._facts(volume)
+        if before is not state and state is LocalState.RESYNCING:
+            came_from_ok = before is LocalState.OK and seen is not None
+            self._repairing = came_from_ok and not self._admitted
+        elif before is not state:
+            self._admitted = False
+            if state is LocalState.FAILED:
+                self._log("error", f"local_failed: {self._why(facts)}")
+        self._follow_resync(volume.local, facts)
+        self._say_repairs(volume.local)
+
+    def _follow_resync(self, local: LocalStatus, facts: LocalFacts) -> None:
+        """Begin and end the progress shown, as the state says."""
+        progress = self._progress
+        if local.state is LocalState.RESYNCING:
+            if progress is None:
+                progress = Progress(
+                    self._clock(), facts.dirty_bytes, local.copied_bytes
+                )
+                copy = self._engine.local_resync
+                self._copier = Copier(self._engine, copy, self._clock)
+                self._say_resync(
+                    "info", f"resync_start: {facts.dirty_bytes} bytes dirty"
+                )
+                self._say_progress_at = self._clock() + SAID_EVERY_S
+            elif self._clock() >= self._say_progress_at:
+                self._say_progress_at = self._clock() + SAID_EVERY_S
+                left = f"{facts.dirty_bytes} bytes left, {progress.bytes_per_s:.0f}/s"
+                self._log("info", f"local: resync_progress: {left}")
+        elif progress is not None:
+            seconds = max(progress.elapsed_s, 1e-3)
+            done = f"{progress.done_bytes} bytes in {progress.elapsed_s:.1f} s"
+            done += f", {progress.done_bytes / seconds:.0f} bytes/s"
+            if local.state is LocalState.OK:
+                self._say_resync("info", f"resync_done: {done}")
+            else:
+                text = f"resync_interrupted: {done}, {facts.dirty_bytes} bytes left"
+                self._log("warning", f"local: {text}")
+            progress = self._copier = None
+        with self._lock:
+            self._progress = progress
+
+    def _say_resync(self, level: str, text: str) -> None:
+        """Say it of a disk that is copied back; a sector is counted instead."""
+        if not self._repairing:
+            self._log(level, f"local: {text}")
+
+    def _say_repairs(self, local: LocalStatus) -> None:
+        new = local.repaired - self._repairs_said
+        if new > 0 and self._clock() >= self._say_repairs_at:
+            self._say_repairs_at = self._clock() + SAID_EVERY_S
+            self._repairs_said = local.repaired
+            self._log(
+                "warning",
+                f"local: bad sectors: {new} regions could not be read, and were "
+                f"rewritten from a remote; {local.repaired} since the start",
+            )

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The local keeper against a real engine and a real remote, in the test's own process.
+
+The local disk fails by the process's own limit on a file's size: a write beyond it gets
+EFBIG from the kernel, and with the limit lifted the same disk works again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import resource
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Processes, wait_until
+from unit.test_keeper import Mirror, same_images
+from unit.volumes import REGION, SIZE, Remote, make_params
+
+from nbd_mirror import core
+from nbd_mirror.errors import (
+    BusyError,
+    ConfigError,
+    MirrorError,
+    MissingError,
+    RemoteError,
+)
+from nbd_mirror.local_keeper import RETRY_S, LocalKeeper
+from nbd_mirror.model import Batch
+from nbd_mirror.state import LocalState, RemoteState
+
+LIMIT = SIZE // 2  # bytes: more than any log has
+
+
+@contextlib.contextmanager
+def size_limit() -> Iterator[None]:
+    """Have writes beyond LIMIT fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Watched(core.Engine):
+    """The engine; how often it was asked to copy back is counted."""
+
+    batches = 0
+
+    def local_resync(self, first: int, max_bytes: int, depth: int) -> Batch:
+        """Count the call."""
+        Watched.batches += 1
+        return super().local_resync(first, max_bytes, depth)
+
+
+class LocalMirror(Mirror):
+    """A volume in sync with keepers for its remote and its local disk."""
+
+    def __init__(self, params: core.Params, remote: Remote) -> None:
+        super().__init__(params, remote.uri, Watched)
+        self.keep()
+        wait_until(lambda: self.engine.remote_status(0).admitted, "the connection")
+        self.local = LocalKeeper(self.engine, params.local, 1, self._note)
+
+    def local_state(self) -> LocalState:
+        """Ask the engine."""
+        return self.engine.status().local.state
+
+    def wait_for_local(self, state: LocalState) -> None:
+        """Wait until the local disk is in *state*."""
+        wait_until(lambda: self.local_state() is state, state.value)
+
+    def fail_local(self) -> None:
+        """Have the local disk fail; region 200 is what it certainly misses."""
+        with size_limit():
+            self.engine.pwrite(os.urandom(REGION), 200 * REGION)
+        assert self.local_state() is LocalState.FAILED
+
+    def close(self) -> None:
+        """End the keepers and the volume."""
+        self.local.end()
+        super().close()
+        assert self.local.join(15.0)
+
+
+@pytest.fixture
+def remote(processes: Processes, run_dir: Path) -> Remote:
+    """Give the remote, not started."""
+    return Remote(processes, run_dir)
+
+
+@pytest.fixture
+def mirror(run_dir: Path, remote: Remote) -> Iterator[LocalMirror]:
+    """Give a volume with random data, in sync; its local keeper is not started."""
+    params = make_params(run_dir, assume=True)
+    content = os.urandom(SIZE)
+    Path(params.local).write_bytes(content)
+    remote.image.write_bytes(content)
+    core.create(params)
+    remote.start()
+    mirror = LocalMirror(params, remote)
+    yield mirror
+    mirror.close()
+
+
+class TestCopyingBack:
+    """From failed to ok."""
+
+    def test_resumed_disk_is_copied_back_and_it_is_said(
+        self, mirror: LocalMirror, remote: Remote
+    ) -> None:
+        """One loud line at the takeover; start, end and rate of the copy."""
+        mirror.local.start()
+        mirror.fail_local()
+        wait_until(lambda: any("local_failed" in one for one in mirror.log), "the line")
+        with size_limit():
+            mirror.engine.pwrite(os.urandom(REGION), 201 * REGION)
+        missed = mirror.engine.status().local.dirty_regions
+        mirror.local.resume(mirror.params.local)
+        mirror.wait_for_local(LocalState.OK)
+        wait_until(lambda: any("resync_done" in one for one in mirror.log), "the end")
+        status = mirror.engine.status().local
+        assert status.copied_bytes == missed * REGION
+        assert status.repaired == 0
+        mirror.engine.flush()
+        assert same_images(mirror, remote)
+        said = [one for one in mirror.log if one.startswith("local")]
+        assert [one.split(": ")[0] for one in said] == [
+            "local_failed",
+            "local",
+            "local",
+        ]
+        assert "resync_start" in said[1]
+        assert "bytes/s" in said[2]
+
+    def test_without_a_remote_it_waits_and_does_not_spin(
+        self, mirror: LocalMirror, remote: Remote
+    ) -> None:
+        """A copy that cannot go on is tried once a second, and goes on by itself."""
+        mirror.fail_local()
+        remote.kill()
+        wait_until(lambda: mirror.state() is RemoteState.OUT_OF_SYNC, "the loss")
+        mirror.engine.local_attach(mirror.params.local, replaced=False)
+        mirror.engine.local_admit()
+        Watched.batches, events = 0, mirror.engine.remote_status(0).serial
+        started = time.monotonic()
+        mirror.local.start()
+        wait_until(lambda: Watched.batches >= 4, "four attempts")
+        seconds = time.monotonic() - started
+        events = mirror.engine.remote_status(0).serial - events
+        # Each second, and at each of the remote's events, which it waits for.
+        assert Watched.batches <= seconds / RETRY_S + events + 1
+        facts = mirror.local.view().facts
+        assert facts.sources == 0
+        assert "no remote" in facts.last_error
+        assert mirror.local_state() is LocalState.RESYNCING
+        remote.start()
+        mirror.wait_for_local(LocalState.OK)
+        assert same_images(mirror, remote)
+        assert mirror.local.view().facts.last_error == ""
+
+    def test_replaced_disk_gets_everything(
+        self, mirror: LocalMirror, remote: Remote, run_dir: Path
+    ) -> None:
+        """An empty disk at another path: all of it, and the path is known then."""
+        mirror.local.start()
+        mirror.fail_local()
+        fresh = run_dir / "fresh.img"
+        with fresh.open("wb") as file:
+            file.truncate(SIZE)
+        mirror.local.replace(str(fresh))
+        mirror.wait_for_local(LocalState.OK)
+        assert mirror.engine.status().local.copied_bytes == SIZE
+        assert mirror.local.view().path == str(fresh)
+        mirror.engine.flush()
+        assert fresh.read_bytes() == remote.image.read_bytes()
+
+    def test_end_while_waiting_is_immediate(self, mirror: LocalMirror) -> None:
+        """A keeper with nothing to do ends when told to."""
+        mirror.local.start()
+        mirror.local.end()
+        mirror.engine.wake()
+        assert mirror.local.join(5.0)
+
+
+class TestResume:
+    """What is not the disk that was left is not used."""
+
+    def refused(
+        self, mirror: LocalMirror, path: str, error: type[Exception], words: str
+    ) -> None:
+        """Fail unless the disk is refused, and stays out of use."""
+        with pytest.raises(error, match=words):
+            mirror.local.resume(path)
+        status = mirror.engine.status().local
+        assert status.state is LocalState.FAILED
+        assert not status.attached
+
+    def test_disk_that_has_not_failed_is_busy(self, mirror: LocalMirror) -> None:
+        """There is nothing to resume, nor to replace."""
+        for command in (mirror.local.resume, mirror.local.replace):
+            with pytest.raises(BusyError, match="has not failed"):
+                command(mirror.params.local)
+        assert mirror.local_state() is LocalState.OK
+
+    def test_another_disk_is_refused_and_not_written_to(
+        self, mirror: LocalMirror, run_dir: Path
+    ) -> None:
+        """The sample tells; the reason stays for status."""
+        other = run_dir / "other.img"
+        content = os.urandom(SIZE)
+        other.write_bytes(content)
+        mirror.fail_local()
+        self.refused(mirror, str(other), ConfigError, "not the disk that was left")
+        assert "not the disk that was left" in mirror.engine.status().local.reason
+        mirror.engine.pwrite(os.urandom(REGION), 0)
+        mirror.engine.flush()
+        assert content == other.read_bytes()
+
+    def test_without_a_remote_nothing_can_be_compared(
+        self, mirror: LocalMirror, remote: Remote
+    ) -> None:
+        """Nobody's word for it: it is not used, until a remote is back."""
+        mirror.fail_local()
+        remote.kill()
+        wait_until(lambda: not mirror.engine.remote_status(0).admitted, "the loss")
+        path = mirror.params.local
+        self.refused(mirror, path, RemoteError, "no remote is connected")
+        remote.start()
+        mirror.wait_for(RemoteState.IN_SYNC)
+        mirror.local.resume(path)
+        assert mirror.local_state() is not LocalState.FAILED
+
+    def test_disk_that_is_missing_or_too_small_is_refused(
+        self, mirror: LocalMirror, run_dir: Path
+    ) -> None:
+        """Each cause is its own error, and the right disk works afterwards."""
+        mirror.fail_local()
+        small = run_dir / "small.img"
+        small.write_bytes(bytes(REGION))
+        self.refused(mirror, str(run_dir / "none"), MissingError, "does not exist")
+        self.refused(mirror, str(small), RemoteError, f"has {REGION} bytes")
+        mirror.local.resume(mirror.params.local)
+
+    def test_disk_in_use_is_refused(self, mirror: LocalMirror) -> None:
+        """A disk that another program has locked by now is not taken."""
+        mirror.fail_local()
+        with Path(mirror.params.local).open("r+b") as other:
+            # The failed disk's own lock is given back with the first attempt.
+            self.refused(mirror, "/dev/null/none", MirrorError, "/dev/null/none")
+            lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(other, fcntl.F_OFD_SETLK, lock)
+            self.refused(mirror, mirror.params.local, BusyError, "another program")
+        mirror.local.resume(mirror.params.local)
