@@ -78,6 +78,7 @@ class Mirror:
         far: the remote's.
         device: such as /dev/nbd0.
         state: the state directory; not given: in *folder*.
+        region_size: as in the configuration.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Mirror:
         local: Path,
         far: Path,
         device: str,
+        *,
         state: Path | None = None,
+        region_size: str = "64KiB",
     ) -> None:
         self.folder = folder
         self.local = local
@@ -101,8 +104,9 @@ class Mirror:
             f'name = "{folder.name}"\nsize = "adopt"\nlocal = "{local}"\n'
             f'state = "{state or folder / "state"}"\n'
             f'listen = "unix:{folder}/v.sock"\nhold = "1s"\n'
+            f'region_size = "{region_size}"\n'
             'late_write_window = "1s"\n[[remote]]\nname = "far"\n'
-            f'uri = "nbd+unix:///?socket={folder}/far.sock"\ndeadline = "5s"\n'
+            f'uri = "nbd+unix:///?socket={folder}/far.sock"\ndeadline = "20s"\n'
         )
         self.config = config.load(path)
 

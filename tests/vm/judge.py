@@ -15,18 +15,18 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from bitarray import bitarray
 from vm.checked import Answered, damage, stamp_of
 from vm.log_writes import BLOCK, Content, save
-from vm.power_layout import FS_SIZE, LOCAL_SIZE, RAW, STATE_SIZE, raw_offset
+from vm.power_layout import FS_SIZE, LOCAL_SIZE, RAW, REGION, STATE_SIZE, raw_offset
 
 from nbd_mirror import config
 from nbd_mirror.config import to_params
 from nbd_mirror.core import Engine
 from nbd_mirror.mapview import open_map
 
-__all__ = ["REGION", "DamageError", "Judge", "differing"]
+__all__ = ["DamageError", "Judge", "differing"]
 
-REGION = 65536
 ZEROES = bytes(BLOCK)
 
 
@@ -84,7 +84,8 @@ class Judge:
         path = folder / "v.toml"
         path.write_text(
             f'name = "v"\nsize = "adopt"\nlocal = "{self._local}"\n'
-            f'state = "{self._files / "v"}"\nlisten = "unix:{folder}/v.sock"\n'
+            f'region_size = "{REGION}B"\nstate = "{self._files / "v"}"\n'
+            f'listen = "unix:{folder}/v.sock"\n'
             '[[remote]]\nname = "far"\nuri = "nbd+unix:///?socket=/none"\n'
         )
         self._config = config.load(path)
@@ -105,14 +106,14 @@ class Judge:
         run("debugfs", "-R", f"rdump / {self._files}", self._image)
         return self._files
 
-    def recover(self, state: Content) -> frozenset[int]:
-        """Return the regions that are dirty after a start on this state."""
+    def recover(self, state: Content) -> bitarray:
+        """Return the dirty map after a start on this state."""
         self.recoveries += 1
         folder = self._take_out(state, STATE_SIZE)
         with Engine(to_params(self._config)):
             pass
         with open_map(folder / "v" / "dirty.far") as maps:
-            return frozenset(maps.dirty.search(1))
+            return maps.dirty.copy()
 
     def check_files(self, disk: Content, answered: Answered) -> None:
         """Fail unless the volume's file system is whole and has what was answered."""

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BLOCK", "Content", "Disk", "Entry", "read_log"]
+__all__ = ["BLOCK", "Content", "Disk", "Entry", "read_log", "save"]
 
 MAGIC = 0x6A736677736872
 VERSION = 1
@@ -95,7 +95,7 @@ class Disk:
         self.size = size
         self.least: Content = {}
         self.most: Content = {}
-        self.version = 0  # grows with each change of any of it
+        self.flushes = 0  # grows when `least` changes
         self._cached: list[tuple[int, bytes]] = []
 
     def holds(self, entry: Entry) -> bool:
@@ -107,6 +107,7 @@ class Disk:
         if entry.flush:
             self.least = dict(self.most)
             self._cached.clear()
+        self.flushes += entry.flush or entry.fua
         for number, data in self._blocks(entry):
             self.most[number] = data
             if entry.fua:
@@ -114,7 +115,6 @@ class Disk:
                 self._cached = [one for one in self._cached if one[0] != number]
             else:
                 self._cached.append((number, data))
-        self.version += 1
 
     def _blocks(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
         """Yield the entry's data as whole blocks, cut out of what was there."""

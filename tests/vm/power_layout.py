@@ -19,6 +19,9 @@ FS_SIZE = 48 * MIB  # of the file system on the volume; behind it raw blocks
 STATE_SIZE = 24 * MIB
 ANSWERS_SIZE = 8 * MIB
 
+# Small, so that what differs is not covered by chance, and resync copies little.
+REGION = 16384
+
 # name -> (start, size)
 SLICES = {
     "local": (0, LOCAL_SIZE),
