@@ -43,6 +43,7 @@ class Nemesis:
             (1, self._switch_policy),
             (2, self._kill_both),
             (1, self._flap),
+            (3, self._fail_local),
         ]
 
     def play(self) -> None:
@@ -230,6 +231,45 @@ class Nemesis:
         policy = self._random.choice(("degrade", "stop"))
         self._say(f"policy {policy}")
         self._field.switch_policy(policy)
+
+    def _fail_local(self, far: Far) -> None:
+        """
+        Let the local disk fail, and the secondaries take its place.
+
+        Alone, and never beside a link that holds bytes back: a secondary that is the
+        only source has nobody to repair what it is sent late.
+        """
+        field, draw = self._field, self._random
+        point = draw.choice(("local_write", "local_write", "local_flush", "local_read"))
+        fault = f"{point}:{draw.randint(3, 60)}=error"
+        away, gap = draw.uniform(0.1, 1.0), self._around(HOLD_S)
+        meanwhile = draw.choice(("", "kill the primary", f"kill {far.name}"))
+        replaced, in_the_middle = draw.random() < 0.4, draw.random() < 0.4
+        if self._depth or not field.serving:
+            return
+        self._say(f"{fault}, and {meanwhile or 'nothing else'}")
+        for one in field.fars:
+            field.tell("resume", one)
+        field.wait_in_sync()
+        field.kill_primary()
+        field.serve(fault)
+        field.switch_policy("degrade")
+        field.rest(away)
+        if field.local_state() == "failed":
+            field.counts["local disks failed"] += 1
+        if meanwhile == "kill the primary":
+            field.kill_primary()
+            field.serve()
+        elif meanwhile:
+            with self._secondary_dead(far):
+                field.rest(gap)
+        for one in field.fars:
+            field.tell("resume", one)
+        if in_the_middle:
+            field.tell_local(replaced=replaced)
+            field.kill_primary()
+            field.serve()
+        field.bring_local_back(replaced=replaced)
 
     def _hurry(self, far: Far) -> None:
         """Mostly have it connected at once: the back-off alone would take the time."""

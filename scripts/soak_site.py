@@ -117,10 +117,16 @@ class Field:
         self.wait_in_sync()
         self.load.start()
 
-    def serve(self) -> None:
-        """Start the primary; return once it answers and all blocks were judged."""
+    def serve(self, fault: str = "") -> None:
+        """
+        Start the primary; return once it answers and all blocks were judged.
+
+        Args:
+            fault: of its local disk, for NBDM_FAULT; gone if it dies by itself.
+        """
         while True:
-            self.site.serve(self.plan.door, ready=False)
+            self.site.serve(self.plan.door, fault=fault, ready=False)
+            fault = ""
             self._wait_for_answer()
             if not self.site.alive:
                 self._died()
@@ -187,6 +193,8 @@ class Field:
         """Judge the local disk of a dead primary."""
         self.checker.server_ended(text)
         self._scan_log()
+        if self._stored()["local"]["state"] != "ok":
+            return  # it misses what the secondaries have
         self._judge(self.site.local, self.checker.judge, f"local disk, {text}")
 
     def tail(self) -> str:
@@ -204,9 +212,12 @@ class Field:
 
     def stored_in_sync(self, far: Far) -> bool:
         """Tell whether the dead primary's logs say that *far* is a copy."""
-        status = stopped_status(config_module.load(self.site.config))
-        stored = next(one for one in status["remotes"] if one["name"] == far.name)
+        remotes = self._stored()["remotes"]
+        stored = next(one for one in remotes if one["name"] == far.name)
         return stored["state"] == "in_sync" and stored["dirty_bytes"] == 0
+
+    def _stored(self) -> dict[str, Any]:
+        return stopped_status(config_module.load(self.site.config))
 
     def fail_over(self, far: Far) -> None:
         """Judge a secondary as the one disk that is left, the primary being dead."""
@@ -288,15 +299,44 @@ class Field:
             control.call(self.site.state, "policy", 30.0, policy=policy)
             self.counts["policy switches"] += 1
 
+    def local_state(self) -> str:
+        """Tell the local disk's state; or "failed volume", or "" without an answer."""
+        with contextlib.suppress(MirrorError):
+            status = self.site.status()
+            failed = status["state"] == "failed" and status["local"]["state"] == "ok"
+            return "failed volume" if failed else str(status["local"]["state"])
+        return ""
+
+    def tell_local(self, *, replaced: bool) -> None:
+        """Say that the local disk works again, or that it is another one."""
+        with contextlib.suppress(MirrorError):
+            self.site.tell("invalidate" if replaced else "resume", "local")
+            self.counts["local disks brought back"] += 1
+
+    def bring_local_back(self, *, replaced: bool) -> None:
+        """Have what the local disk misses copied back; the remotes must be well."""
+        deadline = time.monotonic() + HEALED_S
+        while (state := self.local_state()) != "ok":
+            self.watch()
+            if state == "failed volume":
+                self.kill_primary()
+                self.serve()
+            elif state == "failed":
+                self.tell_local(replaced=replaced)
+            if time.monotonic() > deadline:
+                raise ViolationError(f"local is {state} still\n{self.tail()}")
+            time.sleep(0.05)
+
     def wait_in_sync(self) -> None:
-        """Return once all remotes are in sync; nothing may be broken."""
+        """Return once all disks are in sync; nothing may be broken."""
         deadline = time.monotonic() + HEALED_S
         remotes: list[dict[str, Any]] = []
         while True:
             self.watch()
             with contextlib.suppress(MirrorError):
-                remotes = self.site.status()["remotes"]
-                if all(
+                status = self.site.status()
+                remotes = status["remotes"]
+                if status["local"]["state"] == "ok" and all(
                     one["state"] == "in_sync"
                     and one["connected"]
                     and one["dirty_bytes"] == 0
