@@ -238,6 +238,7 @@ static atomic_bool stop_writers;
 static atomic_uint nr_requests;
 static unsigned nr_durable; /* checks of a remote, under the lock */
 static pthread_t writers[WRITERS];
+static uint64_t writer_seed[WRITERS];
 
 /* A write to a place that nobody else writes to, made durable with FUA or by a
  * flush: then it is, on local and on who is in sync all the while.
@@ -296,14 +297,15 @@ one_request (uint64_t r, uint8_t *buf)
 static void *
 writer (void *opaque)
 {
-  uint64_t random = site.seed + 1000 * (uintptr_t)opaque + nr_events;
+  uintptr_t me = (uintptr_t)opaque;
+  uint64_t random = writer_seed[me];
   uint8_t buf[8 * LOSS_UNIT];
 
   while (!stop_writers) {
     uint64_t r = peer_random (&random);
 
     if (r % 16 == 0)
-      durable_write (r >> 8, (unsigned)(uintptr_t)opaque);
+      durable_write (r >> 8, (unsigned)me);
     assert (one_request (peer_random (&random), buf) == 0);
     nr_requests++;
     /* In bursts, so that extents go cold and resyncs come to an end. */
@@ -317,8 +319,10 @@ static void
 start_writers (void)
 {
   stop_writers = false;
-  for (uintptr_t i = 0; i < WRITERS; i++)
-    assert (pthread_create (&writers[i], NULL, writer, (void *)(i + 1)) == 0);
+  for (uintptr_t i = 0; i < WRITERS; i++) {
+    writer_seed[i] = peer_random (&dice);
+    assert (pthread_create (&writers[i], NULL, writer, (void *)i) == 0);
+  }
 }
 
 static void
