@@ -2,22 +2,31 @@
 """
 A volume for crash tests: its files, what they say, and a recovery that is checked.
 
-What a start must believe is worked out here from the files' bytes alone, as FORMAT.md
-describes them, without a line of the engine: dirty and unflushed bits, open slots,
-active extents. After a crash exactly that must be dirty, and every difference with it.
+What the files say is dirty, unflushed, open or active (oracle.py) must be dirty after a
+crash, exactly that, and every difference of the disks with it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import support
 from e2e.clients import regions_of
-from e2e.engine_child import EngineChild, Nursery
+from e2e.engine_child import EngineChild, EngineError, Nursery
+from e2e.oracle import (
+    ALL,
+    EXTENT,
+    REGION,
+    SIZE,
+    active_regions,
+    open_slots,
+    page_cache_lived,
+    stopped_cleanly,
+)
 from e2e.servers import Secondary
 
 from nbd_mirror import core
@@ -25,109 +34,11 @@ from nbd_mirror.errors import MirrorError
 from nbd_mirror.mapview import open_map
 from nbd_mirror.state import RemoteState
 
-__all__ = [
-    "ALL",
-    "EXTENT",
-    "REGION",
-    "SIZE",
-    "Bench",
-    "Failed",
-    "active_regions",
-    "lose_power",
-    "page_cache_lived",
-    "span",
-]
-
-SIZE = 9 << 20  # two activity extents and a short one
-REGION = 64 << 10
-EXTENT = 4 << 20
-PAGE = 4096
-ALL = frozenset(range(SIZE // REGION))
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-SUPERBLOCK_CLEAN = 1
+__all__ = ["EXTENT", "REGION", "SIZE", "Bench", "Failed"]
 
 
 class Failed(Exception):  # noqa: N818  what an error test waits for
     """The volume has failed while a script waited for something else."""
-
-
-def span(offset: int, length: int, unit: int = REGION) -> set[int]:
-    """Return the regions that a range touches."""
-    return set(range(offset // unit, (offset + length - 1) // unit + 1))
-
-
-# --- what the files say ------------------------------------------------------
-
-
-def superblock(state: Path) -> bytes:
-    """Return the newer slot of the superblock; both are whole after a kill."""
-    content = (state / "superblock").read_bytes()
-    slots = content[:PAGE], content[PAGE : 2 * PAGE]
-    return max(slots, key=lambda slot: struct.unpack_from("<Q", slot, 16)[0])
-
-
-def stopped_cleanly(state: Path) -> bool:
-    """Tell whether the superblock says so."""
-    flags: int = struct.unpack_from("<I", superblock(state), 204)[0]
-    return bool(flags & SUPERBLOCK_CLEAN)
-
-
-def page_cache_lived(state: Path) -> bool:
-    """Tell whether the slots may be believed: this boot, and no failed store."""
-    boot = bytes.fromhex(BOOT_ID.read_text().strip().replace("-", ""))
-    return superblock(state)[208:224] == boot and not (state / "distrust").exists()
-
-
-def open_slots(state: Path) -> set[int]:
-    """Return the regions of the in-flight log's open slots."""
-    content = (state / "inflight").read_bytes()[PAGE:]
-    found: set[int] = set()
-    for at in range(0, len(content) - 63, 64):
-        word, _, offset, length = struct.unpack_from("<4Q", content, at)
-        if word:
-            found |= span(offset, length)
-    return found
-
-
-def active_regions(state: Path) -> set[int]:
-    """Return the regions of the activity log's extents."""
-    content = (state / "activity").read_bytes()[PAGE:]
-    found: set[int] = set()
-    for at in range(0, len(content) - 511, 512):
-        for entry in struct.unpack_from("<62Q", content, at + 16):
-            if entry:
-                found |= span((entry - 1) * EXTENT, EXTENT)
-    return found
-
-
-def lose_power(state: Path) -> None:
-    """Have the superblock be of another boot: both slots, with their CRC."""
-    path = state / "superblock"
-    content = bytearray(path.read_bytes())
-    for at in (0, PAGE):
-        page = content[at : at + PAGE]
-        page[208:224] = bytes(16)
-        page[12:16] = bytes(4)
-        page[12:16] = crc32c(bytes(page)).to_bytes(4, "little")
-        content[at : at + PAGE] = page
-    path.write_bytes(content)
-
-
-def _crc_of(value: int) -> int:
-    for _ in range(8):
-        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-    return value
-
-
-_TABLE = [_crc_of(value) for value in range(256)]
-
-
-def crc32c(data: bytes) -> int:
-    """Return the CRC32C (Castagnoli) of *data*."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
 
 
 def copy_sparse(source: Path, target: Path) -> None:
@@ -283,6 +194,23 @@ class Bench:
                 raise Failed
         raise AssertionError(f"resync does not end: {status}")
 
+    def bring_local_back(self) -> None:
+        """Use the local disk again, and copy to it what it misses, if it failed."""
+        child = self.child
+        assert child
+        try:
+            child.call("local_attach", str(self.case / "local.img"))
+        except EngineError as error:
+            if error.errno != errno.EALREADY:
+                raise
+        else:
+            child.call("local_admit")
+        for _ in range(50):
+            if child.call("status").local_ok:
+                return
+            child.call("local_resync")
+        raise AssertionError("copying back does not end")
+
     # --- judging ---
 
     def serve(self) -> None:
@@ -349,9 +277,23 @@ class Bench:
             return set()
         return open_slots(self.state) if page_cache_lived(self.state) else owed
 
-    def check_content(self) -> None:
+    def recover_local_and_check(self) -> None:
+        """Open what a crash left of a volume whose local disk had failed; mend it."""
+        self.serve()
+        child = self.open()
+        self.connect()
+        assert child.call("remote_status", 0).state is not RemoteState.FAILED
+        self.check_content(child.call("read", 0, SIZE))
+        self.bring_local_back()
+        if child.call("remote_status", 0).state is not RemoteState.IN_SYNC:
+            self.catch_up()
+        child.call("flush")
+        assert self.differing() == set(), "in sync, and yet not equal"
+        self.check_content()
+
+    def check_content(self, content: bytes = b"") -> None:
         """Fail unless local holds every answered byte, old or new where under way."""
-        local = bytearray((self.case / "local.img").read_bytes())
+        local = bytearray(content or (self.case / "local.img").read_bytes())
         start, end = self.new_at, self.new_at + len(self.new)
         for at in range(start, end, 512):
             old, new = self.old[at : at + 512], self.new[at - start :][:512]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from e2e.bench import EXTENT, REGION, SIZE, Bench, active_regions, lose_power, span
+from e2e.bench import EXTENT, REGION, SIZE, Bench
 from e2e.engine_child import Died
+from e2e.oracle import active_regions, lose_power, span
 
 from nbd_mirror import core
 from nbd_mirror.state import RemoteState
@@ -36,6 +37,7 @@ class Case:
     allowed_power: set[int] = field(default_factory=set)
     before: dict[str, int] = field(default_factory=dict)
     marked: bool = False
+    local_failed: bool = False
 
     def open(self, hold_ms: int = 10_000) -> None:
         """Open the volume in a child with the fault."""
@@ -216,13 +218,36 @@ def fail_and_reset(case: Case) -> None:
     case.bench.child.call("reset", 0)
 
 
+def local_fails(case: Case) -> None:
+    """Write what local refuses: the remote takes its place."""
+    case.open_in_sync()
+    case.bench.write(*BEFORE)
+    case.mark(ACROSS)
+    case.bench.write(*ACROSS)
+
+
+def local_back(case: Case) -> None:
+    """Have the local disk back, and copy to it what it misses."""
+    bench = case.bench
+    case.open_in_sync()
+    bench.write(*BEFORE)
+    bench.write(*ACROSS)
+    case.mark(ACROSS)
+    bench.bring_local_back()
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A script, the files it begins with, and faults of its own."""
+    """
+    A script, the files it begins with, and faults of its own.
+
+    *local_failed*: the local disk may be missing something in the end.
+    """
 
     script: Callable[[Case], None]
     files: str = "clean"
     extra: str = ""
+    local_failed: bool = False
 
 
 KINDS = {
@@ -246,6 +271,8 @@ KINDS = {
     "invalidate": Kind(invalidate),
     "fail and reset": Kind(fail_and_reset),
     "log not written": Kind(write, extra="activity_sync:2=error,"),
+    "local fails": Kind(local_fails, extra="local_write:2=error,", local_failed=True),
+    "local is back": Kind(local_back, extra="local_write:2=error,", local_failed=True),
 }
 
 

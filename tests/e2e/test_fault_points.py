@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.bench import ALL, EXTENT, Bench, Failed, lose_power, page_cache_lived
+from e2e.bench import EXTENT, Bench, Failed
 from e2e.engine_child import Died, EngineError
 from e2e.fault_kinds import KINDS, MAKERS, Case, Kind, make_clean
+from e2e.oracle import ALL, lose_power, page_cache_lived
 
 from nbd_mirror import core
 
@@ -89,7 +90,10 @@ def recover(case: Case, *, power: bool) -> None:
     elif power:
         lose_power(bench.state)
         allowed = case.allowed_power
-    bench.recover_and_check(allowed)
+    if case.local_failed:
+        bench.recover_local_and_check()
+    else:
+        bench.recover_and_check(allowed)
     bench.end()
 
 
@@ -101,7 +105,7 @@ def begin(bench: Bench, kind: Kind, fault: str) -> Case:
     """Put the kind's files back, and give a case with the fault."""
     bench.restore("begin")
     bench.serve()
-    return Case(bench, kind.extra + fault)
+    return Case(bench, kind.extra + fault, local_failed=kind.local_failed)
 
 
 def check_kill(bench: Bench, kind: Kind, fault: str, *, power: bool) -> None:
