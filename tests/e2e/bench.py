@@ -32,7 +32,7 @@ from e2e.servers import Secondary
 from nbd_mirror import core
 from nbd_mirror.errors import MirrorError
 from nbd_mirror.mapview import open_map
-from nbd_mirror.state import RemoteState
+from nbd_mirror.state import LocalState, RemoteState
 
 __all__ = ["EXTENT", "REGION", "SIZE", "Bench", "Failed"]
 
@@ -199,16 +199,16 @@ class Bench:
         child = self.child
         assert child
         try:
-            child.call("local_attach", str(self.case / "local.img"))
+            child.call("local_attach", str(self.case / "local.img"), replaced=False)
         except EngineError as error:
             if error.errno != errno.EALREADY:
                 raise
         else:
             child.call("local_admit")
         for _ in range(50):
-            if child.call("status").local_ok:
+            if child.call("status").local.state is LocalState.OK:
                 return
-            child.call("local_resync")
+            child.call("local_resync", 0, 32 << 20, 1)
         raise AssertionError("copying back does not end")
 
     # --- judging ---

@@ -196,24 +196,7 @@ class Servant:
             content = bytearray(length)
             self.engine.pread(content, offset)
             return bytes(content)
-        if name.startswith("local_"):
-            return self._local(name, *arguments)
         return getattr(self.engine, name)(*arguments, **options)
-
-    def _local(self, name: str, *arguments: str) -> int:
-        """Attach, admit or copy back the local disk, as its policy thread does."""
-        assert self.engine is not None
-        handle = self.engine.handle
-        if name == "local_attach":
-            path = os.fsencode(arguments[0])
-            rc = core.lib.nbdm_local_attach(handle, path, 0)
-        elif name == "local_admit":
-            rc = core.lib.nbdm_local_admit(handle)
-        else:
-            batch = core.ffi.new("struct nbdm_resync *")
-            batch.max_bytes = 32 << 20
-            rc = core.lib.nbdm_local_resync(handle, batch)
-        return core.check(rc, name)
 
     def _open(self, params: core.Params, policies: Sequence[RemotePolicy] = ()) -> None:
         self.engine = core.Engine(params)
