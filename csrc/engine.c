@@ -151,7 +151,7 @@ kind_name (enum slot_kind kind)
  * bytes, or will get them without losing the client's trust (degrade).
  */
 static bool
-leg_settle_locked (struct request *req, struct leg *leg, int local_rc)
+leg_settle_locked (struct request *req, struct leg *leg, int alike)
 {
   struct remote *r = leg->remote;
   char why[NBDM_REASON_LEN];
@@ -164,7 +164,7 @@ leg_settle_locked (struct request *req, struct leg *leg, int local_rc)
   /* Both refused alike: nothing is known of either, but neither is worse;
    * the range is copied from local again (local_error_locked).
    */
-  if (leg->result != LEG_LOST && leg->result != local_rc) {
+  if (leg->result != LEG_LOST && leg->result != alike) {
     snprintf (why, sizeof why, "it answered a %s at %llu with: %s",
               kind_name (req->kind), (unsigned long long)req->offset,
               strerror (-leg->result));
@@ -237,20 +237,35 @@ secure_locked (struct nbdm *v, struct request *req, bool on_local)
                             "has answered the write");
 }
 
-/* The request's answer, by what became of each leg.  May drop the lock. */
+static bool
+on_any_remote (const struct nbdm *v, const struct request *req)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (req->legs[i].active && req->legs[i].result == 0)
+      return true;
+  return false;
+}
+
+/* The request's answer, by what became of each leg.  May drop the lock.
+ *
+ * A remote that refused as local did is in sync until local_error_locked, and
+ * must not take local's place meanwhile: neither would have the range then.
+ * It is as good as local only while nobody is better.
+ */
 static int
 decide_locked (struct nbdm *v, struct request *req, int local_rc)
 {
+  bool remote_has = on_any_remote (v, req);
   bool everywhere = true;
-  int rc = local_rc;
+  int alike, rc = local_rc;
 
   while (v->local.taking_over)
     pthread_cond_wait (&v->changed, &v->lock);
+  alike = remote_has || v->local.state == NBDM_LOCAL_FAILED ? 0 : local_rc;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req->legs[i].active)
-      everywhere
-          = leg_settle_locked (req, &req->legs[i], local_rc) && everywhere;
-  if (rc < 0 && local_takeover_locked (v) == 0)
+      everywhere = leg_settle_locked (req, &req->legs[i], alike) && everywhere;
+  if (rc < 0 && remote_has && local_takeover_locked (v) == 0)
     rc = 0;
   if (rc < 0 && v->local.flush_error)
     volume_fail_locked (v, v->local.reason);

@@ -237,3 +237,21 @@ def test_error_of_both_is_told_and_reconciled(
     assert lost == (number != errno.EIO), "the same error: neither is worse"
     assert site.faulty.count("received") > copies + 1, "copied from local again"
     finish(site, handle)
+
+
+def test_error_of_local_and_one_of_two_remotes(new_site: Sites) -> None:
+    """One remote has it: that one serves, and who refused as local did is behind."""
+    site = new_site(remotes=["faulty", "faulty"], size=SIZE)
+    begin(site).shutdown()
+    site.stop()
+    site.serve(fault="local_write:1=error")
+    site.wait_in_sync()
+    handle = site.client()
+    site.faulty.on("received", faults.error(errno.EIO), times=1, at=AT)
+    ask(handle, "write")
+    site.wait_log("dr: in_sync -> out_of_sync")
+    site.wait_in_sync()
+    images = [one.image.read_bytes() for one in site.secondaries]
+    assert images[0] == images[1]
+    assert bytes(handle.pread(64 * 1024, AT)) == images[1][AT : AT + 64 * 1024]
+    handle.shutdown()
