@@ -169,7 +169,7 @@ def write_all(handles: list[Any], content: Any, depth: int) -> None:
 
 def test_frozen_remote_under_large_writes_is_bounded(new_site: Sites) -> None:
     """Many clients' large writes against a hung remote use no more each time."""
-    clients, depth = 4, 8
+    clients, depth = 2, 16  # all of nbdkit's threads for a connection, at once
     site = new_site(size=clients * depth * MIB, late_write_window="0s")
     site.deadline = "300ms"
     site.write_config()
@@ -189,8 +189,9 @@ def test_frozen_remote_under_large_writes_is_bounded(new_site: Sites) -> None:
     # 16 MiB of buffers. A copy for each leg is what the engine could add.
     limit = usages[0].resident + 2 * clients * depth * KIB + 48 * KIB
     assert usages[-1].peak < limit, usages
-    assert usages[-1].resident - usages[3].resident < 8 * KIB, usages
-    assert usages[-1].descriptors == usages[0].descriptors, usages
+    # The peak: what is free again is given back to the system now and then only.
+    assert usages[-1].peak - usages[3].peak < 12 * KIB, usages
+    assert usages[-1].descriptors <= usages[0].descriptors, usages
     assert usages[-1].threads <= usages[3].threads, usages
     for one in handles:
         one.shutdown()
