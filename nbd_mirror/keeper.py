@@ -123,6 +123,8 @@ class Keeper:
         self._error = ""  # why it does not work now
         self._last_error = ""  # the last one ever
         self._connecting = False
+        self._asked = False  # to try at once, since the attempt under way began
+        self._in_use = False  # admitted, and not noticed lost since
         self._progress: Progress | None = None
 
     def start(self) -> None:
@@ -150,6 +152,7 @@ class Keeper:
         with self._lock:
             self._retry_at = self._clock()
             self._error = ""
+            self._asked = True
 
     def view(self) -> View:
         """Report the remote as it is now. Does not block on I/O."""
@@ -235,7 +238,9 @@ class Keeper:
     def _observe(self, status: RemoteStatus) -> None:
         """Take notice of what changed since the last turn, and say so."""
         seen, self._seen = self._seen, status
-        if seen is not None and seen.admitted and not status.admitted:
+        # Not by what was seen last: it may have come and gone in between.
+        if self._in_use and not status.admitted:
+            self._in_use = False
             self._lost(status)
         if status.admitted and status.state is RemoteState.IN_SYNC:
             self._note_progress()
@@ -309,6 +314,8 @@ class Keeper:
         if words != self._error and not self._ending:
             self._log("warning", f"{self._name}: {words}")
         with self._lock:
+            if self._asked:  # perhaps at another uri than the one that failed
+                self._asked, wait_s = False, 0.0
             self._error = self._last_error = words
             self._retry_at = self._clock() + wait_s
 
@@ -316,7 +323,7 @@ class Keeper:
 
     def _connect(self, status: RemoteStatus) -> None:
         with self._lock:
-            uri, self._connecting = self._uri, True
+            uri, self._connecting, self._asked = self._uri, True, False
         try:
             self._connect_to(uri, status)
         finally:
@@ -382,6 +389,7 @@ class Keeper:
             # lost connection still carries counts from now on.
             self._late_until = now + self._policy.late_window_s
         self._engine.admit(self._remote)
+        self._in_use = True
         with self._lock:
             # Its last error stays the reason until something was copied.
             self._retry_at = now

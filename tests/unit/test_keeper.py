@@ -247,6 +247,61 @@ class TestSample:
         assert same_images(synced, remote)
 
 
+class TestBackOff:
+    """When the next attempt is made."""
+
+    def test_connection_that_dies_at_once_is_noticed_and_backed_off(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """It was never seen admitted, and still each loss is told and waited out."""
+
+        class Dying(core.Engine):
+            def admit(self, remote: int) -> None:
+                super().admit(remote)
+                self.drop(remote, "gone at once")
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Dying)
+        try:
+            remote.start()
+            mirror.keep()
+            wait_until(lambda: sum("connect: nbd" in x for x in mirror.log) >= 3, "3")
+        finally:
+            mirror.close()
+        events = [x.split()[2] for x in mirror.log if "connect: " in x]
+        assert events[:5] == ["connect:", "disconnect:"] * 2 + ["connect:"]
+
+    def test_asked_during_an_attempt_tries_again_when_it_fails(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """An operator's resume amid an attempt is not lost to that one's back-off."""
+        trying, go_on = threading.Event(), threading.Event()
+
+        class Slow(core.Engine):
+            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+                if "nowhere" in uri:
+                    trying.set()
+                    assert go_on.wait(20)
+                super().connect(remote, uri, timeout_s)
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, "nbd+unix:///?socket=/nowhere", Slow)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            assert trying.wait(20)
+            keeper._attempt = 30  # the back-off by now: half a minute
+            keeper.retry_now(remote.uri)
+            mirror.engine.explain(0, "an operator resumed it")
+            go_on.set()
+            wait_until(lambda: mirror.state() is RemoteState.IN_SYNC, "in_sync")
+        finally:
+            go_on.set()
+            mirror.close()
+
+
 class TestPolicy:
     """When it acts, and when it does not."""
 
