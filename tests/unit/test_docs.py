@@ -413,3 +413,11 @@ def test_documents_say_their_licence() -> None:
     for page in [*PAGES, *UNITS]:
         first = page.read_text().splitlines()[0]
         assert "SPDX-License-Identifier: BSD-3-Clause" in first, page.name
+
+
+def test_testing_names_tests_that_are_there() -> None:
+    """Every test that testing.md calls a proof exists."""
+    text = (ROOT / "docs" / "testing.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/.]+)`", text))
+    assert len(named) > 20
+    assert [one for one in sorted(named) if not (ROOT / one).is_file()] == []
