@@ -12,6 +12,7 @@ control socket's thread, one at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import random as _random
 import threading
@@ -118,8 +119,12 @@ class LocalKeeper:
             return LocalView(facts, volume.local, self._path, self._progress)
 
     def why_not_used(self) -> str:
-        """Say why the local disk is not used, and what helps; "" if it is."""
-        facts = self.view().facts
+        """
+        Say at a start why the local disk is not used, and what helps; "" if it is.
+
+        No remote is connected yet, and that is no news.
+        """
+        facts = dataclasses.replace(self.view().facts, sources=1)
         return self._why(facts) if facts.state is LocalState.FAILED else ""
 
     def _why(self, facts: LocalFacts) -> str:
@@ -290,7 +295,7 @@ class LocalKeeper:
             self._repairing = came_from_ok and not self._admitted
         elif before is not state:
             self._admitted = False
-            if state is LocalState.FAILED:
+            if state is LocalState.FAILED and seen is not None:
                 self._log("error", f"local_failed: {self._why(facts)}")
         self._follow_resync(volume.local, facts)
         self._say_repairs(volume.local)

@@ -309,7 +309,7 @@ def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str,
         because = facts.reason or "it gave an error"
         served = "the remotes serve reads and writes"
         if facts.sources == 0:
-            served = "and no remote is connected: reads and writes get EIO"
+            served = "and no remote is connected: after the hold, requests get EIO"
         resume = f"nbd-mirror resume {config_name} local, if the same disk works again"
         full_copy = f"nbd-mirror invalidate {config_name} local (copies all to it)"
         return (
