@@ -127,6 +127,8 @@ def _show_local(
     if progress:
         _line(console, f"    resync: {progress}")
     _why(console, local, asked)
+    if local["last_error"]:
+        _line(console, f"    last error: {local['last_error']}")
 
 
 def _show_remote(

@@ -138,6 +138,7 @@ def _local(config: VolumeConfig, volume: VolumeStatus) -> dict[str, Any]:
         "repaired_regions": 0,
         "copied_bytes": 0,
         "resync": None,
+        "last_error": "",
         "since": "",
     }
 

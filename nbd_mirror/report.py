@@ -71,6 +71,8 @@ def local_dict(view: LocalView) -> dict[str, Any]:
         "repaired_regions": status.repaired,
         "copied_bytes": status.copied_bytes,
         "resync": _resync(view.progress, moving=moving),
+        # While it is ok the engine keeps there what it last could not do.
+        "last_error": status.reason if facts.state is LocalState.OK else "",
         "since": _time(status.since),
     }
 

@@ -297,6 +297,7 @@ def test_error_without_a_remote_in_sync_reaches_the_client(site: Site) -> None:
     found = local_of(site)
     assert found["state"] == "ok"
     assert found["errors"] >= 2
+    assert "failed to write at 1048576" in found["last_error"]
     # The remote is back, and dirty there: still nobody's to read.
     site.dr.start()
     site.tell("pause")

@@ -98,6 +98,7 @@ def _local(**changes: Any) -> dict[str, Any]:
         "repaired_regions": 0,
         "copied_bytes": 0,
         "resync": None,
+        "last_error": "",
         "since": "",
     }
     return {**local, **changes}
@@ -393,8 +394,10 @@ def test_status_of_a_failed_local_disk_is_loud_and_said_once() -> None:
 
 def test_status_counts_repaired_regions_of_a_disk_that_is_ok() -> None:
     """A disk that loses sectors is shown to, before it fails as a whole."""
-    text = _shown(_status(_remote(), local=_local(errors=2, repaired_regions=2)))
+    local = _local(errors=2, repaired_regions=2, last_error="failed to read at 512")
+    text = _shown(_status(_remote(), local=local))
     assert "/d.img, 2 errors, 2 regions repaired" in text
+    assert "last error: failed to read at 512" in text
 
 
 def test_status_on_a_terminal_is_coloured_unless_no_color(
