@@ -118,10 +118,12 @@ copy_run (struct back *b)
   pthread_cond_t granted = PTHREAD_COND_INITIALIZER;
   uint64_t first, count, end;
   struct range range;
+  unsigned failures;
   bool found;
   int rc;
 
   pthread_mutex_lock (&v->lock);
+  failures = v->local.failures;
   found = find_run_locked (b, &first, &count);
   pthread_mutex_unlock (&v->lock);
   if (!found)
@@ -134,7 +136,9 @@ copy_run (struct back *b)
     return set_message (-ENOTCONN, "copying back was interrupted");
   rc = copy_range (b, &range);
   pthread_mutex_lock (&v->lock);
-  if (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING)
+  /* It may have failed and been replaced while we wrote: to the old one. */
+  if (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING
+      && v->local.failures == failures)
     bitmap_set (&v->local.dm.copied, first, count);
   rangelock_remove (&v->ranges, &range);
   pthread_mutex_unlock (&v->lock);

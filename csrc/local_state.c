@@ -160,18 +160,34 @@ take_back_locked (struct nbdm *v)
   }
 }
 
-static bool
-flush_remote_unlocked (struct remote *r)
+/* Flush every remote: any of them may become the only one to have something,
+ * when the others are lost.  `durable`: all that it answered before is.  One
+ * that was lost on the way and came back is not, though its flush succeeds:
+ * that was of another connection, and what the first one answered became dirty
+ * where another remote had it, and nowhere else.  Drops the lock.
+ */
+static void
+flush_remotes_locked (struct nbdm *v, bool *durable)
 {
-  struct nbdm *v = r->volume;
-  struct remote_flush flush;
-  int rc;
+  struct remote_flush flushes[NBDM_MAX_REMOTES];
+  struct conn *conns[NBDM_MAX_REMOTES];
+  uint32_t nr = v->nr_remotes;
 
+  for (uint32_t i = 0; i < nr; i++)
+    conns[i] = v->remotes[i].admitted ? conn_get (v->remotes[i].conn) : NULL;
   pthread_mutex_unlock (&v->lock);
-  remote_flush_begin (r, &flush);
-  rc = remote_flush_end (&flush);
+  for (uint32_t i = 0; i < nr; i++)
+    if (conns[i])
+      remote_flush_begin (&v->remotes[i], &flushes[i]);
+  for (uint32_t i = 0; i < nr; i++)
+    durable[i] = conns[i] && remote_flush_end (&flushes[i]) == 0;
   pthread_mutex_lock (&v->lock);
-  return rc == 0;
+  for (uint32_t i = 0; i < nr; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    durable[i] = durable[i] && r->admitted && r->conn == conns[i];
+    conn_put (conns[i]);
+  }
 }
 
 static void
@@ -190,36 +206,57 @@ end_taking_over_locked (struct nbdm *v)
   pthread_cond_broadcast (&v->changed);
 }
 
-static struct remote *
-successor_locked (struct nbdm *v)
+/* In sync is not enough: a write that both refused alike has made its range
+ * dirty on the remote, to be copied from local again.  `durable`: only of
+ * these; NULL: of all.
+ */
+static bool
+successor_locked (const struct nbdm *v, const bool *durable)
 {
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].admitted && v->remotes[i].state == NBDM_IN_SYNC)
-      return &v->remotes[i];
-  return NULL;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    if (r->admitted && r->state == NBDM_IN_SYNC
+        && r->dm.map[MAP_DIRTY].nr_set == 0 && (!durable || durable[i]))
+      return true;
+  }
+  return false;
+}
+
+/* Requests that came while the remotes were flushed may have activated more
+ * extents, and local has failed under them too.  And what was copied back and
+ * not flushed is lost with the rest.
+ */
+static void
+fail_locked (struct nbdm *v)
+{
+  visit_active_locked (v, miss_run_locked);
+  bitmap_clear_all (&v->local.dm.copied);
+  v->local.attached = false;
+  v->local.failures++;
+  /* It may have been switched to meanwhile. */
+  if (v->policy == NBDM_STOP)
+    v->fenced = true;
+  local_set_locked (v, NBDM_LOCAL_FAILED);
 }
 
 int
 local_takeover_locked (struct nbdm *v)
 {
-  struct remote *r;
-  bool flushed;
+  bool durable[NBDM_MAX_REMOTES];
 
   await_takeover_locked (v);
   if (v->local.state == NBDM_LOCAL_FAILED)
     return 0;
-  r = successor_locked (v);
-  if (r == NULL || v->policy == NBDM_STOP || v->failed)
+  if (!successor_locked (v, NULL) || v->policy == NBDM_STOP || v->failed)
     return -EIO;
   v->local.taking_over = true;
   visit_active_locked (v, miss_run_locked);
   volume_persist_locked (v);
   fault_point ("takeover_marked");
-  flushed = flush_remote_unlocked (r);
-  if (flushed && r->admitted && r->state == NBDM_IN_SYNC && !v->failed) {
-    local_set_locked (v, NBDM_LOCAL_FAILED);
-    v->local.attached = false;
-  }
+  flush_remotes_locked (v, durable);
+  if (successor_locked (v, durable) && !v->failed)
+    fail_locked (v);
   else if (v->local.state == NBDM_LOCAL_OK)
     take_back_locked (v);
   fault_point ("takeover_done");
@@ -237,32 +274,33 @@ local_flush_lost_locked (struct nbdm *v)
   return rc;
 }
 
-/* A remote that has the region and may become its only source. */
-static struct remote *
-keeper_of_locked (struct nbdm *v, uint64_t region)
+/* Is there a remote that has the region and may become its only source? */
+static bool
+kept_locked (const struct nbdm *v, uint64_t region, const bool *durable)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].admitted && remote_has_locked (&v->remotes[i], region))
-      return &v->remotes[i];
-  return NULL;
+    if (v->remotes[i].admitted && remote_has_locked (&v->remotes[i], region)
+        && (!durable || durable[i]))
+      return true;
+  return false;
 }
 
 void
 local_miss_region (struct nbdm *v, uint64_t region)
 {
-  struct remote *r;
+  bool durable[NBDM_MAX_REMOTES];
 
   pthread_mutex_lock (&v->lock);
   await_takeover_locked (v);
-  r = keeper_of_locked (v, region);
-  if (r && !v->failed && local_has_locked (v, region)) {
+  if (kept_locked (v, region, NULL) && !v->failed
+      && local_has_locked (v, region)) {
     bool was_ok = v->local.state == NBDM_LOCAL_OK;
 
     v->local.taking_over = true;
     miss_run_locked (v, region, 1);
     volume_persist_locked (v);
-    if (flush_remote_unlocked (r) && r->admitted && !v->failed
-        && remote_has_locked (r, region)) {
+    flush_remotes_locked (v, durable);
+    if (kept_locked (v, region, durable) && !v->failed) {
       if (was_ok) {
         local_set_locked (v, NBDM_LOCAL_RESYNCING);
         v->local.repairing = true;

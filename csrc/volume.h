@@ -78,6 +78,7 @@ struct local {
   bool attached;          /* failed, and open again */
   bool repairing;         /* was ok: it misses what it could not read */
   bool taking_over;       /* being made to miss something: nobody is answered */
+  atomic_uint failures;   /* times it became failed since start */
   struct flush_group flush;
   int flush_error;     /* sticky: a failed fsync is never believed again */
   atomic_bool doubted; /* a flush failed: it may have lost writes */

@@ -38,6 +38,8 @@
 
 static char dir[64];
 static pid_t server;
+static bool
+    failing_server; /* refuses writes while the file "refuse" is there */
 static struct nbdm *volume;
 static struct nbdm_params params;
 static uint32_t flush_bytes, flush_ms; /* 0: as the engine has it */
@@ -81,6 +83,15 @@ start_server (void)
   assert (server >= 0);
   if (server == 0) {
     prctl (PR_SET_PDEATHSIG, SIGKILL);
+    if (failing_server) {
+      char trigger[160];
+
+      snprintf (trigger, sizeof trigger, "error-file=%s", path ("refuse"));
+      execlp ("nbdkit", "nbdkit", "-f", "-U", path ("sock"), "--filter=error",
+              "file", path ("remote"), "error=EIO", "error-pwrite-rate=100%",
+              trigger, (char *)NULL);
+      _exit (127);
+    }
     execlp ("nbdkit", "nbdkit", "-f", "-U", path ("sock"), "file",
             path ("remote"), (char *)NULL);
     _exit (127);

@@ -26,6 +26,17 @@ bring_up (const char *fault)
   resync_to_end ();
 }
 
+/* Of the last region, which is shorter than a block. */
+static void
+write_short_block (unsigned region, uint8_t value, int expected)
+{
+  uint8_t buf[512];
+
+  memset (buf, value, sizeof buf);
+  assert (nbdm_pwrite (volume, buf, sizeof buf, region * REGION, 0)
+          == expected);
+}
+
 static void
 write_block (unsigned region, uint8_t value, int expected)
 {
@@ -251,9 +262,9 @@ test_policy_stop_takes_nothing_over (void)
   end_equal ();
 }
 
-/* A process killed between the marks and the superblock believes the marks. */
+/* A child makes three writes, the last in a cold extent, and is killed. */
 static void
-test_killed_in_a_takeover (void)
+kill_writer (const char *fault)
 {
   pid_t pid;
   int wstatus;
@@ -264,7 +275,7 @@ test_killed_in_a_takeover (void)
   pid = fork ();
   assert (pid >= 0);
   if (pid == 0) {
-    setenv ("NBDM_FAULT", "local_write:2=error,takeover_marked=kill", 1);
+    setenv ("NBDM_FAULT", fault, 1);
     execl ("/proc/self/exe", "test_local", "--killed-in-a-takeover", dir,
            (char *)NULL);
     _exit (127);
@@ -272,6 +283,13 @@ test_killed_in_a_takeover (void)
   waitpid (pid, &wstatus, 0);
   assert (WIFSIGNALED (wstatus) && WTERMSIG (wstatus) == SIGKILL);
   reopen ();
+}
+
+/* A process killed between the marks and the superblock believes the marks. */
+static void
+test_killed_in_a_takeover (void)
+{
+  kill_writer ("local_write:2=error,takeover_marked=kill");
   assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
   assert_block (0, 1);
   copy_back ();
@@ -289,7 +307,34 @@ child_killed_in_a_takeover (const char *folder)
   resync_to_end ();
   write_block (0, 1, 0);
   write_block (1, 2, 0);
+  write_short_block (64, 3, 0);
   abort (); /* it was to be killed */
+}
+
+/* Both refuse a write alike: neither is worse, and local, which was whole
+ * before it, stays the source.
+ */
+static void
+test_both_refuse_alike (void)
+{
+  int fd;
+
+  setenv ("NBDM_FAULT", "local_write:2=error", 1);
+  failing_server = true;
+  make_site (NBDM_DEGRADE, 300, 5000);
+  connect_remote ();
+  resync_to_end ();
+  write_block (0, 1, 0);
+  fd = open (path ("refuse"), O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+  assert (fd >= 0);
+  close (fd);
+  write_block (0, 2, -EIO);
+  assert (unlink (path ("refuse")) == 0);
+  assert_block (0, 1);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  resync_to_end ();
+  assert_block (0, 1);
+  end_equal ();
 }
 
 /* Whatever fails and when: no client sees an error, and the disks end equal. */
@@ -322,6 +367,7 @@ static const struct engine_test tests[] = {
   TEST (test_bad_sector_is_rewritten),
   TEST (test_policy_stop_takes_nothing_over),
   TEST (test_killed_in_a_takeover),
+  TEST (test_both_refuse_alike),
   TEST (test_takeover_under_load),
 };
 
