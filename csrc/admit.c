@@ -208,6 +208,23 @@ classify_local_locked (struct nbdm *v, struct request *req)
   }
 }
 
+/* A remote that gets nothing misses it from now on.  While local is ok the
+ * activity log tells that after lost power, for local is the source of what
+ * was active.  Else another remote may be, and only the maps say which of them
+ * it is: so they are durable first.
+ */
+static void
+mark_first_locked (struct remote *r, const struct request *req)
+{
+  struct nbdm *v = r->volume;
+  uint64_t before = r->dm.map[MAP_DIRTY].nr_set;
+
+  generation_advance_locked (v, r);
+  mark_dirty_locked (r, req->offset, req->length, false);
+  if (v->local.state != NBDM_LOCAL_OK && r->dm.map[MAP_DIRTY].nr_set > before)
+    volume_persist_locked (v);
+}
+
 static void
 classify_locked (struct nbdm *v, struct request *req)
 {
@@ -223,8 +240,7 @@ classify_locked (struct nbdm *v, struct request *req)
     leg->conn = NULL;
     leg->active = remote_used_locked (r);
     if (!leg->active) {
-      generation_advance_locked (v, r);
-      mark_dirty_locked (r, req->offset, req->length, false);
+      mark_first_locked (r, req);
       continue;
     }
     leg->waiter = (struct waiter)WAITER_INIT;

@@ -159,8 +159,14 @@ flush_and_clean (struct back *b, struct nbdm_resync *io)
   pthread_mutex_lock (&v->lock);
   if (rc < 0)
     rc = local_flush_lost_locked (v) < 0 ? rc : -EIO;
-  else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed) {
+  else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed
+           && !v->drained) {
     cleaned = dirty_map_clean (&v->local.dm, 0, v->nr_regions);
+    /* Durable before local alone takes a write of it: after lost power the
+     * remote would else count as its source.
+     */
+    if (cleaned > 0)
+      volume_persist_locked (v);
     io->copied_bytes = cleaned * v->region_size;
     v->local.copied_bytes += io->copied_bytes;
     if (v->local.repairing)

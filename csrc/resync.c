@@ -430,6 +430,11 @@ flush_and_clean (struct batch *b, struct nbdm_resync *io)
   if (!v->failed && r->conn == b->conn)
     for (size_t i = 0; i < b->nr_runs; i++)
       cleaned += dirty_map_clean (&r->dm, b->runs[i].first, b->runs[i].count);
+  /* It may be the only one to have what is written next: see mark_first_locked
+   * in admit.c.
+   */
+  if (cleaned > 0 && v->local.state != NBDM_LOCAL_OK)
+    volume_persist_locked (v);
   fault_point ("resync_after_clean");
   io->copied_bytes = cleaned * v->region_size;
   r->copied_bytes += io->copied_bytes;

@@ -318,6 +318,39 @@ policy_stop_in_a_takeover (void *unused)
   end_equal ();
 }
 
+/* Where nothing but local is left to take a write, the maps that say so are
+ * durable: after lost power a region that local had copied back must not be
+ * found missing, nor the write be missing in the map of a remote.
+ */
+static void
+maps_are_durable_first (void *unused)
+{
+  struct nbdm_resync batch = { .max_bytes = REGION };
+
+  (void)unused;
+  bring_up (2, 1000);
+  assert (write_sector (0, 1) == 0);
+  attach_again ();
+  assert (nbdm_local_resync (site.volume, &batch) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (!site.volume->local.dm.changed);
+  nbdm_remote_drop (site.volume, 0, "the test said so");
+  assert (write_sector (EXTENT, 2) == 0); /* it misses this, durably */
+  assert (site_status (&site, 0).dirty_regions == 1);
+  assert (!site.volume->remotes[0].dm.changed);
+  assert (write_sector (EXTENT + 2 * REGION, 2) == 0);
+  assert (site_status (&site, 0).dirty_regions == 2);
+  assert (!site.volume->remotes[0].dm.changed);
+  site_connect (&site, 0);
+  batch = (struct nbdm_resync){ .max_bytes = REGION, .depth = 1 };
+  assert (site_resync (&site, 0, &batch) == 0);
+  assert (site_status (&site, 0).dirty_regions == 1);
+  assert (!site.volume->remotes[0].dm.changed);
+  site_resync_to_end (&site, 0);
+  copy_back ();
+  end_equal ();
+}
+
 /* ----------------------------------------------------------------------- */
 
 static void
@@ -345,6 +378,7 @@ main (int argc, char *argv[])
       fails_while_copying_back },
     { "policy_stop_in_a_takeover", "local_write:1=error",
       policy_stop_in_a_takeover },
+    { "maps_are_durable_first", "local_write:1=error", maps_are_durable_first },
   };
 
   alarm (150); /* nothing here may hang */
