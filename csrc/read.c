@@ -186,7 +186,9 @@ nbdm_extents (struct nbdm *v, uint64_t count, uint64_t offset,
   if (rc < 0)
     return rc;
   /* Its holes say nothing about what it misses. */
-  if (atomic_load (&v->local.state) != NBDM_LOCAL_OK && max > 0) {
+  if ((atomic_load (&v->local.state) != NBDM_LOCAL_OK
+       || atomic_load (&v->local.doubted))
+      && max > 0) {
     extents[0] = (struct nbdm_extent){ offset, count, NBDM_EXTENT_DATA };
     return 1;
   }

@@ -188,6 +188,11 @@ replay_slot (void *opaque, const struct slot_view *slot)
 {
   struct nbdm *v = opaque;
 
+  /* Killed before the write was marked in local's map: were it only dirty on
+   * the remotes, the failed disk would be the source.
+   */
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    local_miss_range_locked (v, slot->offset, slot->length);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     mark_dirty_locked (&v->remotes[i], slot->offset, slot->length, true);
 }

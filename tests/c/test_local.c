@@ -38,6 +38,16 @@ write_short_block (unsigned region, uint8_t value, int expected)
 }
 
 static void
+assert_short_block (unsigned region, uint8_t value)
+{
+  uint8_t buf[512];
+
+  assert (nbdm_pread (volume, buf, sizeof buf, region * REGION) == 0);
+  for (unsigned i = 0; i < sizeof buf; i++)
+    assert (buf[i] == value);
+}
+
+static void
 write_block (unsigned region, uint8_t value, int expected)
 {
   uint8_t buf[4096];
@@ -311,6 +321,41 @@ child_killed_in_a_takeover (const char *folder)
   abort (); /* it was to be killed */
 }
 
+/* Of a write that was logged and not begun: the remote has what was there. */
+static void
+test_killed_before_local_is_marked (void)
+{
+  kill_writer ("local_write:2=error,slot_reserved:3=kill");
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert_short_block (64, 0);
+  assert (nbdm_local_attach (volume, params.local, 1) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  copy_back ();
+  resync_to_end ();
+  assert_short_block (64, 0);
+  end_equal ();
+}
+
+/* What could not be flushed may have been a hole before. */
+static void
+test_holes_of_a_doubted_disk (void)
+{
+  struct nbdm_extent extent;
+
+  bring_up ("local_flush:2=error");
+  assert (nbdm_extents (volume, SIZE, 0, &extent, 1) == 1);
+  assert (extent.type == NBDM_EXTENT_HOLE);
+  kill_server ();
+  wait_state (NBDM_OUT_OF_SYNC);
+  assert (nbdm_flush (volume) == -EIO);
+  assert (volume_status ().failed);
+  assert (nbdm_extents (volume, SIZE, 0, &extent, 1) == 1);
+  assert (extent.type == NBDM_EXTENT_DATA && extent.length == SIZE);
+  assert (nbdm_stop (volume) == -EIO);
+  nbdm_close (volume);
+  remove_site ();
+}
+
 /* Both refuse a write alike: neither is worse, and local, which was whole
  * before it, stays the source.
  */
@@ -367,7 +412,9 @@ static const struct engine_test tests[] = {
   TEST (test_bad_sector_is_rewritten),
   TEST (test_policy_stop_takes_nothing_over),
   TEST (test_killed_in_a_takeover),
+  TEST (test_killed_before_local_is_marked),
   TEST (test_both_refuse_alike),
+  TEST (test_holes_of_a_doubted_disk),
   TEST (test_takeover_under_load),
 };
 
