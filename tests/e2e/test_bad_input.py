@@ -345,7 +345,7 @@ def test_create_disk_full_leaves_nothing_half_made(
     site.state = small / "state"
     site.write_config()
     said = site.refused(8, "no room", commands=["create", str(site.config)])
-    assert "dirty.dr" in said
+    assert "dirty.local" in said
     assert "try: make room" in said
     assert not (site.state / "superblock").exists()
     # With room it works, with no --force.
