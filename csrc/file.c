@@ -65,6 +65,12 @@ full_pwrite (int fd, const void *buf, size_t count, uint64_t offset)
   return 0;
 }
 
+bool
+all_zero (const uint8_t *buf, uint64_t length)
+{
+  return buf[0] == 0 && memcmp (buf, buf + 1, length - 1) == 0;
+}
+
 static void
 format_size (char *text, size_t max, uint64_t size)
 {

@@ -84,6 +84,9 @@ fault_point (const char *name)
 int full_pread (int fd, void *buf, size_t count, uint64_t offset);
 int full_pwrite (int fd, const void *buf, size_t count, uint64_t offset);
 
+/* Is every byte zero?  `length` is at least 1. */
+bool all_zero (const uint8_t *buf, uint64_t length);
+
 /* Make `name` in the directory with `size` bytes of written zeroes after the
  * `header` page, durable, in one step (a rename), so that no half-made file
  * is ever seen.  The space is really allocated: a later store into the map

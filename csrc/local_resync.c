@@ -16,7 +16,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "internal.h"
 #include "volume.h"
@@ -75,12 +74,6 @@ lock_range (struct nbdm *v, struct range *range, pthread_cond_t *granted)
   return held;
 }
 
-static bool
-is_zero (const uint8_t *buf, uint64_t length)
-{
-  return buf[0] == 0 && memcmp (buf, buf + 1, length - 1) == 0;
-}
-
 static int
 copy_range (struct back *b, const struct range *range)
 {
@@ -93,7 +86,7 @@ copy_range (struct back *b, const struct range *range)
                         "is connected",
                         (unsigned long long)range->offset);
   fault_point ("local_resync_after_read");
-  if (is_zero (b->buf, range->length)) {
+  if (all_zero (b->buf, range->length)) {
     b->zero_bytes += range->length;
     rc = local_zero (v, range->length, range->offset, true);
   }
@@ -197,26 +190,4 @@ nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
   free (b.buf);
   clean_rc = rc == -EIO ? 0 : flush_and_clean (&b, io);
   return rc < 0 ? rc : clean_rc;
-}
-
-uint64_t
-nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
-{
-  struct timespec until;
-  uint64_t serial;
-  int rc = 0;
-
-  clock_gettime (CLOCK_MONOTONIC, &until);
-  until.tv_sec += timeout_ms / 1000;
-  until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-  if (until.tv_nsec >= 1000000000) {
-    until.tv_nsec -= 1000000000;
-    until.tv_sec++;
-  }
-  pthread_mutex_lock (&v->lock);
-  while (v->local.serial == seen && !v->waking && rc == 0)
-    rc = pthread_cond_timedwait (&v->events, &v->lock, &until);
-  serial = v->local.serial;
-  pthread_mutex_unlock (&v->lock);
-  return serial;
 }

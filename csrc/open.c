@@ -144,20 +144,29 @@ load_superblock (struct nbdm *v, const char *state_dir)
   return superblock_identity (v->dirfd, v->boot_id, v->mount_id);
 }
 
+/* Durable with the session: nobody is to find it open, however this ends. */
+static void
+begin_fence (struct nbdm *v)
+{
+  bool behind = v->local.state != NBDM_LOCAL_OK;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    behind = behind || v->remotes[i].state != NBDM_IN_SYNC;
+  v->fenced = behind && v->policy == NBDM_STOP;
+}
+
 /* In sync and not connected yet is holding: early writes wait for the first
  * connection as for a lost one.
  */
 static void
 begin_states (struct nbdm *v)
 {
-  v->fenced = v->policy == NBDM_STOP && v->local.state != NBDM_LOCAL_OK;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
     if (r->state != NBDM_IN_SYNC) {
       if (r->state != NBDM_FAILED)
         r->state = NBDM_OUT_OF_SYNC;
-      v->fenced = v->fenced || v->policy == NBDM_STOP;
       continue;
     }
     r->state = NBDM_HOLDING;
@@ -221,8 +230,10 @@ load (struct nbdm *v, const struct nbdm_params *params)
   if (rc == 0)
     rc = volume_recover (v);
   fault_point ("open_recovered");
-  if (rc == 0)
+  if (rc == 0) {
+    begin_fence (v);
     rc = begin_session (v);
+  }
   fault_point ("open_begun");
   if (rc == 0)
     begin_states (v);

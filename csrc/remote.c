@@ -281,17 +281,14 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   return 0;
 }
 
-uint64_t
-nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
-                 uint32_t timeout_ms)
+static uint64_t
+wait_serial (struct nbdm *v, const uint64_t *serial, uint64_t seen,
+             uint32_t timeout_ms)
 {
-  struct remote *r = find (v, index);
   struct timespec until;
-  uint64_t serial;
+  uint64_t now;
   int rc = 0;
 
-  if (r == NULL)
-    return 0;
   clock_gettime (CLOCK_MONOTONIC, &until);
   until.tv_sec += timeout_ms / 1000;
   until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
@@ -300,11 +297,26 @@ nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
     until.tv_sec++;
   }
   pthread_mutex_lock (&v->lock);
-  while (r->serial == seen && !v->waking && rc == 0)
+  while (*serial == seen && !v->waking && rc == 0)
     rc = pthread_cond_timedwait (&v->events, &v->lock, &until);
-  serial = r->serial;
+  now = *serial;
   pthread_mutex_unlock (&v->lock);
-  return serial;
+  return now;
+}
+
+uint64_t
+nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
+                 uint32_t timeout_ms)
+{
+  struct remote *r = find (v, index);
+
+  return r ? wait_serial (v, &r->serial, seen, timeout_ms) : 0;
+}
+
+uint64_t
+nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
+{
+  return wait_serial (v, &v->local.serial, seen, timeout_ms);
 }
 
 void

@@ -199,12 +199,6 @@ send_segment (struct batch *b, struct copy *copy, uint64_t offset,
   }
 }
 
-static bool
-is_zero (const uint8_t *buf, uint64_t length)
-{
-  return buf[0] == 0 && memcmp (buf, buf + 1, length - 1) == 0;
-}
-
 /* Adjacent segments of one kind travel as one. */
 static void
 send_data (struct batch *b, struct copy *copy)
@@ -214,7 +208,7 @@ send_data (struct batch *b, struct copy *copy)
 
   for (uint64_t at = 0; at < length; at += SEGMENT) {
     uint64_t n = length - at < SEGMENT ? length - at : SEGMENT;
-    bool now_zero = is_zero (copy->buf + at, n);
+    bool now_zero = all_zero (copy->buf + at, n);
 
     if (at > start && now_zero != zero) {
       send_segment (b, copy, copy->range.offset + start, at - start, zero);

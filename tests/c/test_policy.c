@@ -66,6 +66,17 @@ in_sync_site (enum nbdm_policy policy, uint32_t hold_ms)
 }
 
 static void
+test_start_is_fenced_durably (void)
+{
+  make_site (NBDM_STOP, 50, 5000); /* its remote was never copied to */
+  assert (fenced () && fenced_on_disk ());
+  connect_remote ();
+  resync_to_end ();
+  assert (!fenced () && !fenced_on_disk ());
+  end_site ();
+}
+
+static void
 test_stop_fences_at_once_and_degrade_lifts (void)
 {
   in_sync_site (NBDM_DEGRADE, 50);
@@ -343,6 +354,7 @@ test_switched_under_load (void)
 }
 
 static const struct engine_test tests[] = {
+  TEST (test_start_is_fenced_durably),
   TEST (test_stop_fences_at_once_and_degrade_lifts),
   TEST (test_fenced_reads_are_switched_too),
   TEST (test_write_under_way_when_stop_begins_is_not_acknowledged),
