@@ -35,6 +35,15 @@ gate_locked (const struct nbdm *v)
   return 0;
 }
 
+static int
+source_check_locked (const struct nbdm *v, const struct request *req)
+{
+  if (range_has_source_locked (v, req->offset, req->length))
+    return 0;
+  return set_message (-EIO, "the local disk has failed, and no remote in sync "
+                            "is connected");
+}
+
 /* Make what is staged durable; the lock is dropped meanwhile. */
 static int
 write_activity_locked (struct nbdm *v)
@@ -120,6 +129,9 @@ hold_extents_locked (struct nbdm *v, struct request *req)
   while ((rc = activity_hold (&v->activity, first, last)) == -EAGAIN) {
     make_room_locked (v);
     rc = gate_locked (v);
+    /* Without one nothing can be flushed, and no room be made. */
+    if (rc == 0)
+      rc = source_check_locked (v, req);
     if (rc < 0)
       return rc;
   }
@@ -279,13 +291,10 @@ admit_locked (struct nbdm *v, struct request *req)
   if (rc < 0)
     goto out_extents;
   rc = gate_locked (v); /* it may have closed while we waited */
+  if (rc == 0)
+    rc = source_check_locked (v, req);
   if (rc < 0)
     goto out_slot;
-  if (!range_has_source_locked (v, req->offset, req->length)) {
-    rc = set_message (-EIO, "the local disk has failed, and no remote in sync "
-                            "is connected");
-    goto out_slot;
-  }
   inflight_issued (&v->inflight, req->slot, 1);
   fault_point ("slot_reserved");
   classify_locked (v, req);

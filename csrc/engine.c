@@ -177,10 +177,17 @@ leg_settle_locked (struct request *req, struct leg *leg, int alike)
   return false;
 }
 
-/* The local disk refused: every remote is made to read as local does. */
+/* The local disk refused: every remote is made to read as local does.  Where
+ * local misses the region it is the other way round, and what was copied back
+ * of it is overtaken.
+ */
 static void
 local_error_locked (struct nbdm *v, struct request *req, int rc)
 {
+  uint64_t first, count;
+
+  region_span (v, req->offset, req->length, &first, &count);
+  bitmap_clear (&v->local.dm.copied, first, count);
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 

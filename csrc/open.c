@@ -186,6 +186,13 @@ open_local (struct nbdm *v, const char *path, uint64_t *size)
   if (v->local.state == NBDM_LOCAL_FAILED)
     return 0;
   rc = local_open (&v->local.disk, path, size);
+  if (rc == 0 && *size < v->size && v->local.state != NBDM_LOCAL_OK)
+    rc = set_message (-ERANGE, "the local disk %s has become too small", path);
+  /* What was written to it before us is in no extent: not durable, it would
+   * be lost with the power, and no map would know.
+   */
+  if (rc == 0)
+    rc = local_flush (v);
   if (rc == 0 || rc == -EBUSY || v->local.state == NBDM_LOCAL_OK)
     return rc;
   if (v->local.disk.fd >= 0)
@@ -217,11 +224,6 @@ load (struct nbdm *v, const struct nbdm_params *params)
     rc = open_local (v, params->local, &local_size);
   if (rc == 0)
     rc = check_params (v, params, local_size);
-  /* What was written to it before us is in no extent: not durable, it would
-   * be lost with the power, and no map would know.
-   */
-  if (rc == 0 && v->local.disk.fd >= 0)
-    rc = local_flush (v);
   fault_point ("open_local_flushed");
   if (rc == 0)
     rc = local_map_open (v);

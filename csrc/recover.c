@@ -331,6 +331,17 @@ check_generation (struct nbdm *v, struct remote *r)
 }
 
 static void
+miss_extent (void *opaque, uint64_t extent)
+{
+  struct nbdm *v = opaque;
+  uint64_t offset = extent * EXTENT_SIZE;
+
+  local_miss_range_locked (v, offset,
+                           v->size - offset < EXTENT_SIZE ? v->size - offset
+                                                          : EXTENT_SIZE);
+}
+
+static void
 mark_extent (void *opaque, uint64_t extent)
 {
   struct nbdm *v = opaque;
@@ -342,12 +353,22 @@ mark_extent (void *opaque, uint64_t extent)
    * be those of the remotes that did not get it.
    */
   if (v->local.state == NBDM_LOCAL_FAILED)
-    local_miss_range_locked (v, offset, length);
+    miss_extent (v, extent);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (v->remotes[i].state != NBDM_IN_SYNC)
       mark_dirty_locked (&v->remotes[i], offset, length, false);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     mark_dirty_locked (&v->remotes[i], offset, length, false);
+}
+
+/* It was in use, and is not to be had: what it answered and had not flushed
+ * may have gone with it, as in a takeover.
+ */
+static bool
+local_went_away (const struct nbdm *v)
+{
+  return v->local.state == NBDM_LOCAL_FAILED
+         && le32toh (v->sb.local_state) != NBDM_LOCAL_FAILED;
 }
 
 /* After lost power nobody knows which commands were under way, only that
@@ -380,6 +401,8 @@ volume_recover (struct nbdm *v)
      */
     for (uint32_t i = 0; i < v->nr_remotes; i++)
       unflushed_lost_locked (&v->remotes[i]);
+    if (local_went_away (v))
+      activity_visit (&v->activity, miss_extent, v);
     fault_point ("recover_lost");
     if (!page_cache_lived (v)) {
       activity_visit (&v->activity, mark_extent, v);

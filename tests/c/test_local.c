@@ -272,9 +272,11 @@ test_policy_stop_takes_nothing_over (void)
   end_equal ();
 }
 
-/* A child makes three writes, the last in a cold extent, and is killed. */
+/* A child makes three writes, the last in a cold extent, and is killed.  It
+ * "--attaches" the disk that failed in the second one before the third.
+ */
 static void
-kill_writer (const char *fault)
+kill_child (const char *what, const char *fault)
 {
   pid_t pid;
   int wstatus;
@@ -286,20 +288,19 @@ kill_writer (const char *fault)
   assert (pid >= 0);
   if (pid == 0) {
     setenv ("NBDM_FAULT", fault, 1);
-    execl ("/proc/self/exe", "test_local", "--killed-in-a-takeover", dir,
-           (char *)NULL);
+    execl ("/proc/self/exe", "test_local", what, dir, (char *)NULL);
     _exit (127);
   }
   waitpid (pid, &wstatus, 0);
   assert (WIFSIGNALED (wstatus) && WTERMSIG (wstatus) == SIGKILL);
-  reopen ();
 }
 
 /* A process killed between the marks and the superblock believes the marks. */
 static void
 test_killed_in_a_takeover (void)
 {
-  kill_writer ("local_write:2=error,takeover_marked=kill");
+  kill_child ("--writes", "local_write:2=error,takeover_marked=kill");
+  reopen ();
   assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
   assert_block (0, 1);
   copy_back ();
@@ -309,7 +310,7 @@ test_killed_in_a_takeover (void)
 }
 
 static void
-child_killed_in_a_takeover (const char *folder)
+child_killed (const char *what, const char *folder)
 {
   snprintf (dir, sizeof dir, "%s", folder);
   set_params (NBDM_DEGRADE, 300, 5000);
@@ -317,6 +318,10 @@ child_killed_in_a_takeover (const char *folder)
   resync_to_end ();
   write_block (0, 1, 0);
   write_block (1, 2, 0);
+  if (strcmp (what, "--attaches") == 0) {
+    assert (nbdm_local_attach (volume, params.local, 0) == 0);
+    assert (nbdm_local_admit (volume) == 0);
+  }
   write_short_block (64, 3, 0);
   abort (); /* it was to be killed */
 }
@@ -325,7 +330,8 @@ child_killed_in_a_takeover (const char *folder)
 static void
 test_killed_before_local_is_marked (void)
 {
-  kill_writer ("local_write:2=error,slot_reserved:3=kill");
+  kill_child ("--writes", "local_write:2=error,slot_reserved:3=kill");
+  reopen ();
   assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
   assert_short_block (64, 0);
   assert (nbdm_local_attach (volume, params.local, 1) == 0);
@@ -333,6 +339,32 @@ test_killed_before_local_is_marked (void)
   copy_back ();
   resync_to_end ();
   assert_short_block (64, 0);
+  end_equal ();
+}
+
+/* Killed while local is caught up, and local is gone at the next start: what
+ * it had not flushed went with it.
+ */
+static void
+test_gone_at_the_next_start (void)
+{
+  static const uint8_t zeroes[512];
+  int fd;
+
+  kill_child ("--attaches", "local_write:2=error,before_answer:3=kill");
+  fd = open (path ("local"), O_WRONLY | O_CLOEXEC);
+  assert (fd >= 0 && pwrite (fd, zeroes, sizeof zeroes, 64 * REGION) > 0);
+  close (fd);
+  assert (rename (path ("local"), path ("gone")) == 0);
+  reopen ();
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert_short_block (64, 3);
+  assert (rename (path ("gone"), path ("local")) == 0);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  copy_back ();
+  resync_to_end ();
+  assert_short_block (64, 3);
   end_equal ();
 }
 
@@ -413,6 +445,7 @@ static const struct engine_test tests[] = {
   TEST (test_policy_stop_takes_nothing_over),
   TEST (test_killed_in_a_takeover),
   TEST (test_killed_before_local_is_marked),
+  TEST (test_gone_at_the_next_start),
   TEST (test_both_refuse_alike),
   TEST (test_holes_of_a_doubted_disk),
   TEST (test_takeover_under_load),
@@ -423,7 +456,7 @@ main (int argc, char *argv[])
 {
   if (argc > 2) {
     alarm (100);
-    child_killed_in_a_takeover (argv[2]);
+    child_killed (argv[1], argv[2]);
   }
   return run_tests (tests, sizeof tests / sizeof tests[0], argc, argv);
 }

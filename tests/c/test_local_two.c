@@ -205,6 +205,26 @@ write_in_a_takeover (void *unused)
 
 static char gate_file[80];
 
+static void
+wait_at_file (void)
+{
+  char reached[96];
+
+  snprintf (reached, sizeof reached, "%s.reached", gate_file);
+  while (access (reached, F_OK) < 0)
+    poll (NULL, 0, 1);
+  unlink (reached);
+}
+
+static void
+open_file_gate (void)
+{
+  int fd = open (gate_file, O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+
+  assert (fd >= 0);
+  close (fd);
+}
+
 /* The successor crashes while it is flushed, and is back within the hold: what
  * it answered is lost on it, whatever a flush of the new connection says.
  */
@@ -212,20 +232,14 @@ static void
 successor_crashes_in_a_takeover (void *unused)
 {
   struct writer failing;
-  char reached[96];
-  int fd;
 
   (void)unused;
   bring_up (1, 60000);
   assert (write_sector (0, 1) == 0); /* in the server's cache */
   start_write (&failing, REGION, 2);
-  snprintf (reached, sizeof reached, "%s.reached", gate_file);
-  while (access (reached, F_OK) < 0)
-    poll (NULL, 0, 1);
+  wait_at_file ();
   peer_hold (site.peers[0], PEER_HOLD_ALL);
-  fd = open (gate_file, O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
-  assert (fd >= 0);
-  close (fd);
+  open_file_gate ();
   while (site_status (&site, 0).outstanding == 0)
     poll (NULL, 0, 1);
   peer_lose_power (site.peers[0], PEER_LOSE_ALL);
@@ -233,7 +247,6 @@ successor_crashes_in_a_takeover (void *unused)
   site_connect (&site, 0);
   assert (end_write (&failing) == -EIO);
   unlink (gate_file);
-  unlink (reached);
   assert_sector (0, 1);
   assert (volume_status ().local_state == NBDM_LOCAL_OK);
   site_resync_to_end (&site, 0);
@@ -292,6 +305,93 @@ fails_while_copying_back (void *unused)
   copy_back ();
   assert_sector (0, 1);
   end_equal ();
+}
+
+static void *
+resync_local (void *opaque)
+{
+  struct nbdm_resync *batch = opaque;
+
+  assert (nbdm_local_resync (site.volume, batch) == 0);
+  return NULL;
+}
+
+/* Local refuses a write of what was just copied back to it, and nobody can
+ * take over: it misses that as before, whatever the flush says.
+ */
+static void
+refuses_what_was_copied_back (void *unused)
+{
+  struct nbdm_resync batch = { .max_bytes = REGION };
+  pthread_t thread;
+
+  (void)unused;
+  bring_up (1, 1000);
+  assert (write_sector (0, 1) == 0);
+  attach_again ();
+  nbdm_remote_drop (site.volume, 0, "the test said so");
+  assert (write_sector (EXTENT, 2) == 0);
+  site_connect (&site, 0);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  assert (pthread_create (&thread, NULL, resync_local, &batch) == 0);
+  wait_at_file ();
+  assert (write_sector (0, 3) == -EIO); /* the remote has taken it */
+  open_file_gate ();
+  pthread_join (thread, NULL);
+  unlink (gate_file);
+  site_resync_to_end (&site, 0);
+  copy_back ();
+  end_equal ();
+}
+
+/* One that was being caught up and cannot even be flushed at the start has
+ * failed again: the remote serves.
+ */
+static void
+fails_at_the_start (void *unused)
+{
+  (void)unused;
+  bring_up (1, 1000);
+  assert (write_sector (0, 1) == 0);
+  attach_again ();
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  site_connect (&site, 0);
+  assert_sector (0, 1);
+  attach_again ();
+  copy_back ();
+  end_equal ();
+}
+
+/* Every extent that the log has room for is in use, and with no disk left none
+ * can go cold: a write of another one is refused, and does not wait for ever.
+ */
+static void
+no_room_and_no_disk (void *unused)
+{
+  (void)unused;
+  site = (struct site){ .size = (ACTIVITY_EXTENTS + 1) * (uint64_t)EXTENT_SIZE,
+                        .region_size = EXTENT_SIZE,
+                        .hold_ms = 100,
+                        .nr_peers = 1,
+                        .seed = 1 };
+  site_make (&site);
+  site.params.flush_ms = 1000000;
+  site.params.remotes[0].assume_in_sync = 1;
+  assert (nbdm_create (&site.params, 1) == 0);
+  site_open (&site);
+  site_connect (&site, 0);
+  for (uint64_t i = 0; i < ACTIVITY_EXTENTS; i++)
+    assert (write_sector (i * EXTENT_SIZE, 1) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  nbdm_remote_drop (site.volume, 0, "the test said so");
+  assert (write_sector (0, 2) == -EIO);
+  assert (write_sector (ACTIVITY_EXTENTS * (uint64_t)EXTENT_SIZE, 2) == -EIO);
+  site_connect (&site, 0);
+  assert (write_sector (ACTIVITY_EXTENTS * (uint64_t)EXTENT_SIZE, 2) == 0);
+  site_end (&site);
 }
 
 /* A switch to policy stop in the middle of a takeover finds local ok still. */
@@ -354,17 +454,26 @@ maps_are_durable_first (void *unused)
 /* ----------------------------------------------------------------------- */
 
 static void
+with_alarm (void *opaque)
+{
+  void (**schedule) (void *) = opaque;
+
+  alarm (90); /* nothing here may hang */
+  (*schedule) (NULL);
+}
+
+static void
 run (const char *name, const char *fault, void (*schedule) (void *))
 {
   printf ("%s\n", name);
   fflush (stdout);
-  assert (passed (in_child (fault, schedule, NULL)));
+  assert (passed (in_child (fault, with_alarm, (void *)&schedule)));
 }
 
 int
 main (int argc, char *argv[])
 {
-  char fault[160];
+  char fault[160], refused[200];
   const struct {
     const char *name, *fault;
     void (*schedule) (void *);
@@ -376,15 +485,23 @@ main (int argc, char *argv[])
     { "second_remote_crashes", "local_flush:2=error", second_remote_crashes },
     { "fails_while_copying_back", "local_write:1=error,local_flush:2=error",
       fails_while_copying_back },
+    { "refuses_what_was_copied_back", refused, refuses_what_was_copied_back },
+    { "fails_at_the_start", "local_write:1=error,local_flush:3=error",
+      fails_at_the_start },
+    { "no_room_and_no_disk", "local_write:1024=error", no_room_and_no_disk },
     { "policy_stop_in_a_takeover", "local_write:1=error",
       policy_stop_in_a_takeover },
     { "maps_are_durable_first", "local_write:1=error", maps_are_durable_first },
   };
 
-  alarm (150); /* nothing here may hang */
   snprintf (gate_file, sizeof gate_file, "/tmp/nbdm-local-two-%d",
             (int)getpid ());
   snprintf (fault, sizeof fault, "local_write:2=error,after_remote:2=wait:%s",
+            gate_file);
+  /* The write that fails over, one beside it, and the one copy. */
+  snprintf (refused, sizeof refused,
+            "local_write:1=error,local_write:4=error,"
+            "local_resync_before_clean:1=wait:%s",
             gate_file);
   for (size_t i = 0; i < sizeof schedules / sizeof schedules[0]; i++)
     if (argc < 2 || strcmp (argv[1], schedules[i].name) == 0)
