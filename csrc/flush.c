@@ -157,6 +157,7 @@ flush_local_group (struct nbdm *v)
   ticket = ++group->asked;
   while (group->done < ticket) {
     uint64_t covers = group->asked;
+    unsigned failures = v->local.failures;
 
     if (group->running) {
       pthread_cond_wait (&v->changed, &v->lock);
@@ -168,7 +169,8 @@ flush_local_group (struct nbdm *v)
     pthread_mutex_lock (&v->lock);
     group->running = false;
     group->done = covers;
-    if (rc < 0 && v->local.flush_error == 0) {
+    /* Not of a disk that has failed meanwhile, and been replaced. */
+    if (rc < 0 && v->local.flush_error == 0 && v->local.failures == failures) {
       /* The kernel has dropped the pages it could not write: another fsync
        * would succeed and mean nothing (rule 10).
        */

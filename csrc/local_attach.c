@@ -48,6 +48,18 @@ install_disk_locked (struct nbdm *v, struct local_disk *disk)
   return 0;
 }
 
+/* A request that began on the failed disk would go on on the new one: it looks
+ * at the descriptor's number again with each part of a long write.
+ */
+static bool
+old_disk_in_use_locked (const struct nbdm *v)
+{
+  for (const struct request *req = v->requests; req; req = req->next)
+    if (req->on_local)
+      return true;
+  return false;
+}
+
 static int
 begin_attach (struct nbdm *v)
 {
@@ -58,7 +70,10 @@ begin_attach (struct nbdm *v)
     rc = set_message (-EALREADY, "the local disk has not failed");
   else if (v->failed)
     rc = set_message (-EIO, "the volume has failed: %s", v->reason);
-  v->local.attached = false;
+  else if (old_disk_in_use_locked (v))
+    rc = set_message (-EBUSY, "a request to the failed disk has not ended yet");
+  else
+    v->local.attached = false;
   pthread_mutex_unlock (&v->lock);
   return rc == 0 ? release_disk (v) : rc;
 }

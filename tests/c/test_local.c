@@ -134,6 +134,45 @@ test_write_error_is_taken_over (void)
   end_equal ();
 }
 
+static void *
+write_region_9 (void *opaque)
+{
+  (void)opaque;
+  write_block (9, 8, 0);
+  return NULL;
+}
+
+/* What began on the old disk is not to end on the new one. */
+static void
+test_attach_waits_for_the_old_disk (void)
+{
+  char fault[300], gate[] = "/tmp/nbdm-gate-XXXXXX", reached[64];
+  pthread_t writer;
+
+  assert (mkdtemp (gate));
+  /* The first write waits before it is counted for the second fault. */
+  snprintf (fault, sizeof fault, "local_write:1=wait:%s/go,local_write:1=error",
+            gate);
+  bring_up (fault);
+  assert (pthread_create (&writer, NULL, write_region_9, NULL) == 0);
+  snprintf (reached, sizeof reached, "%s/go.reached", gate);
+  while (access (reached, F_OK) < 0)
+    pause_ms (5);
+  write_block (2, 3, 0); /* fails on local, and is taken over */
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_local_attach (volume, params.local, 0) == -EBUSY);
+  snprintf (fault, sizeof fault, "touch %s/go", gate);
+  assert (system (fault) == 0);
+  pthread_join (writer, NULL);
+  assert_block (9, 8);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  copy_back ();
+  snprintf (fault, sizeof fault, "rm -r %s", gate);
+  assert (system (fault) == 0);
+  end_equal ();
+}
+
 static void
 test_flush_error_is_taken_over (void)
 {
@@ -436,6 +475,7 @@ test_takeover_under_load (void)
 
 static const struct engine_test tests[] = {
   TEST (test_write_error_is_taken_over),
+  TEST (test_attach_waits_for_the_old_disk),
   TEST (test_flush_error_is_taken_over),
   TEST (test_fua_error_is_taken_over),
   TEST (test_alone_it_is_an_error),
