@@ -108,11 +108,24 @@ def begin(bench: Bench, kind: Kind, fault: str) -> Case:
     return Case(bench, kind.extra + fault, local_failed=kind.local_failed)
 
 
-def check_kill(bench: Bench, kind: Kind, fault: str, *, power: bool) -> None:
-    """Run the script, which must be killed; recover, with *power* also without it."""
+def check_kill(
+    bench: Bench, kind: Kind, fault: str, *, first: bool, power: bool
+) -> None:
+    """
+    Run the script, which must be killed; recover, with *power* also without it.
+
+    Only the *first* time at a point is sure to come: how often a resync passes one
+    depends on how its copies and the answers to them fall together.
+    """
     case = begin(bench, kind, fault)
-    with pytest.raises(Died):
+    try:
         kind.script(case)
+    except Died:
+        pass
+    else:
+        assert not first, "it was not killed"
+        bench.end()
+        return
     assert case.marked, "it was killed before the request"
     assert bench.child
     assert bench.child.status() == -9
@@ -137,7 +150,8 @@ def test_killed_at_every_point_recovers(bench: Bench, name: str) -> None:
         for time in times:
             fault = f"{point}:{time}=kill"
             try:
-                check_kill(bench, KINDS[name], fault, power=time == times[0])
+                first = time == times[0]
+                check_kill(bench, KINDS[name], fault, first=first, power=first)
             except BaseException as error:
                 error.add_note(f"in kind {name!r} with {KINDS[name].extra}{fault}")
                 raise
