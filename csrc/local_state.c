@@ -109,17 +109,8 @@ range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
 
 /* --- what local is made to miss ---------------------------------------- */
 
-/* Runs of regions, so that the two kinds of failure are one procedure. */
-typedef void (*visit_run) (struct nbdm *v, uint64_t first, uint64_t count);
-
 static void
-miss_run_locked (struct nbdm *v, uint64_t first, uint64_t count)
-{
-  dirty_map_mark (&v->local.dm, first, count, false);
-}
-
-static void
-visit_active_locked (struct nbdm *v, visit_run visit)
+miss_active_locked (struct nbdm *v)
 {
   uint64_t extents[ACTIVITY_EXTENTS];
   uint32_t nr = activity_list (&v->activity, extents, ACTIVITY_EXTENTS);
@@ -130,7 +121,7 @@ visit_active_locked (struct nbdm *v, visit_run visit)
         = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
 
     region_span (v, offset, length, &first, &count);
-    visit (v, first, count);
+    dirty_map_mark (&v->local.dm, first, count, false);
   }
 }
 
@@ -230,7 +221,7 @@ successor_locked (const struct nbdm *v, const bool *durable)
 static void
 fail_locked (struct nbdm *v)
 {
-  visit_active_locked (v, miss_run_locked);
+  miss_active_locked (v);
   bitmap_clear_all (&v->local.dm.copied);
   v->local.attached = false;
   v->local.failures++;
@@ -251,7 +242,7 @@ local_takeover_locked (struct nbdm *v)
   if (!successor_locked (v, NULL) || v->policy == NBDM_STOP || v->failed)
     return -EIO;
   v->local.taking_over = true;
-  visit_active_locked (v, miss_run_locked);
+  miss_active_locked (v);
   volume_persist_locked (v);
   fault_point ("takeover_marked");
   flush_remotes_locked (v, durable);
@@ -297,7 +288,7 @@ local_miss_region (struct nbdm *v, uint64_t region)
     bool was_ok = v->local.state == NBDM_LOCAL_OK;
 
     v->local.taking_over = true;
-    miss_run_locked (v, region, 1);
+    dirty_map_mark (&v->local.dm, region, 1, false);
     volume_persist_locked (v);
     flush_remotes_locked (v, durable);
     if (kept_locked (v, region, durable) && !v->failed) {
