@@ -102,6 +102,17 @@ start_server (void)
   }
 }
 
+/* Return once it has stopped: the signal alone lets it answer a little more. */
+static void
+freeze_server (void)
+{
+  int wstatus;
+
+  kill (server, SIGSTOP);
+  assert (waitpid (server, &wstatus, WUNTRACED) == server);
+  assert (WIFSTOPPED (wstatus));
+}
+
 static void
 kill_server (void)
 {

@@ -62,7 +62,7 @@ test_hung_remote_is_bounded (void)
   make_site (NBDM_DEGRADE, 2 * DEADLINE_S * 1000, 300);
   connect_remote ();
   resync_to_end ();
-  kill (server, SIGSTOP);
+  freeze_server ();
   start = time (NULL);
   assert (nbdm_pwrite (volume, buf, sizeof buf, 0, 0) == 0);
   assert (nbdm_flush (volume) == 0);
@@ -93,7 +93,7 @@ test_unanswered_resync_copies_are_late (void)
 
   make_site (NBDM_DEGRADE, 100, 30000);
   connect_remote ();
-  kill (server, SIGSTOP);
+  freeze_server ();
   assert (pthread_create (&thread, NULL, one_batch, &rc) == 0);
   while (status ().outstanding == 0 || status ().late_regions == 0) {
     assert (time (NULL) < until);

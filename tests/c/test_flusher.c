@@ -107,7 +107,7 @@ test_hung_remote_is_found (void)
   flush_ms = 200;
   in_sync_site (2 * DEADLINE_S * 1000, 400);
   assert (write_region (1) == 0);
-  kill (server, SIGSTOP);
+  freeze_server ();
   wait_state (NBDM_OUT_OF_SYNC);
   assert (strstr (status ().reason, "not answered within 0.4 s"));
   assert (status ().dirty_regions == 1 && status ().late_regions == 0);
@@ -124,7 +124,7 @@ hang_flush (void)
   flush_ms = 50;
   in_sync_site (1000, 1000);
   assert (write_region (1) == 0);
-  kill (server, SIGSTOP);
+  freeze_server ();
   while (status ().outstanding == 0 && status ().unflushed_regions > 0) {
     assert (time (NULL) < until);
     pause_ms (2);
