@@ -257,9 +257,10 @@ class Nemesis:
         field.rest(away)
         if field.local_state() == "failed":
             field.counts["local disks failed"] += 1
+        armed = True  # the fault may be still to come, until the next start
         if meanwhile == "kill the primary":
-            field.kill_primary()
-            field.serve()
+            self._restart()
+            armed = False
         elif meanwhile:
             with self._secondary_dead(far):
                 field.rest(gap)
@@ -267,9 +268,16 @@ class Nemesis:
             field.tell("resume", one)
         if in_the_middle:
             field.tell_local(replaced=replaced)
-            field.kill_primary()
-            field.serve()
+            self._restart()
+            armed = False
         field.bring_local_back(replaced=replaced)
+        if armed:
+            self._restart()
+            field.bring_local_back(replaced=replaced)
+
+    def _restart(self) -> None:
+        self._field.kill_primary()
+        self._field.serve()
 
     def _hurry(self, far: Far) -> None:
         """Mostly have it connected at once: the back-off alone would take the time."""
