@@ -30,6 +30,9 @@ enum command_kind {
   COMMAND_FLUSH
 };
 
+/* How far the plain transport is with it. */
+enum command_sent { COMMAND_QUEUED, COMMAND_LEAVING, COMMAND_SENT };
+
 /* One command of ours; lives with who waits for it.  What `buf` points to
  * must stay until it is answered.
  */
@@ -42,10 +45,11 @@ struct command {
 
   struct waiter *waiter;
   struct conn *conn;
-  int error; /* once done: 0, or an errno; ENOTCONN: never answered */
-  bool done;
+  int error; /* once answered: 0, or an errno; ENOTCONN: it never was */
   uint64_t issued_ns;
   struct command *newer, *older;
+  uint64_t cookie; /* this and below: the plain transport's */
+  enum command_sent sent;
 };
 
 /* What the server told at the handshake. */
@@ -71,8 +75,8 @@ struct conn *conn_get (struct conn *conn);
 void conn_put (struct conn *conn);
 const struct conn_info *conn_info (const struct conn *conn);
 
-/* Send a command; does not block for the answer.  -ENOTCONN: not sent, and
- * the waiter does not wait for it.
+/* Send a command, now or at the latest with conn_wait; does not block.
+ * -ENOTCONN: not sent, and the waiter does not wait for it.
  */
 int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
 /* Block until all of the waiter's commands are answered or the connection is

@@ -9,6 +9,7 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -35,6 +36,19 @@ avoid_reclaim_deadlock (void)
     (void)mlockall (MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
 }
 
+/* A thread that is woken waits for a free core rather than take one from who
+ * has it: the server that is about to answer more, the client that is about to
+ * ask for more.  So answers and requests are dealt with in batches, a wake-up
+ * for several.  An idle core is taken at once as ever.  Inherited likewise.
+ */
+static void
+prefer_batches (void)
+{
+  const struct sched_param none = { 0 };
+
+  (void)sched_setscheduler (0, SCHED_BATCH, &none);
+}
+
 int
 nbdm_start (struct nbdm *v)
 {
@@ -45,6 +59,7 @@ nbdm_start (struct nbdm *v)
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     v->remotes[i].hold_until_ns = until;
   avoid_reclaim_deadlock ();
+  prefer_batches ();
   rc = ticker_start (v);
   return rc == 0 ? flushers_start (v) : rc;
 }

@@ -16,6 +16,8 @@
 #include <sched.h>
 #include <stdarg.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include "loss.h"
 
@@ -492,6 +494,85 @@ WRAPPED (int64_t, nbd_aio_zero, struct nbd_handle *nbd, uint64_t count,
   sent (disk, op, cookie);
   loss_unlock ();
   return cookie;
+}
+
+/* The plain transport's: headers and payloads of several commands, each in an
+ * element of its own.  What of a command left before has no header here.
+ */
+#define REQUEST_SIZE 28
+#define REQUEST_MAGIC 0x25609513u
+#define MAX_SENT 32
+
+struct sent_op {
+  struct write_op *op;
+  size_t start; /* where its header begins in what is sent */
+};
+
+static uint64_t
+field (const uint8_t *header, unsigned at, unsigned size)
+{
+  uint64_t value = 0;
+
+  for (unsigned i = at; i < at + size; i++)
+    value = value << 8 | header[i];
+  return value;
+}
+
+/* As the last character of its URI, which is its socket's path. */
+static uint32_t
+remote_of (int fd)
+{
+  struct sockaddr_un address = { 0 };
+  socklen_t length = sizeof address;
+
+  assert (getpeername (fd, (struct sockaddr *)&address, &length) == 0);
+  return (uint32_t)(address.sun_path[strlen (address.sun_path) - 1] - '0');
+}
+
+static struct write_op *
+begin_sent (uint32_t remote, const uint8_t *header, const void *payload)
+{
+  unsigned type = (unsigned)field (header, 6, 2);
+  struct write_op *op;
+
+  if (type != PEER_WRITE && type != PEER_ZERO)
+    return NULL;
+  op = disk_begin (1 + remote, field (header, 16, 8), field (header, 24, 4),
+                   type == PEER_WRITE ? payload : NULL, serials[remote]);
+  disk_set_cookie (op, field (header, 8, 8));
+  event (false);
+  return op;
+}
+
+WRAPPED (ssize_t, sendmsg, int fd, const struct msghdr *msg, int flags)
+{
+  struct sent_op ops[MAX_SENT];
+  uint32_t remote = remote_of (fd);
+  unsigned nr = 0;
+  size_t at = 0;
+  ssize_t n;
+
+  loss_lock ();
+  for (size_t i = 0; i < msg->msg_iovlen; at += msg->msg_iov[i++].iov_len) {
+    const uint8_t *header = msg->msg_iov[i].iov_base;
+    const void *payload
+        = i + 1 < msg->msg_iovlen ? msg->msg_iov[i + 1].iov_base : NULL;
+    struct write_op *op = NULL;
+
+    if (msg->msg_iov[i].iov_len == REQUEST_SIZE
+        && field (header, 0, 4) == REQUEST_MAGIC)
+      op = begin_sent (remote, header, payload);
+    if (op)
+      ops[nr++] = (struct sent_op){ op, at };
+  }
+  loss_unlock ();
+  n = __real_sendmsg (fd, msg, flags);
+  loss_lock ();
+  while (nr-- > 0)
+    if (n < 0 || ops[nr].start >= (size_t)n)
+      disk_cancel (1 + remote, ops[nr].op); /* not a byte of it has left */
+  loss_unlock ();
+  return n;
 }
 
 void

@@ -154,11 +154,26 @@ test_engine_degrades_without (void)
   end ();
 }
 
+/* Neither do commands over a plain socket. */
+static void
+test_plain_transport_asks_for_none (void)
+{
+  begin ();
+  requests (0, 2);
+  refuse = REFUSE_ALL;
+  requests (0, 8);
+  assert (refused == 0);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  end ();
+}
+
 /* libnbd cannot send: that remote is lost, and nothing else. */
 static void
 test_remote_is_lost_when_libnbd_gets_none (void)
 {
+  setenv ("NBDM_TRANSPORT", "libnbd", 1);
   begin ();
+  unsetenv ("NBDM_TRANSPORT");
   requests (0, 2);
   refuse = REFUSE_ALL;
   requests (0, 8);
@@ -193,6 +208,7 @@ main (void)
   alarm (100); /* nothing here may hang */
   RUN (test_engine_asks_for_none);
   RUN (test_engine_degrades_without);
+  RUN (test_plain_transport_asks_for_none);
   refused = 0;
   RUN (test_remote_is_lost_when_libnbd_gets_none);
   refused = 0;
