@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The benchmark: our mirror through both doors, one copy, and qemu's mirror.
+The command: run the rows one after the other, and report.
 
-All set-ups are served at once; in each round every workload is measured on every
-set-up in turn, in an order that rotates from round to round, so that whatever else
-the machine does falls on all of them alike.
+Each row starts what it needs in a folder of its own and leaves nothing behind, so one
+that fails costs the others nothing, and any one can be run by name.
 
-Exit status: 0 measured; 1 something could not be run or is wrong; 3 with --check,
-a target was missed; 130 interrupted.
+Exit status: 0 measured; 1 a row failed to run; 2 wrong usage; 3 with --check, a must
+was missed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,79 +18,70 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import report
-from load import WORKLOADS, Figures, Workload, fill, measure
 from rich.console import Console
-from servers import KINDS, BenchError, SetUp
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
 
 from nbd_mirror.errors import MirrorError
 
-SHM = Path("/dev/shm")
-RESULTS = Path(__file__).resolve().parent / "results" / "latest.json"
-PROGRAMS = {
-    "nbdkit": "nbdkit",
-    "fio": "fio",
-    "qemu-storage-daemon": "qemu-utils",
-}
+from . import report
+from .machine import SHM, check_machine, machine
+from .model import MIB, BenchError, Context, Outcome, Row
+from .rows import ROWS, chosen
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/run",
-        description="Compare nbd_mirror with one copy and with qemu's mirror.",
-        epilog="Exit status: 0 measured; 1 something failed to run; 3 with --check, "
-        "a target was missed; 130 interrupted.",
+        description="Compare nbd_mirror with its peers, row by row.",
+        epilog="Exit status: 0 measured; 1 a row failed to run; 3 with --check, a must "
+        "was missed; 130 interrupted.",
     )
+    parser.add_argument("row", nargs="*", help="only these; all unless given")
+    parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="of each measurement; default 3"
+        "--seconds", type=float, default=1.5, help="of each measurement; default 1.5"
     )
     parser.add_argument(
-        "--size", type=int, default=1024, help="of each image, MiB; default 1024"
+        "--size", type=int, default=1024, help="of an image, MiB; default 1024"
     )
     parser.add_argument(
         "--quick", action="store_true", help="2 rounds of 1 second, images of 256 MiB"
     )
-    parser.add_argument("--deep", action="store_true", help="also queue depth 64")
     parser.add_argument(
-        "--check", action="store_true", help="exit 3 when a target is missed"
+        "--check", action="store_true", help="exit 3 when a must is missed"
     )
     parser.add_argument(
-        "--json", type=Path, default=RESULTS, help=f"default {_short(RESULTS)}"
+        "--output",
+        type=Path,
+        default=RESULTS,
+        help=f"folder; default {_short(RESULTS)}",
     )
-    options = parser.parse_args()
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON in the place of the table"
+    )
+    options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.seconds, options.size = 2, 1.0, 256
     if options.rounds < 1 or options.seconds < 0.1 or options.size < 64:
         parser.error("at least 1 round, 0.1 seconds and 64 MiB")
+    try:
+        options.rows = chosen(options.row)
+    except KeyError as error:
+        parser.error(f"there is no row {error}: see --list")
     return options
-
-
-def check_machine(size: int) -> None:
-    """Raise BenchError if a program or the room for the images is missing."""
-    for name, package in PROGRAMS.items():
-        if shutil.which(name) is None:
-            raise BenchError(f"{name} is not installed: apt-get install {package}")
-    # Seven images, and room for logs. Memory counts too: tmpfs lives in it.
-    needed = 7 * size + (256 << 20)
-    if shutil.disk_usage(SHM).free < needed or _available_memory() < needed * 5 // 4:
-        raise BenchError(
-            f"the images need {needed >> 20} MiB in {SHM}, and memory for them; "
-            "use a smaller --size"
-        )
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def _short(path: Path) -> str:
@@ -100,83 +90,137 @@ def _short(path: Path) -> str:
     return str(path)
 
 
+class Progresses:
+    """Shows how far it is: a bar on a terminal, lines everywhere."""
+
+    def __init__(self, console: Console, rows: Sequence[Row]) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("rows", total=len(rows))
+
+    def __enter__(self) -> Progresses:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, row: Row) -> None:
+        """Name the row that begins."""
+        self.console.print(f"[bold]{row.key}[/]: {row.title}")
+        self._bar.update(self._task, description=row.key)
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+        self.console.print(f"  {line}", markup=False)
+
+    def done(self, outcome: Outcome) -> None:
+        """Count a row that is over."""
+        if outcome.error:
+            self.say(f"FAILED: {outcome.error}")
+        self._bar.advance(self._task)
+
+
 @contextlib.contextmanager
-def served(size: int, console: Console) -> Iterator[list[SetUp]]:
-    """Start every set-up and write its disk once; end and remove all afterwards."""
+def context(options: argparse.Namespace, shown: Progresses) -> Iterator[Context]:
+    """Give a row its folder; end and remove all that it leaves."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="nbd-mirror-bench.", dir=SHM))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.callback(_ignore_interrupts)  # whatever comes now, it is cleaned up
-        set_ups = []
-        for kind in KINDS:
-            console.print(f"starting {kind.title}")
-            set_up = kind(folder, size)
-            stack.callback(set_up.stop)
-            set_up.start()
-            fill(set_up.uri, set_up.folder, size)
-            set_up.check()
-            set_ups.append(set_up)
-        yield set_ups
-
-
-def _ignore_interrupts() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def one_round(
-    number: int,
-    set_ups: Sequence[SetUp],
-    workloads: Sequence[Workload],
-    options: argparse.Namespace,
-    console: Console,
-) -> dict[str, dict[str, Figures]]:
-    """Measure every workload on every set-up, beginning with another one each time."""
-    figures: dict[str, dict[str, Figures]] = {}
-    for index, work in enumerate(workloads):
-        first = (number + index) % len(set_ups)
-        by_set_up = {}
-        for set_up in [*set_ups[first:], *set_ups[:first]]:
-            by_set_up[set_up.key] = measure(
-                set_up.uri, set_up.folder, work, set_up.size, options.seconds
+        with _uninterrupted_end(stack):
+            yield Context(
+                folder=folder,
+                output=options.output,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                size=options.size * MIB,
+                stack=stack,
+                say=shown.say,
             )
-            set_up.check()
-        figures[work.key] = by_set_up
-        rates = "".join(f"{by_set_up[one.key].iops:>12,.0f}" for one in set_ups)
-        console.print(f"{number + 1}/{options.rounds}  {work.title:<14}{rates}")
-    return figures
+
+
+@contextlib.contextmanager
+def _uninterrupted_end(stack: contextlib.ExitStack) -> Iterator[None]:
+    """Close *stack* with signals held back: whatever comes, it is cleaned up."""
+    try:
+        yield
+    finally:
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            stack.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome:
+    """Run one row; what goes wrong is its outcome."""
+    shown.begin(row)
+    started = time.monotonic()
+    measured, error = None, ""
+    try:
+        with context(options, shown) as ctx:
+            measured = row.run(ctx)
+            absent = {claim.key for claim in row.claims} - measured.values.keys()
+            if absent:
+                raise BenchError(f"{', '.join(sorted(absent))}: no value was measured")
+    except (BenchError, MirrorError, OSError) as why:
+        error = str(why)
+    except Exception as bug:  # one in a row must not lose the others' figures
+        error = f"internal error: {bug!r}\n{traceback.format_exc().strip()}"
+    outcome = Outcome(row, measured, time.monotonic() - started, error)
+    shown.done(outcome)
+    return outcome
+
+
+def save(
+    outcomes: Sequence[Outcome], about: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Write the files; those of a part of the rows do not replace a whole run's."""
+    name = "results" if len(options.rows) == len(ROWS) else "partial"
+    told = {key: getattr(options, key) for key in ("rounds", "seconds", "size")}
+    answer = report.as_json(outcomes, about, told)
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(answer, indent=2) + "\n"
+    (options.output / f"{name}.json").write_text(text)
+    table = report.as_markdown(outcomes, about, told)
+    (options.output / f"{name}.md").write_text(table)
+    return answer
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Measure, compare the images, report; return the exit status."""
-    size = options.size << 20
-    check_machine(size)
-    workloads = [work for work in WORKLOADS if options.deep or not work.optional]
-    about = report.machine()
-    with served(size, console) as set_ups:
-        names = "".join(f"{one.key:>12}" for one in set_ups)
-        console.print(f"\n{'requests/s':<19}{names}")
-        rounds = [
-            one_round(number, set_ups, workloads, options, console)
-            for number in range(options.rounds)
-        ]
-        for set_up in set_ups:
-            set_up.stop()
-            if not set_up.images_equal():
-                raise BenchError(f"{set_up.title}: its images differ: no mirror")
-    console.print()
-    report.show(console, rounds, workloads, about)
-    answer = report.as_json(rounds, workloads, about)
-    answer["options"] = {
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "size": size,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(answer, indent=2) + "\n")
-    console.print(f"\nAll raw figures are in {_short(options.json.resolve())}.")
-    missed = not all(target["met"] for target in answer["targets"])
-    return 3 if missed and options.check else 0
+    """Run the rows, report, save; return the exit status."""
+    check_machine(options.size * MIB)
+    about = machine()
+    console.print(report.machine_line(about), markup=False)
+    with Progresses(console, options.rows) as shown:
+        outcomes = [run_row(row, options, shown) for row in options.rows]
+    answer = save(outcomes, about, options)
+    if options.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        report.show(_console(stderr=False), outcomes, about)
+    console.print(f"\nAll figures are in {_short(options.output.resolve())}.")
+    if any(outcome.error for outcome in outcomes):
+        return 1
+    return 3 if options.check and report.missed(outcomes) else 0
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console, wide enough for the table where it is no terminal."""
+    console = Console(highlight=False, stderr=stderr)
+    return (
+        console
+        if console.is_terminal
+        else Console(highlight=False, stderr=stderr, width=120)
+    )
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -186,9 +230,14 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
 def main() -> int:
     """Run the benchmark."""
     options = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if options.list:
+        for row in ROWS:
+            print(f"{row.key:<20} {row.title}")
+        return 0
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
-    console = Console(highlight=False)
+    # With --json standard output is for a program: progress goes elsewhere.
+    console = _console(stderr=options.json)
     try:
         return run(options, console)
     except (BenchError, MirrorError, OSError) as error:

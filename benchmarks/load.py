@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The workloads, and one measurement of one: fio's nbd engine, one connection.
+The load, and one measurement of it: fio's nbd engine, one connection a server.
 
 fio prints a line of its own ahead of the JSON, so its answer goes to a file and is
 read from the first brace on.
@@ -8,48 +8,78 @@ read from the first brace on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from servers import BenchError
+from .model import KIB, MIB, BenchError
 
-__all__ = ["WORKLOADS", "Figures", "Workload", "fill", "measure"]
+__all__ = ["LATENCY_LOG", "Figures", "Fio", "Workload", "fill", "measure", "scatter"]
 
-KIB, MIB = 1 << 10, 1 << 20
 RAMP_S = 0.5  # not counted: connections, first faults, caches
 SLACK_S = 30.0  # fio's own start and end
+FILL_TIMEOUT_S = 300.0
+LATENCY_LOG = "latency_clat.1.log"  # of a Fio that was started with latency_log
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What fio does: *fsync_every* counts writes, 0 is never."""
+    """
+    What fio does.
 
-    key: str
-    title: str
-    pattern: str  # fio's rw
-    block_size: int  # bytes
+    Args:
+        pattern: fio's rw.
+        block_size: bytes.
+        depth: requests under way.
+        fsync_every: a flush after so many writes; 0 is never.
+        reads: per cent of a mixed pattern.
+    """
+
+    pattern: str
+    block_size: int
     depth: int
     fsync_every: int = 0
-    optional: bool = False
+    reads: int = 70
 
+    @classmethod
+    def writes(cls, depth: int, *, fsync_every: int = 0) -> Workload:
+        """Write 4 KiB at random places."""
+        return cls("randwrite", 4 * KIB, depth, fsync_every)
 
-WORKLOADS = (
-    Workload("write_4k_qd1", "4K write QD1", "randwrite", 4 * KIB, 1),
-    Workload("write_4k_qd16", "4K write QD16", "randwrite", 4 * KIB, 16),
-    Workload(
-        *("write_4k_qd64", "4K write QD64", "randwrite", 4 * KIB, 64),
-        optional=True,
-    ),
-    Workload("write_1m_qd8", "1M write QD8", "write", MIB, 8),
-    Workload("read_4k_qd16", "4K read QD16", "randread", 4 * KIB, 16),
-    Workload(
-        *("fsync_4k_qd16", "4K fsync QD16", "randwrite", 4 * KIB, 16),
-        fsync_every=32,
-    ),
-)
+    def at(self, *, depth: int = 0, block_size: int = 0) -> Workload:
+        """Return the same, deeper or larger."""
+        return replace(
+            self,
+            depth=depth or self.depth,
+            block_size=block_size or self.block_size,
+        )
+
+    @property
+    def side(self) -> str:
+        """Where fio reports it."""
+        if self.pattern in ("rw", "randrw"):
+            return "mixed"
+        return "read" if "read" in self.pattern else "write"
+
+    def options(self) -> list[str]:
+        """Return it as fio's options."""
+        found = [
+            f"--rw={self.pattern}",
+            f"--bs={self.block_size}",
+            f"--iodepth={self.depth}",
+            "--norandommap",
+            "--randrepeat=0",
+        ]
+        if self.fsync_every:
+            found.append(f"--fsync={self.fsync_every}")
+        if self.side == "mixed":
+            found += [f"--rwmixread={self.reads}", "--unified_rw_reporting=1"]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,80 +91,152 @@ class Figures:
     mean_us: float
     p50_us: float
     p99_us: float
-    requests: int
+    requests: float
+
+    @classmethod
+    def of(cls, job: dict[str, Any], workload: Workload) -> Figures:
+        """Read them from fio's report of a job."""
+        side = job[workload.side]
+        if not side["total_ios"]:
+            raise BenchError("fio made no request")
+        latency = side["clat_ns"]
+        return cls(
+            iops=side["iops"],
+            bytes_per_s=side["bw_bytes"],
+            mean_us=latency["mean"] / 1000,
+            p50_us=latency["percentile"]["50.000000"] / 1000,
+            p99_us=latency["percentile"]["99.000000"] / 1000,
+            requests=side["total_ios"],
+        )
+
+    @classmethod
+    def mean(cls, several: Sequence[Figures]) -> Figures:
+        """Return the mean of each figure: what one of several clients saw."""
+        names = [one.name for one in fields(cls)]
+        count = len(several)
+        return cls(
+            **{name: sum(getattr(x, name) for x in several) / count for name in names}
+        )
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures for JSON."""
         return asdict(self)
 
 
-def _fio(uri: str, folder: Path, timeout_s: float, *options: str) -> dict[str, Any]:
-    output = folder / "fio.json"
-    command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", *options]
-    command += [f"--output={output}", "--output-format=json"]
+class Fio:
+    """
+    A fio that runs; `wait` for its report, or `end` it.
+
+    Args:
+        uri: of the server.
+        folder: of its own, where its answer and logs are kept meanwhile.
+        latency_log: keep each request's latency in LATENCY_LOG, by the wall clock.
+    """
+
+    def __init__(
+        self, uri: str, folder: Path, *options: str, latency_log: bool = False
+    ) -> None:
+        self.uri = uri
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._output = folder / "fio.json"
+        self._output.unlink(missing_ok=True)
+        self._words = folder / "fio.log"
+        command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", *options]
+        command += [f"--output={self._output}", "--output-format=json"]
+        if latency_log:
+            command += [f"--write_lat_log={folder / 'latency'}", "--log_unix_epoch=1"]
+        with self._words.open("wb") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def wait(self, timeout_s: float) -> dict[str, Any]:
+        """Return the report of its job; raises BenchError if there is none."""
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise BenchError(
+                f"fio on {self.uri} did not end within {timeout_s:g} s"
+            ) from None
+        finally:
+            self.end()
+        text = self._output.read_text(errors="replace") if self._output.exists() else ""
+        if code != 0 or "{" not in text:
+            words = self._words.read_text(errors="replace").strip()
+            raise BenchError(f"fio on {self.uri} failed: {words or text.strip()}")
+        job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+        if job["error"]:
+            raise BenchError(f"fio on {self.uri} got error {job['error']}")
+        return job
+
+    def end(self) -> None:
+        """Kill it if it still runs."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            self._process.wait()
+
+
+def _run(fio: Fio, timeout_s: float) -> dict[str, Any]:
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"fio on {uri} did not end within {timeout_s:g} s") from None
-    text = output.read_text(errors="replace") if output.exists() else ""
-    output.unlink(missing_ok=True)
-    if done.returncode != 0 or "{" not in text:
-        raise BenchError(f"fio on {uri} failed: {done.stderr.strip() or text.strip()}")
-    job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise BenchError(f"fio on {uri} got error {job['error']}")
-    return job
+        return fio.wait(timeout_s)
+    finally:
+        fio.end()
 
 
 def fill(uri: str, folder: Path, size: int) -> None:
-    """Write the whole disk once: no measurement shall pay for first allocations."""
-    options = ("--rw=write", "--bs=1m", "--iodepth=8", f"--size={size}")
-    _fio(uri, folder, 300.0, *options)
+    """Write the first *size* bytes: no measurement shall pay for first allocations."""
+    options = ["--rw=write", f"--bs={MIB}", "--iodepth=8", f"--size={size}"]
+    options += ["--end_fsync=1", "--refill_buffers"]
+    _run(Fio(uri, folder / "fio", *options), FILL_TIMEOUT_S)
+
+
+def scatter(uri: str, folder: Path, size: int, count: int, block_size: int) -> None:
+    """Write *count* different blocks at random places in *size* bytes."""
+    options = ["--rw=randwrite", f"--bs={block_size}", "--iodepth=4"]
+    options += [f"--size={size}", f"--io_size={count * block_size}", "--randrepeat=0"]
+    _run(Fio(uri, folder / "fio", *options, "--refill_buffers"), FILL_TIMEOUT_S)
 
 
 def measure(
-    uri: str, folder: Path, workload: Workload, size: int, seconds: float
+    uris: Sequence[str], folder: Path, workload: Workload, size: int, seconds: float
 ) -> Figures:
     """
-    Run *workload* for *seconds* on the disk at *uri*.
+    Run *workload* for *seconds* on the disks at *uris*, a client each, at once.
 
     Args:
-        folder: where fio's answer may be kept meanwhile.
-        size: of the disk, bytes.
+        folder: where fio's answers may be kept meanwhile.
+        size: of the range that is used, bytes.
+    Returns:
+        What one client saw: the mean over them.
     Raises:
         BenchError: fio failed, got an I/O error, or did nothing.
     """
     options = [
-        f"--rw={workload.pattern}",
-        f"--bs={workload.block_size}",
-        f"--iodepth={workload.depth}",
+        *workload.options(),
         f"--size={size}",
         "--time_based",
         f"--runtime={round(seconds * 1000)}ms",
         f"--ramp_time={round(RAMP_S * 1000)}ms",
-        "--norandommap",
-        "--randrepeat=0",
     ]
-    if workload.fsync_every:
-        options.append(f"--fsync={workload.fsync_every}")
-    job = _fio(uri, folder, seconds + RAMP_S + SLACK_S, *options)
-    side = job["read" if "read" in workload.pattern else "write"]
-    if not side["total_ios"]:
-        raise BenchError(f"fio on {uri} made no request")
-    latency = side["clat_ns"]
-    return Figures(
-        iops=side["iops"],
-        bytes_per_s=side["bw_bytes"],
-        mean_us=latency["mean"] / 1000,
-        p50_us=latency["percentile"]["50.000000"] / 1000,
-        p99_us=latency["percentile"]["99.000000"] / 1000,
-        requests=side["total_ios"],
-    )
+    running: list[Fio] = []
+    deadline = time.monotonic() + seconds + RAMP_S + SLACK_S
+    try:
+        for number, uri in enumerate(uris):
+            running.append(Fio(uri, folder / f"fio{number}", *options))
+        jobs = [fio.wait(max(deadline - time.monotonic(), 0.1)) for fio in running]
+    finally:
+        for fio in running:
+            fio.end()
+    return Figures.mean([Figures.of(job, workload) for job in jobs])

@@ -1,275 +1,207 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-From raw figures to ratios, tables and JSON.
+The outcomes as a table for the terminal, as Markdown, and as JSON.
 
-Absolute figures drift from one minute to the next, so only ratios taken in the
-same round, of measurements that follow each other, are compared; what is reported
-is their median over the rounds, and how far they spread.
+Markdown is what docs/performance.md takes in, so it has the same lines as the table,
+and nothing of it is written by hand.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from load import Figures, Workload
 from rich.console import Console
 from rich.table import Table
-from servers import KINDS
+from rich.text import Text
 
-import nbd_mirror
+from .model import Claim, Outcome, Row, Spread, Verdict
 
-__all__ = [
-    "TARGETS",
-    "Spread",
-    "Target",
-    "as_json",
-    "machine",
-    "ratios",
-    "show",
-    "verdicts",
-]
+__all__ = ["NOTES", "as_json", "as_markdown", "figure", "missed", "show"]
 
-# rounds[i][workload key][set-up key]
-Rounds = Sequence[Mapping[str, Mapping[str, Figures]]]
-
-PAIRS = (
-    ("native", "qemu"),
-    ("python", "qemu"),
-    ("native", "one_copy"),
-    ("python", "one_copy"),
-    ("qemu", "one_copy"),
+NOTES = (
+    "4 KiB: at random places; 1 MiB: in sequence; QD: how many requests the client "
+    "keeps under way.",
+    "One client (fio's nbd engine, one connection), unix sockets, images on tmpfs, "
+    "already written once; every mirror's remote is a plain nbdkit file on the same "
+    "machine. So what is measured is the software's own cost: no disk and no network "
+    "is in it, and an fsync to tmpfs is free.",
+    "A ratio is taken within a round, between measurements that follow each other in "
+    "an order that rotates. Client and servers share the cores.",
+    "One copy: nbdkit's file plugin. Two copies: two of them and two clients at once, "
+    "the figure of one. qemu: qemu-storage-daemon's write-blocking mirror.",
+    "After each measurement every mirror was asked whether it had mirrored "
+    "throughout, and at its end its images were compared byte for byte.",
 )
+WORDS = {
+    Verdict.GOAL: "goal",
+    Verdict.MET: "met",
+    Verdict.MISSED: "MISSED",
+    Verdict.SHORT: "below the goal",
+    Verdict.REPORTED: "",
+}
+FAILED = "FAILED"
+COLOURS = {
+    "goal": "bold green",
+    "met": "green",
+    "MISSED": "bold red",
+    "below the goal": "yellow",
+    FAILED: "bold red",
+    "": "",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A ratio over the rounds; *q1* and *q3* bound its middle half."""
-
-    median: float
-    least: float
-    most: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Sum up *values*, of which there is at least one."""
-        q1 = q3 = values[0]
-        if len(values) > 1:
-            q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), min(values), max(values), q1, q3)
+def figure(value: float, unit: str) -> str:
+    """Return *value* as it stands in a table."""
+    digits = 2 if unit in ("x", "s", "GiB", "us") and abs(value) < 100 else 0
+    if unit == "x":
+        return f"{value:.3f}" if 0.95 < value < 1.15 else f"{value:.2f}"
+    return f"{value:,.{digits}f} {unit}"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The median of *native* over *qemu* shall be at least *least*."""
-
-    workload: str
-    least: float
-
-
-TARGETS = (
-    Target("write_4k_qd16", 1.0),
-    Target("write_1m_qd8", 1.0),
-    Target("write_4k_qd1", 0.9),
-)
+def bound(claim: Claim, value: float | None) -> str:
+    """Return a must or a goal as it stands in a table."""
+    if value is None:
+        return "-"
+    sign = (
+        "\N{LESS-THAN OR EQUAL TO}" if claim.lower else "\N{GREATER-THAN OR EQUAL TO}"
+    )
+    unit = "" if claim.unit == "x" else f" {claim.unit}"
+    return f"{sign} {value:g}{unit}"
 
 
-def ratios(
-    rounds: Rounds, workloads: Sequence[Workload]
-) -> dict[str, dict[str, Spread]]:
-    """Return, by workload and by "a/b", the spread of the ratios of throughput."""
-    return {
-        work.key: {
-            f"{ours}/{base}": Spread.of(
-                [one[work.key][ours].iops / one[work.key][base].iops for one in rounds]
-            )
-            for ours, base in PAIRS
-        }
-        for work in workloads
-    }
+def title(row: Row, claim: Claim) -> str:
+    """Return what a line is called."""
+    return f"{row.title}, {claim.title}" if claim.title else row.title
 
 
-def verdicts(found: Mapping[str, Mapping[str, Spread]]) -> list[tuple[Target, float]]:
-    """Return each target with the median it is judged by."""
+def spread_words(claim: Claim, spread: Spread) -> str:
+    """Return median, least and most."""
+    least, most = (figure(x, claim.unit) for x in (spread.least, spread.most))
+    return f"{figure(spread.median, claim.unit)} ({least} .. {most})"
+
+
+def lines(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Claim, str, str]]:
+    """Give for each claim what was measured, and its verdict or FAILED."""
+    for outcome in outcomes:
+        spreads = outcome.spreads()
+        for claim in outcome.row.claims:
+            verdict = outcome.verdict(claim)
+            if verdict is None:
+                yield outcome, claim, "-", FAILED
+            else:
+                measured = spread_words(claim, spreads[claim.key])
+                yield outcome, claim, measured, WORDS[verdict]
+
+
+def missed(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the lines whose must was missed."""
     return [
-        (target, found[target.workload]["native/qemu"].median) for target in TARGETS
+        title(outcome.row, claim)
+        for outcome in outcomes
+        for claim in outcome.row.claims
+        if outcome.verdict(claim) is Verdict.MISSED
     ]
 
 
-# --- the machine ---------------------------------------------------------
+def show(
+    console: Console, outcomes: Sequence[Outcome], about: Mapping[str, Any]
+) -> None:
+    """Print the table, what was noted, and what it was measured on."""
+    table = Table(title="Median of the rounds (least .. most)")
+    for head in ("row", "must", "goal", "measured", ""):
+        table.add_column(head, justify="left" if head in ("row", "") else "right")
+    for outcome, claim, measured, word in lines(outcomes):
+        must, goal = bound(claim, claim.must), bound(claim, claim.goal)
+        name = Text(title(outcome.row, claim))
+        table.add_row(name, must, goal, measured, Text(word, style=COLOURS[word]))
+    if table.row_count:
+        console.print(table)
+    for outcome in outcomes:
+        for note in outcome.measured.notes if outcome.measured else ():
+            console.print(Text(f"{outcome.row.key}: {note}"))
+        if outcome.error:
+            console.print(
+                Text(f"{outcome.row.key} failed: {outcome.error}", style="bold red")
+            )
+    console.print(Text(machine_line(about)))
+    for note in NOTES:
+        console.print(Text(f"- {note}"))
 
 
-def _first_line(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"unknown: {error.strerror}"
-    lines = (done.stdout or done.stderr).strip().splitlines()
-    return lines[0] if lines else "unknown"
+def machine_line(about: Mapping[str, Any]) -> str:
+    """Say on what it was measured, in a sentence."""
+    return (
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_mib']:,} MiB, kernel "
+        f"{about['kernel']}; images on {about['images_on']}, disk {about['disk']}; "
+        f"nbd_mirror {about['commit']}, {about['nbdkit']}, libnbd {about['libnbd']}, "
+        f"{about['fio']}, {about['qemu']}, Python {about['python']}; {about['time']}."
+    )
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Model", "cpu model"):
-            return value.strip()
-    return platform.machine()
+def as_markdown(
+    outcomes: Sequence[Outcome],
+    about: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> str:
+    """Return the table for docs/performance.md, with what it was measured on."""
+    text = [
+        "| row | must | goal | median (least .. most) | |",
+        "|---|---|---|---|---|",
+    ]
+    for outcome, claim, measured, word in lines(outcomes):
+        must, goal = bound(claim, claim.must), bound(claim, claim.goal)
+        strong = f"**{word}**" if word in ("MISSED", FAILED) else word
+        name = f"{title(outcome.row, claim)} (`{outcome.row.key}`)"
+        text.append(f"| {name} | {must} | {goal} | {measured} | {strong} |")
+    text += ["", f"{options['rounds']} rounds. {machine_line(about)}", ""]
+    for outcome in outcomes:
+        for note in outcome.measured.notes if outcome.measured else ():
+            text.append(f"- `{outcome.row.key}`: {note}")
+        if outcome.error:
+            text.append(
+                f"- `{outcome.row.key}` failed: {outcome.error.splitlines()[0]}"
+            )
+    return "\n".join(text).rstrip() + "\n"
 
 
-def machine() -> dict[str, Any]:
-    """Describe what was measured on: a figure without this means nothing."""
-    root = str(Path(__file__).resolve().parent.parent)
+def _claim_json(outcome: Outcome, claim: Claim) -> dict[str, Any]:
+    verdict = outcome.verdict(claim)
+    values = outcome.measured.values.get(claim.key, []) if outcome.measured else []
+    spread = outcome.spreads().get(claim.key)
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "load_average": os.getloadavg(),
-        "nbd_mirror": nbd_mirror.__version__,
-        "commit": _first_line("git", "-C", root, "describe", "--always", "--dirty"),
-        "python": platform.python_version(),
-        "nbdkit": _first_line("nbdkit", "--version"),
-        "libnbd": _first_line("nbdinfo", "--version"),
-        "qemu": _first_line("qemu-storage-daemon", "--version"),
-        "fio": _first_line("fio", "--version"),
+        **asdict(claim),
+        "values": values,
+        **(asdict(spread) if spread else {}),
+        "verdict": verdict.value if verdict else "failed",
     }
 
 
-# --- tables --------------------------------------------------------------
-
-
-def _rate(figures: Sequence[Figures], workload: Workload) -> str:
-    if workload.block_size >= 1 << 20:
-        rate = statistics.median(one.bytes_per_s for one in figures)
-        return f"{rate / 1e9:.2f} GB/s"
-    return f"{statistics.median(one.iops for one in figures):,.0f}/s"
-
-
-def _figures_table(rounds: Rounds, workloads: Sequence[Workload]) -> Table:
-    table = Table(title="Median of the rounds, and median p99 latency")
-    table.add_column("workload")
-    for kind in KINDS:
-        table.add_column(kind.key, justify="right")
-    for work in workloads:
-        cells = []
-        for kind in KINDS:
-            figures = [one[work.key][kind.key] for one in rounds]
-            p99 = statistics.median(one.p99_us for one in figures)
-            cells.append(f"{_rate(figures, work)}\n{p99:,.0f} µs")
-        table.add_row(work.title, *cells)
-    return table
-
-
-def _ratios_table(
-    found: Mapping[str, Mapping[str, Spread]],
-    workloads: Sequence[Workload],
-    base: str,
-    title: str,
-) -> Table:
-    pairs = [pair for pair in PAIRS if pair[1] == base]
-    table = Table(title=title)
-    table.add_column("workload")
-    for ours, _ in pairs:
-        table.add_column(ours, justify="right")
-    for work in workloads:
-        cells = []
-        for pair in pairs:
-            one = found[work.key]["/".join(pair)]
-            cells.append(
-                f"[bold]{one.median:.2f}[/]  {one.least:.2f}..{one.most:.2f}\n"
-                f"{one.q1:.2f}..{one.q3:.2f}"
-            )
-        table.add_row(work.title, *cells)
-    return table
-
-
-NOTES = (
-    "4K: 4 KiB at random places; 1M: 1 MiB in sequence; fsync: one after every 32 "
-    "writes; QD: how many requests the client keeps under way.",
-    "Throughput of one client (fio's nbd engine, one connection), unix sockets, "
-    "images on tmpfs, already written once; every mirror's remote is a plain nbdkit "
-    "file on the same machine.",
-    "So what is measured is the software's own cost. No disk, no network and no "
-    "durability is in it: an fsync to tmpfs is free.",
-    "A set-up's ratio is taken within a round, between measurements that follow each "
-    "other in an order that rotates. Client and servers share the cores.",
-    "After each measurement both kinds of mirror were asked whether they still "
-    "mirror, and at the end their images were compared byte for byte.",
-)
-
-
-def show(
-    console: Console,
-    rounds: Rounds,
-    workloads: Sequence[Workload],
-    about: Mapping[str, Any],
-) -> None:
-    """Print tables, targets and how it was measured."""
-    found = ratios(rounds, workloads)
-    console.print(_figures_table(rounds, workloads))
-    spread = "median  least..most\nand the middle half of the rounds"
-    console.print(
-        _ratios_table(found, workloads, "qemu", f"Ratio to qemu's mirror: {spread}")
-    )
-    console.print(
-        _ratios_table(found, workloads, "one_copy", f"Ratio to one copy: {spread}")
-    )
-    titles = {work.key: work.title for work in workloads}
-    console.print(
-        "Targets, native door over qemu's mirror, by the median:", style="bold"
-    )
-    for target, median in verdicts(found):
-        met = median >= target.least
-        word = "[green]met[/]" if met else "[bold red]MISSED[/]"
-        title = titles[target.workload]
-        console.print(f"  {title}: {median:.2f}, wanted {target.least:.1f}: {word}")
-    console.print()
-    console.print(
-        f"{about['cpu']}, {about['cores']} cores, kernel {about['kernel']}; "
-        f"{about['nbdkit']}, libnbd {about['libnbd']}, {about['fio']}, {about['qemu']}"
-    )
-    for note in NOTES:
-        console.print(f"- {note}")
-
-
 def as_json(
-    rounds: Rounds, workloads: Sequence[Workload], about: Mapping[str, Any]
+    outcomes: Sequence[Outcome],
+    about: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything, raw figures included, for the file."""
-    found = ratios(rounds, workloads)
     return {
         "machine": dict(about),
+        "options": dict(options),
         "notes": list(NOTES),
-        "workloads": [asdict(work) for work in workloads],
-        "set_ups": {kind.key: kind.title for kind in KINDS},
-        "rounds": [
+        "rows": [
             {
-                work: {key: figures.as_dict() for key, figures in by_set_up.items()}
-                for work, by_set_up in one.items()
+                "key": outcome.row.key,
+                "title": outcome.row.title,
+                "seconds": round(outcome.seconds, 1),
+                "error": outcome.error,
+                "claims": [_claim_json(outcome, one) for one in outcome.row.claims],
+                "rounds": outcome.measured.rounds if outcome.measured else [],
+                "notes": outcome.measured.notes if outcome.measured else [],
+                "files": [
+                    path.name
+                    for path in (outcome.measured.files if outcome.measured else ())
+                ],
             }
-            for one in rounds
-        ],
-        "ratios": {
-            work: {pair: asdict(spread) for pair, spread in pairs.items()}
-            for work, pairs in found.items()
-        },
-        "targets": [
-            {
-                "workload": target.workload,
-                "pair": "native/qemu",
-                "least": target.least,
-                "median": median,
-                "met": median >= target.least,
-            }
-            for target, median in verdicts(found)
+            for outcome in outcomes
         ],
     }

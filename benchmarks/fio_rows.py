@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The rows that compare request rates: the same load on several set-ups, in turn.
+
+In each round every set-up is measured once, beginning with another one each time, so
+that whatever else the machine does falls on all of them alike. Two claims need set-ups
+of their own: a mirror that has lost its remote, and one whose logs lie on a real disk,
+beside the same built without an activity log.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .load import Figures, Workload, fill, measure
+from .machine import disk_folder
+from .model import MIB, BenchError, Context, Measured, rotated
+from .no_activity import build_without_activity
+from .servers import KINDS, ROOT, Mirror, SetUp
+
+__all__ = ["activity_log", "against", "begin", "compare", "degraded", "finish"]
+
+
+def begin(ctx: Context, set_up: SetUp, *, fill_size: int | None = None) -> None:
+    """Start *set_up*, fill it, make it what is to be measured."""
+    ctx.say(f"starting {set_up.title}")
+    ctx.stack.callback(set_up.stop)
+    set_up.start()
+    for number, uri in enumerate(set_up.uris):
+        fill(uri, set_up.folder / f"fill{number}", fill_size or set_up.size)
+    set_up.ready()
+    set_up.mark()
+    set_up.check()
+
+
+def finish(set_up: SetUp) -> None:
+    """Stop *set_up* and compare its images: what is no mirror has no figure."""
+    set_up.settle()
+    set_up.stop()
+    if not set_up.images_equal():
+        raise BenchError(f"{set_up.title}: its images differ: no mirror")
+    for image in set_up.images:
+        image.unlink()
+
+
+def _rate(figures: Figures, workload: Workload) -> str:
+    if workload.block_size >= MIB:
+        return f"{figures.bytes_per_s / 1e9:.2f} GB/s"
+    return f"{figures.iops:,.0f}/s"
+
+
+def compare(
+    ctx: Context,
+    workload: Workload,
+    set_ups: Sequence[SetUp],
+    *,
+    size: int | None = None,
+) -> Measured:
+    """
+    Measure *workload* on every set-up in every round, as often as *ctx* says.
+
+    Returns:
+        by each but the first's key the first's rate over its own, a value a round.
+    """
+    measured = Measured()
+    ours, *peers = set_ups
+    for number in range(ctx.rounds):
+        figures: dict[str, Figures] = {}
+        for set_up in rotated(set_ups, number):
+            set_up.mark()
+            figures[set_up.key] = measure(
+                set_up.uris, set_up.folder, workload, size or set_up.size, ctx.seconds
+            )
+            set_up.check()
+        for peer in peers:
+            measured.add(peer.key, figures[ours.key].iops / figures[peer.key].iops)
+        measured.rounds.append({key: one.as_dict() for key, one in figures.items()})
+        rates = (f"{one.key} {_rate(figures[one.key], workload)}" for one in set_ups)
+        ctx.say(f"{number + 1}/{ctx.rounds}  {', '.join(rates)}")
+    measured.notes.append(_medians(measured, set_ups, workload))
+    return measured
+
+
+def _medians(measured: Measured, set_ups: Sequence[SetUp], workload: Workload) -> str:
+    """Say the absolute figures, which do not compare with another day's."""
+    name, unit, scale = "iops", "/s", 1.0
+    if workload.block_size >= MIB:
+        name, unit, scale = "bytes_per_s", " MB/s", 1e6
+    found = []
+    for set_up in set_ups:
+        rate = statistics.median(one[set_up.key][name] for one in measured.rounds)
+        p99 = statistics.median(one[set_up.key]["p99_us"] for one in measured.rounds)
+        found.append(f"{set_up.key} {rate / scale:,.0f}{unit}, p99 {p99:,.0f} µs")
+    return "medians: " + "; ".join(found)
+
+
+def against(
+    workload: Workload, *peers: str, ours: str = "native"
+) -> Callable[[Context], Measured]:
+    """Return a row's run: *ours* against *peers*, all keys of KINDS."""
+
+    def run(ctx: Context) -> Measured:
+        set_ups = [KINDS[key](ctx.folder, ctx.size) for key in (ours, *peers)]
+        for set_up in set_ups:
+            begin(ctx, set_up)
+        measured = compare(ctx, workload, set_ups)
+        for set_up in set_ups:
+            finish(set_up)
+        return measured
+
+    return run
+
+
+# --- the remote lost -----------------------------------------------------
+
+
+class DegradedMirror(Mirror):
+    """Our mirror after it has lost its remote."""
+
+    key = "degraded"
+    title = "nbd_mirror, remote lost"
+
+    def __init__(self, folder: Path, size: int) -> None:
+        # At its end the remote comes back; nothing of the load was under way.
+        keys = {"hold": "100ms", "late_write_window": "0s"}
+        super().__init__(folder, size, keys=keys)
+
+    def ready(self) -> None:
+        """Kill the remote's server."""
+        self.stop_far(kill=True)
+        self.wait("out_of_sync")
+
+    def check(self) -> None:
+        """Make sure that the remote is still away."""
+        if self.remote()["state"] != "out_of_sync":
+            raise BenchError(f"{self.title} is {self._words()}")
+
+    def settle(self) -> None:
+        """Bring the remote back: the log must have known all it missed."""
+        self.start_far()
+        self.command("resume")
+        self.wait()
+
+
+def degraded(workload: Workload) -> Callable[[Context], Measured]:
+    """Return a row's run: without the remote against one copy."""
+
+    def run(ctx: Context) -> Measured:
+        set_ups = [
+            DegradedMirror(ctx.folder, ctx.size),
+            KINDS["one_copy"](ctx.folder, ctx.size),
+        ]
+        for set_up in set_ups:
+            begin(ctx, set_up)
+        measured = compare(ctx, workload, set_ups)
+        for set_up in set_ups:
+            finish(set_up)
+        return measured
+
+    return run
+
+
+# --- the activity log ----------------------------------------------------
+
+
+class WarmMirror(Mirror):
+    """Our mirror with its logs on a disk, and all it is asked for active already."""
+
+    persists = 0
+
+    def mark(self) -> None:
+        """Remember how often the log was made durable."""
+        super().mark()
+        self.persists = self._persists()
+
+    def check(self) -> None:
+        """Make sure that the log was not written: that would be a cold set."""
+        super().check()
+        grown = self._persists() - self.persists
+        if grown:
+            raise BenchError(
+                f"{self.title}: the activity log was made durable {grown} times in "
+                "the measured window: its hot set was not warm"
+            )
+
+    def ready(self) -> None:
+        """Make sure that filling it has written the log at all."""
+        if self._persists() == 0:
+            raise BenchError(f"{self.title} never wrote its activity log")
+
+    def _persists(self) -> int:
+        return int(self.status()["persists"]["activity"])
+
+
+class OffMirror(WarmMirror):
+    """The same, built without an activity log: unsafe, and for this row alone."""
+
+    def ready(self) -> None:
+        """Make sure that the log is really off."""
+        status = self.status()
+        if status["persists"]["activity"] or status["active_extents"]:
+            raise BenchError(f"{self.title} has an activity log after all")
+
+
+def activity_log(workload: Workload) -> Callable[[Context], Measured]:
+    """Return a row's run: with the activity log on a real disk against without."""
+
+    def run(ctx: Context) -> Measured:
+        ctx.say("building without an activity log")
+        folder, kind = disk_folder(ctx.stack)
+        makers: list[tuple[type[WarmMirror], str, Path]] = [
+            (WarmMirror, "on", ROOT),
+            (OffMirror, "off", build_without_activity()),
+        ]
+        set_ups: list[SetUp] = []
+        for maker, key, package in makers:
+            state = folder / key
+            set_up = maker(ctx.folder, ctx.size, key=key, state=state, package=package)
+            set_up.title = f"nbd_mirror, activity log {key}"
+            set_ups.append(set_up)
+            begin(ctx, set_up)
+        measured = compare(ctx, workload, set_ups)
+        measured.notes.append(f"the logs of both lay on {kind}")
+        for one in set_ups:
+            finish(one)
+        return measured
+
+    return run

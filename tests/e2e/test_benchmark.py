@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The benchmark runs from end to end, with disks too small to mean anything.
+
+That it runs, compares, writes its files and cleans up is tested; no figure is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+
+SHM = Path("/dev/shm")
+COMMAND = (sys.executable, "-m", "benchmarks.bench")
+TINY = ("--rounds", "2", "--seconds", "0.1", "--size", "64")
+
+
+def folders() -> set[str]:
+    """Return what benchmarks have in memory now."""
+    return {path.name for path in SHM.glob("nbd-mirror-bench.*")}
+
+
+@pytest.fixture(autouse=True)
+def _able() -> None:
+    support.requires_program("fio", "qemu-storage-daemon", "nbdcopy")
+    support.requires(os.access(SHM, os.W_OK), f"{SHM} cannot be written")
+
+
+def test_one_row_is_measured_and_written_down(tmp_path: Path) -> None:
+    """A row by name: its ratio in JSON and Markdown, nothing left in memory."""
+    before = folders()
+    command = [*COMMAND, *TINY, "--output", tmp_path, "degraded_4k_qd16"]
+    done = subprocess.run(
+        command, cwd=support.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "partial.json").read_text())["rows"]
+    assert ("degraded_4k_qd16", "") == (row["key"], row["error"])
+    (claim,) = row["claims"]
+    ratios = [
+        one["degraded"]["iops"] / one["one_copy"]["iops"] for one in row["rounds"]
+    ]
+    assert len(ratios) == 2
+    assert ratios == claim["values"]
+    assert min(ratios) > 0
+    assert "`degraded_4k_qd16`" in (tmp_path / "partial.md").read_text()
+    assert "remote lost" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert folders() <= before
+
+
+def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    """SIGINT while servers and fio run: exit status 130, and all are gone."""
+    before = folders()
+    command = [*COMMAND, "--seconds", "60", "--size", "64", "--output", tmp_path]
+    process = subprocess.Popen(
+        [*command, "write_4k_qd1"],
+        cwd=support.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+    def measuring() -> bool:
+        return any("--runtime=" in one for one in support.marked_processes().values())
+
+    support.wait_until(measuring, "fio to measure")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert b"interrupted" in said
+    assert not measuring()
+    assert folders() <= before
+
+
+def test_no_such_row_is_wrong_usage() -> None:
+    """It is said before anything is started."""
+    done = subprocess.run(
+        [*COMMAND, "no_such_row"],
+        cwd=support.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no_such_row" in done.stderr
