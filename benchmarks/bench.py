@@ -34,7 +34,7 @@ from nbd_mirror.errors import MirrorError
 from . import report
 from .machine import SHM, check_machine, machine
 from .model import MIB, BenchError, Context, Outcome, Row
-from .rows import ROWS, chosen
+from .rows import GROUPS, ROWS, chosen
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -233,6 +233,8 @@ def main() -> int:
     if options.list:
         for row in ROWS:
             print(f"{row.key:<20} {row.title}")
+        for name, rows in GROUPS.items():
+            print(f"{name:<20} {', '.join(row.key for row in rows)}")
         return 0
     for number in SIGNALS:
         signal.signal(number, _interrupt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -179,6 +180,17 @@ class Fio:
         if job["error"]:
             raise BenchError(f"fio on {self.uri} got error {job['error']}")
         return job
+
+    def interrupt(self) -> None:
+        """Have it end now and write its logs; raises BenchError if it does not."""
+        if not self.running:
+            self.wait(1.0)  # it failed, and says why
+            raise BenchError(f"fio on {self.uri} ended too early")
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(SLACK_S)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"fio on {self.uri} does not end") from None
 
     def end(self) -> None:
         """Kill it if it still runs."""

@@ -31,7 +31,7 @@ PROGRAMS = {
     "qemu-storage-daemon": "qemu-utils",
 }
 _GIT = ("git", "-C", str(ROOT))
-IMAGES = 9  # of --size, the most that a row has at once
+IMAGES = 6  # of --size, the most that a row has at once
 
 
 def check_machine(size: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .fio_rows import activity_log, against, degraded
 from .load import Workload
 from .model import MIB, Claim, Row
+from .plots import plot_latency, plot_resync, plot_throughput
 from .resync_rows import (
     first_sync_sparse,
     resync_full,
@@ -150,6 +151,7 @@ SCALE_ROWS = (
         (
             Claim("rss", "resident", 256, 128, unit="MiB", lower=True),
             Claim("pss", "proportional", unit="MiB", lower=True),
+            Claim("logs", "resident, of it mapped logs", unit="MiB", lower=True),
             Claim("locked", "locked", unit="MiB", lower=True),
             Claim("all_dirty", "resident, all dirty", unit="MiB", lower=True),
         ),
@@ -171,18 +173,25 @@ SCALE_ROWS = (
     ),
 )
 
-ROWS: tuple[Row, ...] = (*FIO_ROWS, *RESYNC_ROWS, *SCALE_ROWS)
+PLOTS = (
+    Row("plot_latency", "Plot: latency against load", plot_latency),
+    Row("plot_throughput", "Plot: throughput against block size", plot_throughput),
+    Row("plot_resync", "Plot: a resync over time, with a client", plot_resync),
+)
+
+ROWS: tuple[Row, ...] = (*FIO_ROWS, *RESYNC_ROWS, *SCALE_ROWS, *PLOTS)
+GROUPS = {"plots": PLOTS}
 
 
 def chosen(keys: list[str]) -> list[Row]:
     """
     Return the rows named *keys*, in the table's order; all of them if none is.
 
+    "plots" names all plots.
+
     Raises:
         KeyError: there is no row of that name.
     """
-    known = {row.key for row in ROWS}
-    for key in keys:
-        if key not in known:
-            raise KeyError(key)
-    return [row for row in ROWS if not keys or row.key in keys]
+    known = {row.key: (row,) for row in ROWS} | GROUPS
+    wanted = [row for key in keys for row in known[key]]
+    return [row for row in ROWS if not keys or row in wanted]

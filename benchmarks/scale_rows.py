@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -72,6 +73,17 @@ def _memory_mib(pid: int) -> dict[str, float]:
     return found
 
 
+def _mapped_mib(pid: int, folder: Path) -> float:
+    """Return what is resident of the files in *folder*, MiB."""
+    total, ours = 0.0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = f" {folder}/" in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) / 1024
+    return total
+
+
 def memory_16t(ctx: Context) -> Measured:
     """Measure the resident set after a load all over the disk, and all dirty."""
     mirror = EqualMirror(ctx.folder, LARGE, key="large")
@@ -84,6 +96,7 @@ def memory_16t(ctx: Context) -> Measured:
     measure([mirror.uri], mirror.folder, workload, ctx.size, ctx.seconds)
     mirror.check()
     in_sync = _memory_mib(mirror.pid)
+    logs = _mapped_mib(mirror.pid, mirror.state)
     mirror.command("pause")
     mirror.command("invalidate")
     wait_until(
@@ -93,10 +106,14 @@ def memory_16t(ctx: Context) -> Measured:
     measured = Measured()
     measured.add("rss", in_sync["Rss"])
     measured.add("pss", in_sync["Pss"])
+    measured.add("logs", logs)
     measured.add("locked", in_sync["Locked"])
     measured.add("all_dirty", dirty["Rss"])
-    measured.rounds.append({"in_sync": in_sync, "all_dirty": dirty})
-    ctx.say(f"in sync {in_sync['Rss']:.0f} MiB, all dirty {dirty['Rss']:.0f} MiB")
+    measured.rounds.append({"in_sync": in_sync, "all_dirty": dirty, "logs": logs})
+    ctx.say(
+        f"in sync {in_sync['Rss']:.0f} MiB, of it {logs:.0f} MiB mapped logs, "
+        f"all dirty {dirty['Rss']:.0f} MiB"
+    )
     measured.notes.append(
         "measured once: memory does not vary as time does; after random writes over "
         "the whole disk"

@@ -63,5 +63,7 @@ def test_chosen_rows_keep_the_tables_order() -> None:
     assert list(ROWS) == chosen([])
     keys = [row.key for row in chosen(["read_1m", "write_4k_qd1", "read_1m"])]
     assert ["write_4k_qd1", "read_1m"] == keys
+    plots = {row.key for row in chosen(["plots"])}
+    assert {"plot_latency", "plot_throughput", "plot_resync"} == plots
     with pytest.raises(KeyError, match="no_such"):
         chosen(["write_4k_qd1", "no_such"])
