@@ -349,8 +349,8 @@ def resync_p99(ctx: Context) -> Measured:
     mirror.wait()
     again = sum(one["invalidated_again"] for one in measured.rounds)
     measured.notes.append(
-        f"a resync of {size // MIB} MiB, made all dirty again whenever half of it was "
-        f"done, {again} times in {ctx.rounds} rounds: so it never ended"
+        f"of {size // MIB} MiB; made all dirty again when half was done, so that it "
+        f"lasts: {again} times in {ctx.rounds} rounds"
     )
     _equal(mirror)
     return measured
