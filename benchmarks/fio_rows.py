@@ -16,9 +16,10 @@ from pathlib import Path
 
 from .load import Figures, Workload, fill, measure
 from .machine import disk_folder
+from .mirror import KINDS, Mirror
 from .model import MIB, BenchError, Context, Measured, rotated
 from .no_activity import build_without_activity
-from .servers import KINDS, ROOT, Mirror, SetUp
+from .servers import ROOT, SetUp
 
 __all__ = ["activity_log", "against", "begin", "compare", "degraded", "finish"]
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .fio_rows import begin, finish
 from .images import random_data
 from .load import LATENCY_LOG, Figures, Fio, Workload, measure
+from .mirror import KINDS, Mirror
 from .model import KIB, MIB, BenchError, Context, Measured, rotated
-from .servers import KINDS, Mirror, SetUp, wait_until
+from .servers import SetUp, wait_until
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

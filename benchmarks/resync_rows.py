@@ -19,8 +19,9 @@ from nbd_mirror.mapview import DirtyMaps
 from .images import random_data
 from .link import Link, ceiling
 from .load import Figures, Workload, measure, scatter
+from .mirror import Mirror
 from .model import GIB, KIB, MIB, BenchError, Context, Measured, rotated
-from .servers import Mirror, NbdkitFile, uri_of, wait_until
+from .servers import NbdkitFile, uri_of, wait_until
 
 __all__ = [
     "first_sync_sparse",

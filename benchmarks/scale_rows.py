@@ -18,8 +18,9 @@ from pathlib import Path
 
 from .fio_rows import begin, compare, finish
 from .load import Workload, measure
+from .mirror import Mirror
 from .model import MIB, BenchError, Context, Measured, rotated
-from .servers import Mirror, SetUp, wait_until
+from .servers import SetUp, wait_until
 
 __all__ = ["memory_16t", "rate_16t", "start_16t"]
 

@@ -16,31 +16,25 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from nbd_mirror import control
-from nbd_mirror.errors import NotRunningError
-from nbd_mirror.mapview import DirtyMaps, open_map
 
 from .images import same_content
 from .model import BenchError
 
 __all__ = [
-    "KINDS",
     "ROOT",
-    "Mirror",
+    "START_TIMEOUT_S",
     "NbdkitFile",
-    "PythonMirror",
     "QemuMirror",
     "SetUp",
     "TwoCopies",
     "end",
     "listens",
+    "uri_of",
     "wait_until",
 ]
 
@@ -48,7 +42,6 @@ ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 30.0
 SYNC_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
-REMOTE = "far"  # the name of a mirror's one remote
 
 
 class SetUp(ABC):
@@ -120,7 +113,7 @@ class SetUp(ABC):
         self, command: Sequence[str | Path], cwd: Path
     ) -> subprocess.Popen[bytes]:
         """Start a server, which `stop` ends."""
-        with self._log(command[0]).open("ab") as out:
+        with self.log_of(command[0]).open("ab") as out:
             process = subprocess.Popen(
                 [os.fspath(word) for word in command],
                 stdin=subprocess.DEVNULL,
@@ -133,7 +126,8 @@ class SetUp(ABC):
         self._processes.append(process)
         return process
 
-    def _log(self, program: str | Path) -> Path:
+    def log_of(self, program: str | Path) -> Path:
+        """Return where a program of it says what goes wrong."""
         return self.folder / f"{Path(program).name}.log"
 
     def _start(
@@ -144,7 +138,7 @@ class SetUp(ABC):
         deadline = time.monotonic() + START_TIMEOUT_S
         while not listens(ready):
             if process.poll() is not None or time.monotonic() > deadline:
-                words = self._log(command[0]).read_text(errors="replace").strip()
+                words = self.log_of(command[0]).read_text(errors="replace").strip()
                 raise BenchError(f"{self.title}: {command[0]} did not start: {words}")
             time.sleep(0.01)
         return process
@@ -195,198 +189,6 @@ class TwoCopies(SetUp):
     def images_equal(self) -> bool:
         """Two clients wrote what each liked: there is nothing to compare."""
         return True
-
-
-class Mirror(SetUp):
-    """
-    Our mirror, through the native door unless a subclass names another.
-
-    Args:
-        state: the directory of its logs, if not beside the images.
-        package: the folder that holds the package to serve with.
-        keys: of the configuration, beyond those every mirror has.
-        far_socket: what the mirror connects to, if not the far server itself.
-    """
-
-    key = "native"
-    title = "nbd_mirror, native door"
-    door = "native"
-
-    def __init__(
-        self,
-        folder: Path,
-        size: int,
-        *,
-        key: str = "",
-        state: Path | None = None,
-        package: Path = ROOT,
-        keys: Mapping[str, str] | None = None,
-        far_socket: Path | None = None,
-    ) -> None:
-        super().__init__(folder, size, key=key)
-        self.state = state or self.folder / "state"
-        self.package = package
-        self.config = self.folder / "volume.toml"
-        self.far_listens = self.folder / "remote.sock"
-        self.far_socket = far_socket or self.far_listens
-        self._keys = dict(keys or {})
-        self._far: subprocess.Popen[bytes] | None = None
-        self._server: subprocess.Popen[bytes] | None = None
-        self._since = ""
-
-    def start(self) -> None:
-        """Create and serve a volume, and wait until it is in sync."""
-        self.prepare()
-        self.start_servers()
-
-    # --- step by step, for rows that need more than `start` ---
-
-    def prepare(self) -> None:
-        """Make images and configuration."""
-        self._image("local.img")
-        self._image("remote.img")
-        keys = {
-            "name": f"bench-{self.key.replace('_', '-')}",
-            "local": str(self.images[0]),
-            "state": str(self.state),
-            "listen": f"unix:{self.socket}",
-            **self._keys,
-        }
-        lines = [f'{key} = "{value}"' for key, value in keys.items()]
-        lines += [f"size = {self.size}", "", "[[remote]]", f'name = "{REMOTE}"']
-        lines.append(f'uri = "{uri_of(self.far_socket)}"')
-        self.config.write_text("\n".join(lines) + "\n")
-
-    def start_servers(self, *options: str) -> None:
-        """Create the volume, *options* being those of create, and serve it."""
-        self.start_far()
-        self.create(*options)
-        self.serve()
-        self.wait()
-
-    def start_far(self, *options: str, filters: tuple[str, ...] = ()) -> None:
-        """Start the remote's server."""
-        self._far = self.nbdkit_file(
-            self.images[1], self.far_listens, *options, filters=filters
-        )
-
-    def stop_far(self, *, kill: bool = False) -> None:
-        """End the remote's server."""
-        assert self._far
-        if kill:
-            self._far.kill()
-        end(self._far)
-        self._processes.remove(self._far)
-        self._far = None
-
-    def create(self, *options: str) -> None:
-        """Format the state."""
-        self.run_command("create", self.config, *options)
-
-    def serve(self) -> None:
-        """Start the server; return when its socket is there."""
-        process = self.spawn_server()
-        wait_until(
-            lambda: listens(self.socket) or process.poll() is not None,
-            lambda: f"{self.title} to listen",
-        )
-
-    def spawn_server(self) -> subprocess.Popen[bytes]:
-        """Start the server and do not wait for it."""
-        command: list[str | Path] = [sys.executable, "-m", "nbd_mirror"]
-        command += ["serve", self.config, "--foreground", "--door", self.door]
-        self._server = self._spawn(command, self.package)
-        return self._server
-
-    def wait(self, state: str = "in_sync") -> None:
-        """Wait until the remote is in a state, and the server knows it."""
-        wait_until(
-            lambda: self.remote()["state"] == state,
-            lambda: f"{self.title} to be {state}; it is {self._words()}",
-        )
-
-    def status(self) -> dict[str, Any]:
-        """Ask the server how it is; waits for one that is still starting."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                found: dict[str, Any] = control.call(self.state, "status")
-            except NotRunningError:
-                running = self._server is not None and self._server.poll() is None
-                if not running or time.monotonic() > deadline:
-                    words = self._log(sys.executable).read_text(errors="replace")
-                    raise BenchError(f"{self.title} ended: {words.strip()}") from None
-                time.sleep(0.01)
-            else:
-                return found
-
-    def remote(self) -> dict[str, Any]:
-        """Return the status of the remote."""
-        found: dict[str, Any] = self.status()["remotes"][0]
-        return found
-
-    def command(self, name: str) -> None:
-        """Give the server a command that concerns the remote."""
-        control.call(self.state, name, remote=REMOTE)
-
-    def maps(self) -> DirtyMaps:
-        """Open the remote's dirty map, which costs the server nothing to look at."""
-        return open_map(self.state / f"dirty.{REMOTE}")
-
-    @property
-    def pid(self) -> int:
-        """The server's process."""
-        assert self._server
-        return self._server.pid
-
-    # --- what every set-up does ---
-
-    def mark(self) -> None:
-        """Remember since when it is in sync."""
-        self._since = self.remote()["since"]
-
-    def check(self) -> None:
-        """Ask the server: a mirror that lost its remote would be fast."""
-        remote = self.remote()
-        if remote["state"] != "in_sync":
-            raise BenchError(f"{self.title} is {self._words()}")
-        if self._since and remote["since"] != self._since:
-            raise BenchError(f"{self.title} was not in sync throughout")
-
-    def stop_server(self) -> None:
-        """Stop the mirror, cleanly; its remote's server goes on."""
-        if self._server is not None:
-            end(self._server)
-            self._processes.remove(self._server)
-            self._server = None
-
-    def stop(self) -> None:
-        """Stop the mirror first: else it would notice how its remote goes."""
-        self.stop_server()
-        super().stop()
-        self._far = None
-
-    def run_command(self, *words: str | Path) -> None:
-        """Run an nbd-mirror command."""
-        command = [sys.executable, "-m", "nbd_mirror", *(str(word) for word in words)]
-        done = subprocess.run(
-            command, cwd=self.package, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise BenchError(f"{self.title}: nbd-mirror {words[0]}: {done.stderr}")
-
-    def _words(self) -> str:
-        status = self.status()
-        remote = status["remotes"][0]
-        return f"{remote['state']}: {status['reason'] or remote['reason']}"
-
-
-class PythonMirror(Mirror):
-    """Our mirror, the Python door."""
-
-    key = "python"
-    title = "nbd_mirror, Python door"
-    door = "python"
 
 
 class QemuMirror(SetUp):
@@ -445,11 +247,6 @@ class QemuMirror(SetUp):
                 stream.readline()  # the greeting
                 _exchange(stream, {"execute": "qmp_capabilities"})
                 return _exchange(stream, {"execute": command, "arguments": arguments})
-
-
-KINDS: dict[str, type[SetUp]] = {
-    kind.key: kind for kind in (NbdkitFile, TwoCopies, Mirror, PythonMirror, QemuMirror)
-}
 
 
 def uri_of(sock: Path) -> str:
