@@ -4,7 +4,7 @@
 # builds (nbd_mirror/_build.py), scripts/setup prepares.
 
 PYTHON := .venv/bin/python
-C_FILES = $(shell find csrc tests/c tests/fuzz -name build -prune -o -name '*.[ch]' -print)
+C_FILES = $(shell find csrc tests/c tests/fuzz benchmarks -name build -prune -o -name '*.[ch]' -print)
 
 .PHONY: help setup build check check-c check-e2e check-vm lint fmt bench demo clean
 

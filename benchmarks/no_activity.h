@@ -8,7 +8,7 @@
 
 #include "internal.h"
 
-#define activity_hold(act, first, last)                                      \
+#define activity_hold(act, first, last)                                        \
   ((void)(act), (void)(first), (void)(last), 0)
-#define activity_release(act, first, last, now)                              \
+#define activity_release(act, first, last, now)                                \
   ((void)(act), (void)(first), (void)(last))
