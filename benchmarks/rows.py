@@ -20,6 +20,7 @@ from .resync_rows import (
     resync_scattered,
 )
 from .scale_rows import memory_16t, rate_16t, start_16t
+from .vm import run_vm
 
 __all__ = ["ROWS", "chosen"]
 
@@ -173,13 +174,30 @@ SCALE_ROWS = (
     ),
 )
 
+VM_ROWS = (
+    Row(
+        "vm",
+        "4 KiB random write over /dev/nbd0 in a virtual machine",
+        run_vm,
+        tuple(
+            claim
+            for depth in (1, 16)
+            for claim in (
+                Claim(f"qd{depth}_md", f"QD{depth} against md RAID1", 1.0),
+                Claim(f"qd{depth}_drbd", f"QD{depth} against DRBD 8.4, protocol C"),
+                Claim(f"qd{depth}_one_copy", f"QD{depth} {ONE_COPY}"),
+            )
+        ),
+    ),
+)
+
 PLOTS = (
     Row("plot_latency", "Plot: latency against load", plot_latency),
     Row("plot_throughput", "Plot: throughput against block size", plot_throughput),
     Row("plot_resync", "Plot: a resync over time, with a client", plot_resync),
 )
 
-ROWS: tuple[Row, ...] = (*FIO_ROWS, *RESYNC_ROWS, *SCALE_ROWS, *PLOTS)
+ROWS: tuple[Row, ...] = (*FIO_ROWS, *RESYNC_ROWS, *SCALE_ROWS, *VM_ROWS, *PLOTS)
 GROUPS = {"plots": PLOTS}
 
 

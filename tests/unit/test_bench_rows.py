@@ -30,6 +30,8 @@ WANTED = {
     ("memory_16t", "rss"): (256, 128, True),
     ("rate_16t", "small"): (0.95, 1.0, False),
     ("start_16t", "large"): (2, 0.3, True),
+    ("vm", "qd1_md"): (1.0, None, False),
+    ("vm", "qd16_md"): (1.0, None, False),
 }
 
 

@@ -180,6 +180,12 @@ class Mirror:
         self._server.wait()
         self._server = None
 
+    def pids(self) -> dict[str, int]:
+        """Return the process ids of the server and of the secondary."""
+        assert self._server is not None
+        assert self._secondary is not None
+        return {"primary": self._server.pid, "remote": self._secondary.pid}
+
     def stop(self) -> None:
         """Stop the server cleanly."""
         assert self._server is not None

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from support import ROOT, requires, requires_program
 
-__all__ = ["kernel_image", "run_in_vm"]
+__all__ = ["kernel_image", "run_in_vm", "unpacked"]
 
 CACHE = ROOT / ".cache" / "kernel"
 # Depends on the package of the kernel that Debian has now.
@@ -91,6 +91,21 @@ def kernel_image() -> Path:
             fetch(kernel_package())
             images = sorted(CACHE.glob("linux-image-*/boot/vmlinuz-*"))
     return images[-1]
+
+
+def unpacked(package: str) -> Path:
+    """
+    Return the folder with what *package* of Debian's holds, fetched once.
+
+    For programs that only the guest needs: nothing is installed, so no service is
+    started here and no configuration written.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (CACHE / package).exists():
+            fetch(package)
+    return CACHE / package
 
 
 # What the guest runs first: the cached root, with the guest's own file systems in it.

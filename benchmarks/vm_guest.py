@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+usage: vm_guest.py OPTIONS-AS-JSON        (inside the virtual machine, as root)
+
+Ours over the kernel's nbd, md RAID1, DRBD and one copy, measured in turn in one boot.
+
+All are set up at once and live side by side; in each round every depth is measured
+on every one of them, in an order that rotates. What vm.py reads are lines of the word
+`measured` and JSON. An emulated CPU makes every figure small, and comparable with the
+others alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vm.inside import (  # type: ignore[import-not-found]
+    Mirror,
+    note,
+    run,
+    wait_until,
+)
+
+WORK = Path("/run/vm-bench")
+MIB = 1 << 20
+RAMP_S = 0.5
+
+
+# --- set-ups -------------------------------------------------------------------
+
+
+def attach(socket: Path, device: str, connections: int = 1) -> None:
+    """Attach the kernel's nbd to a server, as nbd-mirror attach does."""
+    options = ("-b", "4096", "-t", "60", "-C", str(connections))
+    run("nbd-client", "-unix", socket, device, *options)
+
+
+def serve_copy(folder: Path, size: int) -> tuple[Path, subprocess.Popen[bytes]]:
+    """Serve a new image by nbdkit's file plugin; return its socket."""
+    folder.mkdir(parents=True)
+    image, socket = folder / "disk.img", folder / "disk.sock"
+    with image.open("wb") as file:
+        file.truncate(size)
+    with (folder / "nbdkit.log").open("wb") as log:
+        server = subprocess.Popen(
+            ["nbdkit", "-f", "-U", str(socket), "file", str(image)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    wait_until(socket.exists, f"{socket} to be there")
+    return socket, server
+
+
+class SetUp:
+    """Something to write to: *device*, and the *processes* that serve it."""
+
+    def __init__(self, key: str, device: str, processes: dict[str, int]) -> None:
+        self.key = key
+        self.device = device
+        self.processes = processes
+
+    def check(self) -> None:
+        """Raise RuntimeError unless both copies are still written to."""
+
+    def finish(self) -> None:
+        """End it; raise RuntimeError if it was no mirror."""
+
+
+class Ours(SetUp):
+    """nbd_mirror's native door; local and state on a tmpfs, the remote an nbdkit."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        folder = WORK / "ours"
+        folder.mkdir(parents=True)
+        for name in ("local.img", "far.img"):
+            with (folder / name).open("wb") as file:
+                file.truncate(options["size"])
+        self.mirror = Mirror(
+            folder, folder / "local.img", folder / "far.img", "/dev/nbd0"
+        )
+        self.mirror.start_secondary()
+        self.mirror.create("far")
+        self.mirror.serve()
+        self.mirror.wait_served()
+        self.mirror.attach()
+        self.mirror.wait_for("in_sync")
+        processes = self.mirror.pids()
+        super().__init__("ours", "/dev/nbd0", processes)
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the remote is in sync."""
+        state = self.mirror.remote()["state"]
+        if state != "in_sync":
+            raise RuntimeError(f"the remote is {state}")
+
+    def finish(self) -> None:
+        """Stop it, and compare the disks byte for byte."""
+        self.mirror.detach()
+        self.mirror.stop()
+        run("cmp", self.mirror.local, self.mirror.far)
+
+
+class Md(SetUp):
+    """md RAID1 of a RAM disk and /dev/nbd1, with a write-intent bitmap inside."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        socket, server = serve_copy(WORK / "md", options["size"])
+        attach(socket, "/dev/nbd1")
+        create = (
+            f"{options['tools']['mdadm']}/sbin/mdadm",
+            "--create",
+            "/dev/md0",
+            "--run",
+        )
+        kind = ("--assume-clean", "--level=1", "--raid-devices=2", "--bitmap=internal")
+        run(*create, *kind, "/dev/ram0", "/dev/nbd1")
+        super().__init__("md", "/dev/md0", {"remote": server.pid})
+
+    def check(self) -> None:
+        """Raise RuntimeError unless both members are up."""
+        text = Path("/proc/mdstat").read_text()
+        if "[UU]" not in text:
+            raise RuntimeError(f"the array is not whole: {text}")
+
+
+class Drbd(SetUp):
+    """DRBD 8.4, protocol C: two RAM disks of this host, over the loopback device."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        tools = options["tools"]["drbd-utils"]
+        self._setup = f"{tools}/lib/drbd/drbdsetup-84"
+        meta = f"{tools}/sbin/drbdmeta"
+        run("ip", "link", "set", "lo", "up")
+        for minor in (0, 1):
+            disk = f"/dev/ram{1 + minor}"
+            run(meta, "--force", str(minor), "v08", disk, "internal", "create-md")
+            self._drbd("new-resource", f"r{minor}")
+            self._drbd("new-minor", f"r{minor}", str(minor), "0")
+            self._drbd("attach", str(minor), disk, disk, "internal")
+        ends = ("ipv4:127.0.0.1:7788", "ipv4:127.0.0.1:7789")
+        self._drbd("connect", "r0", *ends, "--protocol=C")
+        self._drbd("connect", "r1", *reversed(ends), "--protocol=C")
+        wait_until(lambda: self._state("cs") == "Connected", "DRBD to connect")
+        self._drbd("new-current-uuid", "--clear-bitmap", "0")
+        self._drbd("primary", "0", "--force")
+        super().__init__("drbd", "/dev/drbd0", {})
+        self.check()
+
+    def _drbd(self, *words: str) -> str:
+        return str(run(self._setup, *words))
+
+    def _state(self, what: str) -> str:
+        """Return the first minor's "cs", "ro" or "ds"."""
+        found = re.search(
+            rf"^ 0: .*\b{what}:(\S+)", Path("/proc/drbd").read_text(), re.MULTILINE
+        )
+        return found[1] if found else ""
+
+    def check(self) -> None:
+        """Raise RuntimeError unless both sides are connected and equal."""
+        if self._state("ds") != "UpToDate/UpToDate":
+            raise RuntimeError(f"the disks are {self._state('ds')}")
+
+
+class OneCopy(SetUp):
+    """One nbdkit file over /dev/nbd2: what any mirror over nbd has to do at least."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        socket, server = serve_copy(WORK / "one_copy", options["size"])
+        attach(socket, "/dev/nbd2")
+        super().__init__("one_copy", "/dev/nbd2", {"remote": server.pid})
+
+
+SET_UPS: dict[str, Callable[[dict[str, Any]], SetUp]] = {
+    "ours": Ours,
+    "md": Md,
+    "drbd": Drbd,
+    "one_copy": OneCopy,
+}
+
+# --- what a measurement used ------------------------------------------------------
+
+
+def ticks(stat: str) -> tuple[int, int]:
+    """Return user and system time from a /proc/PID/stat, in clock ticks."""
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[11]), int(fields[12])
+
+
+def usage(pid: int) -> dict[str, int]:
+    """Return the time and the context switches of a process's threads so far."""
+    user, system = ticks(Path(f"/proc/{pid}/stat").read_text())
+    switches = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            text = (task / "status").read_text()
+            switches += sum(int(n) for n in re.findall(r"ctxt_switches:\s+(\d+)", text))
+    return {"user": user, "system": system, "switches": switches}
+
+
+def machine_usage() -> dict[str, int]:
+    """Return the whole guest's: clock ticks of all CPUs, and context switches."""
+    text = Path("/proc/stat").read_text()
+    cpu = [int(x) for x in text.splitlines()[0].split()[1:]]
+    switches = re.search(r"^ctxt (\d+)$", text, re.MULTILINE)
+    assert switches is not None
+    return {
+        "user": cpu[0] + cpu[1],
+        "system": cpu[2] + cpu[5] + cpu[6],
+        "idle": cpu[3] + cpu[4],
+        "switches": int(switches[1]),
+    }
+
+
+def snapshot(set_up: SetUp) -> dict[str, dict[str, int]]:
+    """Return what the guest and the set-up's processes have used so far."""
+    found = {name: usage(pid) for name, pid in set_up.processes.items()}
+    return {"machine": machine_usage(), **found}
+
+
+def per_request(
+    before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], requests: int
+) -> dict[str, dict[str, float]]:
+    """Return the differences a request: times in microseconds."""
+    tick_us = 1e6 / os.sysconf("SC_CLK_TCK")
+    found = {}
+    for name, now in after.items():
+        found[name] = {
+            what: (value - before[name][what])
+            * (1 if what == "switches" else tick_us)
+            / requests
+            for what, value in now.items()
+        }
+    return found
+
+
+# --- measuring -------------------------------------------------------------------
+
+
+def fio(device: str, *options: str) -> dict[str, Any]:
+    """Run fio on a device and return its only job's answer."""
+    command = ("fio", "--name=vm", f"--filename={device}", "--ioengine=libaio")
+    text = run(*command, "--direct=1", "--output-format=json", *options)
+    job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise RuntimeError(f"fio on {device} got error {job['error']}")
+    return job
+
+
+def measure(set_up: SetUp, depth: int, seconds: float) -> dict[str, Any]:
+    """Write 4 KiB at random for *seconds*, and return the figures."""
+    before = snapshot(set_up)
+    job = fio(
+        set_up.device,
+        *("--rw=randwrite", "--bs=4k", f"--iodepth={depth}", "--time_based"),
+        *(f"--runtime={round(seconds * 1000)}ms", "--norandommap", "--randrepeat=0"),
+        f"--ramp_time={round(RAMP_S * 1000)}ms",
+    )
+    after = snapshot(set_up)
+    set_up.check()
+    side = job["write"]
+    # The ramp's requests cost as much and are not counted: scaled up for them.
+    requests = max(1, round(side["iops"] * (seconds + RAMP_S)))
+    return {
+        "set_up": set_up.key,
+        "depth": depth,
+        "iops": side["iops"],
+        "p50_us": side["clat_ns"]["percentile"]["50.000000"] / 1000,
+        "p99_us": side["clat_ns"]["percentile"]["99.000000"] / 1000,
+        "used": per_request(before, after, requests),
+    }
+
+
+def rotated(things: list[SetUp], by: int) -> list[SetUp]:
+    """Return *things*, beginning elsewhere."""
+    by %= len(things)
+    return things[by:] + things[:by]
+
+
+@contextlib.contextmanager
+def logs_if_it_fails() -> Iterator[None]:
+    """Print the ends of all logs if something goes wrong."""
+    try:
+        yield
+    except BaseException:
+        for log in sorted(WORK.glob("**/*.log")):
+            lines = log.read_text(errors="replace").splitlines()[-20:]
+            print("\n".join([f"--- {log}", *lines]))
+        raise
+
+
+def main() -> None:
+    """Set up, measure, and say so."""
+    options = json.loads(sys.argv[1])
+    WORK.mkdir(parents=True)
+    set_ups: list[SetUp] = []
+    for key in options["set_ups"]:
+        note(f"setting up {key}")
+        set_ups.append(SET_UPS[key](options))
+        fio(set_ups[-1].device, "--rw=write", "--bs=256k", "--iodepth=4")
+    for number in range(options["rounds"]):
+        for depth in options["depths"]:
+            for one in rotated(set_ups, number):
+                figures = measure(one, depth, options["seconds"])
+                print("measured", json.dumps({"round": number, **figures}), flush=True)
+        note(f"round {number + 1} of {options['rounds']} is done")
+    for one in set_ups:
+        one.finish()
+    note("done")
+
+
+if __name__ == "__main__":
+    with logs_if_it_fails():
+        try:
+            main()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            raise
