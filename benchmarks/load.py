@@ -124,6 +124,9 @@ class Figures:
         return asdict(self)
 
 
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 class Fio:
     """
     A fio that runs; `wait` for its report, or `end` it.
@@ -143,19 +146,35 @@ class Fio:
         self._output = folder / "fio.json"
         self._output.unlink(missing_ok=True)
         self._words = folder / "fio.log"
-        command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", *options]
+        # Its job is a thread: one that is a process outlives a killed fio.
+        command = ["fio", "--thread", "--name=bench", "--ioengine=nbd"]
+        command += [f"--uri={uri}", *options]
         command += [f"--output={self._output}", "--output-format=json"]
         if latency_log:
             command += [f"--write_lat_log={folder / 'latency'}", "--log_unix_epoch=1"]
-        with self._words.open("wb") as out:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                start_new_session=True,
-            )
+        # A Ctrl-C between fio's start and our knowing of it would leave it running.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        try:
+            with self._words.open("wb") as out:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    start_new_session=True,
+                    preexec_fn=lambda: signal.pthread_sigmask(
+                        signal.SIG_SETMASK, before
+                    ),
+                )
+        except BaseException:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            raise
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def running(self) -> bool:
@@ -194,10 +213,9 @@ class Fio:
 
     def end(self) -> None:
         """Kill it if it still runs."""
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
 
 
 def _run(fio: Fio, timeout_s: float) -> dict[str, Any]:
