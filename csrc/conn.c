@@ -179,6 +179,16 @@ conn_kill (struct conn *conn, const char *why)
   conn->transport->interrupt (conn);
 }
 
+ssize_t
+conn_sendmsg (int fd, const struct msghdr *msg, int flags)
+{
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+  return syscall (SYS_sendmsg, fd, msg, flags);
+#else
+  return sendmsg (fd, msg, flags);
+#endif
+}
+
 static void
 conn_free (struct conn *conn)
 {

@@ -11,6 +11,8 @@
 #ifndef NBDM_TRANSPORT_H
 #define NBDM_TRANSPORT_H
 
+#include <sys/socket.h>
+
 #include "conn.h"
 #include "internal.h"
 #include "nbdm.h"
@@ -71,6 +73,13 @@ void conn_answer_locked (struct conn *conn, struct command *cmd, int error,
                          uint64_t now);
 /* Wake whom this thread roused; with no lock held. */
 void conn_wake_roused (void);
+
+/* sendmsg, of commands that may be answered, and their payloads gone, before
+ * it returns.  The kernel has read them by then, but the sanitizers' own
+ * sendmsg looks at them once more after the call: so they are passed by.  Not
+ * a part of transport_plain.c, for tests to take the place of it.
+ */
+ssize_t conn_sendmsg (int fd, const struct msghdr *msg, int flags);
 
 /* --- transport_libnbd.c: the handshake --------------------------------- */
 

@@ -39,7 +39,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -216,14 +215,6 @@ describe_loss (int err, char *why, size_t max)
     snprintf (why, max, "the connection broke: %s", strerror (err));
 }
 
-#ifdef __SANITIZE_THREAD__
-/* The thread sanitizer's own sendmsg looks at the payloads once more after the
- * call, when those of commands that were answered meanwhile are no longer ours
- * to read.  The kernel does not: see above.
- */
-#define sendmsg(fd, msg, flags) syscall (SYS_sendmsg, fd, msg, flags)
-#endif
-
 /* Send until nothing is left, or, with MSG_DONTWAIT, the socket is full.  No
  * effect while another thread does.  Drops the lock meanwhile.
  */
@@ -242,7 +233,7 @@ push_locked (struct conn *conn, int flags)
     gather_locked (plain, &msg);
     plain->sending = true;
     pthread_mutex_unlock (&conn->lock);
-    n = sendmsg (conn->fd, &msg, flags | MSG_NOSIGNAL);
+    n = conn_sendmsg (conn->fd, &msg, flags | MSG_NOSIGNAL);
     err = errno;
     pthread_mutex_lock (&conn->lock);
     plain->sending = false;

@@ -544,7 +544,7 @@ begin_sent (uint32_t remote, const uint8_t *header, const void *payload)
   return op;
 }
 
-WRAPPED (ssize_t, sendmsg, int fd, const struct msghdr *msg, int flags)
+WRAPPED (ssize_t, conn_sendmsg, int fd, const struct msghdr *msg, int flags)
 {
   struct sent_op ops[MAX_SENT];
   uint32_t remote = remote_of (fd);
@@ -566,7 +566,7 @@ WRAPPED (ssize_t, sendmsg, int fd, const struct msghdr *msg, int flags)
       ops[nr++] = (struct sent_op){ op, at };
   }
   loss_unlock ();
-  n = __real_sendmsg (fd, msg, flags);
+  n = __real_conn_sendmsg (fd, msg, flags);
   loss_lock ();
   while (nr-- > 0)
     if (n < 0 || ops[nr].start >= (size_t)n)
