@@ -101,6 +101,7 @@ static const struct point points[] = {
   { "resync_answered", false },
   { "resync_copied", false },
   { "resync_before_flush", false },
+  { "resync_flush_begun", false },
   { "resync_before_clean", false },
   { "resync_after_clean", false },
   /* local fails, and is copied back */

@@ -90,40 +90,85 @@ land_locked (struct remote_flush *flush)
   conn_put (conn);
 }
 
+/* Its answer is there: what it means, under the lock. */
+static void
+take_answer_locked (struct remote_flush *flush)
+{
+  pthread_mutex_unlock (&flush->remote->volume->lock);
+  fault_point ("flush_answered");
+  pthread_mutex_lock (&flush->remote->volume->lock);
+  land_locked (flush);
+  fault_point ("flush_landed");
+}
+
+/* Is there nothing more to wait for?  `*rc`: as remote_flush_end returns. */
+static bool
+over_locked (const struct remote_flush *flush, int *rc)
+{
+  const struct remote *r = flush->remote;
+  const struct nbdm *v = r->volume;
+
+  *rc = 0;
+  if (r->flush.done >= flush->ticket)
+    return true;
+  *rc = -ENOTCONN;
+  return !remote_used_locked (r) || v->failed || (v->drained && !r->admitted);
+}
+
+/* Lead the next one if nobody does.  Drops the lock to send it. */
+static bool
+follow_up_locked (struct remote_flush *flush)
+{
+  struct remote *r = flush->remote;
+
+  if (!r->admitted || r->flush.running)
+    return false;
+  lead_locked (flush);
+  pthread_mutex_unlock (&r->volume->lock);
+  send_flush (flush);
+  pthread_mutex_lock (&r->volume->lock);
+  return true;
+}
+
 int
 remote_flush_end (struct remote_flush *flush)
 {
-  struct remote *r = flush->remote;
-  struct nbdm *v = r->volume;
-  int rc = 0;
+  struct nbdm *v = flush->remote->volume;
+  int rc;
 
   pthread_mutex_lock (&v->lock);
   for (;;) {
     if (flush->leading) {
       pthread_mutex_unlock (&v->lock);
       conn_wait (flush->conn, &flush->waiter);
-      fault_point ("flush_answered");
       pthread_mutex_lock (&v->lock);
-      land_locked (flush);
-      fault_point ("flush_landed");
+      take_answer_locked (flush);
     }
-    if (r->flush.done >= flush->ticket)
+    if (over_locked (flush, &rc))
       break;
-    if (!remote_used_locked (r) || v->failed || (v->drained && !r->admitted)) {
-      rc = -ENOTCONN;
-      break;
-    }
-    if (r->admitted && !r->flush.running) {
-      lead_locked (flush);
-      pthread_mutex_unlock (&v->lock);
-      send_flush (flush);
-      pthread_mutex_lock (&v->lock);
-    }
-    else
+    if (!follow_up_locked (flush))
       pthread_cond_wait (&v->changed, &v->lock);
   }
   pthread_mutex_unlock (&v->lock);
   return rc;
+}
+
+bool
+remote_flush_poll (struct remote_flush *flush, int *rc)
+{
+  struct nbdm *v = flush->remote->volume;
+  bool over;
+
+  if (flush->leading && !conn_answered_all (flush->conn, &flush->waiter))
+    return false;
+  pthread_mutex_lock (&v->lock);
+  if (flush->leading)
+    take_answer_locked (flush);
+  over = over_locked (flush, rc);
+  if (!over)
+    follow_up_locked (flush);
+  pthread_mutex_unlock (&v->lock);
+  return over;
 }
 
 bool

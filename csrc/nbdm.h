@@ -115,20 +115,31 @@ struct nbdm_remote_status {
   uint64_t dirty_regions;
   uint64_t late_regions; /* of these, held back for late writes */
   uint64_t unflushed_regions;
-  uint64_t outstanding;  /* commands sent and not answered */
-  uint64_t remote_size;  /* bytes, of the last connection; or 0 */
-  uint64_t commands;     /* answered since start */
-  uint64_t copied_bytes; /* by resync since start, zeroes included */
-  int64_t since;         /* seconds since 1970 */
-  uint64_t serial;       /* see nbdm_wait_event */
-  char reason[160];      /* of the state; or "" */
+  uint64_t outstanding;    /* commands sent and not answered */
+  uint64_t remote_size;    /* bytes, of the last connection; or 0 */
+  uint64_t commands;       /* answered since start */
+  uint64_t copied_bytes;   /* by resync since start, zeroes included */
+  uint64_t answered_bytes; /* the same, made clean or not yet */
+  uint64_t answer_ns; /* shortest time of a copy in the last call; 0: none */
+  int64_t since;      /* seconds since 1970 */
+  uint64_t serial;    /* see nbdm_wait_event */
+  char reason[160];   /* of the state; or "" */
+};
+
+/* How much resync does at once.  A burst of copies and a rest take turns. */
+struct nbdm_pace {
+  uint32_t depth;      /* copies in flight, 1 to 64 */
+  uint32_t copy_bytes; /* of data in one, up to 1 MiB; 0: that */
+  uint32_t burst_us;   /* without a rest it has no meaning */
+  uint32_t rest_us;    /* 0: none */
 };
 
 /* One call of resync: what to copy, and what came of it. */
 struct nbdm_resync {
   uint64_t first_region; /* in: where to look for dirty regions, then up */
   uint64_t max_bytes;    /* in: stop after about this much */
-  uint32_t depth;        /* in: commands in flight, 1 to 64 */
+  uint32_t max_ms;       /* in: and after this time; 0: no matter how long */
+  struct nbdm_pace pace; /* in: to begin with */
   uint64_t next_region;  /* out: where the next call goes on; 0: wrapped */
   uint64_t copied_bytes; /* out: bytes of regions made clean */
   uint64_t zero_bytes;   /* out: of these, sent as zeroes */
@@ -266,13 +277,18 @@ int nbdm_remote_invalidate (struct nbdm *volume, uint32_t remote);
 /* The late-write window is over: late regions are plain dirty ones now. */
 int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
 
-/* Copy a batch of dirty regions, flush the remote, clear their bits.  Also
- * makes the remote in_sync when that left nothing dirty.  Returns 0 also if
- * nothing was found; -ENOTCONN: the remote was lost (no bit was cleared
- * without its flush); -EIO: local could not be read.
+/* Copy dirty regions, flush the remote, clear their bits, until that much is
+ * copied, the time is over, nothing is found, an operator pauses it or
+ * nbdm_wake.  Also makes the remote in_sync when that left nothing dirty.
+ * Returns 0 also if nothing was found; -ENOTCONN: the remote was lost (no bit
+ * was cleared without its flush); -EIO: local could not be read.
  */
 int nbdm_resync (struct nbdm *volume, uint32_t remote,
                  struct nbdm_resync *batch);
+
+/* Change the pace of the call that is under way, from its next copy on. */
+int nbdm_resync_pace (struct nbdm *volume, uint32_t remote,
+                      const struct nbdm_pace *pace);
 
 /* --- The local disk, after it failed ---------------------------------- */
 

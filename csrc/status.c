@@ -103,6 +103,8 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   status->commands = r->commands + report.answered;
   status->remote_size = r->remote_size;
   status->copied_bytes = r->copied_bytes;
+  status->answered_bytes = r->answered_bytes;
+  status->answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns;
   status->since = r->since;
   status->serial = r->serial;
   memcpy (status->reason, r->reason, sizeof status->reason);

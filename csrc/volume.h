@@ -28,6 +28,11 @@ struct flush_group {
   bool running;
 };
 
+/* How a resync under way goes about it; see struct nbdm_pace. */
+struct resync_pace {
+  uint32_t depth, copy_bytes, burst_us, rest_us;
+};
+
 struct remote {
   struct nbdm *volume;
   uint32_t index;
@@ -56,7 +61,10 @@ struct remote {
   uint64_t remote_size;
   uint64_t commands; /* answered on earlier connections */
   uint64_t copied_bytes;
-  bool copying; /* a resync batch is under way */
+  bool copying; /* a resync call is under way */
+  struct resync_pace pace;
+  uint64_t answered_bytes; /* of copies, since start */
+  uint64_t answer_ns;      /* the shortest time of a copy in this call */
 };
 
 /* An open file or block device. */
@@ -234,6 +242,10 @@ struct remote_flush {
  */
 void remote_flush_begin (struct remote *r, struct remote_flush *flush);
 int remote_flush_end (struct remote_flush *flush);
+/* The same for who has other things to do: false, and it is not over yet.  Who
+ * began it must come back soon, or call remote_flush_end: others wait for it.
+ */
+bool remote_flush_poll (struct remote_flush *flush, int *rc);
 /* A flush nobody asked for: false, and nothing sent, if one is under way or
  * there is no connection.  Blocks, bounded by the deadline, but for no hold.
  */
@@ -347,6 +359,12 @@ int remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
 uint64_t volume_next_session (const struct nbdm *v);
 /* With all dirty maps loaded: the other logs, and what may differ. */
 int volume_recover (struct nbdm *v);
+
+/* --- resync.c -------------------------------------------------------- */
+
+/* Within its bounds, and in whole regions. */
+struct resync_pace resync_pace (const struct nbdm *v,
+                                const struct nbdm_pace *pace);
 
 /* --- ticker.c -------------------------------------------------------- */
 

@@ -433,7 +433,7 @@ class Engine:
 
 def _make_batch(first: int, max_bytes: int, depth: int) -> Any:
     batch = ffi.new("struct nbdm_resync *")
-    batch.first_region, batch.max_bytes, batch.depth = first, max_bytes, depth
+    batch.first_region, batch.max_bytes, batch.pace.depth = first, max_bytes, depth
     return batch
 
 

@@ -87,7 +87,7 @@ connect_once (uint32_t remote)
 static void
 resync_some (uint32_t remote)
 {
-  struct nbdm_resync batch = { .max_bytes = 4u << 20, .depth = 8 };
+  struct nbdm_resync batch = { .max_bytes = 4u << 20, .pace.depth = 8 };
 
   for (unsigned n = 0; n < 64 && !ending; n++) {
     struct nbdm_remote_status s = status_of (remote);

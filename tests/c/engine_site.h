@@ -204,7 +204,7 @@ static void
 resync_to_end (void)
 {
   time_t until = time (NULL) + DEADLINE_S;
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
   while (status ().state == NBDM_RESYNCING) {
     struct nbdm_remote_status s = status ();

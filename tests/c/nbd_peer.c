@@ -52,6 +52,8 @@ struct peer {
   uint8_t *image, *flushed;
   uint8_t *unflushed; /* a byte a sector */
   enum peer_hold hold;
+  bool hold_flushes;
+  unsigned may_apply, may_answer; /* so many flushes nonetheless */
   bool stopping, keep;
   uint64_t random;
   struct session *sessions;
@@ -218,6 +220,20 @@ put_locked (struct session *s, struct item *item)
   pthread_cond_broadcast (&s->peer->changed);
 }
 
+/* A flush, or the answer to one, that the test wants to wait? */
+static bool
+is_held_locked (struct peer *peer, const struct item *item)
+{
+  unsigned *left = item->applied ? &peer->may_answer : &peer->may_apply;
+
+  if (!peer->hold_flushes || item->cmd.type != PEER_FLUSH)
+    return false;
+  if (*left == 0)
+    return true;
+  --*left;
+  return false;
+}
+
 /* Any of those queued; NULL when the connection has ended. */
 static struct item *
 next_item (struct session *s, bool *later)
@@ -241,8 +257,18 @@ next_item (struct session *s, bool *later)
   }
   if (!s->ended)
     item = take_locked (s, (unsigned)(dice >> 32) % s->nr);
+  while (item && is_held_locked (peer, item)) {
+    put_locked (s, item);
+    item = NULL;
+    pthread_mutex_unlock (&peer->lock);
+    poll (NULL, 0, 1);
+    pthread_mutex_lock (&peer->lock);
+    if (!s->ended)
+      item = take_locked (s, (unsigned)dice++ % s->nr);
+  }
+  *later = (dice >> 8 & 1)
+           || (item && peer->hold_flushes && item->cmd.type == PEER_FLUSH);
   pthread_mutex_unlock (&peer->lock);
-  *later = dice >> 8 & 1;
   return item;
 }
 
@@ -502,6 +528,24 @@ peer_hold (struct peer *peer, enum peer_hold hold)
   pthread_mutex_lock (&peer->lock);
   peer->hold = hold;
   pthread_cond_broadcast (&peer->changed);
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
+peer_hold_flushes (struct peer *peer, bool hold)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->hold_flushes = hold;
+  peer->may_apply = 1;
+  peer->may_answer = 0;
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
+peer_answer_flush (struct peer *peer)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->may_answer++;
   pthread_mutex_unlock (&peer->lock);
 }
 

@@ -79,6 +79,11 @@ unsigned peer_apply_late (struct peer *peer);
 /* Cut; then what was not flushed is lost, kept, or either by sector. */
 void peer_lose_power (struct peer *peer, enum peer_loss loss);
 void peer_hold (struct peer *peer, enum peer_hold hold);
+/* With `shuffle`: the next flush is carried out and not answered until it is
+ * let go, later ones are not even carried out; all else goes on.
+ */
+void peer_hold_flushes (struct peer *peer, bool hold);
+void peer_answer_flush (struct peer *peer);
 
 /* This thread is a server's, not one of whom is tested. */
 extern _Thread_local bool peer_thread;

@@ -161,7 +161,7 @@ site_resync (struct site *site, uint32_t remote, struct nbdm_resync *batch)
 void
 site_resync_to_end (struct site *site, uint32_t remote)
 {
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
   time_t until = time (NULL) + SITE_DEADLINE_S;
 
   while (site_status (site, remote).state == NBDM_RESYNCING) {

@@ -77,7 +77,7 @@ test_hung_remote_is_bounded (void)
 static void *
 one_batch (void *rc)
 {
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
   *(int *)rc = nbdm_resync (volume, 0, &batch);
   return NULL;

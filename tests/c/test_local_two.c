@@ -442,7 +442,7 @@ maps_are_durable_first (void *unused)
   assert (site_status (&site, 0).dirty_regions == 2);
   assert (!site.volume->remotes[0].dm.changed);
   site_connect (&site, 0);
-  batch = (struct nbdm_resync){ .max_bytes = REGION, .depth = 1 };
+  batch = (struct nbdm_resync){ .max_bytes = REGION, .pace.depth = 1 };
   assert (site_resync (&site, 0, &batch) == 0);
   assert (site_status (&site, 0).dirty_regions == 1);
   assert (!site.volume->remotes[0].dm.changed);

@@ -187,7 +187,7 @@ test_remote_is_lost_when_libnbd_gets_none (void)
 static void
 test_resync_waits_for_memory (void)
 {
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
   uint64_t dirty;
 
   begin ();

@@ -196,8 +196,8 @@ trouble (void)
 static void
 one_round (unsigned round)
 {
-  struct nbdm_resync batch[PEERS] = { { .max_bytes = REGION, .depth = 2 },
-                                      { .max_bytes = SIZE, .depth = 4 } };
+  struct nbdm_resync batch[PEERS] = { { .max_bytes = REGION, .pace.depth = 2 },
+                                      { .max_bytes = SIZE, .pace.depth = 4 } };
 
   for (uint32_t s = 0; s < SECTORS; s++)
     before[s] = value_of (site.image + s * SECTOR);

@@ -360,7 +360,7 @@ lose_remote (uint32_t i, uint64_t r)
 static void
 resync_batch (uint32_t i)
 {
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .depth = 4 };
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
   /* What may have come late has come, or never will. */
   peer_apply_late (site.peers[i]);

@@ -168,7 +168,7 @@ begin_round (unsigned round)
 static unsigned
 resync (unsigned round)
 {
-  struct nbdm_resync batch = { .depth = 1 + round % 4 };
+  struct nbdm_resync batch = { .pace.depth = 1 + round % 4 };
   unsigned races = 0;
 
   while (site_status (&site, 0).state != NBDM_IN_SYNC) {
