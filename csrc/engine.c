@@ -333,7 +333,8 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
              uint64_t length, uint64_t offset, uint32_t flags)
 {
   struct request req;
-  uint64_t start = now_ns ();
+  uint64_t start = now_ns (), end;
+  bool sent = false;
   int rc;
 
   req.kind = kind;
@@ -356,13 +357,17 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
   fault_point ("after_local");
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req.legs[i].active) {
+      sent = sent || req.legs[i].sent;
       leg_finish (&req, &req.legs[i]);
       inflight_done (&v->inflight, req.slot, 2u << i);
     }
   fault_point ("after_remote");
   rc = request_finish (v, &req, rc);
   fault_point ("before_answer");
-  atomic_fetch_add (&v->write_ns, now_ns () - start);
+  end = now_ns ();
+  atomic_fetch_add (&v->write_ns, end - start);
+  latency_add (&v->latency, sent ? LATENCY_MIRRORED : LATENCY_LOCAL, start,
+               end);
   return rc;
 }
 

@@ -10,7 +10,9 @@
  * Clients' writes go to local from the moment it is admitted, whole regions
  * missing or not, so a copied region stays equal until its bit is cleared.
  * One copy at a time: a local disk has no round trips to hide, and it is the
- * disk that clients' reads wait for.
+ * disk that clients' reads wait for.  No copy goes on beside a flush, for the
+ * same reason; but as there, a call goes on for long, its pace may be changed
+ * meanwhile, and nothing is held while it rests.
  */
 
 #include <errno.h>
@@ -21,16 +23,21 @@
 #include "volume.h"
 
 #define COPY_BYTES (1u << 20) /* in one copy, or one region if more */
+#define FLUSH_NS 500000000    /* of what was copied: see resync.c */
 
 struct back {
   struct nbdm *volume;
   uint64_t cursor; /* region */
   uint8_t *buf;
   size_t buf_size;
-  uint64_t bytes, zero_bytes;
+  uint64_t max_bytes, until_ns;
+  uint64_t bytes, zero_bytes, cleaned_bytes;
+  uint64_t flushed_bytes, flushed_ns; /* how far it was, and when */
+  uint64_t burst_ns;                  /* when the burst under way began */
+  struct resync_pace pace;
 };
 
-/* The next run that is missing and not copied, at most a buffer long. */
+/* The next run that is missing and not copied, as long as the pace says. */
 static bool
 find_run_locked (const struct back *b, uint64_t *first, uint64_t *count)
 {
@@ -48,7 +55,7 @@ find_run_locked (const struct back *b, uint64_t *first, uint64_t *count)
       break;
     region = end;
   }
-  end = region + b->buf_size / v->region_size;
+  end = region + b->pace.copy_bytes / v->region_size;
   end = bitmap_next_clear (missing, region, end < nr ? end : nr);
   end = bitmap_next_set (copied, region, end);
   *first = region;
@@ -142,7 +149,7 @@ copy_run (struct back *b)
 
 /* Only what a flush begun after its copy has covered is no longer missing. */
 static int
-flush_and_clean (struct back *b, struct nbdm_resync *io)
+flush_and_clean (struct back *b)
 {
   struct nbdm *v = b->volume;
   uint64_t cleaned;
@@ -160,21 +167,108 @@ flush_and_clean (struct back *b, struct nbdm_resync *io)
      */
     if (cleaned > 0)
       volume_persist_locked (v);
-    io->copied_bytes = cleaned * v->region_size;
-    v->local.copied_bytes += io->copied_bytes;
+    b->cleaned_bytes += cleaned * v->region_size;
+    v->local.copied_bytes += cleaned * v->region_size;
     if (v->local.repairing)
       v->local.repaired += cleaned;
     local_settle_locked (v);
   }
   pthread_mutex_unlock (&v->lock);
+  b->flushed_bytes = b->bytes;
+  b->flushed_ns = now_ns ();
   return rc;
+}
+
+static bool
+flush_due (const struct back *b)
+{
+  uint64_t bytes = b->bytes - b->flushed_bytes;
+
+  return bytes >= b->volume->flush_bytes
+         || (bytes > 0 && now_ns () - b->flushed_ns >= FLUSH_NS);
+}
+
+/* Is the call over, whatever is left?  Else takes the pace to go on at. */
+static bool
+call_over (struct back *b)
+{
+  struct nbdm *v = b->volume;
+  bool over;
+
+  pthread_mutex_lock (&v->lock);
+  over = v->waking;
+  b->pace = v->local.pace;
+  pthread_mutex_unlock (&v->lock);
+  return over || b->bytes >= b->max_bytes || now_ns () >= b->until_ns;
+}
+
+/* Leave the disks to clients for a while, after a burst. */
+static void
+rest_if_due (struct back *b)
+{
+  struct nbdm *v = b->volume;
+  uint64_t until_ns = now_ns () + b->pace.rest_us * UINT64_C (1000);
+  struct timespec until = { .tv_sec = (time_t)(until_ns / 1000000000),
+                            .tv_nsec = (long)(until_ns % 1000000000) };
+  int rc = 0;
+
+  if (b->pace.rest_us == 0
+      || now_ns () - b->burst_ns < b->pace.burst_us * UINT64_C (1000))
+    return;
+  latency_copying (&v->latency, false);
+  pthread_mutex_lock (&v->lock);
+  while (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING && !v->waking
+         && !v->stopping && v->local.pace.rest_us > 0)
+    rc = pthread_cond_timedwait (&v->events, &v->lock, &until);
+  pthread_mutex_unlock (&v->lock);
+  latency_copying (&v->latency, true);
+  b->burst_ns = now_ns ();
+}
+
+static int
+run_batch (struct back *b, struct nbdm_resync *io)
+{
+  int rc = 1, clean_rc;
+
+  while (rc == 1 && !call_over (b)) {
+    rc = copy_run (b);
+    if (rc == 1 && flush_due (b)) {
+      clean_rc = flush_and_clean (b);
+      if (clean_rc < 0)
+        return clean_rc;
+    }
+    if (rc == 1)
+      rest_if_due (b);
+  }
+  io->next_region = rc == 0 ? 0 : b->cursor;
+  io->zero_bytes = b->zero_bytes;
+  clean_rc = rc == -EIO ? 0 : flush_and_clean (b);
+  return rc < 0 ? rc : clean_rc;
+}
+
+void
+nbdm_local_resync_pace (struct nbdm *v, const struct nbdm_pace *pace)
+{
+  pthread_mutex_lock (&v->lock);
+  if (v->local.pace.rest_us > 0 && pace->rest_us == 0)
+    pthread_cond_broadcast (&v->events); /* ends the rest */
+  v->local.pace = resync_pace (v, pace);
+  pthread_mutex_unlock (&v->lock);
 }
 
 int
 nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
 {
-  struct back b = { .volume = v, .cursor = io->first_region };
-  int rc = 1, clean_rc;
+  uint64_t now = now_ns ();
+  struct back b = {
+    .volume = v,
+    .cursor = io->first_region,
+    .max_bytes = io->max_bytes,
+    .until_ns = io->max_ms ? now + io->max_ms * UINT64_C (1000000) : UINT64_MAX,
+    .flushed_ns = now,
+    .burst_ns = now,
+  };
+  int rc;
 
   io->next_region = io->copied_bytes = io->zero_bytes = 0;
   if (atomic_load (&v->local.state) != NBDM_LOCAL_RESYNCING)
@@ -183,11 +277,11 @@ nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
   b.buf = malloc (b.buf_size);
   if (b.buf == NULL)
     return set_error (-ENOMEM, "copying back");
-  while (rc == 1 && b.bytes < io->max_bytes)
-    rc = copy_run (&b);
-  io->next_region = rc == 0 ? 0 : b.cursor;
-  io->zero_bytes = b.zero_bytes;
+  nbdm_local_resync_pace (v, &io->pace);
+  latency_copying (&v->latency, true);
+  rc = run_batch (&b, io);
+  latency_copying (&v->latency, false);
+  io->copied_bytes = b.cleaned_bytes;
   free (b.buf);
-  clean_rc = rc == -EIO ? 0 : flush_and_clean (&b, io);
-  return rc < 0 ? rc : clean_rc;
+  return rc;
 }

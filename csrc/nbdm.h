@@ -14,6 +14,8 @@
 #define NBDM_SECTOR 512           /* smallest block offered to clients, bytes */
 #define NBDM_MAX_REQUEST 33554432 /* longest read or write, bytes */
 #define NBDM_PREFERRED_BLOCK 4096 /* bytes */
+#define NBDM_LATENCY_KINDS 3      /* reads, writes to local alone, mirrored */
+#define NBDM_LATENCY_BUCKETS 112  /* four to a power of two, from 1024 ns */
 
 #define NBDM_FUA 1       /* durable on every in-sync leg before the answer */
 #define NBDM_MAY_TRIM 2  /* zero: the range may become a hole */
@@ -143,6 +145,12 @@ struct nbdm_resync {
   uint64_t next_region;  /* out: where the next call goes on; 0: wrapped */
   uint64_t copied_bytes; /* out: bytes of regions made clean */
   uint64_t zero_bytes;   /* out: of these, sent as zeroes */
+};
+
+/* How many requests took how long, since start. */
+struct nbdm_latency {
+  uint64_t quiet[336]; /* by kind, then bucket: no resync copied meanwhile */
+  uint64_t disturbed[336]; /* the same: one did */
 };
 
 struct nbdm_extent {
@@ -305,12 +313,15 @@ int nbdm_local_admit (struct nbdm *volume);
 /* Close an attached disk again; the reason becomes the state's, durably. */
 int nbdm_local_drop (struct nbdm *volume, const char *reason);
 
-/* Copy a batch of what local misses back from a remote that is clean there,
- * flush local, clear the bits; `depth` is not used.  Also makes local ok when
- * that left nothing dirty.  Returns 0 also if nothing was found; -ENOTCONN: no
- * such remote is connected; -EIO: local has failed.
+/* Copy what local misses back from a remote that is clean there, flush local,
+ * clear the bits; ends as nbdm_resync does, and `depth` is not used.  Also
+ * makes local ok when that left nothing dirty.  Returns 0 also if nothing was
+ * found; -ENOTCONN: no such remote is connected; -EIO: local has failed.
  */
 int nbdm_local_resync (struct nbdm *volume, struct nbdm_resync *batch);
+
+/* As nbdm_resync_pace. */
+void nbdm_local_resync_pace (struct nbdm *volume, const struct nbdm_pace *pace);
 
 /* As nbdm_wait_event, for the local disk. */
 uint64_t nbdm_wait_local (struct nbdm *volume, uint64_t seen,
@@ -332,6 +343,8 @@ uint64_t nbdm_wait_event (struct nbdm *volume, uint32_t remote, uint64_t seen,
 void nbdm_get_status (struct nbdm *volume, struct nbdm_status *status);
 int nbdm_get_remote_status (struct nbdm *volume, uint32_t remote,
                             struct nbdm_remote_status *status);
+
+void nbdm_get_latency (struct nbdm *volume, struct nbdm_latency *latency);
 
 /* Indexes of up to `max` active extents, latest used first; returns how
  * many.

@@ -150,6 +150,7 @@ source_pread (struct nbdm *v, const struct remote *except, void *buf,
 int
 nbdm_pread (struct nbdm *v, void *buf, uint32_t count, uint64_t offset)
 {
+  uint64_t start = now_ns ();
   int rc = check_range (v, count, offset);
 
   if (rc == 0)
@@ -157,6 +158,7 @@ nbdm_pread (struct nbdm *v, void *buf, uint32_t count, uint64_t offset)
   if (rc < 0)
     return rc;
   rc = source_pread (v, NULL, buf, count, offset);
+  latency_add (&v->latency, LATENCY_READ, start, now_ns ());
   atomic_fetch_add (&v->reads, 1);
   return rc;
 }

@@ -663,8 +663,11 @@ rest_if_due (struct batch *b)
   rc = end_all (b);
   if (rc == 0 && b->flush_begun)
     rc = end_flush (b, true);
-  if (rc == 0)
+  if (rc == 0) {
+    latency_copying (&b->remote->volume->latency, false);
     rest (b);
+    latency_copying (&b->remote->volume->latency, true);
+  }
   b->burst_ns = now_ns ();
   return rc;
 }
@@ -800,8 +803,11 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
   if (rc < 0)
     return rc;
   rc = allocate (&b);
-  if (rc == 0)
+  if (rc == 0) {
+    latency_copying (&v->latency, true);
     rc = run_batch (&b, io);
+    latency_copying (&v->latency, false);
+  }
   pthread_mutex_lock (&v->lock);
   r->copying = false;
   pthread_mutex_unlock (&v->lock);

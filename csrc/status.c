@@ -112,6 +112,23 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   return 0;
 }
 
+void
+nbdm_get_latency (struct nbdm *v, struct nbdm_latency *latency)
+{
+  _Static_assert(NBDM_LATENCY_KINDS == LATENCY_KINDS
+                     && NBDM_LATENCY_BUCKETS == LATENCY_BUCKETS
+                     && sizeof latency->quiet / sizeof latency->quiet[0]
+                            == (size_t)LATENCY_KINDS * LATENCY_BUCKETS,
+                 "nbdm.h and latency.h differ");
+
+  for (unsigned i = 0; i < LATENCY_KINDS * LATENCY_BUCKETS; i++) {
+    unsigned kind = i / LATENCY_BUCKETS, at = i % LATENCY_BUCKETS;
+
+    latency->quiet[i] = atomic_load (&v->latency.counts[kind][false][at]);
+    latency->disturbed[i] = atomic_load (&v->latency.counts[kind][true][at]);
+  }
+}
+
 int
 nbdm_get_active_extents (struct nbdm *v, uint64_t *extents, uint32_t max)
 {

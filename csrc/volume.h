@@ -11,6 +11,7 @@
 
 #include "conn.h"
 #include "internal.h"
+#include "latency.h"
 #include "nbdm.h"
 
 #define LEG_WINDOW 8           /* commands a request has under way a leg */
@@ -20,17 +21,17 @@
 #define LOCAL_NAME "local"     /* of its dirty map; no remote is called so */
 #define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
+/* How a resync under way goes about it; see struct nbdm_pace. */
+struct resync_pace {
+  uint32_t depth, copy_bytes, burst_us, rest_us;
+};
+
 /* Group commit: a flush begun when `asked` was N covers every ticket up to N;
  * one runs at a time, so those who come meanwhile share the next.
  */
 struct flush_group {
   uint64_t asked, done;
   bool running;
-};
-
-/* How a resync under way goes about it; see struct nbdm_pace. */
-struct resync_pace {
-  uint32_t depth, copy_bytes, burst_us, rest_us;
 };
 
 struct remote {
@@ -94,6 +95,7 @@ struct local {
   int64_t since;
   uint64_t serial;
   uint64_t repaired, copied_bytes;
+  struct resync_pace pace;
   atomic_u64 errors;
 };
 
@@ -177,6 +179,7 @@ struct nbdm {
   uint32_t clients;
 
   atomic_u64 reads, write_ns;
+  struct latency latency;
   atomic_bool fail_fenced_reads; /* without it reads take no lock */
 };
 

@@ -2,68 +2,103 @@
 """
 One resync's copying: where it is, and how fast it goes on.
 
-`Pace` decides and the engine copies; this carries the figures between the two.
+The engine copies in calls of many seconds, because the end of each leaves the link idle
+for a while. `Pace` decides meanwhile, in a thread of its own, and the engine takes the
+new pace from the next copy on; this carries the figures between the three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from .model import Batch, VolumeStatus
-from .resync import Pace
+from .model import Batch
+from .pace import Latency, Pace, Plan
 
-if TYPE_CHECKING:
-    from .core import Engine
+__all__ = ["Copier", "Copying"]
 
-__all__ = ["Copier"]
-
+CALL_S = 10.0  # a call at most: what else its thread has to do waits so long
+TICK_S = 0.05  # between two looks at how clients fare
+FIRST_TICK_S = 0.02
+MAX_BYTES = 1 << 62  # a call ends by time
 BUSY_FIRST_S, BUSY_LAST_S = 0.05, 1.0  # rests while clients hold all dirty regions
 
 
-# Engine.resync of a remote, or Engine.local_resync: first region, bytes, depth.
-Copy = Callable[[int, int, int], Batch]
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """
+    How a disk's dirty regions are copied: methods of the engine for that disk.
+
+    Args:
+        copy: from a region on, at most so many bytes and seconds, at a pace.
+        set_pace: of the call that is under way.
+        answered: bytes copied since the start, the shortest time of a copy (seconds).
+        latency: of clients' requests, since the start.
+    """
+
+    copy: Callable[[int, int, float, Plan], Batch]
+    set_pace: Callable[[Plan], None]
+    answered: Callable[[], tuple[int, float]]
+    latency: Callable[[], Latency]
 
 
 class Copier:
-    """Copies a disk's dirty regions by *copy*, a batch a call, round and round."""
+    """Copies a disk's dirty regions, a call after the other, round and round."""
 
-    def __init__(self, engine: Engine, copy: Copy, clock: Callable[[], float]) -> None:
-        self._engine = engine
-        self._copy = copy
+    def __init__(self, copying: Copying, clock: Callable[[], float]) -> None:
+        self._copying = copying
         self._clock = clock
-        self._pace = Pace()
-        self._plan = self._pace.plan
+        self._pace = Pace()  # a call's thread uses it while the call is under way
         self._next_region = 0
         self._empty_rounds = 0
-        self._ended: tuple[float, VolumeStatus] | None = None  # the last batch
 
     def copy(self) -> tuple[Batch, float]:
         """
-        Copy a batch, and judge its effect on clients. Blocks, about half a second.
+        Copy until there is no more to do, or for some seconds. Blocks.
 
         Returns:
-            What was done, and the seconds to wait before the next batch.
+            What was done, and the seconds to wait before the next call.
         """
-        before, started = self._engine.status(), self._clock()
-        if self._ended is not None:
-            ended, then = self._ended
-            self._pace.between(started - ended, *_written(then, before))
-        first, plan = self._next_region, self._plan
-        batch = self._copy(first, plan.max_bytes, plan.depth)
-        after, ended = self._engine.status(), self._clock()
-        self._plan = self._pace.after_batch(
-            ended - started, *_written(before, after), batch.copied_bytes
-        )
-        self._ended = ended, after
+        first = self._next_region
+        with self._keep_pace():
+            batch = self._copying.copy(first, MAX_BYTES, CALL_S, self._pace.plan)
         self._next_region = batch.next_region
         return batch, self._rest_s(first, batch.copied_bytes)
 
+    @contextlib.contextmanager
+    def _keep_pace(self) -> Iterator[None]:
+        """Change the pace of the call that is made meanwhile, as `Pace` says."""
+        over = threading.Event()
+        thread = threading.Thread(
+            target=self._drive, args=(over,), name="pace", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _drive(self, over: threading.Event) -> None:
+        copying, tick_s = self._copying, FIRST_TICK_S
+        plan = self._judge()
+        while not over.wait(tick_s):
+            before, plan = plan, self._judge()
+            if plan != before:
+                copying.set_pace(plan)
+            tick_s = TICK_S
+
+    def _judge(self) -> Plan:
+        latency, answered = self._copying.latency(), self._copying.answered()
+        return self._pace.judge(self._clock(), latency, *answered)
+
     def _rest_s(self, first: int, copied_bytes: int) -> float:
         """
-        Give the pause the plan wants, or a longer one after an empty round.
+        Give no rest, but after an empty round.
 
-        A batch from the first region on that copied nothing found them all clean,
+        A call from the first region on that copied nothing found them all clean,
         which ends the resync, or held by clients: asking again at once would spin.
         """
         if copied_bytes > 0:
@@ -71,9 +106,5 @@ class Copier:
         elif first == 0:
             self._empty_rounds += 1
         if self._empty_rounds == 0:
-            return self._plan.pause_s
+            return 0.0
         return min(BUSY_FIRST_S * 2.0 ** (self._empty_rounds - 1), BUSY_LAST_S)
-
-
-def _written(before: VolumeStatus, after: VolumeStatus) -> tuple[int, float]:
-    return after.writes - before.writes, after.write_s - before.write_s

@@ -34,6 +34,7 @@ from .model import (
     remote_status,
     volume_status,
 )
+from .pace import Latency, Plan
 
 __all__ = [
     "MAX_REQUEST",
@@ -315,23 +316,32 @@ class Engine:
         """End the late-write window: late regions become plain dirty ones."""
         check(lib.nbdm_remote_release_late(self.handle, remote), "release late")
 
-    def resync(self, remote: int, first: int, max_bytes: int, depth: int) -> Batch:
+    def resync(
+        self, remote: int, first: int, max_bytes: int, max_s: float, plan: Plan
+    ) -> Batch:
         """
-        Copy a batch of dirty regions, flush the remote, clear their bits.
+        Copy dirty regions, flush the remote, clear their bits.
 
-        Blocks for as long as that takes; also ends the resync if nothing is dirty.
+        Blocks until the last one is copied, or it is told to stop; a pause, a lost
+        connection and `wake` end it too. Also ends the resync if nothing is dirty.
 
         Args:
-            first: the region to look from, wrapping around.
+            first: the region to look from, upwards.
             max_bytes: stop after about this much.
-            depth: commands in flight, 1 to 64.
+            max_s: and after so many seconds; 0: however long it takes.
+            plan: the pace to begin at.
 
         Returns:
             What was done; its *error*, not raised because regions before it may be
             clean now: the remote was lost, or local could not be read.
         """
-        batch = _make_batch(first, max_bytes, depth)
+        batch = _make_batch(first, max_bytes, max_s, plan)
         return _done(batch, lib.nbdm_resync(self.handle, remote, batch))
+
+    def resync_pace(self, remote: int, plan: Plan) -> None:
+        """Change the pace of the `resync` that is under way."""
+        pace = _set_pace(ffi.new("struct nbdm_pace *"), plan)
+        check(lib.nbdm_resync_pace(self.handle, remote, pace), "pace")
 
     def set_policy(self, policy: str, fenced_reads: str) -> None:
         """
@@ -388,15 +398,22 @@ class Engine:
         rc = lib.nbdm_local_drop(self.handle, _reason(reason))
         check(rc, "drop the local disk")
 
-    def local_resync(self, first: int, max_bytes: int, depth: int) -> Batch:
+    def local_resync(
+        self, first: int, max_bytes: int, max_s: float, plan: Plan
+    ) -> Batch:
         """
-        Copy a batch of what local misses back from the remotes; flush, clear bits.
+        Copy what local misses back from the remotes; flush, clear bits.
 
         Blocks for as long as that takes. Takes and returns what `resync` does. The
         *error* has errno ENOTCONN if no remote that is clean there is connected.
         """
-        batch = _make_batch(first, max_bytes, depth)
+        batch = _make_batch(first, max_bytes, max_s, plan)
         return _done(batch, lib.nbdm_local_resync(self.handle, batch))
+
+    def local_resync_pace(self, plan: Plan) -> None:
+        """Change the pace of the `local_resync` that is under way."""
+        pace = _set_pace(ffi.new("struct nbdm_pace *"), plan)
+        lib.nbdm_local_resync_pace(self.handle, pace)
 
     def wait_local(self, seen: int, timeout_s: float | None) -> int:
         """Do as `wait_event` for the local disk's serial."""
@@ -418,6 +435,12 @@ class Engine:
         check(rc, "status")
         return remote_status(status, _text)
 
+    def latency(self) -> Latency:
+        """Report how long clients' requests took, since the start."""
+        found = ffi.new("struct nbdm_latency *")
+        lib.nbdm_get_latency(self.handle, found)
+        return Latency(_by_kind(found.quiet), _by_kind(found.disturbed))
+
     def active_extents(self) -> list[int]:
         """List the active extents' indexes, latest used first."""
         found = ffi.new("uint64_t[]", MAX_ACTIVE)
@@ -431,16 +454,30 @@ class Engine:
         return list(found[0 : check(rc, "recent regions")])
 
 
-def _make_batch(first: int, max_bytes: int, depth: int) -> Any:
+def _make_batch(first: int, max_bytes: int, max_s: float, plan: Plan) -> Any:
     batch = ffi.new("struct nbdm_resync *")
-    batch.first_region, batch.max_bytes, batch.pace.depth = first, max_bytes, depth
+    batch.first_region, batch.max_bytes = first, max_bytes
+    batch.max_ms = _ms(max_s)
+    _set_pace(batch.pace, plan)
     return batch
+
+
+def _set_pace(pace: Any, plan: Plan) -> Any:
+    pace.depth, pace.copy_bytes = plan.depth, plan.copy_bytes
+    pace.burst_us, pace.rest_us = int(plan.burst_s * 1e6), int(plan.rest_s * 1e6)
+    return pace
 
 
 def _done(batch: Any, rc: int) -> Batch:
     """Say what a call of resync did; must follow it at once, as `check`."""
     error = _error(rc, "resync") if rc < 0 else None
     return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
+
+
+def _by_kind(counts: Any) -> list[list[int]]:
+    nr: int = lib.NBDM_LATENCY_BUCKETS
+    flat = ffi.unpack(counts, lib.NBDM_LATENCY_KINDS * nr)
+    return [flat[at : at + nr] for at in range(0, len(flat), nr)]
 
 
 def _make_params(params: Params) -> tuple[Any, list[Any]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .copier import Copier
+from .copier import Copier, Copying
 from .errors import MirrorError
 from .model import RemoteStatus
 from .resync import Progress
@@ -284,8 +284,7 @@ class Keeper:
             if progress is None:
                 self._log("info", f"{self._name}: resync_start: {dirty} bytes dirty")
                 progress = Progress(self._clock(), dirty, status.copied_bytes)
-                copy = functools.partial(self._engine.resync, self._remote)
-                self._copier = Copier(self._engine, copy, self._clock)
+                self._copier = Copier(self._copying(), self._clock)
         elif progress is not None:
             done = f"{progress.done_bytes} bytes in {progress.elapsed_s:.1f} s"
             if status.state is RemoteState.IN_SYNC:
@@ -296,6 +295,20 @@ class Keeper:
             progress = self._copier = None
         with self._lock:
             self._progress = progress
+
+    def _copying(self) -> Copying:
+        engine, remote = self._engine, self._remote
+
+        def answered() -> tuple[int, float]:
+            status = engine.remote_status(remote)
+            return status.answered_bytes, status.answer_s
+
+        return Copying(
+            copy=functools.partial(engine.resync, remote),
+            set_pace=functools.partial(engine.resync_pace, remote),
+            answered=answered,
+            latency=engine.latency,
+        )
 
     def _note_progress(self) -> None:
         self._progressed = True
@@ -398,7 +411,7 @@ class Keeper:
     # --- copying ---
 
     def _resync(self) -> None:
-        """Copy a batch; a remote lost over it is dealt with at the next turn."""
+        """Copy for a while; a remote lost over it is dealt with at the next turn."""
         assert self._copier is not None
         batch, wait_s = self._copier.copy()
         if batch.copied_bytes > 0:

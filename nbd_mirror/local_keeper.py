@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .copier import Copier
+from .copier import Copier, Copying
 from .errors import ConfigError, MirrorError, RemoteError
 from .model import LocalStatus, VolumeStatus
 from .resync import Progress
@@ -308,8 +308,7 @@ class LocalKeeper:
                 progress = Progress(
                     self._clock(), facts.dirty_bytes, local.copied_bytes
                 )
-                copy = self._engine.local_resync
-                self._copier = Copier(self._engine, copy, self._clock)
+                self._copier = Copier(self._copying(), self._clock)
                 self._say_resync(
                     "info", f"resync_start: {facts.dirty_bytes} bytes dirty"
                 )
@@ -330,6 +329,16 @@ class LocalKeeper:
             progress = self._copier = None
         with self._lock:
             self._progress = progress
+
+    def _copying(self) -> Copying:
+        engine = self._engine
+        return Copying(
+            copy=engine.local_resync,
+            set_pace=engine.local_resync_pace,
+            # A copy at a time: there is no link to fill.
+            answered=lambda: (0, 0.0),
+            latency=engine.latency,
+        )
 
     def _say_resync(self, level: str, text: str) -> None:
         """Say it of a disk that is copied back; a sector is counted instead."""

@@ -136,6 +136,8 @@ class RemoteStatus:
     remote_size: int
     commands: int
     copied_bytes: int
+    answered_bytes: int  # the same, made clean or not yet
+    answer_s: float  # shortest time of a copy in the last call; 0: none
     since: int
     serial: int
     reason: str
@@ -245,6 +247,8 @@ def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
         remote_size=c.remote_size,
         commands=c.commands,
         copied_bytes=c.copied_bytes,
+        answered_bytes=c.answered_bytes,
+        answer_s=c.answer_ns / 1e9,
         since=c.since,
         serial=c.serial,
         reason=text(c.reason),

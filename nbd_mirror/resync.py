@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-How far resync is, and how fast it may go: pure rules, without I/O, clock or thread.
+How far resync is: pure rules, without I/O, clock or thread.
 
-`Progress` turns what the engine counts into honest figures. `Pace` puts clients first
-without a knob: it compares their mean write latency during a batch with that between
-batches, and gives way when it doubled (additive increase, multiplicative decrease, as
-TCP shares a link). Batches are sized to take about half a second, so that a pause, a
-stop or a busy client is noticed soon on a slow link too.
+`Progress` turns what the engine counts into honest figures; how fast resync may go is
+in pace.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-__all__ = ["Pace", "Plan", "Progress"]
+__all__ = ["Progress"]
 
-MIB = 1 << 20
 SMOOTHING_S = 5.0  # time constant of the rate shown
 
 
@@ -101,89 +96,3 @@ class Progress:
     def stalled_s(self, now: float) -> float:
         """Seconds since a region was last finished."""
         return max(now - self._moved, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The next batch, and the seconds to leave to clients before it."""
-
-    max_bytes: int
-    depth: int
-    pause_s: float
-
-
-class Pace:
-    """How much to copy at once, given how clients' writes fare."""
-
-    MAX_BYTES = 32 * MIB
-    MIN_BYTES = MIB
-    MAX_DEPTH = 16
-    BATCH_S = 0.5  # what a batch should take at most
-    MAX_PAUSE_S = 0.05
-    PROBE_S = 0.02  # a pause that only measures
-    PROBE_EVERY = 16  # batches
-    SLOWDOWN = 2.0  # clients' latency may grow by this factor
-
-    def __init__(self) -> None:
-        """Begin at full speed: the first batch tells whether that hurts anybody."""
-        self._depth = self.MAX_DEPTH
-        self._bytes = self.MAX_BYTES
-        self._baseline_s: float | None = None
-        self._since_probe = 0
-
-    @property
-    def plan(self) -> Plan:
-        """The batch to begin with."""
-        return Plan(self._bytes, self._depth, 0.0)
-
-    def between(self, elapsed_s: float, writes: int, write_s: float) -> None:
-        """
-        Take what clients wrote while no batch was under way: undisturbed, if long.
-
-        Args:
-            elapsed_s: seconds since the last batch.
-            writes: how many were answered.
-            write_s: the sum of their latencies, seconds.
-        """
-        if writes > 0 and elapsed_s >= self.PROBE_S / 2:
-            mean_s = write_s / writes
-            old_s = self._baseline_s
-            self._baseline_s = mean_s if old_s is None else (old_s + mean_s) / 2
-            self._since_probe = 0
-
-    def after_batch(
-        self, elapsed_s: float, writes: int, write_s: float, copied_bytes: int
-    ) -> Plan:
-        """
-        Judge a batch by what clients' writes took during it, and plan the next.
-
-        Args:
-            elapsed_s: seconds the batch took.
-            writes, write_s: as for `between`.
-            copied_bytes: what it copied.
-        """
-        self._since_probe += 1
-        pause_s = 0.0
-        baseline_s = self._baseline_s
-        if writes == 0:
-            self._depth, self._bytes = self.MAX_DEPTH, self.MAX_BYTES
-        elif baseline_s is not None and write_s / writes > self.SLOWDOWN * baseline_s:
-            self._depth = max(self._depth // 2, 1)
-            self._bytes = max(self._bytes // 2, self.MIN_BYTES)
-            # As long as the batch: resync always has half the time, so it ends.
-            pause_s = min(max(elapsed_s, 0.0), self.MAX_PAUSE_S)
-        else:
-            self._depth = min(self._depth + 1, self.MAX_DEPTH)
-            self._bytes = min(self._bytes + 2 * MIB, self.MAX_BYTES)
-        if writes > 0 and (baseline_s is None or self._since_probe >= self.PROBE_EVERY):
-            self._since_probe = 0
-            pause_s = max(pause_s, self.PROBE_S)
-        timely = self._timely_bytes(elapsed_s, copied_bytes)
-        return Plan(min(self._bytes, timely), self._depth, pause_s)
-
-    def _timely_bytes(self, elapsed_s: float, copied_bytes: int) -> int:
-        """Give what the link carries in BATCH_S, going by the last batch."""
-        if elapsed_s < 1e-3 or copied_bytes <= 0:
-            return self.MAX_BYTES
-        rate = copied_bytes / elapsed_s
-        return max(self.MIN_BYTES, min(self.MAX_BYTES, int(rate * self.BATCH_S)))

@@ -32,6 +32,7 @@ from e2e.servers import Secondary
 from nbd_mirror import core
 from nbd_mirror.errors import MirrorError
 from nbd_mirror.mapview import open_map
+from nbd_mirror.pace import Plan
 from nbd_mirror.state import LocalState, RemoteState
 
 __all__ = ["EXTENT", "REGION", "SIZE", "Bench", "Failed"]
@@ -184,7 +185,7 @@ class Bench:
         copied = 0
         for _ in range(50):
             child.call("release_late", 0)
-            batch = child.call("resync", 0, 0, 32 << 20, 16)
+            batch = child.call("resync", 0, 0, 32 << 20, 0.0, Plan(16, 0))
             copied += batch.copied_bytes
             status = child.call("remote_status", 0)
             if status.state is RemoteState.IN_SYNC:
@@ -208,7 +209,7 @@ class Bench:
         for _ in range(50):
             if child.call("status").local.state is LocalState.OK:
                 return
-            child.call("local_resync", 0, 32 << 20, 1)
+            child.call("local_resync", 0, 32 << 20, 0.0, Plan(1, 0))
         raise AssertionError("copying back does not end")
 
     # --- judging ---

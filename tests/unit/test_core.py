@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from nbd_mirror.errors import (
     RemoteError,
 )
 from nbd_mirror.model import HOLE, Verdict
+from nbd_mirror.pace import Plan, quantile
 from nbd_mirror.state import RemoteState
 
 
@@ -221,7 +223,7 @@ class TestRemotes:
         assert engine.compare(0, 3) == Verdict.DIRTY
         engine.admit(0)
         assert engine.remote_status(0).state is RemoteState.RESYNCING
-        batch = engine.resync(0, 0, 64 << 20, 8)
+        batch = engine.resync(0, 0, 64 << 20, 0.0, Plan(8, 0))
         assert batch.error is None
         assert batch.copied_bytes == SIZE
         status = engine.remote_status(0)
@@ -234,7 +236,7 @@ class TestRemotes:
         self, engine: core.Engine
     ) -> None:
         """Nothing copied, and why."""
-        batch = engine.resync(0, 0, REGION, 1)
+        batch = engine.resync(0, 0, REGION, 0.0, Plan(1, 0))
         assert isinstance(batch.error, RemoteError)
         assert batch.copied_bytes == 0
 
@@ -258,6 +260,21 @@ class TestRemotes:
         """A timed wait returns the serial it was given."""
         seen = engine.remote_status(0).serial
         assert engine.wait_event(0, seen, 0.01) == seen
+
+    def test_latency_counts_each_request_in_the_bucket_of_its_time(
+        self, engine: core.Engine
+    ) -> None:
+        """Reads, and writes that no remote was sent; quiet without a resync."""
+        started = time.monotonic()
+        for _ in range(5):
+            engine.pread(bytearray(4096), 0)
+        engine.pwrite(bytes(4096), 0)
+        longest_s = time.monotonic() - started
+        latency = engine.latency()
+        assert [5, 1, 0] == [sum(one) for one in latency.quiet]
+        assert [0, 0, 0] == [sum(one) for one in latency.disturbed]
+        # A bucket reaches a quarter further than what it counts.
+        assert 0 < quantile(latency.quiet[0], 1.0) <= max(1.25 * longest_s, 2e-6)
 
     def test_active_extents_tell_the_latest_used_first(
         self, engine: core.Engine

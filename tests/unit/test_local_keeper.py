@@ -32,6 +32,7 @@ from nbd_mirror.errors import (
 )
 from nbd_mirror.local_keeper import RETRY_S, LocalKeeper
 from nbd_mirror.model import Batch
+from nbd_mirror.pace import Plan
 from nbd_mirror.state import LocalState, RemoteState
 
 LIMIT = SIZE // 2  # bytes: more than any log has
@@ -53,10 +54,12 @@ class Watched(core.Engine):
 
     batches = 0
 
-    def local_resync(self, first: int, max_bytes: int, depth: int) -> Batch:
+    def local_resync(
+        self, first: int, max_bytes: int, max_s: float, plan: Plan
+    ) -> Batch:
         """Count the call."""
         Watched.batches += 1
-        return super().local_resync(first, max_bytes, depth)
+        return super().local_resync(first, max_bytes, max_s, plan)
 
 
 class LocalMirror(Mirror):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Resync's figures are honest whatever is counted, and its pace gives way and ends."""
+"""Resync's figures are honest whatever is counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_mirror.resync import MIB, Pace, Progress
+from nbd_mirror.resync import Progress
+
+MIB = 1 << 20
 
 # How much time passed, how much was copied, how much clients dirtied.
 STEPS = st.lists(
@@ -18,9 +20,6 @@ STEPS = st.lists(
     ),
     max_size=30,
 )
-ELAPSED = st.floats(min_value=0, max_value=60)
-WRITES = st.integers(min_value=0, max_value=100_000)
-LATENCY = st.floats(min_value=1e-6, max_value=5)
 
 
 class TestProgress:
@@ -95,78 +94,3 @@ class TestProgress:
         progress = Progress(0.0, 100, 0)
         progress.waited(40.0)
         assert progress.stalled_s(41.0) == pytest.approx(1.0)
-
-
-class TestPace:
-    """Foreground first."""
-
-    @given(
-        st.lists(
-            st.tuples(
-                st.booleans(), ELAPSED, WRITES, LATENCY, st.integers(0, 64 * MIB)
-            ),
-            max_size=50,
-        )
-    )
-    def test_plan_after_any_history_is_within_its_bounds(
-        self, history: list[tuple[bool, float, int, float, int]]
-    ) -> None:
-        """Whatever is measured: 1 to 32 MiB, 1 to 16 commands, a short pause."""
-        pace = Pace()
-        for is_batch, elapsed_s, writes, mean_s, copied in history:
-            if not is_batch:
-                pace.between(elapsed_s, writes, writes * mean_s)
-                continue
-            plan = pace.after_batch(elapsed_s, writes, writes * mean_s, copied)
-            assert MIB <= plan.max_bytes <= 32 * MIB
-            assert 1 <= plan.depth <= 16
-            assert 0 <= plan.pause_s <= 0.05
-
-    @given(ELAPSED, WRITES, LATENCY)
-    def test_plan_once_clients_are_idle_is_full_speed(
-        self, elapsed_s: float, writes: int, mean_s: float
-    ) -> None:
-        """Nobody writes: nobody is given way to."""
-        pace = Pace()
-        pace.between(1.0, 100, 0.01)
-        for _ in range(10):
-            pace.after_batch(elapsed_s, writes, writes * mean_s, MIB)
-        plan = pace.after_batch(0.01, 0, 0.0, 32 * MIB)
-        assert (32 * MIB, 16, 0.0) == (plan.max_bytes, plan.depth, plan.pause_s)
-
-    def test_plan_while_clients_suffer_gives_way_to_the_least(self) -> None:
-        """Latency tripled: half each time, down to one command of 1 MiB and rests."""
-        pace = Pace()
-        pace.between(1.0, 1000, 0.1)
-        depths = []
-        for _ in range(6):
-            plan = pace.after_batch(0.03, 100, 0.03, 32 * MIB)
-            depths.append(plan.depth)
-        assert [8, 4, 2, 1, 1, 1] == depths
-        assert plan.max_bytes == MIB
-        assert plan.pause_s == pytest.approx(0.03)
-
-    def test_plan_once_clients_fare_well_again_grows_step_by_step(self) -> None:
-        """Given way once, speed comes back slowly."""
-        pace = Pace()
-        pace.between(1.0, 1000, 0.1)
-        for _ in range(6):
-            pace.after_batch(0.01, 100, 0.1, 8 * MIB)
-        depths = [pace.after_batch(0.01, 100, 0.01, 8 * MIB).depth for _ in range(4)]
-        assert [2, 3, 4, 5] == depths
-
-    def test_plan_without_a_baseline_pauses_to_measure_one(self) -> None:
-        """Clients write but nobody knows their latency undisturbed: find out."""
-        plan = Pace().after_batch(0.01, 100, 0.05, 8 * MIB)
-        assert plan.pause_s == Pace.PROBE_S
-
-    def test_baseline_from_a_gap_too_short_is_not_taken(self) -> None:
-        """Writes answered just after a batch began during it and prove nothing."""
-        pace = Pace()
-        pace.between(0.001, 100, 10.0)
-        assert pace.after_batch(0.01, 100, 0.05, 8 * MIB).pause_s == Pace.PROBE_S
-
-    def test_batch_on_a_slow_link_takes_half_a_second(self) -> None:
-        """2 MiB in a second: the next batch is 1 MiB, not 32."""
-        assert Pace().after_batch(1.0, 0, 0.0, 2 * MIB).max_bytes == MIB
-        assert Pace().after_batch(1.0, 0, 0.0, 20 * MIB).max_bytes == 10 * MIB

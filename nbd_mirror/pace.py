@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+How fast resync may go: pure rules, without I/O, clock or thread.
+
+While clients are idle it goes as fast as the link takes it: twice its bandwidth-delay
+product is under way, and no more, or a client that comes back waits behind it.
+
+While they are not, clients come first without a knob. The engine counts each request as
+disturbed by copying or quiet. `Pace` compares a high percentile of the two, kind by
+kind: what resync does to a mean is nothing against what it does to the slow ones, and
+the mean even falls, as writes of dirty regions have no remote to wait for. It goes up
+and down a ladder of steps, each about twice as much as the one below. A step that was
+too much is not tried again for a while, and longer each time: or the tries alone would
+be the slow requests. Copying takes turns with rests, in which the quiet ones are
+measured. The lowest step copies a sixteenth of the time, so that a resync ends under
+any load.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Counts", "Latency", "Pace", "Plan", "Window", "quantile"]
+
+KIB, MIB = 1 << 10, 1 << 20
+
+Counts = Sequence[int]  # requests by what they took; a bucket is 1/4 of an octave
+_FIRST_NS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """What the engine has counted since its start: a histogram for each kind."""
+
+    quiet: Sequence[Counts]
+    disturbed: Sequence[Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Copies in flight, bytes of each, and the turns of copying and rest (seconds)."""
+
+    depth: int
+    copy_bytes: int
+    burst_s: float = 0.0
+    rest_s: float = 0.0
+
+
+def _bound_s(bucket: float) -> float:
+    """Give the lower bound of a bucket, or a point within."""
+    octave, quarter = divmod(bucket, 4)
+    return float(_FIRST_NS * 2.0**octave * (1 + quarter / 4) / 1e9)
+
+
+def quantile(counts: Sequence[float], share: float) -> float:
+    """Give the seconds that *share* of the requests took at most; 0 for none."""
+    rank, below = share * sum(counts), 0.0
+    for bucket, count in enumerate(counts):
+        if count > 0 and below + count >= rank:
+            return _bound_s(bucket + (rank - below) / count)
+        below += count
+    return 0.0
+
+
+class Window:
+    """How many bytes to have under way on a link that nobody else uses."""
+
+    FIRST = 8 * MIB  # enough for 1 Gbit/s at 50 ms, from the start
+    LEAST, MOST = 256 * KIB, 64 * MIB
+    # On a short way more than the product: what the far side takes in a moment keeps
+    # it busy while we are not scheduled.
+    MOMENT_S, MOMENT_MOST = 0.02, 2 * MIB
+    PERIODS = 4  # times of an answer that a rate is measured over
+
+    def __init__(self) -> None:
+        """Begin with what is right for most links."""
+        self.bytes = self.FIRST
+        self._since: tuple[float, int] | None = None
+        self._answer_s = 0.0
+
+    def restart(self) -> None:
+        """Forget when the last rate began: copying was interrupted."""
+        self._since = None
+
+    def update(self, now: float, answered_bytes: int, answer_s: float) -> None:
+        """
+        Take the running count of bytes answered and the shortest time of a copy.
+
+        Args:
+            answer_s: in the present call, seconds; 0 if none was answered yet.
+        """
+        if answer_s <= 0:
+            return
+        if self._since is None or answered_bytes < self._since[1]:
+            self._since, self._answer_s = (now, answered_bytes), answer_s
+            return
+        then, before = self._since
+        # A new call begins with an empty link and measures anew, so only grow slowly.
+        self._answer_s = min(answer_s, self._answer_s * 1.1)
+        elapsed = now - then
+        if elapsed < self.PERIODS * self._answer_s or answered_bytes == before:
+            return
+        rate = (answered_bytes - before) / elapsed
+        moment = min(rate * self.MOMENT_S, self.MOMENT_MOST)
+        wanted = max(2 * rate * self._answer_s, moment)
+        self.bytes = int(min(max(wanted, self.LEAST), self.MOST))
+        self._since = now, answered_bytes
+
+
+class _Baseline:
+    """The last quiet requests of one kind, as a histogram; older ones weigh less."""
+
+    MOST = 2000  # requests remembered
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = [0.0] * len(counts)
+        self.total = 0.0
+        self.add(counts)
+
+    def add(self, counts: Counts) -> None:
+        old = self.counts
+        total = self.total + sum(counts)
+        keep = min(self.MOST / total, 1.0) if total > 0 else 1.0
+        self.counts = [(a + b) * keep for a, b in zip(old, counts, strict=True)]
+        self.total = total * keep
+
+
+class Pace:
+    """How much to copy at once, given how clients' requests fare."""
+
+    SLOWDOWN = 1.4  # what a high percentile may grow by
+    IDLE_S = 0.5  # without a request: nobody is there
+    LEAST_COPY, MOST_COPY = 64 * KIB, MIB
+    SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the time: the ladder's lowest steps
+    BUSY_SHARE = 0.9  # of all above
+    FIRST_STEP = len(SHARES)
+    LEAST_REST_S, MOST_REST_S = 0.01, 0.25
+    REST_TIMES = 4  # of a request, so that some lie wholly within a rest
+    # What a client's request takes outside the engine: sockets and wake-ups.  Beside
+    # it, that a read from memory takes 20 us in the place of 5 is nothing.
+    OUTSIDE_S = 100e-6
+    ENOUGH, FEW, FEWEST = 400, 40, 3  # of a kind to judge by: at once,
+    FEW_S, FEWEST_S = 0.5, 2.0  # after so long, and after this
+    RETRY_S, MOST_RETRY_S = 1.0, 16.0
+
+    def __init__(self) -> None:
+        """Begin as if a client were there: one turn of `judge` tells."""
+        self.window = Window()
+        self._seen: Latency | None = None
+        self._request_at: float | None = None  # when one was seen last
+        self._baselines: list[_Baseline] = []
+        self._pool: list[list[int]] = []  # disturbed ones on this step
+        self._pooled_since: float | None = None
+        self._step = self.FIRST_STEP
+        self._ceiling: int | None = None  # a step that was too much
+        self._retry_at, self._retry_s = 0.0, self.RETRY_S
+        self._busy = True
+
+    @property
+    def plan(self) -> Plan:
+        """What to do until `judge` is asked again."""
+        if self._busy:
+            return self._busy_plan()
+        return self._sized(self.window.bytes, 8)
+
+    def judge(
+        self, now: float, latency: Latency, answered_bytes: int, answer_s: float
+    ) -> Plan:
+        """
+        Take what the engine has counted by *now*, and plan on.
+
+        Args:
+            latency: counted since the start.
+            answered_bytes, answer_s: as for `Window.update`.
+        """
+        requests = self._take(latency)
+        if self._request_at is None or requests:
+            self._request_at = now if requests else now - self.IDLE_S
+        was_busy, self._busy = self._busy, now - self._request_at < self.IDLE_S
+        if self._busy:
+            self.window.restart()
+            if not was_busy:
+                self._start_over(now)
+            self._climb(now)
+        else:
+            self.window.update(now, answered_bytes, answer_s)
+        return self.plan
+
+    def _take(self, latency: Latency) -> bool:
+        """Put what is new where it belongs; says whether there was anything."""
+        seen, self._seen = self._seen, latency
+        if seen is None:
+            # What was quiet before the resync began tells most of all.
+            self._baselines = [_Baseline(one) for one in latency.quiet]
+            self._pool = [[0] * len(one) for one in latency.disturbed]
+            return False
+        new = False
+        for kind, baseline in enumerate(self._baselines):
+            quiet = _grown(seen.quiet[kind], latency.quiet[kind])
+            disturbed = _grown(seen.disturbed[kind], latency.disturbed[kind])
+            if any(quiet):
+                baseline.add(quiet)
+            pool = self._pool[kind]
+            self._pool[kind] = [a + b for a, b in zip(pool, disturbed, strict=True)]
+            new = new or any(quiet) or any(disturbed)
+        return new
+
+    def _start_over(self, now: float) -> None:
+        """Judge the step only by what comes from now on."""
+        self._pool = [[0] * len(one) for one in self._pool]
+        self._pooled_since = now
+
+    def _climb(self, now: float) -> None:
+        """Go a step up or down, once enough is known of the present one."""
+        if self._pooled_since is None:
+            self._pooled_since = now
+        slowdown = self._slowdown(now - self._pooled_since)
+        if slowdown is None:
+            return
+        self._start_over(now)
+        if slowdown > self.SLOWDOWN:
+            self._ceiling = self._step
+            self._retry_at = now + self._retry_s
+            self._retry_s = min(2 * self._retry_s, self.MOST_RETRY_S)
+            self._step = max(self._step - (2 if slowdown > 2 else 1), 0)
+            return
+        if self._ceiling is not None and self._step >= self._ceiling:
+            # It is all right now: the load has changed.
+            self._ceiling, self._retry_s = None, self.RETRY_S
+        known = self._ceiling is None or self._step + 1 < self._ceiling
+        if known or now >= self._retry_at:
+            self._step = min(self._step + 1, self._top)
+
+    def _slowdown(self, elapsed_s: float) -> float | None:
+        """
+        Say by what factor slow requests became slower, of the kind that suffers most.
+
+        The percentile is as high as the number of requests lets it be: the two worst
+        ones prove nothing. None: not enough is known.
+        """
+        worst = None
+        enough = self.ENOUGH
+        if elapsed_s >= self.FEW_S:
+            enough = self.FEWEST if elapsed_s >= self.FEWEST_S else self.FEW
+        for baseline, pool in zip(self._baselines, self._pool, strict=True):
+            number = min(sum(pool), baseline.total)
+            if number < enough:
+                if any(pool) and elapsed_s < self.FEW_S:
+                    return None  # this kind may be the one that suffers
+                continue
+            share = 1 - max(0.01, 2 / number)
+            quiet_s = quantile(baseline.counts, share) + self.OUTSIDE_S
+            factor = (quantile(pool, share) + self.OUTSIDE_S) / quiet_s
+            worst = factor if worst is None else max(worst, factor)
+        return worst
+
+    # --- steps ---
+
+    @property
+    def _top(self) -> int:
+        sizes = max(self.window.bytes // self.LEAST_COPY, 1).bit_length()
+        return len(self.SHARES) + sizes - 1
+
+    def _busy_plan(self) -> Plan:
+        step = min(self._step, self._top)
+        size, share = self.LEAST_COPY, self.BUSY_SHARE
+        if step < len(self.SHARES):
+            share = self.SHARES[step]
+        else:
+            size <<= step - len(self.SHARES)
+        sized = self._sized(size, 2)
+        rest_s = self._rest_s()
+        burst_s = rest_s * share / (1 - share)
+        if burst_s < self.LEAST_REST_S:
+            burst_s = self.LEAST_REST_S
+            rest_s = burst_s * (1 - share) / share
+        return Plan(sized.depth, sized.copy_bytes, burst_s, rest_s)
+
+    def _rest_s(self) -> float:
+        """Give a rest that is long enough to hold whole requests."""
+        took_s = max(
+            (quantile(one.counts, 0.5) for one in self._baselines if one.total > 0),
+            default=max((quantile(one, 0.5) for one in self._pool), default=0.0),
+        )
+        return min(max(self.REST_TIMES * took_s, self.LEAST_REST_S), self.MOST_REST_S)
+
+    def _sized(self, under_way: int, depth: int) -> Plan:
+        """Cut what is to be under way into about *depth* copies."""
+        copy_bytes = self.LEAST_COPY
+        while copy_bytes < self.MOST_COPY and copy_bytes * depth < under_way:
+            copy_bytes *= 2
+        return Plan(max(under_way // copy_bytes, 1), copy_bytes)
+
+
+def _grown(before: Counts, now: Counts) -> list[int]:
+    """Subtract two readings of counters; they are not of one instant."""
+    return [max(b - a, 0) for a, b in itertools.zip_longest(before, now, fillvalue=0)]
