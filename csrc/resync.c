@@ -27,9 +27,11 @@
  * range.
  *
  * Never wait for a range while holding another: a client's write may wait for
- * the one we hold and stand before us at the one we want.  So a range that is
- * not free at once is taken only after every copy under way has ended.  For
- * the same reason nothing is under way while we rest.
+ * the one we hold and stand before us at the one we want.  Nor while a flush is
+ * ours to land: who has the range may wait for that flush, over a FUA write to
+ * a server without FUA, or to make room in the activity log.  So a range that
+ * is not free at once is taken only after every copy and flush under way has
+ * ended.  For the same reason nothing is under way while we rest.
  */
 
 #include <errno.h>
@@ -160,7 +162,7 @@ size_copy (struct batch *b, struct copy *copy, struct run *run)
                                 .granted = &copy->granted };
 }
 
-/* 1: held; 0: others are under way, end them first; -errno. */
+/* 1: held; 0: others, or a flush, are under way, end them first; -errno. */
 static int
 lock_copy (struct batch *b, struct copy *copy)
 {
@@ -169,7 +171,7 @@ lock_copy (struct batch *b, struct copy *copy)
 
   pthread_mutex_lock (&v->lock);
   if (!rangelock_try (&v->ranges, &copy->range)) {
-    if (b->nr_busy > 0)
+    if (b->nr_busy > 0 || b->flush_begun)
       rc = 0;
     else {
       rangelock_add (&v->ranges, &copy->range);
@@ -535,6 +537,15 @@ drive_flush (struct batch *b)
   return 0;
 }
 
+/* End all that somebody may wait for: every copy, and the flush. */
+static int
+let_go (struct batch *b)
+{
+  int rc = end_all (b);
+
+  return rc == 0 && b->flush_begun ? end_flush (b, true) : rc;
+}
+
 /* No copy is under way any more: flush what is not. */
 static int
 flush_all (struct batch *b)
@@ -573,7 +584,7 @@ copy_run (struct batch *b, struct copy *copy, struct run *run)
     return rc;
   rc = lock_copy (b, copy);
   if (rc == 0) {
-    rc = end_all (b);
+    rc = let_go (b);
     if (rc == 0)
       rc = lock_copy (b, copy);
   }
@@ -660,9 +671,7 @@ rest_if_due (struct batch *b)
   if (b->pace.rest_us == 0
       || now_ns () - b->burst_ns < b->pace.burst_us * UINT64_C (1000))
     return 0;
-  rc = end_all (b);
-  if (rc == 0 && b->flush_begun)
-    rc = end_flush (b, true);
+  rc = let_go (b);
   if (rc == 0) {
     latency_copying (&b->remote->volume->latency, false);
     rest (b);

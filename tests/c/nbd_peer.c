@@ -369,7 +369,7 @@ serve (void *opaque)
   struct session *s = opaque;
 
   peer_thread = true;
-  if (wire_handshake (s->fd, s->peer->params.size)) {
+  if (wire_handshake (s->fd, s->peer->params.size, s->peer->params.no_fua)) {
     if (s->peer->params.shuffle)
       serve_shuffled (s);
     else

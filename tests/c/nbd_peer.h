@@ -46,6 +46,7 @@ struct peer_params {
   const char *socket; /* path; copied */
   uint64_t size;      /* bytes */
   uint64_t seed;
+  bool no_fua;  /* the server does not know it */
   bool shuffle; /* apply and answer in any order, now and then later */
   /* Around the applying of a command, so that it is one instant of the
    * test's; `applied` is called between the two, with the image changed.

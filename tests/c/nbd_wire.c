@@ -17,8 +17,9 @@
 #define REP_ACK 1
 #define REP_INFO 3
 #define REP_UNSUPPORTED 0x80000001u
+#define EXPORT_FUA 8
 /* has flags, flush, FUA, trim, write zeroes, fast zero */
-#define EXPORT_FLAGS (1 | 4 | 8 | 32 | 64 | 2048)
+#define EXPORT_FLAGS (1 | 4 | EXPORT_FUA | 32 | 64 | 2048)
 
 bool
 wire_receive (int fd, void *buf, size_t count)
@@ -95,13 +96,15 @@ skip (int fd, uint32_t length)
 }
 
 bool
-wire_handshake (int fd, uint64_t size)
+wire_handshake (int fd, uint64_t size, bool no_fua)
 {
   const uint64_t magics[2]
       = { htobe64 (UINT64_C (0x4e42444d41474943)), htobe64 (IHAVEOPT) };
   const uint16_t flags = htobe16 (HANDSHAKE_FLAGS);
   const struct export_info info
-      = { .size = htobe64 (size), .flags = htobe16 (EXPORT_FLAGS) };
+      = { .size = htobe64 (size),
+          .flags
+          = htobe16 (no_fua ? EXPORT_FLAGS & ~EXPORT_FUA : EXPORT_FLAGS) };
   struct option option;
   uint32_t client_flags;
 

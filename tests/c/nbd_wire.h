@@ -34,6 +34,6 @@ struct __attribute__ ((packed)) reply {
 bool wire_receive (int fd, void *buf, size_t count);
 bool wire_transmit (int fd, const void *buf, size_t count);
 /* Up to the transmission phase; false: the client wants none. */
-bool wire_handshake (int fd, uint64_t size);
+bool wire_handshake (int fd, uint64_t size, bool no_fua);
 
 #endif /* NBDM_NBD_WIRE_H */

@@ -17,6 +17,8 @@
 #define SIZE (NR_REGIONS * REGION)
 
 static struct site site;
+static bool site_no_fua;
+static char gate[64]; /* where resync waits with its first flush under way */
 
 struct call {
   pthread_t thread;
@@ -54,6 +56,7 @@ make_site (void)
   site.hold_ms = 20;
   site.nr_peers = 1;
   site.peer.shuffle = true;
+  site.peer.no_fua = site_no_fua;
   site_make (&site);
   site.params.flush_bytes = REGION; /* so that one is always due */
   site_open (&site);
@@ -213,10 +216,77 @@ test_a_pause_ends_the_call (void)
   site_end (&site);
 }
 
+static void *
+write_fua (void *opaque)
+{
+  uint8_t bytes[REGION];
+
+  memset (bytes, 0xf0, sizeof bytes);
+  *(int *)opaque
+      = nbdm_pwrite (site.volume, bytes, REGION, 2 * REGION, NBDM_FUA);
+  return NULL;
+}
+
+static uint64_t
+flushes_asked (void)
+{
+  uint64_t asked;
+
+  pthread_mutex_lock (&site.volume->lock);
+  asked = site.volume->remotes[0].flush.asked;
+  pthread_mutex_unlock (&site.volume->lock);
+  return asked;
+}
+
+/* Who has the range that resync wants next waits for the flush that resync
+ * leads: a FUA write, to a server without FUA.  Neither may wait for the other.
+ */
+static void
+test_no_range_is_waited_for_with_a_flush_to_land (void)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+  char reached[80];
+  pthread_t client;
+  struct call c;
+  int rc = -1;
+
+  site_no_fua = true;
+  make_site ();
+  site_no_fua = false;
+  snprintf (reached, sizeof reached, "%s.reached", gate);
+  start_call (&c, 1);
+  while (access (reached, F_OK) < 0) {
+    assert (time (NULL) < until);
+    poll (NULL, 0, 1);
+  }
+  assert (flushes_asked () == 1); /* 0 is copied, 1 under way, 2 comes next */
+  assert (pthread_create (&client, NULL, write_fua, &rc) == 0);
+  while (flushes_asked () < 2) { /* it has the range, and waits */
+    assert (time (NULL) < until);
+    poll (NULL, 0, 1);
+  }
+  close (open (gate, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+  pthread_join (client, NULL);
+  pthread_join (c.thread, NULL);
+  unlink (gate);
+  unlink (reached);
+  assert (rc == 0 && c.rc == 0);
+  site_resync_to_end (&site, 0);
+  assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
+  site_end (&site);
+}
+
 int
 main (void)
 {
+  char fault[128];
+
   alarm (110); /* nothing here may hang */
+  snprintf (gate, sizeof gate, "/tmp/nbdm-gate-%d", (int)getpid ());
+  snprintf (fault, sizeof fault, "resync_flush_begun:1=wait:%s", gate);
+  setenv ("NBDM_FAULT", fault, 1);
+  /* First: the fault is for the first flush of the process. */
+  RUN (test_no_range_is_waited_for_with_a_flush_to_land);
   RUN (test_copies_go_on_beside_a_flush);
   RUN (test_a_flush_clears_what_it_covers);
   RUN (test_a_region_marked_beside_a_flush_stays_dirty);
