@@ -345,10 +345,10 @@ take_reply_locked (struct conn *conn, const struct plain_reply *reply,
   struct command *cmd;
 
   if (reply->magic != htobe32 (REPLY_MAGIC))
-    return "it sent what is no NBD reply";
+    return "it sent an answer without the magic number of one";
   cmd = find_locked (conn, be64toh (reply->cookie));
   if (cmd == NULL)
-    return "it answered a command that was never sent";
+    return "it sent an answer with the cookie of no command";
   if (cmd->sent == COMMAND_QUEUED)
     return "it answered a command before it had it";
   if (cmd->kind == COMMAND_READ && error == 0) {
