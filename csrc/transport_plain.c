@@ -526,16 +526,13 @@ const struct transport plain_transport = {
   .close = plain_close,
 };
 
-/* XXX Only where it is asked for, until the end-to-end tests pass over it too:
- * six of test_outcomes, test_changed_remote, test_filters and test_outage do
- * not yet.
- */
+/* Tests run over both. */
 static bool
-is_asked_for (void)
+is_libnbd_asked_for (void)
 {
   const char *name = getenv ("NBDM_TRANSPORT");
 
-  return name && strcmp (name, "plain") == 0;
+  return name && strcmp (name, "libnbd") == 0;
 }
 
 int
@@ -543,7 +540,7 @@ plain_take_over (struct conn *conn)
 {
   int flags;
 
-  if (!is_asked_for () || nbd_get_tls_negotiated (conn->nbd) != 0
+  if (is_libnbd_asked_for () || nbd_get_tls_negotiated (conn->nbd) != 0
       || nbd_get_structured_replies_negotiated (conn->nbd) != 0)
     return 1;
   flags = fcntl (conn->fd, F_GETFL);
