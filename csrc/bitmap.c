@@ -19,6 +19,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "internal.h"
 
@@ -46,6 +47,15 @@ static uint64_t
 page_size (const struct bitmap *map, uint64_t page)
 {
   return min_u64 (BITMAP_PAGE_BITS, map->nr_bits - page * BITMAP_PAGE_BITS);
+}
+
+/* By its count: no bit of the page is other than `value`. */
+static bool
+is_all (const struct bitmap *map, uint64_t page, bool value)
+{
+  uint32_t set = map->page_set[page];
+
+  return value ? set == page_size (map, page) : set == 0;
 }
 
 /* The bits [first, end) of the word that `first` is in. */
@@ -76,23 +86,23 @@ clear_padding (struct bitmap *map)
   }
 }
 
-static void
-count_page (struct bitmap *map, uint64_t page)
+static uint32_t
+count_page (const char *page)
 {
-  const uint64_t *words = map->words + page * PAGE_WORDS;
   uint32_t n = 0;
 
   for (size_t i = 0; i < PAGE_WORDS; i++) {
-    if (words[i])
-      n += (uint32_t)__builtin_popcountll (words[i]);
+    uint64_t word;
+
+    memcpy (&word, page + i * sizeof word, sizeof word);
+    if (word)
+      n += (uint32_t)__builtin_popcountll (word);
   }
-  map->page_set[page] = n;
-  map->nr_set += n;
+  return n;
 }
 
 int
-bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits,
-             bool known_empty)
+bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits)
 {
   uint64_t nr_pages = bitmap_bytes (nr_bits) / LAYOUT_PAGE;
   uint32_t *page_set = calloc (nr_pages ? nr_pages : 1, sizeof *page_set);
@@ -105,12 +115,20 @@ bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits,
     .page_set = page_set,
     .nr_pages = nr_pages,
   };
-  if (known_empty)
-    return 0;
-  clear_padding (map);
-  for (uint64_t page = 0; page < nr_pages; page++)
-    count_page (map, page);
   return 0;
+}
+
+void
+bitmap_count (struct bitmap *map, uint64_t page, const void *content)
+{
+  assert (page < map->nr_pages);
+  if (page + 1 == map->nr_pages) {
+    clear_padding (map);
+    content = map->words + page * PAGE_WORDS;
+  }
+  map->nr_set -= map->page_set[page];
+  map->page_set[page] = count_page (content);
+  map->nr_set += map->page_set[page];
 }
 
 void
@@ -124,7 +142,8 @@ bool
 bitmap_test (const struct bitmap *map, uint64_t bit)
 {
   assert (bit < map->nr_bits);
-  return le64toh (map->words[bit / WORD_BITS]) >> bit % WORD_BITS & 1;
+  return map->page_set[bit / BITMAP_PAGE_BITS] > 0
+         && le64toh (map->words[bit / WORD_BITS]) >> bit % WORD_BITS & 1;
 }
 
 /* Make [first, end), which lies in one page, `value`; the bits changed. */
@@ -155,12 +174,11 @@ change (struct bitmap *map, uint64_t first, uint64_t count, bool value)
   uint64_t total = 0;
 
   assert (first <= map->nr_bits && count <= map->nr_bits - first);
-  for (uint64_t bit = first; bit < end;) {
+  for (uint64_t bit = first; bit < end && (value || total < map->nr_set);) {
     uint64_t page = bit / BITMAP_PAGE_BITS;
     uint64_t stop = min_u64 (end, (page + 1) * BITMAP_PAGE_BITS);
-    uint32_t same = value ? (uint32_t)page_size (map, page) : 0;
 
-    if (map->page_set[page] != same) {
+    if (!is_all (map, page, value)) {
       uint64_t changed = change_in_page (map, bit, stop, value);
 
       map->page_set[page] += (uint32_t)(value ? changed : -changed);
@@ -218,20 +236,21 @@ merge_page (struct bitmap *into, const struct bitmap *from, uint64_t page)
 uint64_t
 bitmap_merge (struct bitmap *into, const struct bitmap *from)
 {
-  uint64_t total = 0;
+  uint64_t total = 0, left = from->nr_set;
 
   assert (into->nr_bits == from->nr_bits);
-  for (uint64_t page = 0; page < from->nr_pages; page++) {
+  for (uint64_t page = 0; left > 0; page++) {
     if (from->page_set[page])
       total += merge_page (into, from, page);
+    left -= from->page_set[page];
   }
   into->nr_set += total;
   return total;
 }
 
-/* The first bit of [from, end) that is `value`.  A page with no such bit is
- * known by its count, so at most one page's words are read in vain at each
- * end of the range.
+/* The first bit of [from, end) that is `value`.  A page with no such bit, or
+ * with no other, is known by its count, so at most one page's words are read
+ * in vain at each end of the range, and in sync none at all.
  */
 static uint64_t
 next (const struct bitmap *map, uint64_t from, uint64_t end, bool value)
@@ -240,12 +259,13 @@ next (const struct bitmap *map, uint64_t from, uint64_t end, bool value)
   for (uint64_t bit = from; bit < end;) {
     uint64_t page = bit / BITMAP_PAGE_BITS;
     uint64_t stop = min_u64 (end, (page + 1) * BITMAP_PAGE_BITS);
-    uint32_t none = value ? 0 : (uint32_t)page_size (map, page);
 
-    if (map->page_set[page] == none) {
+    if (is_all (map, page, !value)) {
       bit = stop;
       continue;
     }
+    if (is_all (map, page, value))
+      return bit;
     while (bit < stop) {
       uint64_t word = le64toh (map->words[bit / WORD_BITS]);
       uint64_t hits = (value ? word : ~word) & word_mask (bit, stop);

@@ -125,15 +125,46 @@ bits_size (const struct dirty_map *dm)
   return dm->mapping_size - LAYOUT_PAGE;
 }
 
+/* Read the maps, whose CRC is set; with `count` their bits are counted.  With
+ * pread: through the mapping every page of it would become the process's, a
+ * quarter of a GiB at 16 TiB, nearly all of it zeros that nobody looks at
+ * again.
+ */
+static int
+read_maps (struct dirty_map *dm, bool count, uint32_t *crc)
+{
+  uint64_t nr_pages = dm->copied.nr_pages, size = bits_size (dm);
+  uint8_t buf[FILL_SIZE];
+
+  *crc = 0;
+  for (uint64_t done = 0; done < size;) {
+    size_t n = size - done < sizeof buf ? size - done : sizeof buf;
+    int r = full_pread (dm->fd, buf, n, LAYOUT_PAGE + done);
+
+    if (r < 0)
+      return set_error (r, "cannot read %s", dm->file);
+    *crc = crc32c (*crc, buf, n);
+    for (size_t at = 0; count && at < n; at += LAYOUT_PAGE) {
+      uint64_t page = (done + at) / LAYOUT_PAGE;
+
+      bitmap_count (&dm->map[page / nr_pages], page % nr_pages, buf + at);
+    }
+    done += n;
+  }
+  return 0;
+}
+
 /* A session lower than the volume's is an old copy of this file, a higher one
  * an old copy of the superblock.  One more is a start that was interrupted
  * between stamping this file and storing the superblock: nothing had been
  * written in it.
  */
 static int
-check_trust (const struct dirty_map *dm, uint64_t session)
+check_trust (const struct dirty_map *dm, uint64_t session, uint32_t crc)
 {
   uint64_t stamped = le64toh (dm->header.session);
+  bool garbled = le32toh (dm->header.flags) & LOG_CLEAN
+                 && crc != le32toh (dm->header.bits_crc);
 
   if (stamped != session && stamped != session + 1)
     return set_message (-EUCLEAN,
@@ -142,8 +173,7 @@ check_trust (const struct dirty_map *dm, uint64_t session)
                         ": an old copy %s was put back",
                         dm->file, stamped, session,
                         stamped < session ? "of it" : "of the superblock");
-  if (le32toh (dm->header.flags) & LOG_CLEAN
-      && crc32c (0, bits (dm), bits_size (dm)) != le32toh (dm->header.bits_crc))
+  if (garbled)
     return set_message (-EUCLEAN, "%s is garbled (CRC of the maps)", dm->file);
   return 0;
 }
@@ -178,12 +208,12 @@ init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
   int r;
 
   for (int i = 0; i < NR_MAPS; i++) {
-    r = bitmap_init (&dm->map[i], words, nr_regions, false);
+    r = bitmap_init (&dm->map[i], words, nr_regions);
     if (r < 0)
       return r;
     words += bitmap_bytes (nr_regions);
   }
-  return bitmap_init (&dm->copied, dm->copied_words, nr_regions, true);
+  return bitmap_init (&dm->copied, dm->copied_words, nr_regions);
 }
 
 int
@@ -194,6 +224,7 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
   struct dirty_map map
       = { .mapping_size = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions) };
   struct disk_log_header expect;
+  uint32_t crc = 0;
   int r;
 
   r = file_name (map.file, sizeof map.file, remote);
@@ -210,9 +241,11 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
   if (r == 0)
     r = map_file (&map, nr_regions);
   if (r == 0)
-    r = check_trust (&map, session);
-  if (r == 0)
     r = init_bitmaps (&map, nr_regions);
+  if (r == 0)
+    r = read_maps (&map, true, &crc);
+  if (r == 0)
+    r = check_trust (&map, session, crc);
   if (r < 0) {
     dirty_map_close (&map);
     return r;
@@ -238,6 +271,17 @@ store_header (struct dirty_map *dm, uint64_t session, uint32_t flags,
   return r;
 }
 
+/* A first sync has emptied it bit by bit, and all of it is ours by then: no
+ * page of it is looked at again while its count is 0.  What it holds is the
+ * file's; pages that are locked stay.
+ */
+static void
+let_go_of_empty (const struct bitmap *map)
+{
+  if (map->nr_set == 0)
+    (void)madvise (map->words, map->nr_pages * LAYOUT_PAGE, MADV_DONTNEED);
+}
+
 /* msync without asking whether anything changed. */
 static int
 sync_bits (struct dirty_map *dm)
@@ -251,6 +295,7 @@ sync_bits (struct dirty_map *dm)
     r = -errno;
   if (r == 0) {
     dm->persists++;
+    let_go_of_empty (&dm->map[MAP_DIRTY]);
     fault_point ("dirty_map_synced");
     return 0;
   }
@@ -294,16 +339,18 @@ dirty_map_persist (struct dirty_map *dm)
 int
 dirty_map_finish (struct dirty_map *dm)
 {
+  uint32_t crc;
   int r;
 
   /* Always: the unflushed maps change without `changed` being set, as only
    * the dirty map's own bits must outlive a power loss.
    */
   r = sync_bits (dm);
+  if (r == 0)
+    r = read_maps (dm, false, &crc);
   if (r < 0)
     return r;
-  return store_header (dm, le64toh (dm->header.session), LOG_CLEAN,
-                       crc32c (0, bits (dm), bits_size (dm)));
+  return store_header (dm, le64toh (dm->header.session), LOG_CLEAN, crc);
 }
 
 void

@@ -141,12 +141,15 @@ struct bitmap {
 /* Bytes `nr_bits` take, padded to LAYOUT_PAGE. */
 uint64_t bitmap_bytes (uint64_t nr_bits);
 
-/* Wrap `words` (bitmap_bytes long) and count what is set in it; bits past
- * nr_bits are cleared.  Sparse memory stays untouched where it reads zero
- * only if `known_empty`.  -ENOMEM.
+/* Wrap `words` (bitmap_bytes long), which are not touched and count as zeros
+ * until bitmap_count says more.  -ENOMEM.
  */
-int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits,
-                 bool known_empty);
+int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits);
+/* Count the set bits of a page of `words`.  `content` is that page, or what it
+ * is known to hold: then only the last one is touched, whose bits past nr_bits
+ * are cleared.
+ */
+void bitmap_count (struct bitmap *map, uint64_t page, const void *content);
 void bitmap_free (struct bitmap *map); /* not the words */
 
 bool bitmap_test (const struct bitmap *map, uint64_t bit);

@@ -142,8 +142,8 @@ setup_map (const struct micro_case *c)
   uint64_t nr = c->size / REGION;
 
   for (int i = 0; i < NR_MAPS; i++)
-    require (bitmap_init (&dm.map[i], allocate (bitmap_bytes (nr)), nr, true));
-  require (bitmap_init (&dm.copied, allocate (bitmap_bytes (nr)), nr, true));
+    require (bitmap_init (&dm.map[i], allocate (bitmap_bytes (nr)), nr));
+  require (bitmap_init (&dm.copied, allocate (bitmap_bytes (nr)), nr));
   fill_map (c);
 }
 

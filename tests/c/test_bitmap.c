@@ -27,7 +27,7 @@ make (uint64_t nr_bits)
   struct bitmap map;
   void *words = map_memory (bitmap_bytes (nr_bits), PROT_READ | PROT_WRITE);
 
-  assert (bitmap_init (&map, words, nr_bits, false) == 0);
+  assert (bitmap_init (&map, words, nr_bits) == 0);
   assert (map.nr_set == 0);
   return map;
 }
@@ -40,11 +40,19 @@ drop (struct bitmap *map)
 }
 
 static void
+count_all (struct bitmap *map)
+{
+  for (uint64_t page = 0; page < map->nr_pages; page++)
+    bitmap_count (map, page, map->words + page * (LAYOUT_PAGE / 8));
+}
+
+static void
 assert_counts (const struct bitmap *map)
 {
   struct bitmap fresh;
 
-  assert (bitmap_init (&fresh, map->words, map->nr_bits, false) == 0);
+  assert (bitmap_init (&fresh, map->words, map->nr_bits) == 0);
+  count_all (&fresh);
   assert (fresh.nr_set == map->nr_set);
   assert (fresh.nr_pages == map->nr_pages);
   assert (memcmp (fresh.page_set, map->page_set,
@@ -119,13 +127,15 @@ test_bitmap_set_all_leaves_padding_zero (void)
 }
 
 static void
-test_bitmap_init_counts_and_clears_padding (void)
+test_bitmap_count_counts_and_clears_padding (void)
 {
   struct bitmap map;
   uint8_t *bytes = map_memory (8192, PROT_READ | PROT_WRITE);
 
   memset (bytes, 0xff, 8192);
-  assert (bitmap_init (&map, bytes, PAGE_BITS + 13, false) == 0);
+  assert (bitmap_init (&map, bytes, PAGE_BITS + 13) == 0);
+  count_all (&map);
+  count_all (&map); /* once more, and no bit counts twice */
   assert (map.nr_set == PAGE_BITS + 13);
   assert (map.page_set[0] == PAGE_BITS && map.page_set[1] == 13);
   assert (bytes[4096] == 0xff && bytes[4097] == 0x1f);
@@ -184,8 +194,10 @@ test_bitmap_empty_pages_stay_untouched (void)
   struct bitmap map, into = make (5 * PAGE_BITS);
   char *words = map_memory (5 * LAYOUT_PAGE, PROT_NONE);
 
-  assert (bitmap_init (&map, words, 5 * PAGE_BITS, true) == 0);
+  assert (bitmap_init (&map, words, 5 * PAGE_BITS) == 0);
   assert (bitmap_next_set (&map, 3, map.nr_bits) == map.nr_bits);
+  assert (bitmap_next_clear (&map, 3, map.nr_bits) == 3);
+  assert (!bitmap_test (&map, 3));
   assert (
       mprotect (words + 3 * LAYOUT_PAGE, LAYOUT_PAGE, PROT_READ | PROT_WRITE)
       == 0);
@@ -196,6 +208,8 @@ test_bitmap_empty_pages_stay_untouched (void)
   assert (bitmap_next_clear (&map, 3 * PAGE_BITS, 4 * PAGE_BITS)
           == 4 * PAGE_BITS);
   assert (bitmap_set (&map, 3 * PAGE_BITS + 7, 99) == 0);
+  assert (bitmap_next_set (&map, 3 * PAGE_BITS + 7, map.nr_bits)
+          == 3 * PAGE_BITS + 7);
   assert (
       mprotect (words + 3 * LAYOUT_PAGE, LAYOUT_PAGE, PROT_READ | PROT_WRITE)
       == 0);
@@ -232,12 +246,11 @@ test_bitmap_of_a_pebibyte_works (void)
   struct bitmap map, into;
   size_t size = bitmap_bytes (nr_bits);
 
-  assert (bitmap_init (&map, map_memory (size, PROT_READ | PROT_WRITE), nr_bits,
-                       true)
+  assert (bitmap_init (&map, map_memory (size, PROT_READ | PROT_WRITE), nr_bits)
           == 0);
-  assert (bitmap_init (&into, map_memory (size, PROT_READ | PROT_WRITE),
-                       nr_bits, true)
-          == 0);
+  assert (
+      bitmap_init (&into, map_memory (size, PROT_READ | PROT_WRITE), nr_bits)
+      == 0);
   assert (bitmap_set (&map, nr_bits - 1, 1) == 1);
   assert (bitmap_set (&map, (UINT64_C (1) << 32) - 2, 4) == 4);
   assert (bitmap_next_set (&map, 0, nr_bits) == (UINT64_C (1) << 32) - 2);
@@ -259,7 +272,7 @@ main (void)
   RUN (test_bitmap_bit_lies_in_its_byte);
   RUN (test_bitmap_change_counts_only_what_changed);
   RUN (test_bitmap_set_all_leaves_padding_zero);
-  RUN (test_bitmap_init_counts_and_clears_padding);
+  RUN (test_bitmap_count_counts_and_clears_padding);
   RUN (test_bitmap_next_stops_at_end);
   RUN (test_bitmap_merge_adds_and_keeps_from);
   RUN (test_bitmap_empty_pages_stay_untouched);

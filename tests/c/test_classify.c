@@ -19,7 +19,7 @@ make_map (struct bitmap *map)
 {
   void *words = calloc (1, bitmap_bytes (NR_REGIONS));
 
-  assert (words && bitmap_init (map, words, NR_REGIONS, true) == 0);
+  assert (words && bitmap_init (map, words, NR_REGIONS) == 0);
   return words;
 }
 

@@ -103,6 +103,83 @@ test_dirty_map_created_all_dirty_sets_every_region (void)
   drop (&folder);
 }
 
+/* KiB of shared mappings that are the process's own. */
+static long
+shared_kib (void)
+{
+  FILE *file = fopen ("/proc/self/status", "r");
+  char line[256];
+  long file_kib = 0, shmem_kib = 0;
+
+  assert (file);
+  while (fgets (line, sizeof line, file)) {
+    (void)sscanf (line, "RssFile: %ld kB", &file_kib);
+    (void)sscanf (line, "RssShmem: %ld kB", &shmem_kib);
+  }
+  fclose (file);
+  return file_kib + shmem_kib;
+}
+
+/* The pages of a map that was full do not stay when it is empty. */
+static void
+test_dirty_map_emptied_is_let_go (void)
+{
+  struct folder folder = folder_make ();
+  uint64_t nr_regions = UINT64_C (1) << 28;
+  struct dirty_map dm;
+  bool clean;
+  long full;
+
+  assert (dirty_map_create (folder.fd, "dr", uuid, SESSION, nr_regions,
+                            REGION_SIZE, true)
+          == 0);
+  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
+                          REGION_SIZE, &clean)
+          == 0);
+  assert (dirty_map_begin (&dm, SESSION) == 0);
+  bitmap_set_all (&dm.copied);
+  assert (dirty_map_clean (&dm, 0, nr_regions - 1) == nr_regions - 1);
+  assert (dirty_map_persist (&dm) == 0);
+  full = shared_kib ();
+  assert (dirty_map_clean (&dm, nr_regions - 1, 1) == 1);
+  assert (dirty_map_persist (&dm) == 0);
+  assert (full - shared_kib () > 16384);
+  assert (dirty_map_finish (&dm) == 0);
+  dirty_map_close (&dm);
+  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
+                          REGION_SIZE, &clean)
+          == 0);
+  assert (clean && dm.map[MAP_DIRTY].nr_set == 0);
+  dirty_map_close (&dm);
+  drop (&folder);
+}
+
+/* 16 TiB in 64 KiB regions: 128 MiB of maps, few of them ever looked at. */
+static void
+test_dirty_map_in_sync_takes_no_memory (void)
+{
+  struct folder folder = folder_make ();
+  uint64_t nr_regions = UINT64_C (1) << 28;
+  struct dirty_map dm;
+  bool clean;
+  long before;
+
+  assert (dirty_map_create (folder.fd, "dr", uuid, SESSION, nr_regions,
+                            REGION_SIZE, false)
+          == 0);
+  before = shared_kib ();
+  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
+                          REGION_SIZE, &clean)
+          == 0);
+  assert (dirty_map_begin (&dm, SESSION) == 0);
+  dirty_map_mark (&dm, nr_regions - 1, 1, true);
+  assert (dirty_map_finish (&dm) == 0);
+  assert (shared_kib () - before < 16384); /* huge pages of a few places */
+  assert (dm.map[MAP_DIRTY].nr_set == 1 && dm.map[MAP_LATE].nr_set == 1);
+  dirty_map_close (&dm);
+  drop (&folder);
+}
+
 /* Around the sizes of a byte, a page and the buffer it is filled from. */
 static void
 test_dirty_map_created_all_dirty_of_any_size_is_whole (void)
@@ -458,6 +535,8 @@ main (void)
 {
   RUN (test_dirty_map_created_is_clean_and_empty);
   RUN (test_dirty_map_created_all_dirty_sets_every_region);
+  RUN (test_dirty_map_in_sync_takes_no_memory);
+  RUN (test_dirty_map_emptied_is_let_go);
   RUN (test_dirty_map_created_all_dirty_of_any_size_is_whole);
   RUN (test_dirty_map_bad_remote_name_is_refused);
   RUN (test_dirty_map_missing_is_enoent);

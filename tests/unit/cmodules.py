@@ -65,8 +65,9 @@ MODULES: dict[str, CModule] = {
           ...;
         };
         uint64_t bitmap_bytes (uint64_t nr_bits);
-        int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits,
-                         bool known_empty);
+        int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits);
+        void bitmap_count (struct bitmap *map, uint64_t page,
+                           const void *content);
         void bitmap_free (struct bitmap *map);
         bool bitmap_test (const struct bitmap *map, uint64_t bit);
         uint64_t bitmap_set (struct bitmap *map, uint64_t first,

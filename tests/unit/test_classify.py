@@ -35,7 +35,7 @@ class Maps:
         ):
             words = ffi.new("uint8_t[]", lib.bitmap_bytes(len(regions)))
             self.words.append(words)
-            assert lib.bitmap_init(c_map, words, len(regions), True) == 0
+            assert lib.bitmap_init(c_map, words, len(regions)) == 0
             for region, bits in enumerate(regions):
                 if bits & bit:
                     lib.bitmap_set(c_map, region, 1)
