@@ -36,6 +36,7 @@ __all__ = [
     "attached_device",
     "block_size",
     "check_kernel",
+    "default_connections",
     "detach",
     "timeout_s",
 ]
@@ -49,6 +50,7 @@ BLOCK_SIZES = (4096, 2048, 1024, 512)  # what nbd-client allows, best first
 # The engine's bound on a command that starves while others are answered, see
 # csrc/conn.c.
 STARVED_DEADLINES = 8
+MAX_DEFAULT_CONNECTIONS = 4
 MAX_SECTORS_KB = 1024  # longest request the kernel sends, KiB
 _DEVICE = re.compile(r"(?:/dev/)?(nbd[0-9]{1,4})", re.ASCII)
 
@@ -68,8 +70,22 @@ def block_size(size: int) -> int:
     return next((block for block in BLOCK_SIZES if size % block == 0), 512)
 
 
+def default_connections() -> int:
+    """
+    Return how many connections the kernel makes unless told otherwise.
+
+    One a core, as the kernel has a queue and the server a reader for each; more than a
+    few only spread the same requests thinner.
+    """
+    return min(os.cpu_count() or 1, MAX_DEFAULT_CONNECTIONS)
+
+
 def attach(
-    config: VolumeConfig, size: int, device: str = "", *, connections: int = 1
+    config: VolumeConfig,
+    size: int,
+    device: str = "",
+    *,
+    connections: int | None = None,
 ) -> str:
     """
     Attach the volume, and note the device in the state directory.
@@ -78,7 +94,7 @@ def attach(
         config: of a volume that is served.
         size: of the volume, in bytes.
         device: such as /dev/nbd0; empty: the first free one.
-        connections: from the kernel to the server.
+        connections: from the kernel to the server; None: default_connections().
     Returns:
         The device, as /dev/nbdN.
     Raises:
@@ -95,7 +111,9 @@ def attach(
             "nbd-mirror detach CONFIG",
         )
     name = _check_free(device) if device else _first_free()
-    rc, said = run(client, *_arguments(config, name, size, connections))
+    rc, said = run(
+        client, *_arguments(config, name, size, connections or default_connections())
+    )
     if rc:
         raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
     _set_limits(name)

@@ -304,8 +304,11 @@ def attach(
         typer.Argument(metavar="/dev/nbdN", help="Else the first free one."),
     ] = None,
     connections: Annotated[
-        int, typer.Option(min=1, max=16, help="From the kernel to the server.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1, max=16, help="From the kernel to the server. Else one a core, to 4."
+        ),
+    ] = None,
 ) -> None:
     """Attach a served volume to the kernel, as /dev/nbdN."""
     volume = load(config)

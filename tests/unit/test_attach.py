@@ -117,6 +117,15 @@ def test_arguments_have_finite_timeout_and_no_persist(config: VolumeConfig) -> N
     ]
 
 
+@pytest.mark.parametrize(("cores", "expected"), [(None, 1), (1, 1), (2, 2), (64, 4)])
+def test_connections_are_one_a_core_and_few(
+    cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the kernel has use for, unless told otherwise."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert attach.default_connections() == expected
+
+
 def test_attached_device_is_remembered_until_it_is_anothers(
     config: VolumeConfig, sys_block: Path
 ) -> None:
