@@ -14,12 +14,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .load import Figures, Workload, fill, measure
+from .load import RAMP_S, Figures, Workload, fill, measure
 from .machine import disk_folder
 from .mirror import KINDS, Mirror
 from .model import MIB, BenchError, Context, Measured, rotated
 from .no_activity import build_without_activity
 from .servers import ROOT, SetUp
+from .usage import cpu_us, switches
 
 __all__ = ["activity_log", "against", "begin", "compare", "degraded", "finish"]
 
@@ -69,15 +70,25 @@ def compare(
     ours, *peers = set_ups
     for number in range(ctx.rounds):
         figures: dict[str, Figures] = {}
+        used: dict[str, dict[str, float]] = {}
         for set_up in rotated(set_ups, number):
             set_up.mark()
+            before = cpu_us(set_up.pids), switches()
             figures[set_up.key] = measure(
                 set_up.uris, set_up.folder, workload, size or set_up.size, ctx.seconds
             )
+            # The ramp's requests are not counted, and cost as much.
+            requests = figures[set_up.key].iops * (ctx.seconds + RAMP_S)
+            used[set_up.key] = {
+                "cpu_us": (cpu_us(set_up.pids) - before[0]) / requests,
+                "switches": (switches() - before[1]) / requests,
+            }
             set_up.check()
         for peer in peers:
             measured.add(peer.key, figures[ours.key].iops / figures[peer.key].iops)
-        measured.rounds.append({key: one.as_dict() for key, one in figures.items()})
+        measured.rounds.append(
+            {key: {**one.as_dict(), **used[key]} for key, one in figures.items()}
+        )
         rates = (f"{one.key} {_rate(figures[one.key], workload)}" for one in set_ups)
         ctx.say(f"{number + 1}/{ctx.rounds}  {', '.join(rates)}")
     measured.notes.append(_medians(measured, set_ups, workload))
@@ -93,8 +104,15 @@ def _medians(measured: Measured, set_ups: Sequence[SetUp], workload: Workload) -
     for set_up in set_ups:
         rate = statistics.median(one[set_up.key][name] for one in measured.rounds)
         p99 = statistics.median(one[set_up.key]["p99_us"] for one in measured.rounds)
-        found.append(f"{set_up.key} {rate / scale:,.0f}{unit}, p99 {p99:,.0f} µs")
-    return "medians: " + "; ".join(found)
+        cpu = statistics.median(one[set_up.key]["cpu_us"] for one in measured.rounds)
+        times = statistics.median(
+            one[set_up.key]["switches"] for one in measured.rounds
+        )
+        found.append(
+            f"{set_up.key} {rate / scale:,.0f}{unit}, p99 {p99:,.0f} µs, "
+            f"{cpu:,.0f} µs of its servers' CPU, {times:.1f} switches"
+        )
+    return "medians, CPU and context switches a request: " + "; ".join(found)
 
 
 def against(

@@ -20,7 +20,16 @@ from typing import Any
 
 from .model import KIB, MIB, BenchError
 
-__all__ = ["LATENCY_LOG", "Figures", "Fio", "Workload", "fill", "measure", "scatter"]
+__all__ = [
+    "LATENCY_LOG",
+    "RAMP_S",
+    "Figures",
+    "Fio",
+    "Workload",
+    "fill",
+    "measure",
+    "scatter",
+]
 
 RAMP_S = 0.5  # not counted: connections, first faults, caches
 SLACK_S = 30.0  # fio's own start and end

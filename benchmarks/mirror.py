@@ -25,6 +25,7 @@ from .servers import (
     ROOT,
     START_TIMEOUT_S,
     NbdkitFile,
+    Proxy,
     QemuMirror,
     SetUp,
     TwoCopies,
@@ -34,7 +35,7 @@ from .servers import (
     wait_until,
 )
 
-__all__ = ["KINDS", "Mirror", "PythonMirror"]
+__all__ = ["KINDS", "LibnbdMirror", "Mirror", "PythonMirror"]
 
 REMOTE = "far"  # the name of the one remote
 
@@ -53,6 +54,7 @@ class Mirror(SetUp):
     key = "native"
     title = "nbd_mirror, native door"
     door = "native"
+    environment: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class Mirror(SetUp):
         """Start the server and do not wait for it."""
         command: list[str | Path] = [sys.executable, "-m", "nbd_mirror"]
         command += ["serve", self.config, "--foreground", "--door", self.door]
-        self._server = self._spawn(command, self.package)
+        self._server = self._spawn(command, self.package, self.environment)
         return self._server
 
     def wait(self, state: str = "in_sync") -> None:
@@ -223,6 +225,14 @@ class Mirror(SetUp):
         return f"{remote['state']}: {status['reason'] or remote['reason']}"
 
 
+class LibnbdMirror(Mirror):
+    """Our mirror, which sends to its remote through libnbd."""
+
+    key = "libnbd"
+    title = "nbd_mirror over libnbd's transport"
+    environment: Mapping[str, str] = {"NBDM_TRANSPORT": "libnbd"}
+
+
 class PythonMirror(Mirror):
     """Our mirror, the Python door."""
 
@@ -232,5 +242,14 @@ class PythonMirror(Mirror):
 
 
 KINDS: dict[str, type[SetUp]] = {
-    kind.key: kind for kind in (NbdkitFile, TwoCopies, Mirror, PythonMirror, QemuMirror)
+    kind.key: kind
+    for kind in (
+        NbdkitFile,
+        Proxy,
+        TwoCopies,
+        Mirror,
+        LibnbdMirror,
+        PythonMirror,
+        QemuMirror,
+    )
 }

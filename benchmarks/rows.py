@@ -91,6 +91,21 @@ FIO_ROWS = (
         (Claim("off", "against the same with it off", 0.97, 1.0),),
     ),
     Row(
+        "proxy_4k_qd16",
+        "4 KiB random write QD16 against one copy behind a proxy",
+        against(Workload.writes(16), "proxy", "one_copy"),
+        (
+            Claim("proxy", "against nbdkit's nbd plugin, no mirror"),
+            Claim("one_copy", ONE_COPY),
+        ),
+    ),
+    Row(
+        "transport_4k_qd16",
+        "4 KiB random write QD16, the plain transport",
+        against(Workload.writes(16), "libnbd"),
+        (Claim("libnbd", "against libnbd's", 1.25),),
+    ),
+    Row(
         "python_door",
         "4 KiB random write QD16 through the Python door",
         against(Workload.writes(16), "qemu", "native", ours="python"),

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "ROOT",
     "START_TIMEOUT_S",
     "NbdkitFile",
+    "Proxy",
     "QemuMirror",
     "SetUp",
     "TwoCopies",
@@ -76,6 +77,11 @@ class SetUp(ABC):
         """Where the one client connects."""
         return self.uris[0]
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes that serve it, its remote's included."""
+        return [process.pid for process in self._processes]
+
     @abstractmethod
     def start(self) -> None:
         """Start the servers; return when the disk may be filled."""
@@ -110,9 +116,12 @@ class SetUp(ABC):
         return path
 
     def _spawn(
-        self, command: Sequence[str | Path], cwd: Path
+        self,
+        command: Sequence[str | Path],
+        cwd: Path,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a server, which `stop` ends."""
+        """Start a server, which `stop` ends; *environment* is added to ours."""
         with self.log_of(command[0]).open("ab") as out:
             process = subprocess.Popen(
                 [os.fspath(word) for word in command],
@@ -120,6 +129,7 @@ class SetUp(ABC):
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
+                env={**os.environ, **(environment or {})},
                 # Ctrl-C is for us alone: the servers end in order, after fio.
                 start_new_session=True,
             )
@@ -167,6 +177,20 @@ class NbdkitFile(SetUp):
     def start(self) -> None:
         """Start nbdkit's own file plugin."""
         self.nbdkit_file(self._image("disk.img"), self.socket)
+
+
+class Proxy(SetUp):
+    """One copy behind another nbdkit, which passes on and keeps nothing."""
+
+    key = "proxy"
+    title = "one nbdkit file behind nbdkit's nbd plugin"
+
+    def start(self) -> None:
+        """Start both."""
+        far = self.folder / "remote.sock"
+        self.nbdkit_file(self._image("disk.img"), far)
+        command = ("nbdkit", "-f", "-U", self.socket, "nbd", f"uri={uri_of(far)}")
+        self._start(*command, ready=self.socket)
 
 
 class TwoCopies(SetUp):

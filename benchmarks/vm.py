@@ -149,10 +149,10 @@ def _medians(rounds: Sequence[Mapping[str, Any]], depth: int) -> str:
     for key in SET_UPS:
         figures = [one[f"{key} QD{depth}"] for one in rounds]
 
-        used = [one["used"]["machine"] for one in figures]
+        used = [one["used"] for one in figures]
         iops = statistics.median(one["iops"] for one in figures)
         switches = statistics.median(one["switches"] for one in used)
-        cpu_us = statistics.median(one["user"] + one["system"] for one in used)
+        cpu_us = statistics.median(one["machine"] for one in used)
         parts.append(
             f"{key} {iops:,.0f}/s with {switches:.1f} context switches and "
             f"{cpu_us:,.0f} µs of CPU a request"

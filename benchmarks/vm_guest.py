@@ -30,6 +30,8 @@ from vm.inside import (  # type: ignore[import-not-found]
     wait_until,
 )
 
+from benchmarks.usage import cpu_us, switches
+
 WORK = Path("/run/vm-bench")
 MIB = 1 << 20
 RAMP_S = 0.5
@@ -191,57 +193,17 @@ SET_UPS: dict[str, Callable[[dict[str, Any]], SetUp]] = {
 # --- what a measurement used ------------------------------------------------------
 
 
-def ticks(stat: str) -> tuple[int, int]:
-    """Return user and system time from a /proc/PID/stat, in clock ticks."""
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[11]), int(fields[12])
+def machine_cpu_us() -> float:
+    """Return the time all CPUs have worked so far, for interrupts too, in µs."""
+    cpu = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    user, nice, system, _idle, _iowait, irq, softirq = cpu[:7]
+    return (user + nice + system + irq + softirq) * 1e6 / os.sysconf("SC_CLK_TCK")
 
 
-def usage(pid: int) -> dict[str, int]:
-    """Return the time and the context switches of a process's threads so far."""
-    user, system = ticks(Path(f"/proc/{pid}/stat").read_text())
-    switches = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            text = (task / "status").read_text()
-            switches += sum(int(n) for n in re.findall(r"ctxt_switches:\s+(\d+)", text))
-    return {"user": user, "system": system, "switches": switches}
-
-
-def machine_usage() -> dict[str, int]:
-    """Return the whole guest's: clock ticks of all CPUs, and context switches."""
-    text = Path("/proc/stat").read_text()
-    cpu = [int(x) for x in text.splitlines()[0].split()[1:]]
-    switches = re.search(r"^ctxt (\d+)$", text, re.MULTILINE)
-    assert switches is not None
-    return {
-        "user": cpu[0] + cpu[1],
-        "system": cpu[2] + cpu[5] + cpu[6],
-        "idle": cpu[3] + cpu[4],
-        "switches": int(switches[1]),
-    }
-
-
-def snapshot(set_up: SetUp) -> dict[str, dict[str, int]]:
-    """Return what the guest and the set-up's processes have used so far."""
-    found = {name: usage(pid) for name, pid in set_up.processes.items()}
-    return {"machine": machine_usage(), **found}
-
-
-def per_request(
-    before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], requests: int
-) -> dict[str, dict[str, float]]:
-    """Return the differences a request: times in microseconds."""
-    tick_us = 1e6 / os.sysconf("SC_CLK_TCK")
-    found = {}
-    for name, now in after.items():
-        found[name] = {
-            what: (value - before[name][what])
-            * (1 if what == "switches" else tick_us)
-            / requests
-            for what, value in now.items()
-        }
-    return found
+def snapshot(set_up: SetUp) -> dict[str, float]:
+    """Return what the guest and each of the set-up's processes have used so far."""
+    found = {name: cpu_us([pid]) for name, pid in set_up.processes.items()}
+    return {"machine": machine_cpu_us(), "switches": float(switches()), **found}
 
 
 # --- measuring -------------------------------------------------------------------
@@ -270,14 +232,14 @@ def measure(set_up: SetUp, depth: int, seconds: float) -> dict[str, Any]:
     set_up.check()
     side = job["write"]
     # The ramp's requests cost as much and are not counted: scaled up for them.
-    requests = max(1, round(side["iops"] * (seconds + RAMP_S)))
+    requests = side["iops"] * (seconds + RAMP_S)
     return {
         "set_up": set_up.key,
         "depth": depth,
         "iops": side["iops"],
         "p50_us": side["clat_ns"]["percentile"]["50.000000"] / 1000,
         "p99_us": side["clat_ns"]["percentile"]["99.000000"] / 1000,
-        "used": per_request(before, after, requests),
+        "used": {name: (now - before[name]) / requests for name, now in after.items()},
     }
 
 
