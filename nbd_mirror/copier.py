@@ -62,8 +62,10 @@ class Copier:
             What was done, and the seconds to wait before the next call.
         """
         first = self._next_region
+        # Before the call, which would else begin as if a client were there.
+        plan = self._judge()
         with self._keep_pace():
-            batch = self._copying.copy(first, MAX_BYTES, CALL_S, self._pace.plan)
+            batch = self._copying.copy(first, MAX_BYTES, CALL_S, plan)
         self._next_region = batch.next_region
         return batch, self._rest_s(first, batch.copied_bytes)
 
@@ -82,12 +84,10 @@ class Copier:
             thread.join()
 
     def _drive(self, over: threading.Event) -> None:
-        copying, tick_s = self._copying, FIRST_TICK_S
-        plan = self._judge()
+        tick_s = FIRST_TICK_S
         while not over.wait(tick_s):
-            before, plan = plan, self._judge()
-            if plan != before:
-                copying.set_pace(plan)
+            # Also if it is what it was: the call may have begun after the last time.
+            self._copying.set_pace(self._judge())
             tick_s = TICK_S
 
     def _judge(self) -> Plan:
