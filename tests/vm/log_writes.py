@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BLOCK", "Content", "Disk", "Entry", "read_log", "save"]
+__all__ = ["BLOCK", "Content", "Disk", "Entry", "in_order", "read_log", "save"]
 
 MAGIC = 0x6A736677736872
 VERSION = 1
@@ -77,6 +77,39 @@ def read_log(path: Path) -> Iterator[Entry]:
                 bool(flags & FUA),
                 mark.decode(),
             )
+
+
+def in_order(entries: Iterable[Entry], disk_of: Callable[[int], str]) -> list[Entry]:
+    """
+    Put flushes behind writes that they waited for, and that the log has after them.
+
+    The target takes the writes that were completed when a flush is *submitted*, of all
+    disks, as they share one device, and logs them when that flush is *completed*. Of
+    two flushes at the same time, to two disks, the first takes the writes of both, and
+    the second none; where the second ends first it is logged first, ahead of writes
+    that were complete before it began. So a flush without writes of its own goes behind
+    those of the next one if that is another disk's. One that really was that much
+    earlier cannot be told from it, and is believed.
+
+    Args:
+        disk_of: names the disk that lies at an offset.
+    """
+    found: list[Entry] = []
+    empty: list[Entry] = []  # flushes without writes, not put anywhere yet
+    writes: list[Entry] = []  # of the next flush
+    for entry in entries:
+        plain = not (entry.flush or entry.fua or entry.mark)
+        if plain and entry.data:
+            writes.append(entry)
+        elif entry.flush and not entry.data and not writes:
+            empty.append(entry)
+        else:
+            own = disk_of(entry.offset) if entry.flush and not entry.data else ""
+            later = [one for one in empty if own and disk_of(one.offset) != own]
+            found += [one for one in empty if one not in later]
+            found += [*writes, *later, entry]
+            empty, writes = [], []
+    return [*found, *empty, *writes]
 
 
 class Disk:

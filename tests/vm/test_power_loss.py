@@ -24,7 +24,7 @@ import pytest
 from bitarray import bitarray
 from vm.checked import Answered, merge
 from vm.judge import DamageError, Judge, differing
-from vm.log_writes import BLOCK, Content, Disk, Entry, read_log
+from vm.log_writes import BLOCK, Content, Disk, Entry, in_order, read_log
 from vm.power_layout import BASE_SIZE, LOG_SIZE, SLICES
 from vm.vm import run_in_vm
 
@@ -36,6 +36,13 @@ END = "dm-log-writes-end"
 # So many are judged within the budget of a minute or two, others in each run;
 # NBDM_VM_INSTANTS=0 judges every flush and FUA write, which takes half an hour.
 MAX_INSTANTS = int(os.environ.get("NBDM_VM_INSTANTS", "60"))
+
+
+def disk_at(offset: int) -> str:
+    """Name the disk that lies at an offset of the logged device."""
+    return next(
+        name for name, (start, size) in SLICES.items() if start <= offset < start + size
+    )
 
 
 def sampled(entries: list[Entry], seed: str) -> set[int]:
@@ -133,7 +140,7 @@ def check_replay(replay: Replay, base: Path) -> None:
 
 def judge_log(log: Path, folder: Path, seed: str) -> Replay:
     """Replay a log and judge it at the sampled instants; raises DamageError."""
-    entries = list(read_log(log))
+    entries = in_order(read_log(log), disk_at)
     instants = sampled(entries, seed)
     replay = Replay(folder, seed)
     for i, entry in enumerate(entries):
