@@ -68,11 +68,8 @@ word_mask (uint64_t first, uint64_t end)
   return (~UINT64_C (0) >> (WORD_BITS - count)) << skip;
 }
 
-/* Clear what lies past nr_bits up to the end of the last page: a garbled file
- * may hold anything there, and no other function looks at it.
- */
-static void
-clear_padding (struct bitmap *map)
+void
+bitmap_clear_padding (struct bitmap *map)
 {
   uint64_t end = map->nr_pages * BITMAP_PAGE_BITS;
 
@@ -86,17 +83,19 @@ clear_padding (struct bitmap *map)
   }
 }
 
+/* How many of a page's first `nr_bits` are set. */
 static uint32_t
-count_page (const char *page)
+count_bits (const char *page, uint64_t nr_bits)
 {
   uint32_t n = 0;
 
-  for (size_t i = 0; i < PAGE_WORDS; i++) {
+  for (uint64_t bit = 0; bit < nr_bits; bit += WORD_BITS) {
     uint64_t word;
 
-    memcpy (&word, page + i * sizeof word, sizeof word);
+    memcpy (&word, page + bit / 8, sizeof word);
     if (word)
-      n += (uint32_t)__builtin_popcountll (word);
+      n += (uint32_t)__builtin_popcountll (le64toh (word)
+                                           & word_mask (bit, nr_bits));
   }
   return n;
 }
@@ -122,12 +121,8 @@ void
 bitmap_count (struct bitmap *map, uint64_t page, const void *content)
 {
   assert (page < map->nr_pages);
-  if (page + 1 == map->nr_pages) {
-    clear_padding (map);
-    content = map->words + page * PAGE_WORDS;
-  }
   map->nr_set -= map->page_set[page];
-  map->page_set[page] = count_page (content);
+  map->page_set[page] = count_bits (content, page_size (map, page));
   map->nr_set += map->page_set[page];
 }
 

@@ -250,6 +250,9 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
     dirty_map_close (&map);
     return r;
   }
+  /* Not before it is trusted: a file that is not stays as it was found. */
+  for (int i = 0; i < NR_MAPS; i++)
+    bitmap_clear_padding (&map.map[i]);
   *dm = map;
   *clean = le32toh (map.header.flags) & LOG_CLEAN;
   return 0;

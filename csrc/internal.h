@@ -145,11 +145,14 @@ uint64_t bitmap_bytes (uint64_t nr_bits);
  * until bitmap_count says more.  -ENOMEM.
  */
 int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits);
-/* Count the set bits of a page of `words`.  `content` is that page, or what it
- * is known to hold: then only the last one is touched, whose bits past nr_bits
- * are cleared.
+/* Count the set bits of a page of `words`, which `content` is known to hold:
+ * the page itself is not touched.
  */
 void bitmap_count (struct bitmap *map, uint64_t page, const void *content);
+/* Clear what lies past nr_bits up to the end of the last page: a file may hold
+ * anything there, and nothing else looks at it.
+ */
+void bitmap_clear_padding (struct bitmap *map);
 void bitmap_free (struct bitmap *map); /* not the words */
 
 bool bitmap_test (const struct bitmap *map, uint64_t bit);

@@ -17,7 +17,6 @@
 #define MAX_HOLE (1u << 30) /* see RESYNC_MIN_HOLE */
 #define QUICK_NS 5000000    /* over what the link takes: 5 ms */
 
-/* The next run of regions to copy, at most as long as a hole may be. */
 bool
 resync_find_run_locked (struct batch *b, struct run *run)
 {
@@ -48,7 +47,6 @@ resync_find_run_locked (struct batch *b, struct run *run)
   return true;
 }
 
-/* Cut the run to one copy: a hole in whole regions, or data. */
 void
 resync_size_copy (struct batch *b, struct copy *copy, struct run *run)
 {
@@ -76,7 +74,6 @@ resync_size_copy (struct batch *b, struct copy *copy, struct run *run)
                                 .granted = &copy->granted };
 }
 
-/* 1: held; 0: others, or a flush, are under way, end them first; -errno. */
 int
 resync_lock_copy (struct batch *b, struct copy *copy)
 {
@@ -189,7 +186,6 @@ unlock_copy (struct batch *b, struct copy *copy)
   pthread_mutex_unlock (&v->lock);
 }
 
-/* With the range held: read and send.  -errno: nobody has it to read. */
 int
 resync_send_copy (struct batch *b, struct copy *copy)
 {
@@ -267,7 +263,6 @@ measure_locked (struct batch *b, const struct copy *copy)
     b->hole_bytes *= 2;
 }
 
-/* Wait for a copy's answers; its regions are `copied`, its range free. */
 int
 resync_end_copy (struct batch *b, struct copy *copy)
 {

@@ -120,61 +120,71 @@ shared_kib (void)
   return file_kib + shmem_kib;
 }
 
+/* 16 TiB in 64 KiB regions: 128 MiB of maps. */
+#define NR_HUGE (UINT64_C (1) << 28)
+/* Of them: huge pages of a few places. */
+#define FEW_KIB 16384
+
+static struct folder
+make_huge (bool all_dirty)
+{
+  struct folder folder = folder_make ();
+
+  assert (dirty_map_create (folder.fd, "dr", uuid, SESSION, NR_HUGE,
+                            REGION_SIZE, all_dirty)
+          == 0);
+  return folder;
+}
+
+static struct dirty_map
+open_huge (const struct folder *folder)
+{
+  struct dirty_map dm;
+  bool clean;
+
+  assert (dirty_map_open (&dm, folder->fd, "dr", uuid, SESSION, NR_HUGE,
+                          REGION_SIZE, &clean)
+          == 0);
+  assert (clean);
+  return dm;
+}
+
 /* The pages of a map that was full do not stay when it is empty. */
 static void
 test_dirty_map_emptied_is_let_go (void)
 {
-  struct folder folder = folder_make ();
-  uint64_t nr_regions = UINT64_C (1) << 28;
-  struct dirty_map dm;
-  bool clean;
+  struct folder folder = make_huge (true);
+  struct dirty_map dm = open_huge (&folder);
   long full;
 
-  assert (dirty_map_create (folder.fd, "dr", uuid, SESSION, nr_regions,
-                            REGION_SIZE, true)
-          == 0);
-  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
-                          REGION_SIZE, &clean)
-          == 0);
   assert (dirty_map_begin (&dm, SESSION) == 0);
   bitmap_set_all (&dm.copied);
-  assert (dirty_map_clean (&dm, 0, nr_regions - 1) == nr_regions - 1);
+  assert (dirty_map_clean (&dm, 0, NR_HUGE - 1) == NR_HUGE - 1);
   assert (dirty_map_persist (&dm) == 0);
   full = shared_kib ();
-  assert (dirty_map_clean (&dm, nr_regions - 1, 1) == 1);
+  assert (dirty_map_clean (&dm, NR_HUGE - 1, 1) == 1);
   assert (dirty_map_persist (&dm) == 0);
-  assert (full - shared_kib () > 16384);
+  assert (full - shared_kib () > FEW_KIB);
   assert (dirty_map_finish (&dm) == 0);
   dirty_map_close (&dm);
-  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
-                          REGION_SIZE, &clean)
-          == 0);
-  assert (clean && dm.map[MAP_DIRTY].nr_set == 0);
+  dm = open_huge (&folder);
+  assert (dm.map[MAP_DIRTY].nr_set == 0);
   dirty_map_close (&dm);
   drop (&folder);
 }
 
-/* 16 TiB in 64 KiB regions: 128 MiB of maps, few of them ever looked at. */
+/* In sync few pages of the maps are ever looked at. */
 static void
 test_dirty_map_in_sync_takes_no_memory (void)
 {
-  struct folder folder = folder_make ();
-  uint64_t nr_regions = UINT64_C (1) << 28;
-  struct dirty_map dm;
-  bool clean;
-  long before;
+  struct folder folder = make_huge (false);
+  long before = shared_kib ();
+  struct dirty_map dm = open_huge (&folder);
 
-  assert (dirty_map_create (folder.fd, "dr", uuid, SESSION, nr_regions,
-                            REGION_SIZE, false)
-          == 0);
-  before = shared_kib ();
-  assert (dirty_map_open (&dm, folder.fd, "dr", uuid, SESSION, nr_regions,
-                          REGION_SIZE, &clean)
-          == 0);
   assert (dirty_map_begin (&dm, SESSION) == 0);
-  dirty_map_mark (&dm, nr_regions - 1, 1, true);
+  dirty_map_mark (&dm, NR_HUGE - 1, 1, true);
   assert (dirty_map_finish (&dm) == 0);
-  assert (shared_kib () - before < 16384); /* huge pages of a few places */
+  assert (shared_kib () - before < FEW_KIB);
   assert (dm.map[MAP_DIRTY].nr_set == 1 && dm.map[MAP_LATE].nr_set == 1);
   dirty_map_close (&dm);
   drop (&folder);
@@ -293,12 +303,17 @@ test_dirty_map_clean_but_garbled_is_refused (void)
   static const off_t places[]
       = { LAYOUT_PAGE, LAYOUT_PAGE + MAP_BYTES - 1, FILE_BYTES - 1 };
   struct folder folder = make (true);
+  struct dirty_map dm;
 
   for (unsigned i = 0; i < sizeof places / sizeof places[0]; i++) {
     garble (&folder, "dirty.dr", places[i]);
+    /* Twice: to look at it must not mend it. */
+    assert_refused (&folder, SESSION, "dirty.dr is garbled (CRC of the maps)");
     assert_refused (&folder, SESSION, "dirty.dr is garbled (CRC of the maps)");
     garble (&folder, "dirty.dr", places[i]);
   }
+  dm = reopen (&folder, SESSION, true);
+  dirty_map_close (&dm);
   garble (&folder, "dirty.dr", 200);
   assert_refused (&folder, SESSION, "dirty.dr is garbled (CRC)");
   drop (&folder);

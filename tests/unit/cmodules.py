@@ -68,6 +68,7 @@ MODULES: dict[str, CModule] = {
         int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits);
         void bitmap_count (struct bitmap *map, uint64_t page,
                            const void *content);
+        void bitmap_clear_padding (struct bitmap *map);
         void bitmap_free (struct bitmap *map);
         bool bitmap_test (const struct bitmap *map, uint64_t bit);
         uint64_t bitmap_set (struct bitmap *map, uint64_t first,

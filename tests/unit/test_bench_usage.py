@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -42,11 +41,20 @@ def test_time_of_ended_threads_counts() -> None:
 
 
 def test_switches_are_seen() -> None:
-    """A nap is one at least, whoever else runs."""
-    before = switches()
-    for _ in range(20):
-        time.sleep(0.001)
-    assert switches() - before >= 20
+    """To wait for another's answer is one at least, whoever else runs."""
+    echo = ["sed", "--unbuffered", "p"]
+    with subprocess.Popen(
+        echo, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        before = switches()
+        for _ in range(20):
+            process.stdin.write(b"x\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"x\n"
+            assert process.stdout.readline() == b"x\n"
+        assert switches() - before >= 20
 
 
 def test_a_process_that_is_gone_is_an_error() -> None:

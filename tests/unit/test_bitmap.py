@@ -51,6 +51,7 @@ class Pair:
         if content is not None:
             for page in range(self.size // PAGE):
                 lib.bitmap_count(self.map, page, self.words + page * PAGE)
+            lib.bitmap_clear_padding(self.map)
 
     def check(self) -> None:
         """Compare the memory and every counter with the set."""
