@@ -35,6 +35,7 @@ from benchmarks.usage import cpu_us, switches
 WORK = Path("/run/vm-bench")
 MIB = 1 << 20
 RAMP_S = 0.5
+CONNECTIONS = 2  # of ours to its device: one a core
 
 
 # --- set-ups -------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Ours(SetUp):
         self.mirror.create("far")
         self.mirror.serve()
         self.mirror.wait_served()
-        self.mirror.attach()
+        self.mirror.attach(connections=CONNECTIONS)
         self.mirror.wait_for("in_sync")
         processes = self.mirror.pids()
         super().__init__("ours", "/dev/nbd0", processes)

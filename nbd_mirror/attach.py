@@ -7,6 +7,10 @@ request wait for (the hold, eight of the longest deadlines, and 30 s more): a
 lost remote never makes the kernel give up, a lost server never hangs a mount
 for ever.  `-persist` is not used: nbd-client would then connect again to
 whatever listens on the address by that time.
+
+One connection, unless more are asked for. With more the kernel sends a request that
+timed out again, on another; a server that was frozen may carry out the first sending
+after that, and over a newer write.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ __all__ = [
     "attached_device",
     "block_size",
     "check_kernel",
-    "default_connections",
     "detach",
+    "fails_after_s",
     "timeout_s",
 ]
 
@@ -50,7 +54,6 @@ BLOCK_SIZES = (4096, 2048, 1024, 512)  # what nbd-client allows, best first
 # The engine's bound on a command that starves while others are answered, see
 # csrc/conn.c.
 STARVED_DEADLINES = 8
-MAX_DEFAULT_CONNECTIONS = 4
 MAX_SECTORS_KB = 1024  # longest request the kernel sends, KiB
 _DEVICE = re.compile(r"(?:/dev/)?(nbd[0-9]{1,4})", re.ASCII)
 
@@ -70,22 +73,18 @@ def block_size(size: int) -> int:
     return next((block for block in BLOCK_SIZES if size % block == 0), 512)
 
 
-def default_connections() -> int:
+def fails_after_s(config: VolumeConfig, connections: int) -> int:
     """
-    Return how many connections the kernel makes unless told otherwise.
+    Return the most a request may take before the kernel fails it, in seconds.
 
-    One a core, as the kernel has a queue and the server a reader for each; more than a
-    few only spread the same requests thinner.
+    A request that times out on one connection is sent again on the next (Linux,
+    nbd_xmit_timeout in drivers/block/nbd.c), and waits as long there.
     """
-    return min(os.cpu_count() or 1, MAX_DEFAULT_CONNECTIONS)
+    return connections * timeout_s(config)
 
 
 def attach(
-    config: VolumeConfig,
-    size: int,
-    device: str = "",
-    *,
-    connections: int | None = None,
+    config: VolumeConfig, size: int, device: str = "", *, connections: int = 1
 ) -> str:
     """
     Attach the volume, and note the device in the state directory.
@@ -94,7 +93,7 @@ def attach(
         config: of a volume that is served.
         size: of the volume, in bytes.
         device: such as /dev/nbd0; empty: the first free one.
-        connections: from the kernel to the server; None: default_connections().
+        connections: from the kernel to the server.
     Returns:
         The device, as /dev/nbdN.
     Raises:
@@ -111,9 +110,7 @@ def attach(
             "nbd-mirror detach CONFIG",
         )
     name = _check_free(device) if device else _first_free()
-    rc, said = run(
-        client, *_arguments(config, name, size, connections or default_connections())
-    )
+    rc, said = run(client, *_arguments(config, name, size, connections))
     if rc:
         raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
     _set_limits(name)

@@ -304,11 +304,8 @@ def attach(
         typer.Argument(metavar="/dev/nbdN", help="Else the first free one."),
     ] = None,
     connections: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=16, help="From the kernel to the server. Else one a core, to 4."
-        ),
-    ] = None,
+        int, typer.Option(min=1, max=16, help="From the kernel to the server.")
+    ] = 1,
 ) -> None:
     """Attach a served volume to the kernel, as /dev/nbdN."""
     volume = load(config)
@@ -318,7 +315,7 @@ def attach(
     block = kernel.block_size(answer["size"])
     _say(
         f"volume {volume.name} is {name}: {block}-byte blocks, "
-        f"a request fails after {kernel.timeout_s(volume)}s"
+        f"a request fails after {kernel.fails_after_s(volume, connections)}s"
     )
 
 

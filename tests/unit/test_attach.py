@@ -117,13 +117,12 @@ def test_arguments_have_finite_timeout_and_no_persist(config: VolumeConfig) -> N
     ]
 
 
-@pytest.mark.parametrize(("cores", "expected"), [(None, 1), (1, 1), (2, 2), (64, 4)])
-def test_connections_are_one_a_core_and_few(
-    cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_a_request_fails_once_it_timed_out_on_every_connection(
+    config: VolumeConfig,
 ) -> None:
-    """As many as the kernel has use for, unless told otherwise."""
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert attach.default_connections() == expected
+    """The kernel tries the next one, so what is said must be as much later."""
+    assert attach.fails_after_s(config, 1) == attach.timeout_s(config)
+    assert attach.fails_after_s(config, 3) == 3 * attach.timeout_s(config)
 
 
 def test_attached_device_is_remembered_until_it_is_anothers(

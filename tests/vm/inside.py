@@ -212,10 +212,10 @@ class Mirror:
 
     # --- the device ---
 
-    def attach(self) -> None:
+    def attach(self, connections: int = 1) -> None:
         """Attach the kernel's device, with the time limits of `nbd-mirror attach`."""
         size = self.local_size()
-        attach.attach(self.config, size, self.device)
+        attach.attach(self.config, size, self.device, connections=connections)
 
     def local_size(self) -> int:
         """Return the size of the local disk."""
