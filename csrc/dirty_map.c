@@ -147,7 +147,8 @@ read_maps (struct dirty_map *dm, bool count, uint32_t *crc)
     for (size_t at = 0; count && at < n; at += LAYOUT_PAGE) {
       uint64_t page = (done + at) / LAYOUT_PAGE;
 
-      bitmap_count (&dm->map[page / nr_pages], page % nr_pages, buf + at);
+      if (!all_zero (buf + at, LAYOUT_PAGE)) /* nearly all are */
+        bitmap_count (&dm->map[page / nr_pages], page % nr_pages, buf + at);
     }
     done += n;
   }
