@@ -73,6 +73,7 @@ limit_files (void)
 {
   const struct rlimit limit = { MAX_FILE, MAX_FILE };
 
+  /* Each time: libFuzzer takes the signal for itself after its start. */
   assert (signal (SIGXFSZ, SIG_IGN) != SIG_ERR);
   assert (setrlimit (RLIMIT_FSIZE, &limit) == 0);
 }
@@ -94,7 +95,6 @@ LLVMFuzzerInitialize (int *argc, char ***argv)
 {
   (void)argc;
   (void)argv;
-  limit_files ();
   for (unsigned i = 0; i < NR_STATES; i++)
     make_state (&states[i]);
   image_reboot (&states[2].before);
@@ -434,6 +434,7 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
 
   if (size < 1 + EDIT_SIZE)
     return 0;
+  limit_files ();
   s = &states[STATE_OF (data[0])];
   copy_image (&g, &s->now);
   edit (&g, &s->before, data + 1, size - 1);
