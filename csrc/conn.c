@@ -26,6 +26,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "mailbox.h"
 #include "transport.h"
 
 #define TICK_STEPS 256      /* in one tick at most */
@@ -96,6 +98,7 @@ conn_wake_roused (void)
   for (unsigned i = 0; i < nr_to_wake; i++)
     syscall (SYS_futex, to_wake[i], FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
   nr_to_wake = 0;
+  mailbox_ring_all ();
 }
 
 static void
@@ -162,7 +165,11 @@ conn_answer_locked (struct conn *conn, struct command *cmd, int error,
   cmd->error = error;
   conn->nr_answered++;
   conn->answered_ns = now;
-  if (--cmd->waiter->pending == 0 && cmd->waiter->asleep)
+  if (--cmd->waiter->pending > 0)
+    return;
+  if (cmd->waiter->box)
+    mailbox_tell (cmd->waiter);
+  else if (cmd->waiter->asleep)
     rouse_locked (conn, cmd->waiter, ALL_ANSWERED);
 }
 
@@ -255,10 +262,39 @@ conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return conn->transport->issue (conn, cmd, waiter);
 }
 
+/* The poller's part can be had: there is none, or it is away. */
+static bool
+is_free_locked (const struct conn *conn)
+{
+  return !conn->polling || conn->lender;
+}
+
+static void
+take_part_locked (struct conn *conn)
+{
+  conn->polling = true;
+  conn->lender = NULL;
+}
+
+static void
+unlist_locked (struct conn *conn, struct watcher *watcher)
+{
+  struct watcher **p = &conn->watchers;
+
+  if (!watcher->listed)
+    return;
+  while (*p != watcher)
+    p = &(*p)->next;
+  *p = watcher->next;
+  watcher->listed = false;
+}
+
 /* The poller leaves: somebody who still waits has to take over. */
 static void
 resign_locked (struct conn *conn)
 {
+  struct watcher *first = conn->watchers;
+
   conn->polling = false;
   for (struct waiter *w = conn->asleep; w; w = w->next)
     if (w->pending > 0) {
@@ -266,6 +302,10 @@ resign_locked (struct conn *conn)
       rouse_locked (conn, w, BE_THE_POLLER);
       return;
     }
+  if (first) {
+    unlist_locked (conn, first);
+    mailbox_ring (first->box);
+  }
 }
 
 void
@@ -276,20 +316,97 @@ conn_wait (struct conn *conn, struct waiter *waiter)
   conn->transport->push (conn, true);
   pthread_mutex_lock (&conn->lock);
   while (waiter->pending > 0) {
-    if (!poller && conn->polling) {
+    if (!poller && !is_free_locked (conn)) {
       if (sleep_and_unlock (conn, waiter) == ALL_ANSWERED)
         return;
       poller = true;
       pthread_mutex_lock (&conn->lock);
       continue;
     }
-    poller = conn->polling = true;
+    poller = true;
+    take_part_locked (conn);
     pthread_mutex_unlock (&conn->lock);
     conn->transport->step (conn, true);
     pthread_mutex_lock (&conn->lock);
   }
   if (poller)
     resign_locked (conn);
+  pthread_mutex_unlock (&conn->lock);
+  conn_wake_roused ();
+}
+
+void
+conn_push (struct conn *conn)
+{
+  conn->transport->push (conn, false);
+}
+
+bool
+conn_watchable (const struct conn *conn)
+{
+  return conn->transport->has_unsent != NULL;
+}
+
+int
+conn_fd (const struct conn *conn)
+{
+  return conn->fd;
+}
+
+short
+conn_watch (struct conn *conn, struct watcher *watcher)
+{
+  short events = 0;
+
+  pthread_mutex_lock (&conn->lock);
+  watcher->polling = is_free_locked (conn);
+  if (watcher->polling) {
+    take_part_locked (conn);
+    unlist_locked (conn, watcher);
+    events |= POLLIN;
+  }
+  else if (!watcher->listed) {
+    struct watcher **last = &conn->watchers;
+
+    while (*last)
+      last = &(*last)->next;
+    *last = watcher;
+    watcher->next = NULL;
+    watcher->listed = true;
+  }
+  if (conn->transport->has_unsent (conn))
+    events |= POLLOUT;
+  pthread_mutex_unlock (&conn->lock);
+  return events;
+}
+
+void
+conn_lend (struct conn *conn, struct watcher *watcher, short events)
+{
+  if (events & POLLOUT)
+    conn->transport->push (conn, false);
+  if (!watcher->polling)
+    return;
+  if (events & ~POLLOUT)
+    conn->transport->step (conn, false);
+  watcher->polling = false;
+  pthread_mutex_lock (&conn->lock);
+  conn->lender = watcher;
+  pthread_mutex_unlock (&conn->lock);
+}
+
+void
+conn_leave (struct conn *conn, struct watcher *watcher)
+{
+  pthread_mutex_lock (&conn->lock);
+  unlist_locked (conn, watcher);
+  if (conn->lender == watcher)
+    conn->lender = NULL;
+  else if (conn->polling) {
+    pthread_mutex_unlock (&conn->lock);
+    return;
+  }
+  resign_locked (conn);
   pthread_mutex_unlock (&conn->lock);
   conn_wake_roused ();
 }
@@ -358,8 +475,8 @@ conn_tick (struct conn *conn, uint32_t deadline_ms)
   /* Its issuer may be long at the local disk. */
   conn->transport->push (conn, false);
   pthread_mutex_lock (&conn->lock);
-  if (!conn->polling) {
-    conn->polling = true;
+  if (is_free_locked (conn)) {
+    take_part_locked (conn);
     pthread_mutex_unlock (&conn->lock);
     /* All that is possible: while every client's thread is at the local disk
      * nobody else moves a long write along.

@@ -9,13 +9,18 @@
 
 struct nbd_handle;
 struct conn;
+struct mailbox;
 
-/* Somebody who waits for the answers to commands of one connection. */
+/* Somebody who waits for the answers to commands of one connection: a thread
+ * in conn_wait, or who has a mailbox and is told there.
+ */
 struct waiter {
   unsigned pending;    /* commands not answered yet; under conn->lock */
   bool asleep;         /* under conn->lock */
-  struct waiter *next; /* of those asleep */
+  struct waiter *next; /* of those asleep, or told */
   atomic_uint roused;  /* futex: enum rouse in conn.c */
+  struct mailbox *box; /* or NULL */
+  void *owner;         /* of who reads the box */
 };
 
 #define WAITER_INIT                                                            \
@@ -75,14 +80,41 @@ struct conn *conn_get (struct conn *conn);
 void conn_put (struct conn *conn);
 const struct conn_info *conn_info (const struct conn *conn);
 
-/* Send a command, now or at the latest with conn_wait; does not block.
- * -ENOTCONN: not sent, and the waiter does not wait for it.
+/* Send a command, now or at the latest with conn_wait, or conn_push if the
+ * waiter has a mailbox; does not block.  -ENOTCONN: not sent, and the waiter
+ * does not wait for it.
  */
 int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
 /* Block until all of the waiter's commands are answered or the connection is
  * dead.  Bounded by the ticker's deadline.
  */
 void conn_wait (struct conn *conn, struct waiter *waiter);
+
+/* Send what conn_issue left, as far as the socket has room. */
+void conn_push (struct conn *conn);
+
+/* Who waits in poll for several things at once, this connection one of them.
+ * Between watching and lending it may be the poller; lent, the part is
+ * anybody's who wants it, as a thread that is at work takes in no answers.
+ * Who sleeps already is not woken for that: at the latest the ticker, 50 ms
+ * later, takes the answers in.
+ */
+struct watcher {
+  struct mailbox *box; /* rung when there is no poller */
+  struct watcher *next;
+  bool listed;  /* under conn->lock */
+  bool polling; /* its own thread's */
+};
+
+/* Can it be watched?  Not where libnbd moves the bytes. */
+bool conn_watchable (const struct conn *conn);
+int conn_fd (const struct conn *conn);
+/* Before a poll: the events to wait for on conn_fd. */
+short conn_watch (struct conn *conn, struct watcher *watcher);
+/* After it, with what came: send, take in answers, lend the part. */
+void conn_lend (struct conn *conn, struct watcher *watcher, short events);
+/* It has nothing outstanding there any more. */
+void conn_leave (struct conn *conn, struct watcher *watcher);
 
 /* Read it all, in commands as long as the server takes; blocks. */
 int conn_pread (struct conn *conn, uint8_t *buf, uint64_t count,

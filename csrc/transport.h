@@ -34,6 +34,8 @@ struct transport {
   void (*interrupt) (struct conn *conn);
   /* Tell the server that we go; no command is outstanding. */
   void (*goodbye) (struct conn *conn);
+  /* Is there something to push, and nobody at it?  conn->lock is held. */
+  bool (*has_unsent) (const struct conn *conn);
   void (*close) (struct conn *conn);
 };
 
@@ -51,8 +53,10 @@ struct conn {
 
   pthread_mutex_t lock; /* protects all below */
   bool dead;
-  bool overdue; /* it died of a deadline */
-  bool polling; /* somebody is the poller */
+  bool overdue;             /* it died of a deadline */
+  bool polling;             /* somebody is the poller */
+  struct watcher *lender;   /* it is, but is away; or NULL */
+  struct watcher *watchers; /* who want to be, first come first */
   char why[NBDM_REASON_LEN];
   struct command *oldest, *newest; /* outstanding, in order of issue */
   uint64_t nr_outstanding;
@@ -71,7 +75,7 @@ void conn_withdraw_locked (struct conn *conn, struct command *cmd);
  */
 void conn_answer_locked (struct conn *conn, struct command *cmd, int error,
                          uint64_t now);
-/* Wake whom this thread roused; with no lock held. */
+/* Wake whom this thread roused or told; with no lock held. */
 void conn_wake_roused (void);
 
 /* sendmsg, of commands that may be answered, and their payloads gone, before

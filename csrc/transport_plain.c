@@ -44,39 +44,13 @@
 
 #include <libnbd.h>
 
+#include "protocol.h"
 #include "transport.h"
-
-/* The protocol's numbers (NBD's doc/proto.md). */
-#define REQUEST_MAGIC 0x25609513u
-#define REPLY_MAGIC 0x67446698u
-#define REQUEST_SIZE 28
-#define REPLY_SIZE 16
-#define FLAG_FUA 1
-#define FLAG_NO_HOLE 2
-#define TYPE_DISCONNECT 2
 
 #define BATCH_COMMANDS 32u       /* at most, in one sendmsg */
 #define BATCH_BYTES (256u << 10) /* no more join it from there on */
 #define SEND_AT_ONCE (64u << 10) /* bytes: large enough not to wait */
 #define INBOX_SIZE (64u << 10)   /* bytes taken in with one recv */
-
-struct plain_request {
-  uint32_t magic;
-  uint16_t flags;
-  uint16_t type;
-  uint64_t cookie;
-  uint64_t offset;
-  uint32_t length;
-} __attribute__ ((packed));
-
-struct plain_reply {
-  uint32_t magic;
-  uint32_t error;
-  uint64_t cookie;
-} __attribute__ ((packed));
-
-_Static_assert(sizeof (struct plain_request) == REQUEST_SIZE, "protocol");
-_Static_assert(sizeof (struct plain_reply) == REPLY_SIZE, "protocol");
 
 /* A command that a sendmsg carries. */
 struct parcel {
@@ -93,7 +67,7 @@ struct plain {
   struct parcel parcels[BATCH_COMMANDS];
   unsigned nr_parcels;
 
-  struct plain_request requests[BATCH_COMMANDS]; /* who is sending's */
+  struct nbd_request requests[BATCH_COMMANDS]; /* who is sending's */
 
   /* The poller's. */
   struct command *filling; /* a read whose payload comes next */
@@ -111,24 +85,23 @@ payload_size (const struct command *cmd)
 }
 
 static void
-fill_request (struct plain_request *request, const struct command *cmd)
+fill_request (struct nbd_request *request, const struct command *cmd)
 {
-  static const uint16_t types[] = { [COMMAND_READ] = 0,
-                                    [COMMAND_WRITE] = 1,
-                                    [COMMAND_ZERO] = 6,
-                                    [COMMAND_FLUSH] = 3 };
-  uint16_t flags = cmd->fua ? FLAG_FUA : 0;
+  static const uint16_t types[] = { [COMMAND_READ] = NBD_CMD_READ,
+                                    [COMMAND_WRITE] = NBD_CMD_WRITE,
+                                    [COMMAND_ZERO] = NBD_CMD_WRITE_ZEROES,
+                                    [COMMAND_FLUSH] = NBD_CMD_FLUSH };
+  uint16_t flags = cmd->fua ? NBD_CMD_FLAG_FUA : 0;
 
   assert (cmd->length <= UINT32_MAX);
   if (cmd->kind == COMMAND_ZERO && !cmd->may_trim)
-    flags |= FLAG_NO_HOLE;
-  *request
-      = (struct plain_request){ .magic = htobe32 (REQUEST_MAGIC),
-                                .flags = htobe16 (flags),
-                                .type = htobe16 (types[cmd->kind]),
-                                .cookie = htobe64 (cmd->cookie),
-                                .offset = htobe64 (cmd->offset),
-                                .length = htobe32 ((uint32_t)cmd->length) };
+    flags |= NBD_CMD_FLAG_NO_HOLE;
+  *request = (struct nbd_request){ .magic = htobe32 (NBD_REQUEST_MAGIC),
+                                   .flags = htobe16 (flags),
+                                   .type = htobe16 (types[cmd->kind]),
+                                   .cookie = htobe64 (cmd->cookie),
+                                   .offset = htobe64 (cmd->offset),
+                                   .length = htobe32 ((uint32_t)cmd->length) };
 }
 
 /* Append what of [base, base + size) lies behind the first `*skip` bytes. */
@@ -154,11 +127,11 @@ gather_locked (struct plain *plain, struct msghdr *msg)
   unsigned i;
 
   for (i = 0; cmd && i < BATCH_COMMANDS && bytes < BATCH_BYTES; i++) {
-    size_t size = REQUEST_SIZE + payload_size (cmd) - skip;
+    size_t size = sizeof (struct nbd_request) + payload_size (cmd) - skip;
 
     plain->parcels[i] = (struct parcel){ cmd, size };
     fill_request (&plain->requests[i], cmd);
-    gather (msg, &plain->requests[i], REQUEST_SIZE, &skip);
+    gather (msg, &plain->requests[i], sizeof (struct nbd_request), &skip);
     gather (msg, cmd->buf, payload_size (cmd), &skip);
     bytes += size;
     cmd->sent = COMMAND_LEAVING;
@@ -256,12 +229,15 @@ push_locked (struct conn *conn, int flags)
   }
 }
 
-/* A flush is waited for by who has a slow flush of local to do meanwhile. */
+/* A flush is waited for by who has a slow flush of local to do meanwhile; who
+ * has a mailbox issues several, and pushes once.
+ */
 static bool
 is_urgent_locked (const struct conn *conn, const struct command *cmd)
 {
-  return conn->oldest == cmd || cmd->kind == COMMAND_FLUSH
-         || payload_size (cmd) >= SEND_AT_ONCE;
+  return !cmd->waiter->box
+         && (conn->oldest == cmd || cmd->kind == COMMAND_FLUSH
+             || payload_size (cmd) >= SEND_AT_ONCE);
 }
 
 static int
@@ -338,13 +314,13 @@ answered_locked (struct conn *conn, struct command *cmd, int error,
 
 /* One header.  NULL, or what is wrong with it. */
 static const char *
-take_reply_locked (struct conn *conn, const struct plain_reply *reply,
+take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
                    uint64_t now)
 {
   int error = system_errno (be32toh (reply->error));
   struct command *cmd;
 
-  if (reply->magic != htobe32 (REPLY_MAGIC))
+  if (reply->magic != htobe32 (NBD_SIMPLE_REPLY_MAGIC))
     return "it sent an answer without the magic number of one";
   cmd = find_locked (conn, be64toh (reply->cookie));
   if (cmd == NULL)
@@ -367,12 +343,14 @@ take_replies (struct conn *conn)
   struct plain *plain = conn->plain;
   const char *wrong = NULL;
   uint64_t now = now_ns ();
-  struct plain_reply reply;
+  struct nbd_simple_reply reply;
 
   pthread_mutex_lock (&conn->lock);
-  while (!wrong && !plain->filling && plain->end - plain->start >= REPLY_SIZE) {
-    memcpy (&reply, plain->inbox + plain->start, REPLY_SIZE);
-    plain->start += REPLY_SIZE;
+  while (!wrong && !plain->filling
+         && plain->end - plain->start >= sizeof (struct nbd_simple_reply)) {
+    memcpy (&reply, plain->inbox + plain->start,
+            sizeof (struct nbd_simple_reply));
+    plain->start += sizeof (struct nbd_simple_reply);
     wrong = take_reply_locked (conn, &reply, now);
   }
   pthread_mutex_unlock (&conn->lock);
@@ -413,7 +391,7 @@ take_in (struct conn *conn)
       plain->start += n;
       filled (conn, n);
     }
-    else if (!plain->filling && size >= REPLY_SIZE)
+    else if (!plain->filling && size >= sizeof (struct nbd_simple_reply))
       wrong = take_replies (conn);
     else
       break;
@@ -505,10 +483,16 @@ interrupt (struct conn *conn)
 static void
 goodbye (struct conn *conn)
 {
-  struct plain_request request
-      = { .magic = htobe32 (REQUEST_MAGIC), .type = htobe16 (TYPE_DISCONNECT) };
+  struct nbd_request request = { .magic = htobe32 (NBD_REQUEST_MAGIC),
+                                 .type = htobe16 (NBD_CMD_DISC) };
 
   (void)send (conn->fd, &request, sizeof request, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+static bool
+has_unsent (const struct conn *conn)
+{
+  return conn->plain->unsent && !conn->plain->sending && !conn->dead;
 }
 
 static void
@@ -523,6 +507,7 @@ const struct transport plain_transport = {
   .step = step,
   .interrupt = interrupt,
   .goodbye = goodbye,
+  .has_unsent = has_unsent,
   .close = plain_close,
 };
 

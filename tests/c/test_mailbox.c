@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Mail that nobody may miss: each waiter that is told of is taken exactly
+ * once, and the owner, who sleeps in poll and nowhere else, is always woken.
+ */
+
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "conn.h"
+#include "mailbox.h"
+#include "test.h"
+
+#define TELLERS 4
+#define ROUNDS 20000
+#define DEADLINE_MS 30000
+
+static struct mailbox *box;
+
+/* A teller has one waiter, and tells of it again once it was taken. */
+static struct teller {
+  struct waiter waiter;
+  atomic_uint taken;
+} tellers[TELLERS];
+
+static void *
+tell (void *opaque)
+{
+  struct teller *teller = opaque;
+
+  for (unsigned i = 0; i < ROUNDS; i++) {
+    mailbox_tell (&teller->waiter);
+    mailbox_ring_all ();
+    while (atomic_load (&teller->taken) == i)
+      ; /* the owner is at work, or was woken */
+  }
+  return NULL;
+}
+
+static unsigned
+take (bool woken)
+{
+  struct waiter *waiter = mailbox_take (box, woken);
+  unsigned nr = 0;
+
+  while (waiter) {
+    struct waiter *next = waiter->next;
+    struct teller *teller = waiter->owner;
+
+    atomic_fetch_add (&teller->taken, 1);
+    waiter = next;
+    nr++;
+  }
+  return nr;
+}
+
+static void
+test_nothing_is_missed (void)
+{
+  pthread_t threads[TELLERS];
+  unsigned left = TELLERS * ROUNDS;
+
+  box = mailbox_new ();
+  assert (box);
+  mailbox_own (box);
+  for (int i = 0; i < TELLERS; i++) {
+    tellers[i].waiter = (struct waiter){ .box = box, .owner = &tellers[i] };
+    assert (pthread_create (&threads[i], NULL, tell, &tellers[i]) == 0);
+  }
+  while (left > 0) {
+    struct pollfd fd = { .fd = box->fd, .events = POLLIN };
+
+    assert (poll (&fd, 1, DEADLINE_MS) == 1);
+    left -= take (true);
+  }
+  for (int i = 0; i < TELLERS; i++) {
+    pthread_join (threads[i], NULL);
+    assert (tellers[i].taken == ROUNDS);
+  }
+  mailbox_own (NULL);
+  mailbox_put (box);
+}
+
+static void
+test_own_mail_does_not_ring (void)
+{
+  struct waiter first = { .pending = 0 }, second = { .pending = 0 };
+  struct pollfd fd;
+
+  box = mailbox_new ();
+  first.box = second.box = box;
+  mailbox_own (box);
+  mailbox_tell (&first);
+  mailbox_tell (&second);
+  mailbox_ring_all ();
+  fd = (struct pollfd){ .fd = box->fd, .events = POLLIN };
+  assert (poll (&fd, 1, 0) == 0);
+  /* In the order they were told of. */
+  assert (mailbox_take (box, false) == &first && first.next == &second
+          && second.next == NULL);
+  assert (mailbox_take (box, false) == NULL);
+  mailbox_own (NULL);
+  mailbox_put (box);
+}
+
+static void
+test_ring_outlives_the_owner (void)
+{
+  struct mailbox *gone = mailbox_new ();
+
+  mailbox_ring (gone); /* holds it until it has rung */
+  mailbox_put (gone);
+  mailbox_ring_all ();
+}
+
+int
+main (void)
+{
+  RUN (test_nothing_is_missed);
+  RUN (test_own_mail_does_not_ring);
+  RUN (test_ring_outlives_the_owner);
+  return 0;
+}
