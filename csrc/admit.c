@@ -316,17 +316,106 @@ out_range:
   return rc;
 }
 
+static void
+set_ranges (struct request *req, pthread_cond_t *granted)
+{
+  req->range = (struct range){ .offset = req->offset,
+                               .length = req->length,
+                               .granted = granted };
+  req->first_extent = req->offset / EXTENT_SIZE;
+  req->last_extent = (req->offset + req->length - 1) / EXTENT_SIZE;
+}
+
+/* Is every leg one whose answer is all there is to wait for? */
+static bool
+plain_legs_locked (const struct nbdm *v)
+{
+  if (v->local.state != NBDM_LOCAL_OK || v->local.taking_over)
+    return false;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    if (remote_used_locked (r) && (!r->admitted || !conn_watchable (r->conn)))
+      return false;
+  }
+  return true;
+}
+
+/* Each in one command, or none: its waiter is told once. */
+static bool
+single_commands (const struct nbdm *v, const struct request *req)
+{
+  uint64_t end = req->offset + req->length;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct leg *leg = &req->legs[i];
+
+    if (leg->active && (leg->nr > 1 || leg->cursor < end))
+      return false;
+  }
+  return true;
+}
+
+/* The same steps as admit_locked's, each only if it is done at once. */
+static bool
+try_admit_locked (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  if (!rangelock_try (&v->ranges, &req->range))
+    return false;
+  fault_point ("range_granted");
+  rc = activity_hold (&v->activity, req->first_extent, req->last_extent);
+  if (rc < 0 && rc != -EINPROGRESS)
+    goto out_range;
+  fault_point ("after_mark");
+  if (rc < 0)
+    goto out_extents;
+  req->slot = inflight_reserve (&v->inflight, req->offset, req->length,
+                                req->kind, (uint8_t)req->flags);
+  if (req->slot < 0)
+    goto out_extents;
+  inflight_issued (&v->inflight, req->slot, 1);
+  fault_point ("slot_reserved");
+  classify_locked (v, req);
+  if (!v->failed && single_commands (v, req)) {
+    link_locked (v, req);
+    return true;
+  }
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    conn_put (req->legs[i].conn);
+  inflight_retire (&v->inflight, req->slot);
+
+out_extents:
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+out_range:
+  rangelock_remove (&v->ranges, &req->range);
+  return false;
+}
+
+bool
+request_try_admit (struct nbdm *v, struct request *req)
+{
+  bool admitted;
+
+  set_ranges (req, NULL);
+  pthread_mutex_lock (&v->lock);
+  admitted = gate_locked (v) == 0 && plain_legs_locked (v)
+             && try_admit_locked (v, req);
+  if (admitted)
+    v->nr_requests++;
+  pthread_mutex_unlock (&v->lock);
+  return admitted;
+}
+
 int
 request_admit (struct nbdm *v, struct request *req)
 {
   int rc;
 
   pthread_cond_init (&req->granted, NULL);
-  req->range = (struct range){ .offset = req->offset,
-                               .length = req->length,
-                               .granted = &req->granted };
-  req->first_extent = req->offset / EXTENT_SIZE;
-  req->last_extent = (req->offset + req->length - 1) / EXTENT_SIZE;
+  set_ranges (req, &req->granted);
 
   pthread_mutex_lock (&v->lock);
   rc = gate_locked (v);

@@ -290,26 +290,73 @@ decide_locked (struct nbdm *v, struct request *req, int local_rc)
   return rc;
 }
 
+/* The request leaves the engine: what became of it, slot and ranges given
+ * back.  The answer.
+ */
 static int
-request_finish (struct nbdm *v, struct request *req, int local_rc)
+settle_locked (struct nbdm *v, struct request *req, int local_rc)
 {
-  int rc;
+  int rc = decide_locked (v, req, local_rc);
 
-  pthread_mutex_lock (&v->lock);
-  rc = decide_locked (v, req, local_rc);
   fault_point ("before_retire");
   request_retire_locked (v, req);
   v->writes++;
-  pthread_mutex_unlock (&v->lock);
-
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    conn_put (req->legs[i].conn);
-  pthread_cond_destroy (&req->granted);
   return rc;
 }
 
-static int
-write_local (struct nbdm *v, const struct request *req)
+static void
+settled (struct nbdm *v, struct request *req)
+{
+  bool sent = false;
+  uint64_t end;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    sent = sent || (req->legs[i].active && req->legs[i].sent);
+    conn_put (req->legs[i].conn);
+  }
+  fault_point ("before_answer");
+  end = now_ns ();
+  atomic_fetch_add (&v->write_ns, end - req->start_ns);
+  latency_add (&v->latency, sent ? LATENCY_MIRRORED : LATENCY_LOCAL,
+               req->start_ns, end);
+}
+
+bool
+request_try_settle (struct nbdm *v, struct request *req, int *rc)
+{
+  bool well;
+
+  pthread_mutex_lock (&v->lock);
+  /* Then nothing in decide_locked waits. */
+  well = v->local.state == NBDM_LOCAL_OK && !v->local.taking_over;
+  if (well)
+    *rc = settle_locked (v, req, 0);
+  pthread_mutex_unlock (&v->lock);
+  if (well)
+    settled (v, req);
+  return well;
+}
+
+int
+request_complete (struct nbdm *v, struct request *req, int local_rc)
+{
+  int rc;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (req->legs[i].active) {
+      leg_finish (req, &req->legs[i]);
+      inflight_done (&v->inflight, req->slot, 2u << i);
+    }
+  fault_point ("after_remote");
+  pthread_mutex_lock (&v->lock);
+  rc = settle_locked (v, req, local_rc);
+  pthread_mutex_unlock (&v->lock);
+  settled (v, req);
+  return rc;
+}
+
+int
+request_write_local (struct nbdm *v, const struct request *req)
 {
   int rc;
 
@@ -333,42 +380,27 @@ run_request (struct nbdm *v, enum slot_kind kind, const void *buf,
              uint64_t length, uint64_t offset, uint32_t flags)
 {
   struct request req;
-  uint64_t start = now_ns (), end;
-  bool sent = false;
   int rc;
 
+  req.start_ns = now_ns ();
   req.kind = kind;
   req.flags = flags;
   req.offset = offset;
   req.length = length;
   req.buf = buf;
   rc = request_admit (v, &req);
-  if (rc < 0) {
-    pthread_cond_destroy (&req.granted);
+  pthread_cond_destroy (&req.granted);
+  if (rc < 0)
     return rc;
-  }
   fault_point ("after_log");
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req.legs[i].active)
       leg_issue (&req.legs[i]);
   fault_point ("after_issue");
-  rc = write_local (v, &req);
+  rc = request_write_local (v, &req);
   inflight_done (&v->inflight, req.slot, 1);
   fault_point ("after_local");
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (req.legs[i].active) {
-      sent = sent || req.legs[i].sent;
-      leg_finish (&req, &req.legs[i]);
-      inflight_done (&v->inflight, req.slot, 2u << i);
-    }
-  fault_point ("after_remote");
-  rc = request_finish (v, &req, rc);
-  fault_point ("before_answer");
-  end = now_ns ();
-  atomic_fetch_add (&v->write_ns, end - start);
-  latency_add (&v->latency, sent ? LATENCY_MIRRORED : LATENCY_LOCAL, start,
-               end);
-  return rc;
+  return request_complete (v, &req, rc);
 }
 
 int

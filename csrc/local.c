@@ -126,23 +126,57 @@ local_error (int err, const char *what, uint64_t offset)
                     (unsigned long long)offset);
 }
 
+/* Threads lose a core for milliseconds now and then, which says nothing about
+ * the disk: a sample counts for so much at most.
+ */
+#define PACE_SAMPLE_NS 500000
+#define PACE_BYTES (64u << 10) /* larger ones tell of copying */
+#define PACE_QUICK_NS 60000
+
+/* An average over the last sixteen or so.  Threads may overtake each other
+ * here, and a sample be lost.
+ */
+static void
+note_pace (atomic_u64 *pace, uint64_t count, uint64_t start_ns)
+{
+  uint64_t took = now_ns () - start_ns;
+  uint64_t before = atomic_load_explicit (pace, memory_order_relaxed);
+
+  if (count > PACE_BYTES)
+    return;
+  took = took < PACE_SAMPLE_NS ? took : PACE_SAMPLE_NS;
+  atomic_store_explicit (pace, before - before / 16 + took / 16,
+                         memory_order_relaxed);
+}
+
+bool
+local_is_quick (const struct nbdm *v, bool writing)
+{
+  return atomic_load_explicit (&v->local.pace_ns[writing], memory_order_relaxed)
+         < PACE_QUICK_NS;
+}
+
 int
 local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
 {
+  uint64_t start = now_ns ();
   int rc = fault_point ("local_read");
 
   if (rc == 0)
     rc = full_pread (v->local.disk.fd, buf, count, offset);
+  note_pace (&v->local.pace_ns[false], count, start);
   return rc < 0 ? local_error (-rc, "read", offset) : 0;
 }
 
 int
 local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 {
+  uint64_t start = now_ns ();
   int rc = fault_point ("local_write");
 
   if (rc == 0)
     rc = full_pwrite (v->local.disk.fd, buf, count, offset);
+  note_pace (&v->local.pace_ns[true], count, start);
   return rc < 0 ? local_error (-rc, "write", offset) : 0;
 }
 

@@ -8,7 +8,7 @@
  *
  *   degrade -> stop   a leg that is behind closes the fence at once.  What
  *                     was admitted before and left regions to resync still
- *                     runs; request_finish () answers it EIO, as the fence
+ *                     runs; decide_locked () answers it EIO, as the fence
  *                     cannot be lifted before its range is free and copied.
  *   stop -> degrade   the fence is lifted: clients may write at once.  The
  *                     states stay what they are, and the first write that a

@@ -97,6 +97,7 @@ struct local {
   uint64_t repaired, copied_bytes;
   struct resync_pace pace;
   atomic_u64 errors;
+  atomic_u64 pace_ns[2]; /* what small reads, and writes, take of late */
 };
 
 /* One request's part on one remote. */
@@ -125,6 +126,7 @@ struct request {
   pthread_cond_t granted;
   int slot;
   uint64_t first_extent, last_extent;
+  uint64_t start_ns;
   struct request *next, *prev; /* of those admitted */
   struct leg legs[NBDM_MAX_REMOTES];
 };
@@ -279,6 +281,10 @@ int local_pwrite (struct nbdm *v, const void *buf, uint64_t count,
                   uint64_t offset);
 int local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim);
 bool local_fast_zero (const struct nbdm *v, bool may_trim);
+/* Is the disk as quick as memory for small reads, or writes, so that a thread
+ * of its own for each would cost more than it?
+ */
+bool local_is_quick (const struct nbdm *v, bool writing);
 int local_flush (struct nbdm *v);
 /* The end of the hole that begins at offset, at most `end`; offset if there
  * is data.  A disk that cannot tell has no holes.
@@ -332,6 +338,17 @@ int source_pread (struct nbdm *v, const struct remote *except, void *buf,
 
 /* --- engine.c -------------------------------------------------------- */
 
+/* The local leg's part of an admitted request. */
+int request_write_local (struct nbdm *v, const struct request *req);
+/* Local's part is done, with local_rc, and the commands are issued: wait for
+ * them, do what becomes of it, retire.  The request's answer.
+ */
+int request_complete (struct nbdm *v, struct request *req, int local_rc);
+/* The same of a request that succeeded on local and on each leg, if it is done
+ * at once: false, and nothing is, if local has failed meanwhile.
+ */
+bool request_try_settle (struct nbdm *v, struct request *req, int *rc);
+
 /* -EINVAL with a message if a client's range is not one of this volume. */
 int check_range (const struct nbdm *v, uint64_t count, uint64_t offset);
 
@@ -341,6 +358,11 @@ int check_range (const struct nbdm *v, uint64_t count, uint64_t offset);
  * then it may be issued.  -errno: nothing is held.
  */
 int request_admit (struct nbdm *v, struct request *req);
+/* The same, but only if it needs no wait: the range is free, its extents are
+ * durable, there is a slot, local and every remote in use are well, and each
+ * remote gets it in one command.  False: nothing is held.
+ */
+bool request_try_admit (struct nbdm *v, struct request *req);
 /* The next round of a leg's commands, from its cursor. */
 void leg_plan_locked (struct request *req, struct leg *leg);
 /* Give back slot, extents and range. */

@@ -27,7 +27,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef NBDM_VOLUME_H /* which has it already */
 #include "nbdm.h"
+#endif
 
 /* No test uses all of it. */
 #pragma GCC diagnostic ignored "-Wunused-function"

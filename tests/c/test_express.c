@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A write without a thread of its own: it goes that way only when nothing is
+ * to be waited for, leaves nothing behind when it does not, and what fails
+ * half way is completed by the rules of every write.
+ */
+
+#include "express.h"
+
+#include "engine_site.h"
+
+#define BLOCK 4096u
+
+static struct mailbox *box;
+static uint8_t block[2 * REGION];
+
+static bool
+begin (struct express *x, uint32_t count, uint64_t offset, uint32_t flags)
+{
+  memset (block, (int)(offset / BLOCK + 1), sizeof block);
+  return express_begin (volume, x, block, count, offset, flags, box, x);
+}
+
+/* A first write the other way, so that the extent is in the set. */
+static void
+begin_site (uint32_t hold_ms)
+{
+  make_site (NBDM_DEGRADE, hold_ms, 5000);
+  box = mailbox_new ();
+  assert (box);
+  connect_remote ();
+  resync_to_end ();
+  assert (nbdm_pwrite (volume, block, BLOCK, 0, 0) == 0);
+}
+
+static void
+end_test (void)
+{
+  mailbox_put (box);
+  end_site ();
+}
+
+/* As a session does it: watch, poll, lend, until the legs have answered. */
+static void
+wait_legs (struct express *x)
+{
+  struct conn *conn = x->request.legs[0].conn;
+  struct watcher watcher = { .box = box };
+
+  conn_push (conn);
+  while (x->legs_left > 0) {
+    short events = conn_watch (conn, &watcher);
+    struct pollfd fds[]
+        = { { .fd = events ? conn_fd (conn) : -1, .events = events },
+            { .fd = box->fd, .events = POLLIN } };
+
+    assert (poll (fds, 2, DEADLINE_S * 1000) > 0);
+    conn_lend (conn, &watcher, fds[0].revents);
+    for (struct waiter *w = mailbox_take (box, fds[1].revents); w; w = w->next)
+      x->legs_left--;
+  }
+  conn_leave (conn, &watcher);
+}
+
+static void
+test_written_on_both (void)
+{
+  struct express x;
+  int rc = -1;
+
+  begin_site (1000);
+  assert (begin (&x, BLOCK, 8 * BLOCK, 0));
+  express_local (volume, &x);
+  wait_legs (&x);
+  assert (express_end (volume, &x, &rc) && rc == 0);
+  assert (status ().unflushed_regions == 1);
+  assert (nbdm_stop (volume) == 0);
+  assert_images_equal ();
+  end_test ();
+}
+
+static struct nbdm_status
+volume_status (void)
+{
+  struct nbdm_status s;
+
+  nbdm_get_status (volume, &s);
+  return s;
+}
+
+/* Refused, and as if nothing had been asked. */
+static void
+assert_refused (uint32_t count, uint64_t offset, uint32_t flags)
+{
+  struct express x;
+  uint32_t before = volume_status ().inflight;
+
+  assert (!begin (&x, count, offset, flags));
+  assert (volume_status ().inflight == before);
+  assert (nbdm_pwrite (volume, block, BLOCK, 32 * BLOCK, 0) == 0);
+}
+
+static void
+test_refused_where_it_would_wait (void)
+{
+  struct express x;
+  int rc;
+
+  begin_site (1000);
+  assert_refused (BLOCK, 0, NBDM_FUA);
+  assert_refused (2 * REGION, 0, 0);
+  assert_refused (BLOCK, SIZE, 0);
+  assert_refused (100, 0, 0);
+  assert (begin (&x, BLOCK, 0, 0));
+  assert_refused (BLOCK, 0, 0); /* the range is held */
+  express_local (volume, &x);
+  wait_legs (&x);
+  assert (express_end (volume, &x, &rc) && rc == 0);
+  end_test ();
+}
+
+static void
+test_refused_in_a_cold_extent (void)
+{
+  make_site (NBDM_DEGRADE, 1000, 5000);
+  box = mailbox_new ();
+  connect_remote ();
+  resync_to_end ();
+  assert_refused (BLOCK, 0, 0);
+  end_test ();
+}
+
+static void
+test_refused_while_holding_and_stopping (void)
+{
+  struct express x;
+
+  begin_site (60000);
+  kill_server ();
+  wait_state (NBDM_HOLDING);
+  assert (!begin (&x, BLOCK, 0, 0));
+  start_server ();
+  connect_remote ();
+  nbdm_remote_release_late (volume, 0);
+  resync_to_end ();
+  assert (begin (&x, BLOCK, 0, 0));
+  express_local (volume, &x);
+  wait_legs (&x);
+  assert (express_end (volume, &x, &(int){ 0 }));
+  assert (nbdm_stop (volume) == 0);
+  assert (!begin (&x, BLOCK, 0, 0));
+  end_test ();
+}
+
+/* Dirty regions are left to resync: no leg to wait for. */
+static void
+test_remote_lost_is_local_alone (void)
+{
+  struct express x;
+  int rc;
+
+  begin_site (50);
+  kill_server ();
+  wait_state (NBDM_OUT_OF_SYNC);
+  assert (begin (&x, BLOCK, 20 * BLOCK, 0));
+  assert (x.legs_left == 0);
+  express_local (volume, &x);
+  assert (express_end (volume, &x, &rc) && rc == 0);
+  assert (status ().dirty_regions >= 1);
+  end_test ();
+}
+
+/* The remote dies with the command: told of, not ended, completed, dirty. */
+static void
+test_lost_half_way_is_completed (void)
+{
+  struct express x;
+  int rc;
+
+  begin_site (50);
+  freeze_server ();
+  assert (begin (&x, BLOCK, 24 * BLOCK, 0));
+  express_local (volume, &x);
+  kill_server ();
+  wait_legs (&x);
+  assert (!express_end (volume, &x, &rc));
+  assert (express_complete (volume, &x) == 0);
+  assert (status ().state == NBDM_OUT_OF_SYNC);
+  assert (status ().dirty_regions >= 1 && volume_status ().inflight == 0);
+  end_test ();
+}
+
+/* An error of the remote's: degraded before the answer, by a thread. */
+static void
+test_remote_refuses (void)
+{
+  struct express x;
+  int rc;
+
+  failing_server = true;
+  begin_site (50);
+  close (open (path ("refuse"), O_CREAT | O_RDWR, 0600));
+  assert (begin (&x, BLOCK, 28 * BLOCK, 0));
+  express_local (volume, &x);
+  wait_legs (&x);
+  assert (!express_end (volume, &x, &rc));
+  assert (express_complete (volume, &x) == 0);
+  assert (status ().state == NBDM_OUT_OF_SYNC);
+  end_test ();
+}
+
+/* A thread that waits takes the poller's part from a session that is away, and
+ * the ticker does it for those asleep.
+ */
+static void
+test_part_is_lent (void)
+{
+  struct watcher watcher = { .box = NULL };
+  struct express x;
+  struct conn *conn;
+  int rc;
+
+  begin_site (1000);
+  watcher.box = box;
+  assert (begin (&x, BLOCK, 8 * BLOCK, 0));
+  conn = conn_get (x.request.legs[0].conn);
+  conn_push (conn);
+  conn_watch (conn, &watcher);
+  conn_lend (conn, &watcher, 0); /* away at the local disk */
+  assert (nbdm_pwrite (volume, block, BLOCK, 40 * BLOCK, NBDM_FUA) == 0);
+  express_local (volume, &x);
+  conn_leave (conn, &watcher);
+  wait_legs (&x);
+  assert (express_end (volume, &x, &rc) && rc == 0);
+  conn_put (conn);
+  end_test ();
+}
+
+int
+main (int argc, char *argv[])
+{
+  static const struct engine_test tests[] = {
+    TEST (test_written_on_both),
+    TEST (test_refused_where_it_would_wait),
+    TEST (test_refused_in_a_cold_extent),
+    TEST (test_refused_while_holding_and_stopping),
+    TEST (test_remote_lost_is_local_alone),
+    TEST (test_lost_half_way_is_completed),
+    TEST (test_remote_refuses),
+    TEST (test_part_is_lent),
+  };
+
+  return run_tests (tests, sizeof tests / sizeof *tests, argc, argv);
+}
