@@ -9,6 +9,8 @@
  *
  * Lock order, the only place it is written:
  *
+ *   0. session->lock, server->lock  of the direct door: leaves, nothing of
+ *                         the engine is called with them held
  *   1. volume->lock       every log, map and state of the volume
  *   2. libnbd's own lock  inside the handle, held while it calls us back
  *   3. conn->lock         the connection's outstanding commands

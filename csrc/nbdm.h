@@ -338,6 +338,28 @@ int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
 uint64_t nbdm_wait_event (struct nbdm *volume, uint32_t remote, uint64_t seen,
                           uint32_t timeout_ms);
 
+/* --- The direct door: our own NBD server ------------------------------- */
+
+struct direct_server; /* opaque */
+
+/* Serve the volume to clients of `listen_fd`, a listening socket that stays the
+ * caller's, and does not block from now on.  -ENOMEM, -EMFILE.
+ */
+int nbdm_server_open (struct nbdm *volume, int listen_fd,
+                      struct direct_server **server);
+
+/* Accept and serve; blocks until nbdm_server_end, then until the requests that
+ * were taken in are answered and the clients disconnected: bounded if the
+ * volume is stopped and they read.  -EAGAIN: no thread could be made.
+ */
+int nbdm_server_run (struct direct_server *server);
+
+/* Have nbdm_server_run return; from any thread, as often as one likes. */
+void nbdm_server_end (struct direct_server *server);
+
+/* After nbdm_server_run has returned. */
+void nbdm_server_close (struct direct_server *server);
+
 /* --- Looking at it --------------------------------------------------- */
 
 void nbdm_get_status (struct nbdm *volume, struct nbdm_status *status);

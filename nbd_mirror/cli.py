@@ -155,7 +155,7 @@ def create(
 @_command
 def serve(
     config: Config,
-    door: Annotated[Door, typer.Option(help="The plugin nbdkit loads.")] = Door.native,
+    door: Annotated[Door, typer.Option(help="What serves clients.")] = Door.direct,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay; log to standard error.")
     ] = False,

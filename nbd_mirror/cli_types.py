@@ -22,8 +22,9 @@ __all__ = [
 
 
 class Door(StrEnum):
-    """Which plugin nbdkit loads."""
+    """What serves clients: our own server, or which plugin nbdkit loads."""
 
+    direct = "direct"
     native = "native"
     python = "python"
 

@@ -43,6 +43,7 @@ __all__ = [
     "Engine",
     "Params",
     "RemoteParams",
+    "Server",
     "create",
     "fault_points",
     "peek",
@@ -516,3 +517,38 @@ def _reason(words: str) -> bytes:
 def _ms(seconds: float) -> int:
     """Whole milliseconds, rounded up: a wait of a little must not become a spin."""
     return min(max(-int(-seconds * 1000 // 1), 0), FOREVER_MS - 1)
+
+
+class Server:
+    """
+    The direct door: serves an engine to the clients of a listening socket.
+
+    Args:
+        engine: must be open for as long as this is.
+        listen_fd: stays the caller's.
+    Raises:
+        MirrorError: no memory, or no descriptor.
+    """
+
+    def __init__(self, engine: Engine, listen_fd: int) -> None:
+        """Accept nobody yet."""
+        server = ffi.new("struct direct_server **")
+        check(lib.nbdm_server_open(engine.handle, listen_fd, server), "serve")
+        self._handle = server[0]
+
+    def run(self) -> None:
+        """
+        Serve; blocks until `end`, and what was under way then is answered.
+
+        Raises:
+            MirrorError: no thread could be made.
+        """
+        check(lib.nbdm_server_run(self._handle), "serve")
+
+    def end(self) -> None:
+        """Have `run` return; from any thread, as often as one likes."""
+        lib.nbdm_server_end(self._handle)
+
+    def close(self) -> None:
+        """Free it, once `run` has returned and no `end` can come any more."""
+        lib.nbdm_server_close(self._handle)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Start and stop a volume's server, which is nbdkit with one of our two doors.
+Start and stop a volume's server: our own, or nbdkit with one of its two doors.
 
-We bind the listening socket ourselves and hand it to nbdkit (the protocol of
+We bind the listening socket ourselves and hand it on (the protocol of
 systemd's socket activation): so a socket in use is our own clear error, a
 stale one of a killed server is replaced, and a unix socket is 0600 from its
 first moment.  `exec` keeps the process: whoever started `serve --foreground`
@@ -42,7 +42,7 @@ from .programs import find_program, run
 
 __all__ = ["DOORS", "ServerEndedError", "bind", "exec_server", "start", "stop"]
 
-DOORS = ("native", "python")
+DOORS = ("direct", "native", "python")
 PACKAGE = Path(__file__).resolve().parent
 NATIVE_PLUGIN = PACKAGE / "nbdkit-nbd-mirror-plugin.so"
 PYTHON_PLUGIN = PACKAGE / "plugin.py"
@@ -184,7 +184,7 @@ def _bind_tcp(listen: Listen) -> socket.socket:
 
 def exec_server(config: VolumeConfig, door: str) -> NoReturn:
     """
-    Become the server: bind, then exec nbdkit.
+    Become the server: bind, then exec it.
 
     Args:
         config: of a volume that was created.
@@ -215,6 +215,8 @@ def exec_server(config: VolumeConfig, door: str) -> NoReturn:
 
 
 def _command(config: VolumeConfig, door: str) -> list[str]:
+    if door == "direct":
+        return [sys.executable, "-m", "nbd_mirror.direct", os.fspath(config.source)]
     nbdkit = find_program("nbdkit", "nbdkit")
     if door == "native":
         if not NATIVE_PLUGIN.exists():

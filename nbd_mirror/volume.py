@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The volume a server serves: the one control object behind both doors.
+The volume a server serves: the one control object behind all doors.
 
 It ties the engine to a keeper a disk, the control socket and a maintenance thread,
 and brings them up and down in the one order that is safe. A door only opens it before
@@ -43,8 +43,8 @@ class Volume:
 
     Args:
         config: the volume's.
-        door: "native" or "python", for status.
-        shutdown: asks nbdkit to end; called from a thread of ours.
+        door: "direct", "native" or "python", for status.
+        shutdown: asks the server to end; called from a thread of ours.
     """
 
     def __init__(

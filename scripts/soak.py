@@ -38,7 +38,7 @@ from soak_sabotage import SABOTAGES, sabotage
 from soak_site import Field, Plan
 from stage import interruptible
 
-DOORS = ("native", "python")
+DOORS = ("direct", "native", "python")
 
 
 class Soak:
@@ -201,7 +201,9 @@ def parse() -> argparse.Namespace:
     )
     add("--seed", type=int, help="of all choices; a fresh one unless told otherwise")
     add("--episode", type=int, help="run this one episode alone")
-    add("--doors", type=doors, default=list(DOORS), help="native,python: in turn")
+    add(
+        "--doors", type=doors, default=list(DOORS), help="direct,native,python: in turn"
+    )
     add("--keep", action="store_true", help="keep every episode's folder")
     add("--json", action="store_true", help="print the totals as JSON, all else aside")
     add("--verbose", action="store_true", help="print each act")

@@ -10,7 +10,7 @@ import pytest
 import support
 from e2e.harness import Site
 
-DOORS = ("native", "python")
+DOORS = ("direct", "native", "python")
 
 
 @pytest.fixture

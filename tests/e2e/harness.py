@@ -191,13 +191,13 @@ class Site:
         create_volume(config_module.load(self.config), list(assume), force=force)
 
     def serve(
-        self, door: str = "native", *, fault: str = "", ready: bool = True
+        self, door: str = "direct", *, fault: str = "", ready: bool = True
     ) -> None:
         """
         Start `nbd-mirror serve --foreground`.
 
         Args:
-            door: native or python.
+            door: direct, native or python.
             fault: NBDM_FAULT for the server.
             ready: wait until it answers.
         """
@@ -267,7 +267,7 @@ class Site:
         arguments = {} if remote is None else {"remote": remote}
         control.call(self.state, what, 30.0, **arguments)
 
-    def bring_up(self, door: str = "native", **options: str) -> None:
+    def bring_up(self, door: str = "direct", **options: str) -> None:
         """Start every secondary, create, serve, and wait until in_sync."""
         for one in self.secondaries:
             one.start()

@@ -27,7 +27,7 @@ DEADLINE_S = 0.3
 PATIENCE_S = 20.0  # bounded means: far less than for ever, on any machine
 
 
-def begin(new_site: Sites, door: str = "native", **keys: Any) -> tuple[Site, Any]:
+def begin(new_site: Sites, door: str = "direct", **keys: Any) -> tuple[Site, Any]:
     """Serve a volume in sync with a short deadline; return it with a client."""
     site = new_site(remotes=["faulty"], **{"size": SIZE, **keys})
     site.deadline = f"{DEADLINE_S}s"

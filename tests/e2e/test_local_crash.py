@@ -29,7 +29,8 @@ def lose_power(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("door", "kind"), [("native", "kill"), ("native", "power"), ("python", "kill")]
+    ("door", "kind"),
+    [("direct", "kill"), ("direct", "power"), ("native", "kill"), ("python", "kill")],
 )
 def test_killed_while_local_has_failed_loses_nothing(
     site: Site, door: str, kind: str

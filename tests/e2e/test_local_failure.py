@@ -63,7 +63,13 @@ def take_over(site: Site, fail: Callable[[], object], **options: int) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("door", "kind"), [("native", "write"), ("native", "flush"), ("python", "write")]
+    ("door", "kind"),
+    [
+        ("direct", "write"),
+        ("direct", "flush"),
+        ("native", "flush"),
+        ("python", "write"),
+    ],
 )
 def test_takeover_is_not_seen_by_clients(site: Site, door: str, kind: str) -> None:
     """EIO of a write or a flush: the remote serves, and what local misses goes back."""

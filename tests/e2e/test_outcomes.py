@@ -43,7 +43,7 @@ def sent_as(kind: str) -> str:
     return "zero" if kind == "trim" else kind
 
 
-def begin(site: Site, door: str = "native") -> Any:
+def begin(site: Site, door: str = "direct") -> Any:
     """Bring a site up with something on its disks, and return a client."""
     site.fill(site.local, site.size)
     site.bring_up(door)

@@ -24,7 +24,7 @@ Sites = Callable[..., Site]
 SIZE = 4 * MIB
 
 
-def begin(new_site: Sites, door: str = "native", **keys: Any) -> tuple[Site, Any]:
+def begin(new_site: Sites, door: str = "direct", **keys: Any) -> tuple[Site, Any]:
     """Serve a volume in sync with a volatile remote; return it with a client."""
     site = new_site(remotes=["faulty"], size=SIZE, **keys)
     site.fill(site.local, SIZE)

@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door's answers: their bytes, and their way into the socket.
+ *
+ * Answers are queued, and sent by one thread at a time, as many in a system
+ * call as there are; who comes meanwhile leaves its own to it.  A session's
+ * thread never blocks over that: a client that does not read would else keep
+ * the requests whose answers that thread is to take in, and the ranges they
+ * hold.  A worker does, shortly, as one that copies a megabyte spares that
+ * thread the time; then it leaves the rest to it, or clients that do not read
+ * would have all workers.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "direct.h"
+
+#define ANSWERS_AT_ONCE 64 /* in one sendmsg */
+
+/* --- Ops and their buffers ----------------------------------------------- */
+
+static void
+op_free (struct op *op)
+{
+  free (op->buf);
+  free (op);
+}
+
+static struct op *
+take_spare_locked (struct session *s, size_t room)
+{
+  struct op **p = &s->spare;
+  struct op *op;
+
+  while (*p && (*p)->room < room && (*p)->next)
+    p = &(*p)->next;
+  op = *p;
+  if (op) {
+    *p = op->next;
+    s->kept -= op->room;
+  }
+  return op;
+}
+
+/* Buffers are kept: a large one is a mapping, made and faulted in anew. */
+static bool
+has_room (struct op *op, size_t room)
+{
+  if (op->room >= room)
+    return true;
+  free (op->buf);
+  op->buf = malloc (room);
+  op->room = op->buf ? room : 0;
+  return op->buf != NULL;
+}
+
+struct op *
+op_get (struct session *s, size_t room)
+{
+  struct op *op;
+
+  pthread_mutex_lock (&s->lock);
+  op = take_spare_locked (s, room);
+  pthread_mutex_unlock (&s->lock);
+  if (op == NULL)
+    op = calloc (1, sizeof *op);
+  if (op == NULL)
+    return NULL;
+  if (!has_room (op, room)) {
+    op_free (op);
+    return NULL;
+  }
+  op->session = s;
+  op->begun = false;
+  pthread_mutex_lock (&s->lock);
+  s->nr_ops++;
+  s->bytes += op->room;
+  pthread_mutex_unlock (&s->lock);
+  return op;
+}
+
+static void
+op_put_locked (struct op *op)
+{
+  struct session *s = op->session;
+
+  s->nr_ops--;
+  s->bytes -= op->room;
+  if (s->kept + op->room > DIRECT_KEEP_BYTES) {
+    op_free (op);
+    return;
+  }
+  s->kept += op->room;
+  op->next = s->spare;
+  s->spare = op;
+}
+
+void
+op_drop (struct op *op)
+{
+  struct session *s = op->session;
+
+  pthread_mutex_lock (&s->lock);
+  op_put_locked (op);
+  pthread_mutex_unlock (&s->lock);
+}
+
+/* --- Their bytes ---------------------------------------------------------- */
+
+/* What the protocol knows; its numbers are Linux' own. */
+static uint32_t
+wire_error (int rc)
+{
+  switch (-rc) {
+  case 0:
+  case EPERM:
+  case EIO:
+  case ENOMEM:
+  case EINVAL:
+  case ENOSPC:
+  case EOVERFLOW:
+  case EOPNOTSUPP:
+  case ESHUTDOWN:
+    return (uint32_t)-rc;
+  default:
+    return EIO;
+  }
+}
+
+static void
+fill_simple (struct op *op, int rc)
+{
+  struct nbd_simple_reply head = { .magic = htobe32 (NBD_SIMPLE_REPLY_MAGIC),
+                                   .error = htobe32 (wire_error (rc)),
+                                   .cookie = htobe64 (op->cookie) };
+
+  memcpy (op->head, &head, sizeof head);
+  op->head_size = sizeof head;
+}
+
+/* One chunk, which is the last: `extra` bytes of it follow in the head. */
+static void
+fill_chunk (struct op *op, uint16_t type, const void *extra, size_t size)
+{
+  struct nbd_chunk head
+      = { .magic = htobe32 (NBD_CHUNK_MAGIC),
+          .flags = htobe16 (NBD_CHUNK_DONE),
+          .type = htobe16 (type),
+          .cookie = htobe64 (op->cookie),
+          .length = htobe32 ((uint32_t)(size + op->body_size)) };
+
+  memcpy (op->head, &head, sizeof head);
+  memcpy (op->head + sizeof head, extra, size);
+  op->head_size = sizeof head + size;
+}
+
+static void
+fill_answer (struct op *op, int rc)
+{
+  bool chunked
+      = op->session->agreed.structured
+        && (op->type == NBD_CMD_READ || op->type == NBD_CMD_BLOCK_STATUS);
+  struct __attribute__ ((packed)) {
+    uint32_t error;
+    uint16_t message_length;
+  } error = { .error = htobe32 (wire_error (rc)) };
+  uint64_t offset = htobe64 (op->offset);
+  uint32_t context = htobe32 (DIRECT_CONTEXT);
+
+  if (!chunked)
+    fill_simple (op, rc);
+  else if (rc < 0)
+    fill_chunk (op, NBD_CHUNK_ERROR, &error, sizeof error);
+  else if (op->type == NBD_CMD_READ)
+    fill_chunk (op, NBD_CHUNK_OFFSET_DATA, &offset, sizeof offset);
+  else
+    fill_chunk (op, NBD_CHUNK_BLOCK_STATUS, &context, sizeof context);
+}
+
+static void
+finish_op (struct op *op, int rc, size_t body_size)
+{
+  op->body_size = rc < 0 ? 0 : body_size;
+  fill_answer (op, rc);
+  op->next = NULL;
+}
+
+static void
+queue_locked (struct op *op)
+{
+  struct session *s = op->session;
+
+  if (s->dead)
+    op_put_locked (op);
+  else if (s->last)
+    s->last = s->last->next = op;
+  else
+    s->first = s->last = op;
+}
+
+void
+answer_put (struct op *op, int rc, size_t body_size)
+{
+  struct session *s = op->session;
+
+  finish_op (op, rc, body_size);
+  pthread_mutex_lock (&s->lock);
+  queue_locked (op);
+  pthread_mutex_unlock (&s->lock);
+}
+
+/* --- Their way into the socket -------------------------------------------- */
+
+static size_t
+answer_size (const struct op *op)
+{
+  return op->head_size + op->body_size;
+}
+
+/* Append what of [base, base + size) lies behind the first `*skip` bytes. */
+static void
+gather (struct msghdr *msg, void *base, size_t size, size_t *skip)
+{
+  if (*skip >= size) {
+    *skip -= size;
+    return;
+  }
+  msg->msg_iov[msg->msg_iovlen++]
+      = (struct iovec){ .iov_base = (uint8_t *)base + *skip,
+                        .iov_len = size - *skip };
+  *skip = 0;
+}
+
+static void
+gather_locked (const struct session *s, struct msghdr *msg)
+{
+  size_t skip = s->first_sent;
+  struct op *op = s->first;
+
+  for (int i = 0; op && i < ANSWERS_AT_ONCE; i++, op = op->next) {
+    gather (msg, op->head, op->head_size, &skip);
+    gather (msg, op->buf, op->body_size, &skip);
+  }
+}
+
+static void
+drop_first_locked (struct session *s)
+{
+  struct op *op = s->first;
+
+  s->first = op->next;
+  if (s->first == NULL) {
+    s->last = NULL;
+    s->slow = false;
+  }
+  op_put_locked (op);
+}
+
+static void
+sent_locked (struct session *s, size_t bytes)
+{
+  s->first_sent += bytes;
+  while (s->first && s->first_sent >= answer_size (s->first)) {
+    s->first_sent -= answer_size (s->first);
+    drop_first_locked (s);
+  }
+}
+
+/* Nobody reads the rest. */
+static void
+die_locked (struct session *s)
+{
+  s->dead = true;
+  s->first_sent = 0;
+  while (s->first)
+    drop_first_locked (s);
+  shutdown (s->fd, SHUT_RDWR);
+}
+
+/* A blocking send waits DIRECT_SEND_MS at most, by the socket's own time-out.
+ */
+static void
+push_locked (struct session *s, int flags)
+{
+  while (s->first && !s->sending) {
+    struct iovec iov[2 * ANSWERS_AT_ONCE];
+    struct msghdr msg = { .msg_iov = iov };
+    ssize_t n;
+    int err;
+
+    gather_locked (s, &msg);
+    s->sending = true;
+    pthread_mutex_unlock (&s->lock);
+    n = sendmsg (s->fd, &msg, flags | MSG_NOSIGNAL);
+    err = errno;
+    pthread_mutex_lock (&s->lock);
+    s->sending = false;
+    if (n >= 0)
+      sent_locked (s, (size_t)n);
+    else if (err == EAGAIN) {
+      s->slow = true;
+      return;
+    }
+    else if (err != EINTR)
+      die_locked (s);
+  }
+}
+
+void
+answers_push (struct session *s)
+{
+  pthread_mutex_lock (&s->lock);
+  push_locked (s, MSG_DONTWAIT);
+  pthread_mutex_unlock (&s->lock);
+}
+
+void
+answer_send (struct op *op, int rc, size_t body_size)
+{
+  struct session *s = op->session;
+
+  finish_op (op, rc, body_size);
+  pthread_mutex_lock (&s->lock);
+  queue_locked (op);
+  push_locked (s, s->slow ? MSG_DONTWAIT : 0);
+  if (s->wants_room || (s->first && !s->sending)) {
+    s->wants_room = false;
+    mailbox_ring (s->box); /* its thread goes on, when there is room */
+  }
+  pthread_mutex_unlock (&s->lock);
+  /* From here on the session may be gone. */
+  mailbox_ring_all ();
+}
+
+void
+ops_free (struct session *s)
+{
+  struct op *op;
+
+  while ((op = s->spare)) {
+    s->spare = op->next;
+    op_free (op);
+  }
+}

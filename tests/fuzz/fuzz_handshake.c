@@ -1,0 +1,306 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What the direct door makes of a client's bytes, for libFuzzer: the one thing
+ * of ours that somebody we do not know talks to.
+ *
+ * It is the whole door that is asked, over a unix socket, and not the handshake
+ * by itself: a thread a client costs a fraction of a millisecond, and then what
+ * a session allocates, hands to workers and gives back is looked at as well.
+ *
+ * The first byte says how the rest is meant, so that a few bytes get far: as
+ * the handshake from its first byte on and whatever follows it; as what follows
+ * a handshake; or as requests, each told in four bytes.  Of the last it is
+ * known what was asked: every one must be answered, and once.  And whatever a
+ * client sends and then closes its side, the door must come to an end with it.
+ */
+
+#define _GNU_SOURCE
+
+#include "../c/test.h"
+
+#include "nbdm.h" /* after the types it takes for granted */
+
+#include <signal.h>
+
+#include "../c/nbd_client.h"
+
+#define SIZE ((1u << 20) + 512u)
+#define REGION 4096u
+#define MAX_REQUESTS 40 /* and their answers, unread, do not fill a session */
+#define REQUEST_SIZE 4  /* bytes of the input */
+#define DEADLINE_S 15   /* less than libFuzzer's own */
+#define LARGEST (128u << 10) /* bytes of a payload of ours */
+
+enum meaning { FROM_THE_START, AFTER_HANDSHAKE, REQUESTS, NR_MEANINGS };
+#define STRUCTURED 0x40
+#define OLD_STYLE 0x80 /* NBD_OPT_EXPORT_NAME */
+
+static struct folder folder;
+static struct direct_server *server;
+static struct nbdm *volume;
+static pthread_t thread;
+static int listener;
+static char door[sizeof ((struct sockaddr_un *)0)->sun_path];
+static uint8_t payload[LARGEST], taken[2 * SIZE];
+
+int LLVMFuzzerInitialize (int *argc, char ***argv);
+int LLVMFuzzerTestOneInput (const uint8_t *data, size_t size);
+int __wrap_dprintf (int fd, const char *format, ...);
+
+/* The log: that of what a fuzzer does wrong would be all of its output. */
+int
+__wrap_dprintf (int fd, const char *format, ...)
+{
+  (void)fd;
+  (void)format;
+  return 0;
+}
+
+/* --- the door ------------------------------------------------------------- */
+
+static void *
+run_server (void *unused)
+{
+  (void)unused;
+  assert (nbdm_server_run (server) == 0);
+  return NULL;
+}
+
+static void
+take_down (void)
+{
+  char command[PATH_MAX + 16];
+
+  nbdm_server_end (server);
+  pthread_join (thread, NULL);
+  nbdm_server_close (server);
+  nbdm_stop (volume);
+  nbdm_close (volume);
+  close (listener);
+  close (folder.fd);
+  snprintf (command, sizeof command, "rm -rf %s", folder.path);
+  assert (system (command) == 0);
+}
+
+/* A remote that was never connected: writes go to local alone, at once. */
+static void
+make_volume (void)
+{
+  static char local[PATH_MAX + 8], state[PATH_MAX + 8];
+  struct nbdm_params params = { .name = "test",
+                                .local = local,
+                                .state_dir = state,
+                                .size = SIZE,
+                                .region_size = REGION,
+                                .policy = NBDM_DEGRADE,
+                                .nr_remotes = 1 };
+  int fd;
+
+  params.remotes[0].name = "far";
+  params.remotes[0].deadline_ms = 1000;
+  snprintf (local, sizeof local, "%s/local", folder.path);
+  snprintf (state, sizeof state, "%s/state", folder.path);
+  fd = open (local, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  assert (fd >= 0 && ftruncate (fd, SIZE) == 0);
+  close (fd);
+  assert (mkdir (state, 0700) == 0);
+  assert (nbdm_create (&params, 0) == 0);
+  assert (nbdm_open (&params, &volume) == 0);
+  assert (nbdm_start (volume) == 0);
+}
+
+int
+LLVMFuzzerInitialize (int *argc, char ***argv)
+{
+  struct sockaddr_un address = { .sun_family = AF_UNIX };
+
+  (void)argc;
+  (void)argv;
+  folder = folder_make ();
+  make_volume ();
+  /* Short, whatever the folder's name. */
+  snprintf (door, sizeof door, "/proc/self/fd/%d/door", folder.fd);
+  memcpy (address.sun_path, door, sizeof door);
+  listener = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  assert (listener >= 0);
+  assert (bind (listener, (struct sockaddr *)&address, sizeof address) == 0);
+  assert (listen (listener, 16) == 0);
+  assert (nbdm_server_open (volume, listener, &server) == 0);
+  assert (pthread_create (&thread, NULL, run_server, NULL) == 0);
+  atexit (take_down);
+  return 0;
+}
+
+/* --- what is sent --------------------------------------------------------- */
+
+static struct client
+connect_to_door (const uint8_t *flags)
+{
+  const struct timeval deadline = { .tv_sec = DEADLINE_S };
+  struct client c = client_connect (
+      door, flags ? (uint32_t)(flags[0] | flags[1] << 8)
+                  : NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+
+  setsockopt (c.fd, SOL_SOCKET, SO_RCVTIMEO, &deadline, sizeof deadline);
+  setsockopt (c.fd, SOL_SOCKET, SO_SNDTIMEO, &deadline, sizeof deadline);
+  return c;
+}
+
+/* Into transmission, with all that can be agreed on if it is structured. */
+static struct client
+shake_hands (uint8_t first)
+{
+  static const uint8_t context[]
+      = { 0,   0,   0,   0,   0,   0,   0,   1,   0,   0,   0,   15,  'b', 'a',
+          's', 'e', ':', 'a', 'l', 'l', 'o', 'c', 'a', 't', 'i', 'o', 'n' };
+  struct client c = connect_to_door (NULL);
+  struct nbd_export export;
+
+  if (first & STRUCTURED) {
+    client_structure (&c);
+    assert (client_ask (&c, NBD_OPT_SET_META_CONTEXT, context, sizeof context)
+            == NBD_REP_ACK);
+  }
+  if (first & OLD_STYLE) {
+    client_option (&c, NBD_OPT_EXPORT_NAME, NULL, 0);
+    client_receive (&c, &export, sizeof export - sizeof export.zeroes);
+  }
+  else
+    client_go (&c);
+  return c;
+}
+
+/* The door closes when it has had enough, so not all may go. */
+static void
+send_some (const struct client *c, const uint8_t *bytes, size_t size)
+{
+  while (size > 0) {
+    ssize_t n = send (c->fd, bytes, size, MSG_NOSIGNAL);
+
+    if (n < 0 && errno == EINTR) /* libFuzzer's alarm */
+      continue;
+    if (n <= 0) {
+      assert (errno == EPIPE || errno == ECONNRESET);
+      return;
+    }
+    bytes += n;
+    size -= (size_t)n;
+  }
+}
+
+/* No more from us: what is left comes, and then the end. */
+static void
+drain (const struct client *c)
+{
+  ssize_t n;
+
+  assert (shutdown (c->fd, SHUT_WR) == 0 || errno == ENOTCONN);
+  do
+    n = recv (c->fd, taken, sizeof taken, 0);
+  while (n > 0 || (n < 0 && errno == EINTR));
+  assert (n == 0 || errno == ECONNRESET);
+}
+
+/* --- requests ------------------------------------------------------------- */
+
+struct asked {
+  uint16_t type, flags;
+  uint64_t offset;
+  uint32_t length;
+  bool answered;
+};
+
+static uint16_t
+any_flags (uint8_t byte)
+{
+  return byte & 0x80 ? (uint16_t)(byte << 8) : byte & 0x1f;
+}
+
+static struct asked
+read_request (const uint8_t *data)
+{
+  static const uint32_t lengths[]
+      = { 4096,     512,        8192,     65536,    65536 + 512,
+          LARGEST,  0,          1,        100,      SIZE,
+          SIZE - 1, UINT32_MAX, SIZE + 1, SIZE / 2, NBDM_MAX_REQUEST + 1,
+          1u << 31 };
+  static const uint64_t offsets[]
+      = { UINT64_MAX, UINT64_MAX - 511, SIZE, SIZE - 512, 1, INT64_MAX };
+  struct asked asked = { .type = data[0] % 10, .flags = any_flags (data[1]) };
+
+  if (asked.type == NBD_CMD_DISC)
+    asked.type = UINT16_MAX;
+  asked.length = lengths[data[2] % 16];
+  if (asked.type == NBD_CMD_WRITE && asked.length > LARGEST)
+    asked.length = LARGEST;
+  asked.offset = data[2] & 0x80 ? offsets[data[3] % 6] : data[3] * REGION;
+  return asked;
+}
+
+static void
+take_answer (const struct client *c, struct asked *all, uint64_t nr)
+{
+  struct answer answer;
+  struct asked *asked;
+  bool simple;
+
+  assert (client_answer (c, &answer, taken, sizeof taken, &simple));
+  assert (answer.cookie < nr);
+  asked = &all[answer.cookie];
+  assert (!asked->answered);
+  asked->answered = true;
+  if (asked->type > NBD_CMD_BLOCK_STATUS)
+    assert (answer.error == EINVAL);
+  if (asked->type != NBD_CMD_READ || answer.error != 0)
+    return;
+  if (simple)
+    assert (client_receive (c, taken, asked->length));
+  else
+    assert (answer.length == asked->length);
+}
+
+/* Four bytes each, and no leave taken: so each is answered. */
+static void
+send_requests (const struct client *c, const uint8_t *data, size_t size)
+{
+  struct asked all[MAX_REQUESTS];
+  uint64_t nr = 0;
+
+  for (; nr < MAX_REQUESTS && size >= REQUEST_SIZE; nr++) {
+    struct asked *asked = &all[nr];
+
+    *asked = read_request (data);
+    client_request (c, asked->type, asked->flags, nr, asked->offset,
+                    asked->length, payload);
+    data += REQUEST_SIZE;
+    size -= REQUEST_SIZE;
+  }
+  send_some (c, data, size % REQUEST_SIZE); /* less than one */
+  for (uint64_t i = 0; i < nr; i++)
+    take_answer (c, all, nr);
+}
+
+int
+LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
+{
+  enum meaning meaning;
+  struct client c;
+
+  if (size < 3)
+    return 0;
+  meaning = data[0] % 0x40 % NR_MEANINGS;
+  if (meaning == FROM_THE_START) {
+    c = connect_to_door (data + 1);
+    send_some (&c, data + 3, size - 3);
+  }
+  else {
+    c = shake_hands (data[0]);
+    if (meaning == REQUESTS)
+      send_requests (&c, data + 1, size - 1);
+    else
+      send_some (&c, data + 1, size - 1);
+  }
+  drain (&c);
+  client_close (&c);
+  return 0;
+}
