@@ -116,7 +116,7 @@ def _medians(measured: Measured, set_ups: Sequence[SetUp], workload: Workload) -
 
 
 def against(
-    workload: Workload, *peers: str, ours: str = "native"
+    workload: Workload, *peers: str, ours: str = "direct"
 ) -> Callable[[Context], Measured]:
     """Return a row's run: *ours* against *peers*, all keys of KINDS."""
 

@@ -42,7 +42,7 @@ REMOTE = "far"  # the name of the one remote
 
 class Mirror(SetUp):
     """
-    Our mirror, through the native door unless a subclass names another.
+    Our mirror, through the direct door unless a subclass names another.
 
     Args:
         state: the directory of its logs, if not beside the images.
@@ -51,9 +51,9 @@ class Mirror(SetUp):
         far_socket: what the mirror connects to, if not the far server itself.
     """
 
-    key = "native"
-    title = "nbd_mirror, native door"
-    door = "native"
+    key = "direct"
+    title = "nbd_mirror, direct door"
+    door = "direct"
     environment: Mapping[str, str] = {}
 
     def __init__(
@@ -233,6 +233,14 @@ class LibnbdMirror(Mirror):
     environment: Mapping[str, str] = {"NBDM_TRANSPORT": "libnbd"}
 
 
+class NativeMirror(Mirror):
+    """Our mirror, the native door: a plugin of nbdkit."""
+
+    key = "native"
+    title = "nbd_mirror, native door"
+    door = "native"
+
+
 class PythonMirror(Mirror):
     """Our mirror, the Python door."""
 
@@ -249,6 +257,7 @@ KINDS: dict[str, type[SetUp]] = {
         TwoCopies,
         Mirror,
         LibnbdMirror,
+        NativeMirror,
         PythonMirror,
         QemuMirror,
     )

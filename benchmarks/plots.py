@@ -38,11 +38,11 @@ __all__ = [
     "read_latencies",
 ]
 
-SET_UPS = ("native", "two_copies", "qemu")
-LABELS = {"native": "nbd_mirror", "two_copies": "two copies", "qemu": "qemu"}
+SET_UPS = ("direct", "two_copies", "qemu")
+LABELS = {"direct": "nbd_mirror", "two_copies": "two copies", "qemu": "qemu"}
 # Of Okabe and Ito, told apart by all eyes; the markers by a printer as well.
-COLOURS = {"native": "#0072B2", "two_copies": "#009E73", "qemu": "#D55E00"}
-MARKERS = {"native": "o", "two_copies": "s", "qemu": "^"}
+COLOURS = {"direct": "#0072B2", "two_copies": "#009E73", "qemu": "#D55E00"}
+MARKERS = {"direct": "o", "two_copies": "s", "qemu": "^"}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB)
 MAX_ROUNDS = 3  # a curve needs fewer than a verdict
@@ -289,7 +289,7 @@ def draw_resync(
     )
     upper, lower = figure.subplots(2, 1, sharex=True)
     at = [one - line.began for one in line.seconds]
-    upper.plot(at, [100 * one for one in line.clean], color=COLOURS["native"])
+    upper.plot(at, [100 * one for one in line.clean], color=COLOURS["direct"])
     _tidy(upper, "", "clean, %")
     upper.set_ylim(-3, 103)
     inside = [one for one in bins if line.seconds[0] <= one[0] <= line.seconds[-1]]
@@ -297,7 +297,7 @@ def draw_resync(
         raise BenchError("the client's latencies and the resync do not overlap")
     times = [when - line.began for when, _, _ in inside]
     lower.plot(times, [one[2] for one in inside], color=COLOURS["qemu"], label="p99")
-    lower.plot(times, [one[1] for one in inside], color=COLOURS["native"], label="p50")
+    lower.plot(times, [one[1] for one in inside], color=COLOURS["direct"], label="p50")
     _log_axis(lower)
     _tidy(lower, "seconds since everything became dirty", "latency, \N{MICRO SIGN}s")
     lower.legend(frameon=False)

@@ -80,7 +80,7 @@ class SetUp:
 
 
 class Ours(SetUp):
-    """nbd_mirror's native door; local and state on a tmpfs, the remote an nbdkit."""
+    """nbd_mirror's direct door; local and state on a tmpfs, the remote an nbdkit."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         folder = WORK / "ours"
