@@ -24,12 +24,12 @@
 
 #include "../c/nbd_client.h"
 
-#define SIZE ((1u << 20) + 512u)
+#define SIZE ((256u << 10) + 512u)
 #define REGION 4096u
 #define MAX_REQUESTS 40 /* and their answers, unread, do not fill a session */
 #define REQUEST_SIZE 4  /* bytes of the input */
 #define DEADLINE_S 15   /* less than libFuzzer's own */
-#define LARGEST (128u << 10) /* bytes of a payload of ours */
+#define LARGEST (96u << 10) /* bytes of a payload of ours */
 
 enum meaning { FROM_THE_START, AFTER_HANDSHAKE, REQUESTS, NR_MEANINGS };
 #define STRUCTURED 0x40
