@@ -130,6 +130,10 @@ void answer_put (struct op *op, int rc, size_t body_size);
  * worker does.
  */
 void answers_push (struct session *session);
+/* The session's thread: the client has taken nothing for long, and the server
+ * ends: what has not left is dropped, and the client with it.
+ */
+void answers_give_up (struct session *session);
 /* A worker: queue it and send what is there; blocks on the socket, up to
  * DIRECT_SEND_MS, unless another thread is at it or has found the client slow.
  * Op and session may be gone when this returns.

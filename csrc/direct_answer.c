@@ -321,6 +321,15 @@ answers_push (struct session *s)
 }
 
 void
+answers_give_up (struct session *s)
+{
+  pthread_mutex_lock (&s->lock);
+  if (s->first && !s->sending)
+    die_locked (s);
+  pthread_mutex_unlock (&s->lock);
+}
+
+void
 answer_send (struct op *op, int rc, size_t body_size)
 {
   struct session *s = op->session;

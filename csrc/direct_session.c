@@ -26,6 +26,7 @@
 
 #define RECEIVE_STEPS 16  /* of a large payload, before anything else */
 #define WRITES_AT_ONCE 32 /* begun, before the disk has its turn */
+#define END_MS 1000       /* of a client that takes no answer: it gets none */
 #define MAX_EXTENTS 512   /* in one answer; a client asks again for more */
 
 /* --- Which remotes to listen to ------------------------------------------ */
@@ -537,8 +538,9 @@ wait_and_receive (struct session *s, bool *woken)
   struct pollfd fds[2 + DIRECT_FARS];
   struct far *fars[DIRECT_FARS];
   struct outlook next;
-  bool at_once;
+  bool at_once, ending = atomic_load (&s->ending);
   nfds_t nr;
+  int found;
 
   leave_idle_fars (s);
   next = look_ahead (s);
@@ -551,8 +553,11 @@ wait_and_receive (struct session *s, bool *woken)
   /* There may be mail of this thread's own, which does not ring. */
   at_once = next.at_once || (s->closed && next.events)
             || atomic_load (&s->box->told);
-  if (poll (fds, 2 + nr, at_once ? 0 : -1) < 0)
+  found = poll (fds, 2 + nr, at_once ? 0 : ending ? END_MS : -1);
+  if (found < 0)
     memset (fds, 0, sizeof fds);
+  if (found == 0 && ending && !at_once)
+    answers_give_up (s);
   for (nfds_t i = 0; i < nr; i++)
     conn_lend (fars[i]->conn, &fars[i]->watcher, fds[2 + i].revents);
   *woken = fds[1].revents;

@@ -350,7 +350,8 @@ int nbdm_server_open (struct nbdm *volume, int listen_fd,
 
 /* Accept and serve; blocks until nbdm_server_end, then until the requests that
  * were taken in are answered and the clients disconnected: bounded if the
- * volume is stopped and they read.  -EAGAIN: no thread could be made.
+ * volume is stopped, for one that does not read its answers is given up.
+ * -EAGAIN: no thread could be made.
  */
 int nbdm_server_run (struct direct_server *server);
 

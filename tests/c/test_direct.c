@@ -823,6 +823,26 @@ test_end_while_held (void)
   site_remove (&site);
 }
 
+/* A client that does not read keeps nobody from ending. */
+static void
+test_end_with_mute_client (void)
+{
+  struct client mute;
+  struct pollfd fd = { .events = POLLIN };
+
+  bring_up (1, 1000);
+  mute = client_open (door, false);
+  fd.fd = mute.fd;
+  send_unread (&mute, NBD_CMD_READ, LARGEST / 4, 60);
+  assert (poll (&fd, 1, SITE_DEADLINE_S * 1000) == 1); /* the first has come */
+  assert (nbdm_stop (site.volume) == 0);
+  close_door ();
+  wait_no_clients ();
+  client_close (&mute);
+  nbdm_close (site.volume);
+  site_remove (&site);
+}
+
 int
 main (void)
 {
@@ -840,5 +860,6 @@ main (void)
   RUN (test_half_closed);
   RUN (test_end_under_load);
   RUN (test_end_while_held);
+  RUN (test_end_with_mute_client);
   return 0;
 }
