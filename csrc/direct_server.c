@@ -55,8 +55,7 @@ struct direct_server {
   uint64_t nr_said; /* lines there were in it */
 };
 
-/* --- The log ---------------------------------------------------------------
- */
+/* --- The log ---------------------------------------------------------- */
 
 static void
 write_line (const char *level, const char *words)
@@ -116,8 +115,7 @@ direct_log (const struct session *s, const char *fmt, ...)
   }
 }
 
-/* --- Workers ---------------------------------------------------------------
- */
+/* --- Workers ---------------------------------------------------------- */
 
 static int
 start_thread (void *(*main) (void *), void *opaque)
@@ -298,8 +296,7 @@ direct_submit (struct direct_server *server, struct op *op)
     do_without_worker (server, op, begun);
 }
 
-/* --- Clients -----------------------------------------------------------------
- */
+/* --- Clients ---------------------------------------------------------- */
 
 static void
 session_free (struct session *s)
@@ -425,8 +422,7 @@ accept_all (struct direct_server *server)
   }
 }
 
-/* --- The API ---------------------------------------------------------------
- */
+/* --- The API ---------------------------------------------------------- */
 
 int
 nbdm_server_open (struct nbdm *v, int listen_fd, struct direct_server **out)

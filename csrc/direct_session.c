@@ -29,7 +29,7 @@
 #define END_MS 1000       /* of a client that takes no answer: it gets none */
 #define MAX_EXTENTS 512   /* in one answer; a client asks again for more */
 
-/* --- Which remotes to listen to ------------------------------------------ */
+/* --- Which remotes to listen to --------------------------------------- */
 
 static struct far *
 find_far (struct session *s, const struct conn *conn)
@@ -79,8 +79,7 @@ leave_idle_fars (struct session *s)
   }
 }
 
-/* --- Workers' requests -----------------------------------------------------
- */
+/* --- Workers' requests ------------------------------------------------ */
 
 static uint32_t
 engine_flags (const struct op *op)
@@ -175,8 +174,7 @@ session_flush (struct op *ops)
   }
 }
 
-/* --- Requests that are done here -------------------------------------------
- */
+/* --- Requests that are done here -------------------------------------- */
 
 static void
 end_express (struct session *s, struct op *op)
@@ -252,8 +250,7 @@ send_and_write (struct session *s, struct op **ops, int nr)
   }
 }
 
-/* --- Taking requests in -----------------------------------------------------
- */
+/* --- Taking requests in ----------------------------------------------- */
 
 /* The flags a command may have. */
 static const uint16_t known_flags[] = {
@@ -464,8 +461,7 @@ receive (struct session *s)
       break;
 }
 
-/* --- The loop
- * ----------------------------------------------------------------- */
+/* --- The loop --------------------------------------------------------- */
 
 /* What a session can do next with its client. */
 struct outlook {
