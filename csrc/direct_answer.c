@@ -20,6 +20,7 @@
 #include <sys/uio.h>
 
 #include "direct.h"
+#include "gather.h"
 
 #define ANSWERS_AT_ONCE 64 /* in one sendmsg */
 
@@ -221,20 +222,6 @@ static size_t
 answer_size (const struct op *op)
 {
   return op->head_size + op->body_size;
-}
-
-/* Append what of [base, base + size) lies behind the first `*skip` bytes. */
-static void
-gather (struct msghdr *msg, void *base, size_t size, size_t *skip)
-{
-  if (*skip >= size) {
-    *skip -= size;
-    return;
-  }
-  msg->msg_iov[msg->msg_iovlen++]
-      = (struct iovec){ .iov_base = (uint8_t *)base + *skip,
-                        .iov_len = size - *skip };
-  *skip = 0;
 }
 
 static void

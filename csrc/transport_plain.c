@@ -44,6 +44,7 @@
 
 #include <libnbd.h>
 
+#include "gather.h"
 #include "protocol.h"
 #include "transport.h"
 
@@ -102,20 +103,6 @@ fill_request (struct nbd_request *request, const struct command *cmd)
                                    .cookie = htobe64 (cmd->cookie),
                                    .offset = htobe64 (cmd->offset),
                                    .length = htobe32 ((uint32_t)cmd->length) };
-}
-
-/* Append what of [base, base + size) lies behind the first `*skip` bytes. */
-static void
-gather (struct msghdr *msg, void *base, size_t size, size_t *skip)
-{
-  if (*skip >= size) {
-    *skip -= size;
-    return;
-  }
-  msg->msg_iov[msg->msg_iovlen++]
-      = (struct iovec){ .iov_base = (char *)base + *skip,
-                        .iov_len = size - *skip };
-  *skip = 0;
 }
 
 /* Everything from `unsent` on, as far as a batch goes. */
