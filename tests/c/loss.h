@@ -36,7 +36,8 @@
 typedef void (*loss_event) (bool sync);
 
 /* Record what this site's volume does from now on, as of what lies there now,
- * which counts as durable.  `boot` is the boot id the engine reads; NULL: the
+ * which counts as durable; remotes are as they were recorded, all zeroes at
+ * first.  `boot` is the boot id the engine reads; NULL: the
  * kernel's own.
  */
 void loss_record (const struct site *site, loss_event event);
@@ -88,8 +89,10 @@ struct write_op;
 
 void disks_init (uint64_t size, uint32_t nr_disks);
 void disks_free (void);
-/* As found: all of it is durable.  What was sent may still come. */
-void disk_adopt (uint32_t disk, int fd, const uint8_t *image);
+/* The local disk as found, all of it durable: the primary has lost power.  Not
+ * for a remote, whose cache outlives that.
+ */
+void disk_adopt_local (int fd);
 /* A remote lost power: all it holds is durable.  What was sent may be under
  * way still.
  */
@@ -102,6 +105,8 @@ struct write_op *disk_begin (uint32_t disk, uint64_t offset, uint64_t length,
 void disk_set_cookie (struct write_op *op, uint64_t cookie);
 struct write_op *disk_find (uint32_t disk, uint64_t cookie, uint64_t offset,
                             uint64_t length);
+/* Is it with this `data` that it was begun? */
+bool disk_brings (const struct write_op *op, const void *data);
 /* It never happens. */
 void disk_cancel (uint32_t disk, struct write_op *op);
 /* It is what a read sees; with `durable` it alone is on the platter. */

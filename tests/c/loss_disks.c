@@ -70,27 +70,22 @@ op_free (struct write_op *op)
 }
 
 static void
-drop_ops (struct disk *d, bool ended_only)
+drop_ops (struct disk *d)
 {
-  struct write_op **p = &d->first;
+  struct write_op *op, *next;
 
-  while (*p) {
-    struct write_op *op = *p;
-
-    if (ended_only && op->ended == 0) {
-      p = &op->next;
-      continue;
-    }
-    *p = op->next;
+  for (op = d->first; op; op = next) {
+    next = op->next;
     op_free (op);
   }
+  d->first = NULL;
 }
 
 void
 disks_free (void)
 {
   for (uint32_t i = 0; i < nr_disks; i++) {
-    drop_ops (&disks[i], false);
+    drop_ops (&disks[i]);
     free (disks[i].base);
     free (disks[i].now);
   }
@@ -107,18 +102,17 @@ unit_bytes (int fd, const uint8_t *image, uint64_t unit, uint8_t *buf)
 }
 
 void
-disk_adopt (uint32_t disk, int fd, const uint8_t *image)
+disk_adopt_local (int fd)
 {
   uint64_t buf[UNIT_WORDS];
-  struct disk *d = &disks[disk];
+  struct disk *d = &disks[LOSS_LOCAL];
 
-  drop_ops (d, disk != LOSS_LOCAL);
+  drop_ops (d);
   for (uint64_t i = 0; i < nr_units; i++) {
-    const uint8_t *bytes = unit_bytes (fd, image, i, (uint8_t *)buf);
-    uint64_t tag = hash (bytes);
+    uint64_t tag = hash (unit_bytes (fd, NULL, i, (uint8_t *)buf));
 
-    if (disk == LOSS_LOCAL && (tag || d->base[i]))
-      memcpy (durable_bytes + i * LOSS_UNIT, bytes, LOSS_UNIT);
+    if (tag || d->base[i])
+      memcpy (durable_bytes + i * LOSS_UNIT, buf, LOSS_UNIT);
     d->base[i] = d->now[i] = tag;
   }
 }
@@ -209,6 +203,15 @@ disk_find (uint32_t disk, uint64_t cookie, uint64_t offset, uint64_t length)
         && op->first == offset / LOSS_UNIT && op->count == length / LOSS_UNIT)
       found = op;
   return found;
+}
+
+bool
+disk_brings (const struct write_op *op, const void *data)
+{
+  for (uint64_t i = 0; i < op->count; i++)
+    if (op->tag[i] != (data ? hash ((const uint8_t *)data + i * LOSS_UNIT) : 0))
+      return false;
+  return true;
 }
 
 void

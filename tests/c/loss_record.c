@@ -98,9 +98,7 @@ loss_record (const struct site *site, loss_event what)
   assert (dirfd >= 0 && fd >= 0);
   loss_lock ();
   pages_adopt (dirfd);
-  disk_adopt (LOSS_LOCAL, fd, NULL);
-  for (uint32_t i = 0; i < site->nr_peers; i++)
-    disk_adopt (1 + i, -1, peer_image (site->peers[i]));
+  disk_adopt_local (fd);
   recorded = site;
   on_event = what;
   loss_unlock ();
@@ -592,6 +590,7 @@ loss_applied (void *remote, const struct peer_command *cmd)
   else if (cmd->type != PEER_READ) {
     op = disk_find (disk, be64toh (cmd->cookie), cmd->offset, cmd->length);
     assert (op);
+    assert (disk_brings (op, cmd->type == PEER_WRITE ? cmd->data : NULL));
     disk_end (disk, op, cmd->fua);
   }
   event (cmd->type == PEER_FLUSH || cmd->fua);

@@ -336,6 +336,15 @@ end_writers (void)
 /* --- what happens to a volume ---------------------------------------- */
 
 static void
+remote_loses_power (uint32_t i)
+{
+  peer_lose_power (site.peers[i], PEER_LOSE_SOME);
+  loss_lock ();
+  disk_lost_power (1 + i, peer_image (site.peers[i]));
+  loss_unlock ();
+}
+
+static void
 lose_remote (uint32_t i, uint64_t r)
 {
   switch (r % 4) {
@@ -349,10 +358,7 @@ lose_remote (uint32_t i, uint64_t r)
     peer_cut (site.peers[i], true); /* what was sent may arrive later */
     break;
   default:
-    peer_lose_power (site.peers[i], PEER_LOSE_SOME);
-    loss_lock ();
-    disk_lost_power (1 + i, peer_image (site.peers[i]));
-    loss_unlock ();
+    remote_loses_power (i);
     break;
   }
 }
@@ -422,7 +428,7 @@ lose_power (uint64_t r)
 
   for (uint32_t i = 0; i < PEERS; i++)
     if (r >> (8 + i) & 1)
-      peer_lose_power (site.peers[i], PEER_LOSE_SOME);
+      remote_loses_power (i);
     else
       peer_cut (site.peers[i], false);
   loss_pretend_boot (this_boot); /* not recorded */
@@ -446,6 +452,10 @@ live (unsigned cycle)
 {
   uint64_t r = peer_random (&dice);
 
+  /* What a remote had not flushed when the primary went may be lost later. */
+  for (uint32_t i = 0; i < PEERS; i++)
+    if (r >> (8 + i) & 1)
+      remote_loses_power (i);
   site_open (&site);
   for (uint32_t i = 0; i < PEERS; i++)
     if (cycle == 0 || r >> i & 1)
