@@ -14,6 +14,7 @@
 #include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -126,57 +127,91 @@ local_error (int err, const char *what, uint64_t offset)
                     (unsigned long long)offset);
 }
 
-/* Threads lose a core for milliseconds now and then, which says nothing about
- * the disk: a sample counts for so much at most.
+/* A disk is slow that keeps threads asleep, not one that takes long: what only
+ * computes takes a worker as long, and waking one takes longer on such a
+ * machine too.  By the clock the page cache was a slow disk where the CPU is
+ * emulated, and every write went the long way.
  */
-#define PACE_SAMPLE_NS 500000
-#define PACE_BYTES (64u << 10) /* larger ones tell of copying */
-#define PACE_QUICK_NS 60000
+#define WATCHED_BYTES (64u << 10) /* larger ones tell of copying */
+#define WATCH_EVERY 8u            /* so many go by unseen, while none sleeps */
+#define AWAKE_NS 1000             /* what is left of an average then */
+#define QUICK_NS 60000
+#define STALL_NS 500000 /* at most: one stall says nothing of the next */
 
-/* An average over the last sixteen or so.  Threads may overtake each other
- * here, and a sample be lost.
- */
-static void
-note_pace (atomic_u64 *pace, uint64_t count, uint64_t start_ns)
+struct watch {
+  bool watching;
+  long sleeps; /* of the thread, in its life */
+  uint64_t start_ns;
+};
+
+static long
+thread_sleeps (void)
 {
-  uint64_t took = now_ns () - start_ns;
-  uint64_t before = atomic_load_explicit (pace, memory_order_relaxed);
+  struct rusage usage;
 
-  if (count > PACE_BYTES)
+  getrusage (RUSAGE_THREAD, &usage);
+  return usage.ru_nvcsw;
+}
+
+/* Threads may overtake each other in the average, and a sample be lost. */
+static struct watch
+watch_begin (struct sleep_average *asleep, uint64_t count)
+{
+  if (count > WATCHED_BYTES)
+    return (struct watch){ .watching = false };
+  if (atomic_load_explicit (&asleep->ns, memory_order_relaxed) < AWAKE_NS
+      && atomic_fetch_add_explicit (&asleep->turn, 1, memory_order_relaxed)
+                 % WATCH_EVERY
+             != 0)
+    return (struct watch){ .watching = false };
+  return (struct watch){ true, thread_sleeps (), now_ns () };
+}
+
+/* The average is over the last sixteen or so. */
+static void
+watch_end (struct sleep_average *asleep, const struct watch *watch)
+{
+  uint64_t before = atomic_load_explicit (&asleep->ns, memory_order_relaxed);
+  uint64_t slept = 0;
+
+  if (!watch->watching)
     return;
-  took = took < PACE_SAMPLE_NS ? took : PACE_SAMPLE_NS;
-  atomic_store_explicit (pace, before - before / 16 + took / 16,
+  if (thread_sleeps () != watch->sleeps)
+    slept = now_ns () - watch->start_ns;
+  slept = slept < STALL_NS ? slept : STALL_NS;
+  atomic_store_explicit (&asleep->ns, before - before / 16 + slept / 16,
                          memory_order_relaxed);
 }
 
 bool
 local_is_quick (const struct nbdm *v, bool writing)
 {
-  return atomic_load_explicit (&v->local.pace_ns[writing], memory_order_relaxed)
-         < PACE_QUICK_NS;
+  return atomic_load_explicit (&v->local.asleep[writing].ns,
+                               memory_order_relaxed)
+         < QUICK_NS;
 }
 
 int
 local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
 {
-  uint64_t start = now_ns ();
+  struct watch watch = watch_begin (&v->local.asleep[false], count);
   int rc = fault_point ("local_read");
 
   if (rc == 0)
     rc = full_pread (v->local.disk.fd, buf, count, offset);
-  note_pace (&v->local.pace_ns[false], count, start);
+  watch_end (&v->local.asleep[false], &watch);
   return rc < 0 ? local_error (-rc, "read", offset) : 0;
 }
 
 int
 local_pwrite (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 {
-  uint64_t start = now_ns ();
+  struct watch watch = watch_begin (&v->local.asleep[true], count);
   int rc = fault_point ("local_write");
 
   if (rc == 0)
     rc = full_pwrite (v->local.disk.fd, buf, count, offset);
-  note_pace (&v->local.pace_ns[true], count, start);
+  watch_end (&v->local.asleep[true], &watch);
   return rc < 0 ? local_error (-rc, "write", offset) : 0;
 }
 

@@ -75,6 +75,12 @@ struct local_disk {
   bool can_punch, can_zero_range; /* for certain */
 };
 
+/* How long a kind of request keeps its thread asleep, of late. */
+struct sleep_average {
+  atomic_u64 ns;
+  atomic_uint turn; /* of requests not looked at */
+};
+
 /* The local disk as a leg.  It has a state and a dirty map as a remote has,
  * but it is the one that all reads come from: so only a failure makes it miss
  * anything (local_state.c).
@@ -97,7 +103,7 @@ struct local {
   uint64_t repaired, copied_bytes;
   struct resync_pace pace;
   atomic_u64 errors;
-  atomic_u64 pace_ns[2]; /* what small reads, and writes, take of late */
+  struct sleep_average asleep[2]; /* by small reads, and writes */
 };
 
 /* One request's part on one remote. */
@@ -281,8 +287,8 @@ int local_pwrite (struct nbdm *v, const void *buf, uint64_t count,
                   uint64_t offset);
 int local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim);
 bool local_fast_zero (const struct nbdm *v, bool may_trim);
-/* Is the disk as quick as memory for small reads, or writes, so that a thread
- * of its own for each would cost more than it?
+/* Do small reads, or writes, keep their thread awake, or asleep so shortly that
+ * a thread of its own for each would cost more?
  */
 bool local_is_quick (const struct nbdm *v, bool writing);
 int local_flush (struct nbdm *v);

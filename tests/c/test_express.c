@@ -12,7 +12,39 @@
 #define BLOCK 4096u
 
 static struct mailbox *box;
+
+/* What each read and write of a disk does besides. */
+static enum { GO, COMPUTE, SLEEP } disk_does;
 static uint8_t block[2 * REGION];
+
+static void
+take_time (void)
+{
+  uint64_t until = now_ns () + 200000;
+
+  if (disk_does == SLEEP)
+    poll (NULL, 0, 1);
+  while (disk_does == COMPUTE && now_ns () < until)
+    ;
+}
+
+ssize_t __real_pwrite (int fd, const void *buf, size_t count, off_t offset);
+ssize_t __wrap_pwrite (int fd, const void *buf, size_t count, off_t offset);
+ssize_t
+__wrap_pwrite (int fd, const void *buf, size_t count, off_t offset)
+{
+  take_time ();
+  return __real_pwrite (fd, buf, count, offset);
+}
+
+ssize_t __real_pread (int fd, void *buf, size_t count, off_t offset);
+ssize_t __wrap_pread (int fd, void *buf, size_t count, off_t offset);
+ssize_t
+__wrap_pread (int fd, void *buf, size_t count, off_t offset)
+{
+  take_time ();
+  return __real_pread (fd, buf, count, offset);
+}
 
 static bool
 begin (struct express *x, uint32_t count, uint64_t offset, uint32_t flags)
@@ -209,6 +241,42 @@ test_remote_refuses (void)
   end_test ();
 }
 
+static void
+write_and_read (int times)
+{
+  for (int i = 0; i < times; i++) {
+    assert (nbdm_pwrite (volume, block, BLOCK, 0, 0) == 0);
+    assert (nbdm_pread (volume, block, BLOCK, 0) == 0);
+  }
+}
+
+static bool
+is_quick (void)
+{
+  assert (local_is_quick (volume, true) == local_is_quick (volume, false));
+  return local_is_quick (volume, true);
+}
+
+/* A slow disk is found out within a few requests, and again when it is not; a
+ * slow machine is no slow disk.  Every eighth is looked at, of either kind.
+ */
+static void
+test_refused_while_the_disk_sleeps (void)
+{
+  begin_site (1000);
+  disk_does = COMPUTE;
+  write_and_read (100);
+  assert (is_quick ());
+  disk_does = SLEEP;
+  write_and_read (12);
+  assert (!is_quick ());
+  assert_refused (BLOCK, 0, 0);
+  disk_does = GO;
+  write_and_read (100);
+  assert (is_quick ());
+  end_test ();
+}
+
 /* A thread that waits takes the poller's part from a session that is away, and
  * the ticker does it for those asleep.
  */
@@ -247,6 +315,7 @@ main (int argc, char *argv[])
     TEST (test_remote_lost_is_local_alone),
     TEST (test_lost_half_way_is_completed),
     TEST (test_remote_refuses),
+    TEST (test_refused_while_the_disk_sleeps),
     TEST (test_part_is_lent),
   };
 
