@@ -211,6 +211,7 @@ VM_ROWS = (
                 Claim(f"qd{depth}_md", f"QD{depth} against md RAID1", 1.0),
                 Claim(f"qd{depth}_drbd", f"QD{depth} against DRBD 8.4, protocol C"),
                 Claim(f"qd{depth}_one_copy", f"QD{depth} {ONE_COPY}"),
+                Claim(f"qd{depth}_relay", f"QD{depth} against one copy behind socat"),
             )
         ),
     ),

@@ -2,7 +2,7 @@
 """
 usage: vm_guest.py OPTIONS-AS-JSON        (inside the virtual machine, as root)
 
-Ours over the kernel's nbd, md RAID1, DRBD and one copy, measured in turn in one boot.
+Ours over the kernel's nbd, md RAID1, DRBD, one copy and a relay, in turn, in one boot.
 
 All are set up at once and live side by side; in each round every depth is measured
 on every one of them, in an order that rotates. What vm.py reads are lines of the word
@@ -35,16 +35,14 @@ from benchmarks.usage import cpu_us, switches
 WORK = Path("/run/vm-bench")
 MIB = 1 << 20
 RAMP_S = 0.5
-CONNECTIONS = 2  # of ours to its device: one a core
 
 
 # --- set-ups -------------------------------------------------------------------
 
 
-def attach(socket: Path, device: str, connections: int = 1) -> None:
+def attach(socket: Path, device: str) -> None:
     """Attach the kernel's nbd to a server, as nbd-mirror attach does."""
-    options = ("-b", "4096", "-t", "60", "-C", str(connections))
-    run("nbd-client", "-unix", socket, device, *options)
+    run("nbd-client", "-unix", socket, device, "-b", "4096", "-t", "60", "-C", "1")
 
 
 def serve_copy(folder: Path, size: int) -> tuple[Path, subprocess.Popen[bytes]]:
@@ -95,7 +93,7 @@ class Ours(SetUp):
         self.mirror.create("far")
         self.mirror.serve()
         self.mirror.wait_served()
-        self.mirror.attach(connections=CONNECTIONS)
+        self.mirror.attach()
         self.mirror.wait_for("in_sync")
         processes = self.mirror.pids()
         super().__init__("ours", "/dev/nbd0", processes)
@@ -184,11 +182,30 @@ class OneCopy(SetUp):
         super().__init__("one_copy", "/dev/nbd2", {"remote": server.pid})
 
 
+class Relay(SetUp):
+    """One nbdkit file over socat over /dev/nbd3: a process in between, and no more."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        folder = WORK / "relay"
+        socket, server = serve_copy(folder, options["size"])
+        near = folder / "near.sock"
+        relay = subprocess.Popen(
+            ["socat", f"UNIX-LISTEN:{near}", f"UNIX-CONNECT:{socket}"],
+            stdin=subprocess.DEVNULL,
+        )
+        wait_until(near.exists, f"{near} to be there")
+        attach(near, "/dev/nbd3")
+        super().__init__(
+            "relay", "/dev/nbd3", {"relay": relay.pid, "remote": server.pid}
+        )
+
+
 SET_UPS: dict[str, Callable[[dict[str, Any]], SetUp]] = {
     "ours": Ours,
     "md": Md,
     "drbd": Drbd,
     "one_copy": OneCopy,
+    "relay": Relay,
 }
 
 # --- what a measurement used ------------------------------------------------------

@@ -212,10 +212,10 @@ class Mirror:
 
     # --- the device ---
 
-    def attach(self, connections: int = 1) -> None:
+    def attach(self) -> None:
         """Attach the kernel's device, with the time limits of `nbd-mirror attach`."""
         size = self.local_size()
-        attach.attach(self.config, size, self.device, connections=connections)
+        attach.attach(self.config, size, self.device)
 
     def local_size(self) -> int:
         """Return the size of the local disk."""
