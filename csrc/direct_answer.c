@@ -114,24 +114,12 @@ op_drop (struct op *op)
 
 /* --- Their bytes ---------------------------------------------------------- */
 
-/* What the protocol knows; its numbers are Linux' own. */
 static uint32_t
 wire_error (int rc)
 {
-  switch (-rc) {
-  case 0:
-  case EPERM:
-  case EIO:
-  case ENOMEM:
-  case EINVAL:
-  case ENOSPC:
-  case EOVERFLOW:
-  case EOPNOTSUPP:
-  case ESHUTDOWN:
-    return (uint32_t)-rc;
-  default:
-    return EIO;
-  }
+  uint32_t error = (uint32_t)-rc;
+
+  return nbd_has_error (error) ? error : EIO;
 }
 
 static void

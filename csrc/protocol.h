@@ -8,6 +8,8 @@
 #ifndef NBDM_PROTOCOL_H
 #define NBDM_PROTOCOL_H
 
+#include <errno.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /* --- Handshake, fixed newstyle ----------------------------------------- */
@@ -133,6 +135,26 @@ struct nbd_simple_reply {
   uint32_t error;
   uint64_t cookie;
 } __attribute__ ((packed));
+
+/* May it stand in a reply?  The numbers are Linux' own. */
+static inline bool
+nbd_has_error (uint32_t error)
+{
+  switch (error) {
+  case 0:
+  case EPERM:
+  case EIO:
+  case ENOMEM:
+  case EINVAL:
+  case ENOSPC:
+  case EOVERFLOW:
+  case EOPNOTSUPP:
+  case ESHUTDOWN:
+    return true;
+  default:
+    return false;
+  }
+}
 
 struct nbd_chunk {
   uint32_t magic;

@@ -270,26 +270,6 @@ find_locked (const struct conn *conn, uint64_t cookie)
   return cmd;
 }
 
-/* Only what the protocol knows; the numbers are Linux' own. */
-static int
-system_errno (uint32_t error)
-{
-  switch (error) {
-  case 0:
-  case EPERM:
-  case EIO:
-  case ENOMEM:
-  case EINVAL:
-  case ENOSPC:
-  case EOVERFLOW:
-  case EOPNOTSUPP:
-  case ESHUTDOWN:
-    return (int)error;
-  default:
-    return EINVAL;
-  }
-}
-
 static void
 answered_locked (struct conn *conn, struct command *cmd, int error,
                  uint64_t now)
@@ -304,7 +284,8 @@ static const char *
 take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
                    uint64_t now)
 {
-  int error = system_errno (be32toh (reply->error));
+  uint32_t number = be32toh (reply->error);
+  int error = nbd_has_error (number) ? (int)number : EINVAL;
   struct command *cmd;
 
   if (reply->magic != htobe32 (NBD_SIMPLE_REPLY_MAGIC))

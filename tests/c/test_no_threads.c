@@ -14,6 +14,7 @@
 #include <poll.h>
 #include <stdatomic.h>
 
+#include "door.h"
 #include "nbd_client.h"
 
 #define REGION 65536u
@@ -21,7 +22,6 @@
 #define BLOCK 4096u
 
 static struct site site;
-static struct direct_server *server;
 static atomic_bool no_threads;
 static atomic_uint refused;
 static _Thread_local bool is_tests; /* and not one of the door's */
@@ -38,14 +38,6 @@ __wrap_pthread_create (pthread_t *thread, const pthread_attr_t *attr,
     return EAGAIN;
   }
   return __real_pthread_create (thread, attr, start, opaque);
-}
-
-static void *
-run_server (void *unused)
-{
-  (void)unused;
-  assert (nbdm_server_run (server) == 0);
-  return NULL;
 }
 
 static void
@@ -128,9 +120,8 @@ test_client_without_thread (const char *door)
 int
 main (void)
 {
-  struct sockaddr_un address = { .sun_family = AF_UNIX };
-  pthread_t thread;
-  int listener;
+  struct door door;
+  char path[96];
 
   alarm (100); /* nothing here may hang */
   is_tests = true;
@@ -143,20 +134,13 @@ main (void)
   site_open (&site);
   site_connect (&site, 0);
   site_resync_to_end (&site, 0);
-  snprintf (address.sun_path, sizeof address.sun_path, "%s/direct", site.dir);
-  listener = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  assert (bind (listener, (struct sockaddr *)&address, sizeof address) == 0);
-  assert (listen (listener, 16) == 0);
-  assert (nbdm_server_open (site.volume, listener, &server) == 0);
-  assert (pthread_create (&thread, NULL, run_server, NULL) == 0);
+  snprintf (path, sizeof path, "%s/direct", site.dir);
+  door_open (&door, site.volume, path);
 
-  test_begun_is_completed (address.sun_path);
-  test_client_without_thread (address.sun_path);
+  test_begun_is_completed (path);
+  test_client_without_thread (path);
 
-  nbdm_server_end (server);
-  pthread_join (thread, NULL);
-  nbdm_server_close (server);
-  close (listener);
+  door_close (&door);
   site_resync_to_end (&site, 0);
   assert (nbdm_stop (site.volume) == 0);
   assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);

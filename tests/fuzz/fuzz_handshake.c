@@ -22,6 +22,7 @@
 
 #include <signal.h>
 
+#include "../c/door.h"
 #include "../c/nbd_client.h"
 
 #define SIZE ((256u << 10) + 512u)
@@ -36,11 +37,9 @@ enum meaning { FROM_THE_START, AFTER_HANDSHAKE, REQUESTS, NR_MEANINGS };
 #define OLD_STYLE 0x80 /* NBD_OPT_EXPORT_NAME */
 
 static struct folder folder;
-static struct direct_server *server;
 static struct nbdm *volume;
-static pthread_t thread;
-static int listener;
-static char door[sizeof ((struct sockaddr_un *)0)->sun_path];
+static struct door served;
+static const char *const door = served.address.sun_path; /* of its clients */
 static uint8_t payload[LARGEST], taken[2 * SIZE];
 
 int LLVMFuzzerInitialize (int *argc, char ***argv);
@@ -58,25 +57,14 @@ __wrap_dprintf (int fd, const char *format, ...)
 
 /* --- the door ------------------------------------------------------------- */
 
-static void *
-run_server (void *unused)
-{
-  (void)unused;
-  assert (nbdm_server_run (server) == 0);
-  return NULL;
-}
-
 static void
 take_down (void)
 {
   char command[PATH_MAX + 16];
 
-  nbdm_server_end (server);
-  pthread_join (thread, NULL);
-  nbdm_server_close (server);
+  door_close (&served);
   nbdm_stop (volume);
   nbdm_close (volume);
-  close (listener);
   close (folder.fd);
   snprintf (command, sizeof command, "rm -rf %s", folder.path);
   assert (system (command) == 0);
@@ -112,21 +100,15 @@ make_volume (void)
 int
 LLVMFuzzerInitialize (int *argc, char ***argv)
 {
-  struct sockaddr_un address = { .sun_family = AF_UNIX };
+  char path[64];
 
   (void)argc;
   (void)argv;
   folder = folder_make ();
   make_volume ();
   /* Short, whatever the folder's name. */
-  snprintf (door, sizeof door, "/proc/self/fd/%d/door", folder.fd);
-  memcpy (address.sun_path, door, sizeof door);
-  listener = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  assert (listener >= 0);
-  assert (bind (listener, (struct sockaddr *)&address, sizeof address) == 0);
-  assert (listen (listener, 16) == 0);
-  assert (nbdm_server_open (volume, listener, &server) == 0);
-  assert (pthread_create (&thread, NULL, run_server, NULL) == 0);
+  snprintf (path, sizeof path, "/proc/self/fd/%d/door", folder.fd);
+  door_open (&served, volume, path);
   atexit (take_down);
   return 0;
 }
