@@ -9,13 +9,16 @@ the control socket in this process, because the command costs half a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,33 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def shared_site(door: str, *, size: int, filled: int) -> Iterator[Site]:
+    """
+    Give a volume in sync, for the tests of a whole file.
+
+    At the end it is stopped cleanly, and its images must be equal.
+
+    Args:
+        door: that serves it.
+        size: of it, bytes.
+        filled: bytes of it that hold data.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="nbdm-"))
+    (folder / "logs").mkdir()
+    processes = support.Processes(folder / "logs")
+    try:
+        site = Site(folder, processes, size=size)
+        site.fill(site.local, filled)
+        site.bring_up(door)
+        yield site
+        site.stop()
+        site.assert_equal()
+    finally:
+        processes.close()
+        shutil.rmtree(folder)
 
 
 class Site:
@@ -369,6 +399,16 @@ class Site:
         missed = differing - dirty_set(self.map_path(one.name))
         assert not missed, f"these differ and are not dirty: {sorted(missed)}"
         return differing
+
+    def on_both(self, offset: int, length: int) -> bytes:
+        """Return the bytes of both images, which must be the same."""
+        found = []
+        for image in (self.local, self.dr.image):
+            with image.open("rb") as file:
+                file.seek(offset)
+                found.append(file.read(length))
+        assert found[0] == found[1]
+        return found[0]
 
     def assert_equal(self) -> None:
         """Fail unless every secondary's image equals the local one."""

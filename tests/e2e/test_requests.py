@@ -11,18 +11,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import support
 from e2e.clients import connect, error_of, nbd
 from e2e.conftest import DOORS
 from e2e.disks import small_disk
-from e2e.harness import MIB, Site, free_port
+from e2e.harness import MIB, Site, free_port, shared_site
 
 Sites = Callable[..., Site]
 
@@ -32,19 +28,8 @@ REGION = 64 << 10
 @pytest.fixture(scope="module", params=DOORS)
 def served(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Give a volume in sync, shared by the tests of this file."""
-    folder = Path(tempfile.mkdtemp(prefix="nbdm-"))
-    (folder / "logs").mkdir()
-    processes = support.Processes(folder / "logs")
-    try:
-        site = Site(folder, processes, size=24 * MIB)
-        site.fill(site.local, 12 * MIB)
-        site.bring_up(request.param)
+    with shared_site(request.param, size=24 * MIB, filled=12 * MIB) as site:
         yield site
-        site.stop()
-        site.assert_equal()
-    finally:
-        processes.close()
-        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -55,24 +40,13 @@ def handle(served: Site) -> Iterator[Any]:
     handle.shutdown()
 
 
-def both(site: Site, offset: int, length: int) -> bytes:
-    """Return the bytes of both images, which must be the same."""
-    found = []
-    for image in (site.local, site.dr.image):
-        with image.open("rb") as file:
-            file.seek(offset)
-            found.append(file.read(length))
-    assert found[0] == found[1]
-    return found[0]
-
-
 def test_write_any_length_is_on_both_disks(served: Site, handle: Any) -> None:
     """A write of a sector, across regions, or of many regions is on both disks."""
     for offset, length in ((MIB, 512), (MIB + REGION - 512, 1024), (2 * MIB, MIB)):
         content = os.urandom(length)
         handle.pwrite(content, offset)
         assert content == handle.pread(length, offset)
-        assert content == both(served, offset, length)
+        assert content == served.on_both(offset, length)
 
 
 def test_write_longest_is_taken(served: Site) -> None:
@@ -81,7 +55,7 @@ def test_write_longest_is_taken(served: Site) -> None:
     content = os.urandom(8 * MIB)
     handle.pwrite(content, 16 * MIB)
     assert content == handle.pread(8 * MIB, 16 * MIB)
-    assert content == both(served, 16 * MIB, 8 * MIB)
+    assert content == served.on_both(16 * MIB, 8 * MIB)
     handle.shutdown()
 
 
@@ -90,7 +64,7 @@ def test_write_fua_leaves_nothing_unflushed(served: Site, handle: Any) -> None:
     handle.flush()
     content = os.urandom(4096)
     handle.pwrite(content, 4 * MIB, nbd.CMD_FLAG_FUA)
-    assert content == both(served, 4 * MIB, 4096)
+    assert content == served.on_both(4 * MIB, 4096)
     assert served.remote()["unflushed_bytes"] == 0
 
 
@@ -119,9 +93,9 @@ def test_flags_all_are_advertised(handle: Any) -> None:
 
 def test_trim_reads_zero_on_both_disks(served: Site, handle: Any) -> None:
     """After a trim both disks read zeroes, and the bytes beside it are kept."""
-    before = both(served, 5 * MIB, MIB)
+    before = served.on_both(5 * MIB, MIB)
     handle.trim(3 * REGION + 512, 5 * MIB + REGION - 512)
-    after = both(served, 5 * MIB, MIB)
+    after = served.on_both(5 * MIB, MIB)
     assert after[REGION - 512 : 4 * REGION] == bytes(3 * REGION + 512)
     assert after[: REGION - 512] == before[: REGION - 512]
     assert after[4 * REGION :] == before[4 * REGION :]
@@ -133,9 +107,9 @@ def test_zero_reads_zero_on_both_disks(
 ) -> None:
     """Write zeroes, whether it may trim or not, leaves zeroes on both disks."""
     offset = (6 + no_hole) * MIB
-    before = both(served, offset, MIB)
+    before = served.on_both(offset, MIB)
     handle.zero(2 * REGION, offset + 512, nbd.CMD_FLAG_NO_HOLE if no_hole else 0)
-    after = both(served, offset, MIB)
+    after = served.on_both(offset, MIB)
     assert after == before[:512] + bytes(2 * REGION) + before[2 * REGION + 512 :]
 
 
@@ -149,14 +123,14 @@ def test_zero_no_hole_allocates_local(served: Site, handle: Any) -> None:
 
 def test_zero_fast_is_done_or_refused_unchanged(served: Site, handle: Any) -> None:
     """A fast zero is carried out whole, or refused with nothing changed."""
-    before = both(served, 9 * MIB, MIB)
+    before = served.on_both(9 * MIB, MIB)
     refused = 0
     try:
         handle.zero(MIB, 9 * MIB, nbd.CMD_FLAG_FAST_ZERO)
     except nbd.Error as error:
         refused = error.errnum
     assert refused in (0, errno.EOPNOTSUPP)
-    assert both(served, 9 * MIB, MIB) == (before if refused else bytes(MIB))
+    assert served.on_both(9 * MIB, MIB) == (before if refused else bytes(MIB))
 
 
 def test_zero_fast_slow_remote_is_refused_unchanged(new_site: Sites, door: str) -> None:
@@ -226,7 +200,7 @@ def test_request_unaligned_or_outside_gets_einval(
 ) -> None:
     """What is not in sectors, or not in the volume, is refused and changes nothing."""
     handle = served.client(strict=False)
-    before = both(served, 0, 24 * MIB)
+    before = served.on_both(0, 24 * MIB)
     # Past the end, NBD asks for ENOSPC on a write.
     outside = offset + length > served.size
     refused = {errno.EINVAL, errno.ENOSPC} if outside else {errno.EINVAL}
@@ -234,7 +208,7 @@ def test_request_unaligned_or_outside_gets_einval(
     assert error_of(handle.pwrite, b"x" * length, offset) in refused
     assert error_of(handle.zero, length, offset) in refused
     assert error_of(handle.trim, length, offset) in refused
-    assert before == both(served, 0, 24 * MIB)
+    assert before == served.on_both(0, 24 * MIB)
     assert len(handle.pread(512, 0)) == 512, "the connection goes on"
     handle.shutdown()
 
@@ -250,7 +224,7 @@ def test_requests_many_at_once_overlapping_end_equal(served: Site) -> None:
     )
     served.processes.run(["fio", f"--output={served.folder}/fio.out", job])
     served.client().flush()
-    both(served, 12 * MIB, MIB)
+    served.on_both(12 * MIB, MIB)
 
 
 def test_image_copied_in_and_out_is_the_same(served: Site) -> None:
@@ -277,10 +251,10 @@ def test_volume_over_4gib_far_offsets_are_mirrored(new_site: Sites, door: str) -
         content = os.urandom(1024)
         handle.pwrite(content, offset)
         assert content == handle.pread(1024, offset)
-        assert content == both(site, offset, 1024)
+        assert content == site.on_both(offset, 1024)
     handle.trim(4096, far + 4096)
     handle.zero(512, far)
-    assert bytes(512) == both(site, far, 512)
+    assert bytes(512) == site.on_both(far, 512)
     site.dr.kill()
     handle.pwrite(os.urandom(512), far)
     handle.shutdown()
@@ -289,7 +263,7 @@ def test_volume_over_4gib_far_offsets_are_mirrored(new_site: Sites, door: str) -
     site.dr.start()
     site.wait_in_sync()
     site.stop()
-    both(site, far, 1024)
+    site.on_both(far, 1024)
 
 
 @pytest.mark.parametrize("odd", [512, 4096, 1])
@@ -306,12 +280,12 @@ def test_volume_odd_size_last_bytes_are_mirrored(
     assert handle.get_size() == size
     content = os.urandom(odd)
     handle.pwrite(content, size - odd)
-    assert content == both(site, size - odd, odd)
+    assert content == site.on_both(size - odd, odd)
     assert handle.get_block_size(nbd.SIZE_MINIMUM) == (1 if odd == 1 else 512)
     handle.trim(odd, size - odd)
     handle.shutdown()
     site.stop()
-    assert bytes(odd) == both(site, size - odd, odd)
+    assert bytes(odd) == site.on_both(size - odd, odd)
     assert size == site.local.stat().st_size
     site.assert_equal()
 

@@ -48,17 +48,6 @@ def assert_serves(site: Site) -> None:
         assert content == client.read(site.size - 512, 512)
 
 
-def on_both(site: Site, offset: int, length: int) -> bytes:
-    """Return the bytes of both images, which must be the same."""
-    found = []
-    for image in (site.local, site.dr.image):
-        with image.open("rb") as file:
-            file.seek(offset)
-            found.append(file.read(length))
-    assert found[0] == found[1]
-    return found[0]
-
-
 def assert_goes_on(client: RawClient) -> None:
     """Fail unless the handshake goes on, to transmission and a read."""
     export = client.go()

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
-import support
 from e2e.direct.checks import (
     SIZE,
     Dial,
@@ -18,25 +14,14 @@ from e2e.direct.checks import (
     transmitting,
 )
 from e2e.direct.nbd_raw import RawClient
-from e2e.harness import MIB, Site
+from e2e.harness import MIB, Site, shared_site
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Site]:
     """Give a volume in sync, shared by the tests of this file."""
-    folder = Path(tempfile.mkdtemp(prefix="nbdm-"))
-    (folder / "logs").mkdir()
-    processes = support.Processes(folder / "logs")
-    try:
-        site = Site(folder, processes, size=SIZE)
-        site.fill(site.local, 4 * MIB)
-        site.bring_up("direct")
+    with shared_site("direct", size=SIZE, filled=4 * MIB) as site:
         yield site
-        site.stop()
-        site.assert_equal()
-    finally:
-        processes.close()
-        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from e2e.direct.checks import (
     DEADLINE_S,
     KIB,
     Dial,
-    on_both,
     transmitting,
 )
 from e2e.direct.nbd_raw import RawClient
@@ -131,7 +130,7 @@ def test_client_killed_amid_a_payload_writes_nothing(served: Site, dial: Dial) -
         assert victim.stdout.readline() == b"sent\n"
         victim.kill()
         assert victim.wait(10) == -9
-    assert before == client.read(4 * MIB, MIB) == on_both(served, 4 * MIB, MIB)
+    assert before == client.read(4 * MIB, MIB) == served.on_both(4 * MIB, MIB)
     client.write(4 * MIB, b"after" * 1024)
     assert client.read(4 * MIB, 5120) == b"after" * 1024
 

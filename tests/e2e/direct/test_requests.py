@@ -18,7 +18,6 @@ from e2e.direct.checks import (
     SIZE,
     Dial,
     assert_serves,
-    on_both,
     transmitting,
 )
 from e2e.direct.nbd_raw import RawClient
@@ -35,7 +34,7 @@ def test_write_and_read(
     offset = 4 * MIB + 512
     client.write(offset, content, flags=flags)
     assert content == client.read(offset, length)
-    assert content == on_both(served, offset, length)
+    assert content == served.on_both(offset, length)
     if flags:
         client.call(raw.CMD_FLUSH)
         client.write(offset, content, flags=flags)
@@ -47,7 +46,7 @@ def test_write_and_read_longest(served: Site, client: RawClient) -> None:
     content = os.urandom(MIB) * 32
     client.write(6 * MIB, content)
     assert content == client.read(6 * MIB, LONGEST)
-    assert content == on_both(served, 6 * MIB, LONGEST)
+    assert content == served.on_both(6 * MIB, LONGEST)
     assert errno.EINVAL == client.call(raw.CMD_READ, 0, LONGEST + 512).error
     found = client.call(raw.CMD_WRITE, payload=bytes(LONGEST + 512))
     assert errno.EINVAL == found.error
@@ -70,7 +69,7 @@ def test_answers_of_many_kinds_under_way_have_their_own_cookies(
     served: Site, client: RawClient
 ) -> None:
     """Requests of all kinds sent together are each answered once."""
-    served_before = on_both(served, 0, MIB)
+    served_before = served.on_both(0, MIB)
     wanted: dict[int, int] = {}
     wire = b""
     for i in range(20):
@@ -107,7 +106,7 @@ def test_answers_of_many_kinds_under_way_have_their_own_cookies(
             )
     assert not wanted
     for i in range(20):
-        assert on_both(served, 8 * MIB + i * 64 * KIB, 4096) == bytes([i + 1]) * 4096
+        assert served.on_both(8 * MIB + i * 64 * KIB, 4096) == bytes([i + 1]) * 4096
 
 
 @pytest.mark.parametrize("flags", [0, raw.FLAG_FUA])
@@ -122,7 +121,7 @@ def test_trim_and_zeroes(
     found = client.call(kind, 4 * MIB + 512, MIB - 1024, flags=flags)
     assert found.error == 0
     expected = b"x" * 512 + bytes(MIB - 1024) + b"x" * 512
-    assert expected == on_both(served, 4 * MIB, MIB) == client.read(4 * MIB, MIB)
+    assert expected == served.on_both(4 * MIB, MIB) == client.read(4 * MIB, MIB)
     if flags:
         assert served.remote()["unflushed_bytes"] == 0
 
@@ -138,7 +137,7 @@ def test_zeroes_no_hole_and_fast(served: Site, client: RawClient) -> None:
     found = client.call(raw.CMD_WRITE_ZEROES, 4 * MIB, MIB, flags=raw.FLAG_FAST_ZERO)
     assert found.error in (0, errno.EOPNOTSUPP)
     expected = b"f" * MIB if found.error else bytes(MIB)
-    assert expected == on_both(served, 4 * MIB, MIB)
+    assert expected == served.on_both(4 * MIB, MIB)
 
 
 def test_flush_and_cache(client: RawClient) -> None:
@@ -235,8 +234,8 @@ def test_range_bad_is_invalid(
     assert found.error in ({errno.EINVAL, errno.ENOSPC} if outside else {errno.EINVAL})
     assert not found.data
     assert not found.runs
-    assert client.read(0, 4096) == on_both(served, 0, 4096)
-    assert b"!" not in {on_both(served, 0, 1), on_both(served, 512, 1)}
+    assert client.read(0, 4096) == served.on_both(0, 4096)
+    assert b"!" not in {served.on_both(0, 1), served.on_both(512, 1)}
     assert served.local.stat().st_size == SIZE
 
 
@@ -275,7 +274,7 @@ def test_flag_fua_is_taken_with_any_command(client: RawClient, kind: int) -> Non
 
 def test_write_far_too_long_is_skipped(served: Site, client: RawClient) -> None:
     """A write of 64 MiB is EINVAL; what is behind its payload is a request."""
-    before = on_both(served, 0, MIB)
+    before = served.on_both(0, MIB)
     cookie, wire = client.request(raw.CMD_WRITE, 0, 64 * MIB)
     client.send(wire)
     # Not 0, and it looks like requests: DISC, over and over.
@@ -287,7 +286,7 @@ def test_write_far_too_long_is_skipped(served: Site, client: RawClient) -> None:
     assert (found.cookie, found.error) == (cookie, errno.EINVAL)
     client.write(4 * MIB, b"behind" * 256)
     assert client.read(4 * MIB, 1536) == b"behind" * 256
-    assert before == on_both(served, 0, MIB)
+    assert before == served.on_both(0, MIB)
 
 
 def test_request_bad_magic_is_dropped(served: Site, client: RawClient) -> None:
@@ -310,7 +309,7 @@ def test_requests_in_single_bytes(served: Site, client: RawClient) -> None:
         client.send(bytes([byte]))
     found = client.answer()
     assert (found.cookie, found.content) == (read_cookie, content)
-    assert content == on_both(served, 4 * MIB, 1024)
+    assert content == served.on_both(4 * MIB, 1024)
 
 
 @pytest.mark.parametrize("cut", [1, 27, 28, 29, 4096, 131071, 131072, 131073])
@@ -333,7 +332,7 @@ def test_requests_cut_anywhere(served: Site, client: RawClient, cut: int) -> Non
         found = client.answer()
         assert found.error == 0
         cookies.remove(found.cookie)
-    assert content == on_both(served, 4 * MIB, len(content))
+    assert content == served.on_both(4 * MIB, len(content))
 
 
 @pytest.mark.parametrize("length", [512, 4096, 128 * KIB])
@@ -352,7 +351,7 @@ def test_requests_more_than_may_be_under_way(
         cookie, one = client.request(kind, at, length, payload=payload)
         cookies[cookie] = at
         wire += one
-    expected = on_both(served, 0, 4 * MIB) if kind == raw.CMD_READ else b""
+    expected = served.on_both(0, 4 * MIB) if kind == raw.CMD_READ else b""
     client.socket.settimeout(30)
     client.send(bytes(wire))
     for _ in range(300):
@@ -363,7 +362,7 @@ def test_requests_more_than_may_be_under_way(
             assert found.content == expected[at : at + length]
     assert not cookies
     if kind == raw.CMD_WRITE:
-        written = on_both(served, 8 * MIB, 300 * length)
+        written = served.on_both(8 * MIB, 300 * length)
         for i in range(300):
             assert written[i * length :][:2] == i.to_bytes(2, "big")
 
@@ -386,7 +385,7 @@ def test_leaving_behind_writes_loses_none(
     for _ in range(64):
         assert client.answer().error == 0
     client.assert_dropped()
-    assert content == on_both(served, 4 * MIB, len(content))
+    assert content == served.on_both(4 * MIB, len(content))
 
 
 @pytest.mark.parametrize("disc", [False, True])
@@ -405,7 +404,7 @@ def test_closing_behind_writes_tears_none(
     support.wait_until(
         lambda: served.status()["clients"] == 0, "the client to be forgotten"
     )
-    found = on_both(served, 4 * MIB, 64 * 4096)
+    found = served.on_both(4 * MIB, 64 * 4096)
     for i in range(0, len(found), 4096):
         assert found[i : i + 4096] in (before, after)
 
