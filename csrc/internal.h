@@ -398,7 +398,6 @@ uint32_t activity_list (const struct activity *act, uint64_t *extents,
 /* Who may touch which bytes: first come, first served.  The list holds
  * holders and waiters in the order they came; a range waits for every
  * overlapping one ahead of it, waiters included, so nobody is overtaken.
- * The list is walked: it is as long as the requests under way, tens.
  */
 struct range {
   uint64_t offset, length;
@@ -407,8 +406,13 @@ struct range {
   struct range *next, *prev;
 };
 
+#define RANGE_COUNTERS 1024u
+
+/* All zero at first. */
 struct rangelock {
   struct range *first, *last;
+  uint32_t nr_wide;                /* in no counter: too many of them */
+  uint32_t counts[RANGE_COUNTERS]; /* of blocks, by a hash: see rangelock.c */
 };
 
 /* Put the range in; true: held at once.  Else it is held when `blockers` is

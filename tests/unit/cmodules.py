@@ -95,6 +95,8 @@ MODULES: dict[str, CModule] = {
         };
         struct rangelock {
           struct range *first;
+          uint32_t nr_wide;
+          uint32_t counts[...];
           ...;
         };
         bool rangelock_add (struct rangelock *rl, struct range *range);

@@ -195,11 +195,13 @@ def test_a_mark_costs_the_same_on_a_large_volume(counted: Path) -> None:
     assert found["dirty_map_mark/16TiB/1"] < 400
 
 
-def test_a_range_passes_each_other_one_quickly(counted: Path) -> None:
-    """The list is walked: 48 others more are 48 times a handful of instructions."""
+def test_a_range_costs_the_same_among_many(counted: Path) -> None:
+    """Who overlaps nobody does not look at the others, however many there are."""
     found = instructions(counted)
-    each = (found["rangelock_newest/64"] - found["rangelock_newest/16"]) / 48
-    assert 0 < each < 15
+    assert found["rangelock_newest/64"] == pytest.approx(
+        found["rangelock_newest/1"], rel=0.1
+    )
+    assert found["rangelock_newest/64"] < 200
 
 
 def test_wrong_usage_is_said(tmp_path: Path) -> None:

@@ -5,16 +5,22 @@ The range lock against queues, one a byte.
 Whoever asks for a range goes to the end of the queue of each of its bytes, and
 holds it while it is at the head of all of them.  That is what first come, first
 served means, said without counting blockers as the C code does.
+
+The C code looks at the list only if its counters of blocks cannot tell. So the same
+is played with bytes of several widths: many in a block, a block each, ranges too wide
+to be counted, and two halves whose blocks share their counters.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -24,13 +30,37 @@ from unit import cmodules
 ffi, lib = cmodules.load("rangelock")
 
 NR_BYTES = 48
-UNIT = (1 << 64) // NR_BYTES  # what one stands for: the last ends at 2^64 nearly
+HALF = NR_BYTES // 2
+BLOCK = 4096
+FOLD = BLOCK << 10  # blocks so far apart share the counters, in another order
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a byte of the model stands for: bytes, and where the second half begins."""
+
+    unit: int
+    second_half: int
+
+    def offset(self, byte: int) -> int:
+        """Return where the model's byte begins."""
+        half, number = divmod(byte, HALF)
+        return half * self.second_half + number * self.unit
+
+
+LAYOUTS = [
+    Layout(unit := (1 << 64) // NR_BYTES, HALF * unit),  # the last ends at 2^64 nearly
+    Layout(512, FOLD),
+    Layout(BLOCK, FOLD),
+    Layout(5 * BLOCK + 1, FOLD),
+    Layout(24 << 10, FOLD << 10),  # of 16 units and of 256 KiB: some are wide
+]
 
 
 def ranges() -> st.SearchStrategy[range]:
-    """Return ranges of the model's bytes, most of them short."""
+    """Return ranges of the model's bytes, most of them short, each in one half."""
     return st.integers(0, NR_BYTES - 1).flatmap(
-        lambda first: st.integers(1, min(16, NR_BYTES - first)).map(
+        lambda first: st.integers(1, min(16, HALF - first % HALF)).map(
             lambda length: range(first, first + length)
         )
     )
@@ -47,12 +77,21 @@ class RangelockMachine(RuleBasedStateMachine):
         self.c_range: dict[int, Any] = {}
         self.held_before: set[int] = set()
         self.next_ticket = 0
+        self.layout = LAYOUTS[0]
+
+    @initialize(layout=st.sampled_from(LAYOUTS))
+    def lay_out(self, layout: Layout) -> None:
+        """Choose what the model's bytes stand for."""
+        self.layout = layout
 
     def new_range(self, wanted: range) -> Any:
         """Make the C struct for a range of the model."""
         return ffi.new(
             "struct range *",
-            {"offset": wanted.start * UNIT, "length": len(wanted) * UNIT},
+            {
+                "offset": self.layout.offset(wanted.start),
+                "length": len(wanted) * self.layout.unit,
+            },
         )
 
     def enqueue(self, wanted: range, c_range: Any) -> int:
@@ -103,6 +142,12 @@ class RangelockMachine(RuleBasedStateMachine):
         self.held_before = held
 
     @invariant()
+    def nothing_is_counted_of_those_who_left(self) -> None:
+        """Keep no count once the list is empty: it would be walked for ever."""
+        if not self.wanted:
+            assert (self.rl.nr_wide, sum(self.rl.counts)) == (0, 0)
+
+    @invariant()
     def nobody_overlapping_is_held_together(self) -> None:
         """Give every byte one holder at most."""
         held = [byte for ticket in self.held_before for byte in self.wanted[ticket]]
@@ -119,6 +164,6 @@ class RangelockMachine(RuleBasedStateMachine):
 
 
 RangelockMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None
+    max_examples=300, stateful_step_count=50, deadline=None
 )
 TestRangelockModel = RangelockMachine.TestCase
