@@ -45,7 +45,7 @@ DEPTHS = (1, 16)
 SIZE = 64 * MIB
 # The emulator's own threads share the two cores with the guest's: one round says
 # little, so there are more of them.
-ROUNDS_FACTOR = 2
+ROUNDS_FACTOR = 4
 BOOT_S = 180.0
 EACH_S = 15.0  # what a measurement may take beside its own time, on a busy machine
 
