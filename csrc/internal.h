@@ -397,7 +397,8 @@ uint32_t activity_list (const struct activity *act, uint64_t *extents,
 
 /* Who may touch which bytes: first come, first served.  The list holds
  * holders and waiters in the order they came; a range waits for every
- * overlapping one ahead of it, waiters included, so nobody is overtaken.
+ * overlapping one ahead of it, waiters included, so nobody is overtaken.  While
+ * a range is in the list its offset and length stay as they are.
  */
 struct range {
   uint64_t offset, length;
