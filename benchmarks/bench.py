@@ -15,15 +15,13 @@ import argparse
 import contextlib
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -32,12 +30,12 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from nbd_mirror.errors import MirrorError
 
 from . import report
+from .command import held_back, run_command
 from .machine import SHM, check_machine, machine
 from .model import MIB, BenchError, Context, Outcome, Row
 from .rows import GROUPS, ROWS, chosen
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -153,11 +151,8 @@ def _uninterrupted_end(stack: contextlib.ExitStack) -> Iterator[None]:
     try:
         yield
     finally:
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with held_back():
             stack.close()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome:
@@ -195,10 +190,12 @@ def save(
     return answer
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the rows, report, save; return the exit status."""
     check_machine(options.size * MIB)
     about = machine()
+    # With --json standard output is for a program: progress goes elsewhere.
+    console = _console(stderr=options.json)
     console.print(report.machine_line(about), markup=False)
     with Progresses(console, options.rows) as shown:
         outcomes = [run_row(row, options, shown) for row in options.rows]
@@ -223,31 +220,23 @@ def _console(*, stderr: bool) -> Console:
     )
 
 
-def _interrupt(number: int, _: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+def list_rows() -> int:
+    """Print the rows, and the names of several."""
+    for row in ROWS:
+        print(f"{row.key:<20} {row.title}")
+    for name, rows in GROUPS.items():
+        print(f"{name:<20} {', '.join(row.key for row in rows)}")
+    return 0
 
 
 def main() -> int:
     """Run the benchmark."""
     options = parse_arguments()
-    if options.list:
-        for row in ROWS:
-            print(f"{row.key:<20} {row.title}")
-        for name, rows in GROUPS.items():
-            print(f"{name:<20} {', '.join(row.key for row in rows)}")
-        return 0
-    for number in SIGNALS:
-        signal.signal(number, _interrupt)
-    # With --json standard output is for a program: progress goes elsewhere.
-    console = _console(stderr=options.json)
-    try:
-        return run(options, console)
-    except (BenchError, MirrorError, OSError) as error:
-        print(f"benchmarks/run: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("benchmarks/run: interrupted; all is cleaned up", file=sys.stderr)
-        return 130
+    return run_command(
+        "benchmarks/run",
+        lambda: list_rows() if options.list else run(options),
+        (BenchError, MirrorError),
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .command import held_back
 from .model import KIB, MIB, BenchError
 
 __all__ = [
@@ -133,9 +134,6 @@ class Figures:
         return asdict(self)
 
 
-_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-
-
 class Fio:
     """
     A fio that runs; `wait` for its report, or `end` it.
@@ -161,29 +159,23 @@ class Fio:
         command += [f"--output={self._output}", "--output-format=json"]
         if latency_log:
             command += [f"--write_lat_log={folder / 'latency'}", "--log_unix_epoch=1"]
-        # A Ctrl-C between fio's start and our knowing of it would leave it running.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        process: subprocess.Popen[bytes] | None = None
         try:
-            with self._words.open("wb") as out:
-                self._process = subprocess.Popen(
+            # A Ctrl-C between fio's start and our knowing of it would leave it running.
+            with held_back(), self._words.open("wb") as out:
+                process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=folder,
                     start_new_session=True,
-                    preexec_fn=lambda: signal.pthread_sigmask(
-                        signal.SIG_SETMASK, before
-                    ),
                 )
-        except BaseException:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except KeyboardInterrupt:
+            if process:
+                _kill(process)
             raise
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        except BaseException:
-            self.end()
-            raise
+        self._process = process
 
     @property
     def running(self) -> bool:
@@ -222,9 +214,13 @@ class Fio:
 
     def end(self) -> None:
         """Kill it if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        self._process.wait()
+        _kill(self._process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    process.wait()
 
 
 def _run(fio: Fio, timeout_s: float) -> dict[str, Any]:

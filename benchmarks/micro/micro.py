@@ -28,6 +28,7 @@ from rich.table import Table
 
 from nbd_mirror import _build
 
+from ..command import run_command
 from . import counts
 from .counts import Change, CountError, Figures
 
@@ -219,34 +220,35 @@ def judge(
     return not worse
 
 
+def run_cases(options: argparse.Namespace) -> int:
+    """Count the cases, report, save; return the exit status."""
+    old = counts.from_json(options.compare.read_text()) if options.compare else None
+    program = build()
+    names = choose(program, options.cases)
+    if options.list:
+        print("\n".join(names))
+        return 0
+    console = Console()
+    cases, facts = count(program, names, times=not options.no_times), about()
+    console.print(table(cases, counts.compare(old[0], cases) if old else None))
+    console.print(
+        f"Counted by callgrind, {facts['valgrind']}; {facts['compiler']}. The "
+        "case `loop` is what every other one pays for the loop around it. "
+        "Times are for information: they are of this minute on this machine."
+    )
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(counts.as_json(cases, facts))
+    if old and not judge(console, old, cases, facts, options.worse):
+        return 3
+    return 0
+
+
 def main() -> int:
     """Run the command line."""
     options = parse_arguments()
-    console = Console()
-    try:
-        old = counts.from_json(options.compare.read_text()) if options.compare else None
-        program = build()
-        names = choose(program, options.cases)
-        if options.list:
-            print("\n".join(names))
-            return 0
-        cases, facts = count(program, names, times=not options.no_times), about()
-        console.print(table(cases, counts.compare(old[0], cases) if old else None))
-        console.print(
-            f"Counted by callgrind, {facts['valgrind']}; {facts['compiler']}. The "
-            "case `loop` is what every other one pays for the loop around it. "
-            "Times are for information: they are of this minute on this machine."
-        )
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(counts.as_json(cases, facts))
-        if old and not judge(console, old, cases, facts, options.worse):
-            return 3
-    except (CountError, _build.BuildError, OSError) as error:
-        print(f"micro: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(
+        "micro", lambda: run_cases(options), (CountError, _build.BuildError)
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command; an interrupt while its parts are imported ends it without a word."""
+
+import sys
+
+try:
+    from .bench import main
+
+    status = main()
+except KeyboardInterrupt:
+    status = 130
+sys.exit(status)

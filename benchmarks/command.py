@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the benchmarks' commands share: signals, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["SIGNALS", "held_back", "run_command"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """
+    Hold SIGNALS back: one that comes meanwhile is raised at the end.
+
+    Not by a mask: that is a thread's own, and another thread takes the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    came: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        came.append(number)
+
+    old = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _interrupt(number: int, _: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def run_command(
+    name: str, run: Callable[[], int], errors: tuple[type[Exception], ...]
+) -> int:
+    """
+    Run a command, and return its exit status.
+
+    Args:
+        name: begins each line about what went wrong.
+        errors: that are no bugs, beside OSError: a line and exit status 1.
+    """
+    known: tuple[type[Exception], ...] = (OSError, *errors)
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        status = run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        print(f"{name}: interrupted; all is cleaned up", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # who read it has enough, and knows
+        status = 1
+    except known as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 1
+    _give_up_output()
+    return status
+
+
+def _give_up_output() -> None:
+    """Send to nowhere what cannot be written: at the exit it would be an error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
