@@ -30,6 +30,7 @@ from .servers import (
     SetUp,
     TwoCopies,
     end,
+    environment_of,
     listens,
     uri_of,
     wait_until,
@@ -214,7 +215,12 @@ class Mirror(SetUp):
         """Run an nbd-mirror command."""
         command = [sys.executable, "-m", "nbd_mirror", *(str(word) for word in words)]
         done = subprocess.run(
-            command, cwd=self.package, capture_output=True, text=True, check=False
+            command,
+            cwd=self.package,
+            env=environment_of(self.environment),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
             raise BenchError(f"{self.title}: nbd-mirror {words[0]}: {done.stderr}")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from .model import BenchError
-from .servers import ROOT
+from .servers import ROOT, environment_of
 
 __all__ = ["build_without_activity", "without_activity"]
 
@@ -54,6 +54,7 @@ def build_without_activity() -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "nbd_mirror._build"],
         cwd=COPY,
+        env=environment_of({}),
         capture_output=True,
         text=True,
         check=False,

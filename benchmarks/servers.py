@@ -34,6 +34,7 @@ __all__ = [
     "SetUp",
     "TwoCopies",
     "end",
+    "environment_of",
     "listens",
     "uri_of",
     "wait_until",
@@ -43,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 30.0
 SYNC_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+# Transport and faults of a mirror; which package it is; what libnbd writes.
+FOREIGN = ("NBDM_", "PYTHON", "LIBNBD_")
 
 
 class SetUp(ABC):
@@ -121,7 +124,7 @@ class SetUp(ABC):
         cwd: Path,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a server, which `stop` ends; *environment* is added to ours."""
+        """Start a server, which `stop` ends, with `environment_of` *environment*."""
         with self.log_of(command[0]).open("ab") as out:
             process = subprocess.Popen(
                 [os.fspath(word) for word in command],
@@ -129,7 +132,7 @@ class SetUp(ABC):
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**os.environ, **(environment or {})},
+                env=environment_of(environment or {}),
                 # Ctrl-C is for us alone: the servers end in order, after fio.
                 start_new_session=True,
             )
@@ -271,6 +274,16 @@ class QemuMirror(SetUp):
                 stream.readline()  # the greeting
                 _exchange(stream, {"execute": "qmp_capabilities"})
                 return _exchange(stream, {"execute": command, "arguments": arguments})
+
+
+def environment_of(fixed: Mapping[str, str]) -> dict[str, str]:
+    """Return ours and *fixed*, without what in ours would change the figures."""
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(FOREIGN)
+    }
+    return {**ours, **fixed}
 
 
 def uri_of(sock: Path) -> str:
