@@ -5,8 +5,8 @@ The command: run the rows one after the other, and report.
 Each row starts what it needs in a folder of its own and leaves nothing behind, so one
 that fails costs the others nothing, and any one can be run by name.
 
-Exit status: 0 measured; 1 a row failed to run; 2 wrong usage; 3 with --check, a must
-was missed; 130 interrupted.
+Exit status: 0 measured; 1 a row failed to run, or something is missing or cannot be
+written; 2 wrong usage; 3 with --check, a must was missed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from nbd_mirror.errors import MirrorError
 from . import report
 from .command import held_back, run_command
 from .machine import SHM, check_machine, machine
-from .model import MIB, BenchError, Context, Outcome, Row
+from .model import KIB, MIB, BenchError, Context, Outcome, Row
 from .rows import GROUPS, ROWS, chosen
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FULL = {"rounds": 5, "seconds": 1.5, "size": 1024}
+QUICK = {"rounds": 2, "seconds": 1.0, "size": 256}
+BOUNDS = {"rounds": (1, 1000), "seconds": (0.1, 3600), "size": (64, 1 << 20)}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,20 +46,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="benchmarks/run",
         description="Compare nbd_mirror with its peers, row by row.",
-        epilog="Exit status: 0 measured; 1 a row failed to run; 3 with --check, a must "
-        "was missed; 130 interrupted.",
+        epilog="Exit status: 0 measured; 1 a row failed to run, or something is "
+        "missing or cannot be written; 2 wrong usage; 3 with --check, a must was "
+        "missed; 130 interrupted.",
     )
     parser.add_argument("row", nargs="*", help="only these; all unless given")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--rounds", type=int, help="default 5")
     parser.add_argument(
-        "--seconds", type=float, default=1.5, help="of each measurement; default 1.5"
+        "--seconds", type=float, help="of each measurement; default 1.5"
     )
+    parser.add_argument("--size", type=int, help="of an image, MiB; default 1024")
     parser.add_argument(
-        "--size", type=int, default=1024, help="of an image, MiB; default 1024"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="2 rounds of 1 second, images of 256 MiB"
+        "--quick",
+        action="store_true",
+        help="2 rounds of 1 second, images of 256 MiB, where not given",
     )
     parser.add_argument(
         "--check", action="store_true", help="exit 3 when a must is missed"
@@ -71,10 +75,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--json", action="store_true", help="print JSON in the place of the table"
     )
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.rounds, options.seconds, options.size = 2, 1.0, 256
-    if options.rounds < 1 or options.seconds < 0.1 or options.size < 64:
-        parser.error("at least 1 round, 0.1 seconds and 64 MiB")
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name, (least, most) in BOUNDS.items():
+        if not least <= getattr(options, name) <= most:  # nor is NaN
+            parser.error(f"--{name} must be {least:g} to {most}")
     try:
         options.rows = chosen(options.row)
     except KeyError as error:
@@ -175,35 +181,68 @@ def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome
     return outcome
 
 
-def save(
-    outcomes: Sequence[Outcome], about: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Write the files; those of a part of the rows do not replace a whole run's."""
+def files(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Return where to save; a part of the rows does not replace a whole run's."""
     name = "results" if len(options.rows) == len(ROWS) else "partial"
-    told = {key: getattr(options, key) for key in ("rounds", "seconds", "size")}
-    answer = report.as_json(outcomes, about, told)
-    options.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(answer, indent=2) + "\n"
-    (options.output / f"{name}.json").write_text(text)
-    table = report.as_markdown(outcomes, about, told)
-    (options.output / f"{name}.md").write_text(table)
-    return answer
+    return options.output / f"{name}.json", options.output / f"{name}.md"
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Raise BenchError if the files could not be written, before all is measured."""
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output) as probe:
+            probe.write(bytes(64 * KIB))
+        for path in files(options):
+            if path.exists():
+                path.open("ab").close()
+    except OSError as error:
+        raise _not_saved(options, error) from None
+
+
+def _not_saved(options: argparse.Namespace, error: OSError) -> BenchError:
+    why = error.strerror or str(error)
+    return BenchError(
+        f"{options.output}: the figures cannot be saved there: {why}; give another "
+        "--output"
+    )
+
+
+def save(
+    answer: dict[str, Any], table: str, options: argparse.Namespace
+) -> BenchError | None:
+    """Write the files; return what went wrong: the figures shall be shown first."""
+    try:
+        for path, text in zip(files(options), (_json(answer), table), strict=True):
+            path.write_text(text)
+    except OSError as error:
+        return _not_saved(options, error)
+    return None
+
+
+def _json(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, indent=2, allow_nan=False) + "\n"
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the rows, report, save; return the exit status."""
     check_machine(options.size * MIB)
+    check_output(options)
     about = machine()
     # With --json standard output is for a program: progress goes elsewhere.
     console = _console(stderr=options.json)
     console.print(report.machine_line(about), markup=False)
     with Progresses(console, options.rows) as shown:
         outcomes = [run_row(row, options, shown) for row in options.rows]
-    answer = save(outcomes, about, options)
+    told = {key: getattr(options, key) for key in FULL}
+    answer = report.as_json(outcomes, about, told)
+    failure = save(answer, report.as_markdown(outcomes, about, told), options)
     if options.json:
-        print(json.dumps(answer, indent=2))
+        print(_json(answer), end="")
     else:
         report.show(_console(stderr=False), outcomes, about)
+    if failure:
+        raise failure
     console.print(f"\nAll figures are in {_short(options.output.resolve())}.")
     if any(outcome.error for outcome in outcomes):
         return 1

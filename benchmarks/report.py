@@ -8,6 +8,7 @@ and nothing of it is written by hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -183,7 +184,25 @@ def as_json(
     about: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything, raw figures included, for the file."""
+    """Return everything, raw figures included, for the file; what is no number null."""
+    answer: dict[str, Any] = _finite(_everything(outcomes, about, options))
+    return answer
+
+
+def _finite(value: Any) -> Any:
+    """Return *value* as JSON knows it: it has no NaN and nothing infinite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _everything(
+    outcomes: Sequence[Outcome],
+    about: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     return {
         "machine": dict(about),
         "options": dict(options),
