@@ -10,9 +10,11 @@ percent is a fact about the code. Times are kept beside them and never judged.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -26,12 +28,19 @@ __all__ = [
     "from_json",
     "parse_dumps",
     "parse_lines",
+    "read",
+    "uncompared",
 ]
 
 TRIGGER = re.compile(r"^desc: Trigger: Client Request: (.+)$", re.MULTILINE)
 TOTALS = re.compile(r"^totals: (\d+)$", re.MULTILINE)
 # A count depends on these as much as on our code.
 TOOLS = ("compiler", "flags", "valgrind", "libisal", "cpu")
+# What reading a file of another kind raises.
+NO_COUNTS = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),
+)
 
 
 class CountError(Exception):
@@ -130,7 +139,8 @@ def as_json(cases: Mapping[str, Figures], about: Mapping[str, str]) -> str:
         | ({} if one.ns is None else {"ns": one.ns})
         for name, one in cases.items()
     }
-    return json.dumps({"about": dict(about), "cases": by_name}, indent=1) + "\n"
+    whole = {"about": dict(about), "cases": by_name}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> tuple[dict[str, Figures], dict[str, str]]:
@@ -147,11 +157,22 @@ def from_json(text: str) -> tuple[dict[str, Figures], dict[str, str]]:
             for name, one in whole["cases"].items()
         }
         about = {str(key): str(value) for key, value in whole["about"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except NO_COUNTS as error:
         raise CountError(f"no counts of ours: {error!r}") from None
-    if any(one.instructions <= 0 for one in cases.values()):
-        raise CountError("no counts of ours: a case without an instruction")
+    for name, one in cases.items():
+        if not 0 < one.instructions < math.inf:  # nor is NaN a count
+            raise CountError(f"no counts of ours: {name} has {one.instructions:g}")
     return cases, about
+
+
+def read(path: Path) -> tuple[dict[str, Figures], dict[str, str]]:
+    """Read a file that holds what `as_json` wrote; raises CountError if not."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise CountError(f"{path}: no counts of ours: it is no UTF-8 text") from None
+    except CountError as error:
+        raise CountError(f"{path}: {error}") from None
 
 
 def compare(
@@ -163,6 +184,21 @@ def compare(
         for name, one in after.items()
         if name in before
     ]
+
+
+def uncompared(
+    before: Mapping[str, Figures], after: Mapping[str, Figures], *, whole: bool
+) -> list[str]:
+    """
+    Return the cases that should have been compared, and were not.
+
+    Args:
+        whole: *after* is a run of all cases: what it lacks is gone. Else it is only
+            asked for anything that both have.
+    """
+    if whole:
+        return [name for name in before if name not in after]
+    return [] if before.keys() & after.keys() else list(after)
 
 
 def differing_tools(

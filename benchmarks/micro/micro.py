@@ -8,7 +8,7 @@ busy the machine is. Hardware counters are left alone: few virtual machines have
 them, and their counts would not compare with callgrind's.
 
 Exit status: 0 counted; 1 something is missing or failed; 2 wrong usage; 3 with
---compare, a case got worse; 130 interrupted.
+--compare, a case got worse or was not compared; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ PARTS = (
     *("activity", "activity_file", "rangelock", "classify"),
 )
 WORSE_PERCENT = 5.0
+MOST_PERCENT = 1000.0
 TIMEOUT_S = 300.0
 
 
@@ -51,7 +52,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="benchmarks/micro/run",
         description="Count the instructions a call of the engine's parts takes.",
         epilog="Exit status: 0 counted; 1 something is missing or failed; 2 wrong "
-        "usage; 3 with --compare, a case got worse; 130 interrupted.",
+        "usage; 3 with --compare, a case got worse or was not compared; 130 "
+        "interrupted.",
     )
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help="such as 'classify/*'; default: all"
@@ -77,7 +79,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="FILE",
         help=f"where to write the counts; default {RESULTS.relative_to(ROOT)}",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not 0 <= options.worse <= MOST_PERCENT:  # nor is NaN
+        parser.error(f"--worse must be 0 to {MOST_PERCENT:g}")
+    return options
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -177,7 +182,7 @@ def about() -> dict[str, str]:
 def table(cases: Mapping[str, Figures], changes: Sequence[Change] | None) -> Table:
     """Lay the figures out, with *changes* beside them if there are any."""
     shown = Table()
-    shown.add_column("case")
+    shown.add_column("case", overflow="fold")  # a name that is cut is no name
     for title in ("instructions a call", "ns a call"):
         shown.add_column(title, justify="right")
     if changes is not None:
@@ -202,8 +207,15 @@ def judge(
     cases: Mapping[str, Figures],
     facts: Mapping[str, str],
     limit_percent: float,
+    *,
+    whole: bool,
 ) -> bool:
-    """Print what became worse and what it may be due to; tell whether none did."""
+    """
+    Print what became worse and what it may be due to; tell whether none did.
+
+    Args:
+        whole: all cases were run: one that *old* alone has was not compared.
+    """
     before, facts_before = old
     for tool, was, now in counts.differing_tools(facts_before, facts):
         console.print(
@@ -217,30 +229,54 @@ def judge(
             f"{change.case}: {change.percent:+.1f} %, more than {limit_percent:g} %",
             style="bold red",
         )
-    return not worse
+    absent = counts.uncompared(before, cases, whole=whole)
+    for name in absent:
+        console.print(f"{name}: not compared, as one run lacks it", style="bold red")
+    return not worse and not absent
+
+
+def check_output(path: Path) -> None:
+    """Raise CountError if *path* could not be written, before all is counted."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CountError(f"{path} cannot be written: {why}; give --json") from None
+
+
+def _console() -> Console:
+    """Return a console, wide enough for the table where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def run_cases(options: argparse.Namespace) -> int:
     """Count the cases, report, save; return the exit status."""
-    old = counts.from_json(options.compare.read_text()) if options.compare else None
+    old = counts.read(options.compare) if options.compare else None
     program = build()
     names = choose(program, options.cases)
     if options.list:
         print("\n".join(names))
         return 0
-    console = Console()
-    cases, facts = count(program, names, times=not options.no_times), about()
+    check_output(options.json)
+    console = _console()
+    facts = about()
+    cases = count(program, names, times=not options.no_times)
     console.print(table(cases, counts.compare(old[0], cases) if old else None))
     console.print(
         f"Counted by callgrind, {facts['valgrind']}; {facts['compiler']}. The "
         "case `loop` is what every other one pays for the loop around it. "
         "Times are for information: they are of this minute on this machine."
     )
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(counts.as_json(cases, facts))
-    if old and not judge(console, old, cases, facts, options.worse):
-        return 3
-    return 0
+    if old is None:
+        return 0
+    whole = not options.cases
+    return 0 if judge(console, old, cases, facts, options.worse, whole=whole) else 3
 
 
 def main() -> int:

@@ -8,15 +8,18 @@ so bounds on it are no timed test: they fail when the code does more.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import support
+from rich.console import Console
 
-from benchmarks.micro import counts
+from benchmarks.micro import counts, micro
 
 BASELINE = support.ROOT / "benchmarks" / "micro" / "baseline.json"
 
@@ -84,13 +87,28 @@ class TestFiles:
         "text",
         [
             *("", "[]", "{}", '{"about": {}, "cases": {"a": {}}}'),
-            '{"about": {}, "cases": {"a": {"instructions": 0}}}',
+            *(
+                f'{{"about": {{}}, "cases": {{"a": {{"instructions": {value}}}}}}}'
+                for value in ("0", "-1", "NaN", "Infinity", "1" + "0" * 400, '"nan"')
+            ),
+            "[" * 100_000,
         ],
+        ids=lambda text: text[:50],
     )
     def test_any_other_file_is_refused(self, text: str) -> None:
         """Compared with nothing, nothing would be worse."""
         with pytest.raises(counts.CountError):
             counts.from_json(text)
+
+    @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{}", b""])
+    def test_what_is_wrong_is_said_with_the_files_name(
+        self, content: bytes, tmp_path: Path
+    ) -> None:
+        """Also of a file that is no text."""
+        file = tmp_path / "other.json"
+        file.write_bytes(content)
+        with pytest.raises(counts.CountError, match=r"other\.json: no counts of ours"):
+            counts.read(file)
 
     def test_baseline_names_what_it_was_counted_with(self) -> None:
         """The committed counts are readable, and say by what they were made."""
@@ -110,6 +128,14 @@ class TestComparing:
         assert [x.case for x in changes] == ["up", "same", "down"]
         assert [x.is_worse(5.0) for x in changes] == [True, False, False]
         assert round(changes[0].percent, 6) == 6
+
+    def test_what_is_not_compared_is_no_pass(self) -> None:
+        """A whole run lacks what is gone; of some cases one at least is compared."""
+        before = some(a=100, b=100)
+        assert counts.uncompared(before, some(a=1, c=1), whole=True) == ["b"]
+        assert counts.uncompared(before, some(a=1, b=1, c=1), whole=True) == []
+        assert counts.uncompared(before, some(a=1, c=1), whole=False) == []
+        assert counts.uncompared(before, some(c=1), whole=False) == ["c"]
 
     def test_another_compiler_is_named(self) -> None:
         """A count depends on it as much as on our code."""
@@ -202,6 +228,45 @@ def test_a_range_costs_the_same_among_many(counted: Path) -> None:
         found["rangelock_newest/1"], rel=0.1
     )
     assert found["rangelock_newest/64"] < 200
+
+
+def test_a_case_that_is_gone_fails(counted: Path) -> None:
+    """Run by another name than the earlier run's, and compared with nothing."""
+    file = counted.with_name("renamed.json")
+    file.write_text(counted.read_text().replace("dirty_map_mark/1GiB/1", "gone"))
+    words = ("--json", counted.with_name("fourth.json"), "--compare", file)
+    done = count("dirty_map_mark/1GiB/1", *words)
+    assert done.returncode == 3
+    assert "dirty_map_mark/1GiB/1: not compared" in done.stdout
+
+
+@pytest.mark.parametrize("percent", ["nan", "inf", "-1", "x"])
+def test_a_limit_that_is_none_is_wrong_usage(percent: str) -> None:
+    """Nothing is worse than NaN."""
+    done = count(f"--worse={percent}")
+    assert done.returncode == 2
+    assert "--worse" in done.stderr
+
+
+def test_a_name_is_whole_in_a_pipe() -> None:
+    """The table is not cut to a terminal that is not there."""
+    name = "dirty_map_mark/16TiB/" + "x" * 60
+    console = Console(file=io.StringIO(), width=80)
+    console.print(micro.table(some(**{name: 1.0}), []))
+    cells = re.findall(
+        "\N{BOX DRAWINGS LIGHT VERTICAL} (\\S+)", console.file.getvalue()
+    )
+    assert name in "".join(cells)
+
+
+def test_counts_that_cannot_be_written_are_said_first(tmp_path: Path) -> None:
+    """Not after all was counted."""
+    (tmp_path / "file").touch()
+    done = count("loop", "--json", tmp_path / "file" / "x.json")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "x.json cannot be written" in line
+    assert done.stdout == ""
 
 
 def test_wrong_usage_is_said(tmp_path: Path) -> None:
