@@ -12,6 +12,7 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nbd_mirror.mapview import DirtyMaps
@@ -21,7 +22,7 @@ from .link import Link, ceiling
 from .load import Figures, Workload, measure, scatter
 from .mirror import Mirror
 from .model import GIB, KIB, MIB, BenchError, Context, Measured, rotated
-from .servers import NbdkitFile, uri_of, wait_until
+from .servers import NbdkitFile, environment_of, uri_of, wait_until
 
 __all__ = [
     "first_sync_sparse",
@@ -76,10 +77,12 @@ def _equal(mirror: Mirror) -> None:
 # --- all dirty, between two servers of this machine ----------------------
 
 
-def _nbdcopy_s(source: Path, target: Path) -> float:
+def _nbdcopy_s(source: str | Path, target: str) -> float:
+    """Copy a server or a file to a server; return the seconds."""
     started = time.monotonic()
     done = subprocess.run(
-        ["nbdcopy", "--flush", uri_of(source), uri_of(target)],
+        ["nbdcopy", "--flush", source, target],
+        env=environment_of({}),
         capture_output=True,
         text=True,
         check=False,
@@ -97,30 +100,35 @@ def resync_full(ctx: Context) -> Measured:
     mirror.start_servers()
     # nbdcopy reads the very image, and writes one that is there already as well.
     source = ctx.folder / "copy-source.sock"
+    image = mirror.images[0]
     copy = NbdkitFile(ctx.folder, ctx.size, key="copy_target")
     ctx.stack.callback(copy.stop)
     copy.start()
-    copy.nbdkit_file(mirror.images[0], source)
-    _nbdcopy_s(source, copy.socket)
+    copy.nbdkit_file(image, source)
+    _nbdcopy_s(uri_of(source), copy.uri)
     measured = Measured()
     with mirror.maps() as maps:
+        runs: dict[str, Callable[[], float]] = {
+            "nbdcopy": lambda: _nbdcopy_s(uri_of(source), copy.uri),
+            "ours": lambda: resync_s(mirror, "invalidate", maps),
+            "file": lambda: _nbdcopy_s(image, copy.uri),
+        }
         for number in range(ctx.rounds):
-            took: dict[str, float] = {}
-            for who in ("ours", "nbdcopy") if number % 2 else ("nbdcopy", "ours"):
-                if who == "ours":
-                    took[who] = resync_s(mirror, "invalidate", maps)
-                else:
-                    took[who] = _nbdcopy_s(source, copy.socket)
-            measured.add("nbdcopy", took["nbdcopy"] / took["ours"])
+            # Back and forth: ours is always next to both that it is compared with.
+            order = list(runs)[:: -1 if number % 2 else 1]
+            took = {who: runs[who]() for who in order}
+            for peer in ("nbdcopy", "file"):
+                measured.add(peer, took[peer] / took["ours"])
             measured.add("rate", ctx.size / took["ours"] / 1e6)
             measured.rounds.append(took)
             ctx.say(
                 f"{number + 1}/{ctx.rounds}  ours {took['ours']:.3f} s, "
-                f"nbdcopy {took['nbdcopy']:.3f} s"
+                f"nbdcopy {took['nbdcopy']:.3f} s, from the file {took['file']:.3f} s"
             )
     measured.notes.append(
         f"{ctx.size // MIB} MiB; nbdcopy with its defaults: 4 connections, 64 requests "
-        "of 256 KiB, and a flush at its end, as resync makes one"
+        "of 256 KiB, and a flush at its end, as resync makes one; from the file itself "
+        "it reads without a server, as resync does"
     )
     _equal(mirror)
     return measured

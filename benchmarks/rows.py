@@ -133,6 +133,7 @@ RESYNC_ROWS = (
         resync_full,
         (
             Claim("nbdcopy", "against nbdcopy between the same servers", 0.9, 1.1),
+            Claim("file", "against nbdcopy from the file itself"),
             Claim("rate", "its rate", unit="MB/s"),
         ),
     ),

@@ -53,6 +53,12 @@ def test_table_python_door_is_reported() -> None:
     assert {"qemu", "direct"} == {claim.key for claim in row.claims}
 
 
+def test_table_resync_from_the_file_is_reported() -> None:
+    """Without a server in its way nbdcopy is quicker: told, and not asked for."""
+    (row,) = chosen(["resync_full"])
+    assert {"nbdcopy", "file", "rate"} == {claim.key for claim in row.claims}
+
+
 def test_table_names_are_unique() -> None:
     """A row is called by its key; a claim's line is known by its title."""
     assert len(ROWS) == len({row.key for row in ROWS})
