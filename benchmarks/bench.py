@@ -30,7 +30,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from nbd_mirror.errors import MirrorError
 
 from . import report
-from .command import held_back, run_command
+from .command import held_back, put, run_command
 from .machine import SHM, check_machine, machine
 from .model import KIB, MIB, BenchError, Context, Outcome, Row
 from .rows import GROUPS, ROWS, chosen
@@ -238,7 +238,7 @@ def run(options: argparse.Namespace) -> int:
     answer = report.as_json(outcomes, about, told)
     failure = save(answer, report.as_markdown(outcomes, about, told), options)
     if options.json:
-        print(_json(answer), end="")
+        put(_json(answer))
     else:
         report.show(_console(stderr=False), outcomes, about)
     if failure:
@@ -261,10 +261,9 @@ def _console(*, stderr: bool) -> Console:
 
 def list_rows() -> int:
     """Print the rows, and the names of several."""
-    for row in ROWS:
-        print(f"{row.key:<20} {row.title}")
-    for name, rows in GROUPS.items():
-        print(f"{name:<20} {', '.join(row.key for row in rows)}")
+    names = [(row.key, row.title) for row in ROWS]
+    names += [(name, ", ".join(x.key for x in rows)) for name, rows in GROUPS.items()]
+    put("".join(f"{name:<20} {words}\n" for name, words in names))
     return 0
 
 

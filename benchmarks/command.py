@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["SIGNALS", "held_back", "run_command"]
+__all__ = ["SIGNALS", "held_back", "put", "run_command"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,7 +61,7 @@ def run_command(
         signal.signal(number, _interrupt)
     try:
         status = run()
-        sys.stdout.flush()
+        put("")
     except KeyboardInterrupt:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -74,6 +74,17 @@ def run_command(
         status = 1
     _give_up_output()
     return status
+
+
+def put(text: str) -> None:
+    """Write *text* to standard output, which an error of the system's does not name."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        words = f"standard output cannot be written: {error.strerror}"
+        raise OSError(words) from None
 
 
 def _give_up_output() -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from nbd_mirror import _build
 
-from ..command import run_command
+from ..command import put, run_command
 from . import counts
 from .counts import Change, CountError, Figures
 
@@ -260,7 +260,7 @@ def run_cases(options: argparse.Namespace) -> int:
     program = build()
     names = choose(program, options.cases)
     if options.list:
-        print("\n".join(names))
+        put("\n".join(names) + "\n")
         return 0
     check_output(options.json)
     console = _console()

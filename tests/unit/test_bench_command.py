@@ -111,7 +111,7 @@ def test_list_into_a_full_device_is_an_error() -> None:
         done = listed(full.fileno())
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "No space left" in line
+    assert "standard output cannot be written: No space left" in line
 
 
 def test_list_into_a_closed_pipe_says_nothing() -> None:
