@@ -91,7 +91,9 @@ enum rouse {
 static _Thread_local atomic_uint *to_wake[MAX_TO_WAKE];
 static _Thread_local unsigned nr_to_wake;
 
-/* Never with a lock held. */
+/* With no lock held, or who wakes may find it taken: only where a connection is
+ * killed somebody may hold the volume's.
+ */
 void
 conn_wake_roused (void)
 {
@@ -171,19 +173,6 @@ conn_answer_locked (struct conn *conn, struct command *cmd, int error,
     mailbox_tell (cmd->waiter);
   else if (cmd->waiter->asleep)
     rouse_locked (conn, cmd->waiter, ALL_ANSWERED);
-}
-
-void
-conn_kill (struct conn *conn, const char *why)
-{
-  pthread_mutex_lock (&conn->lock);
-  if (!conn->dead) {
-    conn->dead = true;
-    snprintf (conn->why, sizeof conn->why, "%s", why);
-  }
-  pthread_mutex_unlock (&conn->lock);
-  shutdown (conn->fd, SHUT_RDWR);
-  conn->transport->interrupt (conn);
 }
 
 ssize_t
@@ -289,23 +278,50 @@ unlist_locked (struct conn *conn, struct watcher *watcher)
   watcher->listed = false;
 }
 
-/* The poller leaves: somebody who still waits has to take over. */
 static void
-resign_locked (struct conn *conn)
+call_first_watcher_locked (struct conn *conn)
 {
   struct watcher *first = conn->watchers;
 
+  unlist_locked (conn, first);
+  mailbox_ring (first->box);
+}
+
+/* The poller leaves: somebody who still waits has to take over.  A watcher may
+ * be at the local disk, for long: then the ticker does it.  But it looks at
+ * none that is dead, so of that one all are told.
+ */
+static void
+resign_locked (struct conn *conn)
+{
   conn->polling = false;
+  conn->lender = NULL;
   for (struct waiter *w = conn->asleep; w; w = w->next)
     if (w->pending > 0) {
       conn->polling = true;
       rouse_locked (conn, w, BE_THE_POLLER);
       return;
     }
-  if (first) {
-    unlist_locked (conn, first);
-    mailbox_ring (first->box);
+  if (conn->watchers)
+    call_first_watcher_locked (conn);
+  while (conn->watchers && conn->dead)
+    call_first_watcher_locked (conn);
+}
+
+void
+conn_kill (struct conn *conn, const char *why)
+{
+  pthread_mutex_lock (&conn->lock);
+  if (!conn->dead) {
+    conn->dead = true;
+    snprintf (conn->why, sizeof conn->why, "%s", why);
   }
+  if (is_free_locked (conn)) /* else the poller sees the end */
+    resign_locked (conn);
+  pthread_mutex_unlock (&conn->lock);
+  shutdown (conn->fd, SHUT_RDWR);
+  conn->transport->interrupt (conn);
+  conn_wake_roused ();
 }
 
 void
@@ -391,8 +407,12 @@ conn_lend (struct conn *conn, struct watcher *watcher, short events)
     conn->transport->step (conn, false);
   watcher->polling = false;
   pthread_mutex_lock (&conn->lock);
-  conn->lender = watcher;
+  if (conn->dead)
+    resign_locked (conn); /* killed before it could be lent */
+  else
+    conn->lender = watcher;
   pthread_mutex_unlock (&conn->lock);
+  conn_wake_roused ();
 }
 
 void

@@ -76,6 +76,7 @@ struct session {
   struct agreed agreed;
   struct mailbox *box;
   atomic_bool ending; /* the server is: take in no more */
+  atomic_bool shaking_hands;
 
   /* Its thread's own. */
   uint8_t *inbox;
@@ -135,8 +136,8 @@ void answers_push (struct session *session);
  */
 void answers_give_up (struct session *session);
 /* A worker: queue it and send what is there; blocks on the socket, up to
- * DIRECT_SEND_MS, unless another thread is at it or has found the client slow.
- * Op and session may be gone when this returns.
+ * DIRECT_SEND_MS and one send more, unless another thread is at it or has found
+ * the client slow.  Op and session may be gone when this returns.
  */
 void answer_send (struct op *op, int rc, size_t body_size);
 void ops_free (struct session *session); /* the spare ones, at the end */

@@ -22,7 +22,8 @@
 #include "direct.h"
 #include "gather.h"
 
-#define ANSWERS_AT_ONCE 64 /* in one sendmsg */
+#define ANSWERS_AT_ONCE 64         /* in one sendmsg */
+#define WAITING_BYTES (256u << 10) /* in one that may block */
 
 /* --- Ops and their buffers ----------------------------------------------- */
 
@@ -258,11 +259,33 @@ die_locked (struct session *s)
   shutdown (s->fd, SHUT_RDWR);
 }
 
-/* A blocking send waits DIRECT_SEND_MS at most, by the socket's own time-out.
+static void
+shorten (struct msghdr *msg, size_t max)
+{
+  for (size_t i = 0; i < msg->msg_iovlen; i++) {
+    struct iovec *iov = &msg->msg_iov[i];
+
+    if (iov->iov_len >= max) {
+      iov->iov_len = max;
+      msg->msg_iovlen = i + 1;
+      return;
+    }
+    max -= iov->iov_len;
+  }
+}
+
+/* A blocking send has the socket's own time-out, DIRECT_SEND_MS, for each piece
+ * that the kernel makes of it.  So a client that reads a little in that time
+ * could keep it for ever: it is given few pieces at once, and no more after
+ * that time.
  */
 static void
 push_locked (struct session *s, int flags)
 {
+  bool may_wait = !(flags & MSG_DONTWAIT);
+  uint64_t until
+      = may_wait ? now_ns () + DIRECT_SEND_MS * UINT64_C (1000000) : 0;
+
   while (s->first && !s->sending) {
     struct iovec iov[2 * ANSWERS_AT_ONCE];
     struct msghdr msg = { .msg_iov = iov };
@@ -270,10 +293,13 @@ push_locked (struct session *s, int flags)
     int err;
 
     gather_locked (s, &msg);
+    if (may_wait)
+      shorten (&msg, WAITING_BYTES);
     s->sending = true;
     pthread_mutex_unlock (&s->lock);
-    n = sendmsg (s->fd, &msg, flags | MSG_NOSIGNAL);
+    n = sendmsg (s->fd, &msg, (may_wait ? 0 : MSG_DONTWAIT) | MSG_NOSIGNAL);
     err = errno;
+    may_wait = may_wait && now_ns () < until;
     pthread_mutex_lock (&s->lock);
     s->sending = false;
     if (n >= 0)

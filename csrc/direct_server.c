@@ -27,12 +27,25 @@
 
 #include "direct.h"
 
-#define MAX_WORKERS 128u /* that are given requests which have not begun */
+#define MAX_WORKERS 128u /* of a pool, that are given what has not begun */
 #define IDLE_S 10        /* and a worker ends */
 #define STACK_BYTES (512u << 10)
 #define MAX_SESSIONS 256    /* so that remotes and logs have descriptors left */
 #define LINES_A_SECOND 100  /* of the log: a client could fill a disk */
 #define ACCEPT_PAUSE_MS 100 /* without descriptors or memory for a client */
+
+/* Workers, and what waits for one. */
+struct pool {
+  struct direct_server *server;
+  pthread_cond_t work; /* an op, or the end */
+  struct op *first, *last;
+  uint32_t nr_workers, nr_idle;
+};
+
+/* Two, as writes may wait for a remote, all of them and for long, and reads
+ * come from local.
+ */
+enum { READERS, WRITERS, NR_POOLS };
 
 struct direct_server {
   struct nbdm *volume;
@@ -41,14 +54,12 @@ struct direct_server {
   uint64_t accepted;
 
   pthread_mutex_t lock; /* protects all below; none is taken under it */
-  pthread_cond_t work;  /* an op, or the end */
   pthread_cond_t gone;  /* a thread has ended */
   struct session *sessions;
   uint32_t nr_sessions;
-  struct op *first, *last;
+  struct pool pools[NR_POOLS];
   bool flushing;      /* a worker is, or is about to */
   struct op *flushes; /* that came meanwhile; in no order */
-  uint32_t nr_workers, nr_idle;
   bool ending;
 
   uint64_t said_at; /* the second of the last line of the log */
@@ -133,35 +144,45 @@ start_thread (void *(*main) (void *), void *opaque)
   return -err;
 }
 
-static struct op *
-take_first_locked (struct direct_server *server)
+static struct pool *
+pool_of (struct direct_server *server, const struct op *op)
 {
-  struct op *op = server->first;
+  bool reads = op->type == NBD_CMD_READ || op->type == NBD_CMD_CACHE
+               || op->type == NBD_CMD_BLOCK_STATUS;
 
-  if (op && (server->first = op->next) == NULL)
-    server->last = NULL;
+  return &server->pools[reads ? READERS : WRITERS];
+}
+
+static struct op *
+take_first_locked (struct pool *pool)
+{
+  struct op *op = pool->first;
+
+  if (op && (pool->first = op->next) == NULL)
+    pool->last = NULL;
   return op;
 }
 
 /* Wait for an op; NULL: this worker is to end. */
 static struct op *
-next_op_locked (struct direct_server *server)
+next_op_locked (struct pool *pool)
 {
+  struct direct_server *server = pool->server;
   struct timespec until;
 
   clock_gettime (CLOCK_MONOTONIC, &until);
   until.tv_sec += IDLE_S;
-  server->nr_idle++;
-  while (server->first == NULL && !server->ending) {
-    if (pthread_cond_timedwait (&server->work, &server->lock, &until)
+  pool->nr_idle++;
+  while (pool->first == NULL && !server->ending) {
+    if (pthread_cond_timedwait (&pool->work, &server->lock, &until)
         != ETIMEDOUT)
       continue;
-    if (server->nr_workers > 1)
+    if (pool->nr_workers > 1)
       break;
     until.tv_sec += IDLE_S; /* one stays: another may not be to be had */
   }
-  server->nr_idle--;
-  return take_first_locked (server);
+  pool->nr_idle--;
+  return take_first_locked (pool);
 }
 
 /* Flushes that come while one is under way share the next: a client that sends
@@ -200,11 +221,12 @@ join_flush_locked (struct direct_server *server, struct op *op)
 static void *
 worker_main (void *opaque)
 {
-  struct direct_server *server = opaque;
+  struct pool *pool = opaque;
+  struct direct_server *server = pool->server;
   struct op *op;
 
   pthread_mutex_lock (&server->lock);
-  while ((op = next_op_locked (server))) {
+  while ((op = next_op_locked (pool))) {
     pthread_mutex_unlock (&server->lock);
     if (op->type == NBD_CMD_FLUSH)
       flush_all (server, op);
@@ -212,18 +234,18 @@ worker_main (void *opaque)
       session_work (op);
     pthread_mutex_lock (&server->lock);
   }
-  server->nr_workers--;
+  pool->nr_workers--;
   pthread_cond_broadcast (&server->gone);
   pthread_mutex_unlock (&server->lock);
   return NULL;
 }
 
 static uint32_t
-nr_queued_locked (const struct direct_server *server)
+nr_queued_locked (const struct pool *pool)
 {
   uint32_t nr = 0;
 
-  for (const struct op *op = server->first; op && nr <= server->nr_idle;
+  for (const struct op *op = pool->first; op && nr <= pool->nr_idle;
        op = op->next)
     nr++;
   return nr;
@@ -231,9 +253,9 @@ nr_queued_locked (const struct direct_server *server)
 
 /* Take the op out of the queue; false: a worker has it already. */
 static bool
-take_back_locked (struct direct_server *server, const struct op *op)
+take_back_locked (struct pool *pool, const struct op *op)
 {
-  struct op *before = NULL, *at = server->first;
+  struct op *before = NULL, *at = pool->first;
 
   for (; at && at != op; at = at->next)
     before = at;
@@ -242,9 +264,9 @@ take_back_locked (struct direct_server *server, const struct op *op)
   if (before)
     before->next = op->next;
   else
-    server->first = op->next;
-  if (server->last == op)
-    server->last = before;
+    pool->first = op->next;
+  if (pool->last == op)
+    pool->last = before;
   return true;
 }
 
@@ -253,13 +275,14 @@ take_back_locked (struct direct_server *server, const struct op *op)
  * completing it waits for no other request.
  */
 static void
-do_without_worker (struct direct_server *server, struct op *op, bool begun)
+do_without_worker (struct pool *pool, struct op *op, bool begun)
 {
+  struct direct_server *server = pool->server;
   bool ours;
 
   pthread_mutex_lock (&server->lock);
-  server->nr_workers--;
-  ours = begun && take_back_locked (server, op);
+  pool->nr_workers--;
+  ours = begun && take_back_locked (pool, op);
   pthread_mutex_unlock (&server->lock);
   if (ours)
     session_work (op);
@@ -268,6 +291,7 @@ do_without_worker (struct direct_server *server, struct op *op, bool begun)
 void
 direct_submit (struct direct_server *server, struct op *op)
 {
+  struct pool *pool = pool_of (server, op);
   bool missing, begun = op->begun;
 
   op->next = NULL;
@@ -277,23 +301,23 @@ direct_submit (struct direct_server *server, struct op *op)
     return;
   }
   if (begun) {
-    op->next = server->first;
-    server->first = op;
-    if (server->last == NULL)
-      server->last = op;
+    op->next = pool->first;
+    pool->first = op;
+    if (pool->last == NULL)
+      pool->last = op;
   }
-  else if (server->last)
-    server->last = server->last->next = op;
+  else if (pool->last)
+    pool->last = pool->last->next = op;
   else
-    server->first = server->last = op;
-  missing = nr_queued_locked (server) > server->nr_idle
-            && (begun || server->nr_workers < MAX_WORKERS);
+    pool->first = pool->last = op;
+  missing = nr_queued_locked (pool) > pool->nr_idle
+            && (begun || pool->nr_workers < MAX_WORKERS);
   if (missing)
-    server->nr_workers++;
-  pthread_cond_signal (&server->work);
+    pool->nr_workers++;
+  pthread_cond_signal (&pool->work);
   pthread_mutex_unlock (&server->lock);
-  if (missing && start_thread (worker_main, server) < 0)
-    do_without_worker (server, op, begun);
+  if (missing && start_thread (worker_main, pool) < 0)
+    do_without_worker (pool, op, begun);
 }
 
 /* --- Clients ---------------------------------------------------------- */
@@ -323,6 +347,7 @@ session_new (struct direct_server *server, int fd)
   s->volume = server->volume;
   s->fd = fd;
   s->number = ++server->accepted;
+  atomic_init (&s->shaking_hands, true);
   pthread_mutex_init (&s->lock, NULL);
   s->box = mailbox_new ();
   s->inbox = malloc (DIRECT_INBOX);
@@ -448,39 +473,77 @@ nbdm_server_open (struct nbdm *v, int listen_fd, struct direct_server **out)
   pthread_mutex_init (&server->lock, NULL);
   pthread_condattr_init (&attr);
   pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&server->work, &attr);
+  for (int i = 0; i < NR_POOLS; i++) {
+    server->pools[i].server = server;
+    pthread_cond_init (&server->pools[i].work, &attr);
+  }
   pthread_condattr_destroy (&attr);
   pthread_cond_init (&server->gone, NULL);
   *out = server;
   return 0;
 }
 
-int
-nbdm_server_run (struct direct_server *server)
+/* The one of each pool that is always there. */
+static int
+start_workers (struct direct_server *server)
 {
-  int rc;
+  for (int i = 0; i < NR_POOLS; i++) {
+    struct pool *pool = &server->pools[i];
+    int rc;
 
-  server->nr_workers = 1;
-  rc = start_thread (worker_main, server);
-  if (rc < 0)
-    return set_error (rc, "the direct door: a thread");
-  accept_all (server);
+    pthread_mutex_lock (&server->lock);
+    pool->nr_workers++;
+    pthread_mutex_unlock (&server->lock);
+    rc = start_thread (worker_main, pool);
+    if (rc < 0) {
+      do_without_worker (pool, NULL, false);
+      return set_error (rc, "the direct door: a thread");
+    }
+  }
+  return 0;
+}
+
+static void
+end_workers (struct direct_server *server)
+{
   pthread_mutex_lock (&server->lock);
-  /* No more requests; what is under way is answered. */
+  server->ending = true;
+  for (int i = 0; i < NR_POOLS; i++)
+    pthread_cond_broadcast (&server->pools[i].work);
+  for (int i = 0; i < NR_POOLS; i++)
+    while (server->pools[i].nr_workers > 0)
+      pthread_cond_wait (&server->gone, &server->lock);
+  pthread_mutex_unlock (&server->lock);
+}
+
+/* No more requests; what is under way is answered.  Who is still shaking hands
+ * has nothing under way, and may not read what it is told.
+ */
+static void
+end_sessions (struct direct_server *server)
+{
+  pthread_mutex_lock (&server->lock);
   for (struct session *s = server->sessions; s; s = s->next) {
     atomic_store (&s->ending, true);
-    shutdown (s->fd, SHUT_RD); /* also of a handshake */
+    shutdown (s->fd, atomic_load (&s->shaking_hands) ? SHUT_RDWR : SHUT_RD);
     mailbox_ring (s->box);
   }
   mailbox_ring_all ();
   while (server->nr_sessions > 0)
     pthread_cond_wait (&server->gone, &server->lock);
-  server->ending = true;
-  pthread_cond_broadcast (&server->work);
-  while (server->nr_workers > 0)
-    pthread_cond_wait (&server->gone, &server->lock);
   pthread_mutex_unlock (&server->lock);
-  return 0;
+}
+
+int
+nbdm_server_run (struct direct_server *server)
+{
+  int rc = start_workers (server);
+
+  if (rc == 0)
+    accept_all (server);
+  end_sessions (server);
+  end_workers (server);
+  return rc;
 }
 
 void
@@ -494,7 +557,8 @@ nbdm_server_close (struct direct_server *server)
 {
   close (server->end_fd);
   pthread_mutex_destroy (&server->lock);
-  pthread_cond_destroy (&server->work);
+  for (int i = 0; i < NR_POOLS; i++)
+    pthread_cond_destroy (&server->pools[i].work);
   pthread_cond_destroy (&server->gone);
   free (server);
 }

@@ -483,7 +483,8 @@ look_ahead (struct session *s)
   no_requests = s->ended || s->dead || (s->no_more && !s->stalled);
   if (s->first && !s->sending)
     next.events |= POLLOUT;
-  if (room && !no_requests && !s->no_more)
+  /* One that is half there has its room already. */
+  if ((room || s->filling || s->skip > 0) && !no_requests && !s->no_more)
     next.events |= POLLIN;
   next.at_once = room && !no_requests && (s->stalled || s->closed);
   next.over = no_requests && s->nr_ops == (s->filling ? 1 : 0);
@@ -576,8 +577,12 @@ serve (struct session *s)
 void
 session_run (struct session *s)
 {
+  bool agreed;
+
   mailbox_own (s->box);
-  if (direct_handshake (s->fd, s->volume, &s->agreed) == 0) {
+  agreed = direct_handshake (s->fd, s->volume, &s->agreed) == 0;
+  atomic_store (&s->shaking_hands, false);
+  if (agreed) {
     nbdm_count_client (s->volume, +1);
     serve (s);
     nbdm_count_client (s->volume, -1);

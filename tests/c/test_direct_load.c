@@ -383,6 +383,143 @@ test_mute_clients (void)
   take_down ();
 }
 
+enum { DRIPS = 130, DRIP_WORKERS = 128, DRIP_READS = 2, SMALL = 32 << 10 };
+
+/* A client that reads little at a time, and asks for more before it has all. */
+struct drip {
+  struct client client;
+  size_t asked; /* bytes */
+  atomic_size_t taken;
+};
+
+static struct drip drips[DRIPS];
+static atomic_uint nr_drips, nr_dripping; /* clients; of them, with an answer */
+static atomic_bool drip_stop;
+
+static void
+drip_ask (struct drip *d, uint32_t length)
+{
+  assert (
+      client_request (&d->client, NBD_CMD_READ, 0, d->asked, 0, length, NULL));
+  d->asked += length;
+}
+
+/* Often enough that, in the time a send may take, the kernel has room for one
+ * more piece each time: so a blocking send goes on.
+ */
+static void *
+drip_on (void *unused)
+{
+  static uint8_t ignored[17u << 10];
+
+  (void)unused;
+  for (; !drip_stop; poll (NULL, 0, 10))
+    for (unsigned i = 0; i < nr_drips; i++) {
+      struct drip *d = &drips[i];
+      ssize_t n = recv (d->client.fd, ignored, sizeof ignored, MSG_DONTWAIT);
+
+      if (n <= 0)
+        continue;
+      nr_dripping += d->taken == 0;
+      d->taken += (size_t)n;
+      while (d->asked - d->taken < DRIP_READS * LARGEST)
+        drip_ask (d, SMALL); /* which need no worker */
+    }
+  return NULL;
+}
+
+/* Clients that read, but little at a time and for ever, more of them than there
+ * are workers, do not keep these from another's large read: it is answered
+ * before any has taken one of its own answers meanwhile.
+ */
+static void
+test_dripping_clients (void)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+  static uint8_t buf[2 * REGION];
+  size_t before[DRIPS];
+  struct client c;
+  pthread_t thread;
+
+  bring_up (1, 1000);
+  nr_drips = nr_dripping = 0;
+  drip_stop = false;
+  assert (pthread_create (&thread, NULL, drip_on, NULL) == 0);
+  for (unsigned i = 0; i < DRIPS; i++) {
+    drips[i].client = client_open (door, false);
+    for (unsigned k = 0; k < DRIP_READS; k++)
+      drip_ask (&drips[i], LARGEST);
+    nr_drips++;
+  }
+  c = client_open (door, false);
+  for (; nr_dripping < DRIP_WORKERS; poll (NULL, 0, 1))
+    assert (time (NULL) < until);
+  for (unsigned i = 0; i < DRIPS; i++)
+    before[i] = drips[i].taken;
+  assert (client_do (&c, NBD_CMD_READ, 0, 0, sizeof buf, buf) == 0);
+  for (unsigned i = 0; i < DRIPS; i++)
+    assert (drips[i].taken - before[i] < LARGEST);
+  drip_stop = true;
+  pthread_join (thread, NULL);
+  for (unsigned i = 0; i < DRIPS; i++)
+    client_close (&drips[i].client);
+  client_leave (&c);
+  take_down ();
+}
+
+static void
+wait_inflight (uint32_t least)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+  struct nbdm_status status;
+
+  do {
+    assert (time (NULL) < until);
+    poll (NULL, 0, 2);
+    nbdm_get_status (site.volume, &status);
+  } while (status.inflight < least);
+}
+
+static void
+end_held (void)
+{
+  nbdm_server_end (served.server);
+  assert (nbdm_stop (site.volume) == 0);
+  door_close (&served);
+}
+
+/* Writes that wait for a remote, as many as there are workers for them and one
+ * more: the last that its client may send is taken whole, and another client
+ * reads what the local disk has.
+ */
+static void
+test_held_writes (void)
+{
+  enum { NR = 127 };
+  static uint8_t buf[LARGEST];
+  struct client writer, other, reader;
+
+  bring_up (1, 3600 * 1000);
+  writer = client_open (door, false);
+  other = client_open (door, false);
+  reader = client_open (door, true);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  for (uint64_t i = 0; i < NR; i++)
+    assert (client_request (&writer, NBD_CMD_WRITE, 0, i, i * 4096, 4096, buf));
+  assert (client_request (&writer, NBD_CMD_WRITE, 0, NR, SHARED - LARGEST,
+                          LARGEST, buf));
+  assert (client_request (&other, NBD_CMD_WRITE, 0, 0, SHARED / 2, 4096, buf));
+  wait_inflight (NR + 1);
+  assert (client_do (&reader, NBD_CMD_READ, 0, 0, 2 * REGION, buf) == 0);
+  end_held ();
+  client_close (&writer);
+  client_close (&other);
+  client_close (&reader);
+  nbdm_close (site.volume);
+  site_remove (&site);
+}
+
 /* A client that reads late gets all of its answers. */
 static void
 test_late_reader (void)
@@ -485,11 +622,36 @@ test_end_while_held (void)
   wait_answers (100);
   peer_cut (site.peers[0], false);
   site_wait_state (&site, 0, NBDM_HOLDING);
-  nbdm_server_end (served.server);
-  assert (nbdm_stop (site.volume) == 0);
-  door_close (&served);
+  end_held ();
   join_load ();
   client_close (&waiting);
+  nbdm_close (site.volume);
+  site_remove (&site);
+}
+
+/* A client that asks without end while it shakes hands, and reads nothing, is
+ * not waited for: the handshake's own limit is half a minute.
+ */
+static void
+test_end_while_shaking_hands (void)
+{
+  const struct nbd_option_header option
+      = { .magic = htobe64 (NBD_OPTION), .option = htobe32 (NBD_OPT_LIST) };
+  struct client asking;
+  struct pollfd fd = { .events = POLLOUT };
+  time_t before;
+
+  bring_up (1, 1000);
+  asking = client_connect (door, NBD_FLAG_FIXED_NEWSTYLE);
+  fd.fd = asking.fd;
+  while (poll (&fd, 1, 300) > 0)
+    assert (send (asking.fd, &option, sizeof option, MSG_DONTWAIT) > 0
+            || errno == EAGAIN);
+  assert (nbdm_stop (site.volume) == 0);
+  before = time (NULL);
+  door_close (&served);
+  assert (time (NULL) - before < 15);
+  client_close (&asking);
   nbdm_close (site.volume);
   site_remove (&site);
 }
@@ -522,10 +684,13 @@ main (void)
   RUN (test_remotes_come_and_go);
   RUN (test_remotes_are_held);
   RUN (test_mute_clients);
+  RUN (test_dripping_clients);
+  RUN (test_held_writes);
   RUN (test_late_reader);
   RUN (test_clients_vanish);
   RUN (test_end_under_load);
   RUN (test_end_while_held);
   RUN (test_end_with_mute_client);
+  RUN (test_end_while_shaking_hands);
   return 0;
 }

@@ -304,6 +304,59 @@ test_part_is_lent (void)
   end_test ();
 }
 
+/* A connection that is dropped is nobody's, and the ticker looks at it no more.
+ * The session that has the poller's part is at the local disk, for as long as
+ * that takes: so the others are told, whether the part was lent before or is
+ * after.
+ */
+static void
+drop_while_poller_is_away (bool lent_before)
+{
+  struct watcher away = { .box = mailbox_new () }, listed = { .box = box };
+  struct pollfd told = { .fd = box->fd, .events = POLLIN };
+  struct express x;
+  struct conn *conn;
+  int rc;
+
+  assert (begin (&x, BLOCK, 24 * BLOCK, 0));
+  express_local (volume, &x);
+  conn = conn_get (x.request.legs[0].conn);
+  conn_push (conn);
+  assert (conn_watch (conn, &away) & POLLIN);
+  assert (!(conn_watch (conn, &listed) & POLLIN));
+  if (lent_before)
+    conn_lend (conn, &away, 0);
+  nbdm_remote_drop (volume, 0, "a test");
+  if (!lent_before)
+    conn_lend (conn, &away, 0);
+  assert (poll (&told, 1, DEADLINE_S * 1000) == 1);
+  wait_legs (&x);
+  assert (!express_end (volume, &x, &rc));
+  assert (express_complete (volume, &x) == 0);
+  assert (status ().state == NBDM_OUT_OF_SYNC);
+  conn_leave (conn, &away);
+  conn_put (conn);
+  mailbox_put (away.box);
+}
+
+static void
+test_dropped_after_the_part_was_lent (void)
+{
+  begin_site (50);
+  freeze_server ();
+  drop_while_poller_is_away (true);
+  end_test ();
+}
+
+static void
+test_dropped_before_the_part_is_lent (void)
+{
+  begin_site (50);
+  freeze_server ();
+  drop_while_poller_is_away (false);
+  end_test ();
+}
+
 int
 main (int argc, char *argv[])
 {
@@ -317,6 +370,8 @@ main (int argc, char *argv[])
     TEST (test_remote_refuses),
     TEST (test_refused_while_the_disk_sleeps),
     TEST (test_part_is_lent),
+    TEST (test_dropped_after_the_part_was_lent),
+    TEST (test_dropped_before_the_part_is_lent),
   };
 
   return run_tests (tests, sizeof tests / sizeof *tests, argc, argv);
