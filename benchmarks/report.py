@@ -32,8 +32,9 @@ NOTES = (
     "an order that rotates. Client and servers share the cores.",
     "One copy: nbdkit's file plugin. Two copies: two of them and two clients at once, "
     "the figure of one. qemu: qemu-storage-daemon's write-blocking mirror.",
-    "After each measurement every mirror was asked whether it had mirrored "
-    "throughout, and at its end its images were compared byte for byte.",
+    "After each measurement every mirror was asked whether it still mirrors, ours "
+    "whether it had throughout, and at its end its images were compared byte for byte, "
+    "but md's and DRBD's.",
 )
 WORDS = {
     Verdict.GOAL: "goal",
