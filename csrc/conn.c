@@ -278,15 +278,6 @@ unlist_locked (struct conn *conn, struct watcher *watcher)
   watcher->listed = false;
 }
 
-static void
-call_first_watcher_locked (struct conn *conn)
-{
-  struct watcher *first = conn->watchers;
-
-  unlist_locked (conn, first);
-  mailbox_ring (first->box);
-}
-
 /* The poller leaves: somebody who still waits has to take over.  A watcher may
  * be at the local disk, for long: then the ticker does it.  But it looks at
  * none that is dead, so of that one all are told.
@@ -302,10 +293,14 @@ resign_locked (struct conn *conn)
       rouse_locked (conn, w, BE_THE_POLLER);
       return;
     }
-  if (conn->watchers)
-    call_first_watcher_locked (conn);
-  while (conn->watchers && conn->dead)
-    call_first_watcher_locked (conn);
+  while (conn->watchers) {
+    struct watcher *first = conn->watchers;
+
+    unlist_locked (conn, first);
+    mailbox_ring (first->box);
+    if (!conn->dead)
+      break;
+  }
 }
 
 void

@@ -280,9 +280,8 @@ shorten (struct msghdr *msg, size_t max)
  * that time.
  */
 static void
-push_locked (struct session *s, int flags)
+push_locked (struct session *s, bool may_wait)
 {
-  bool may_wait = !(flags & MSG_DONTWAIT);
   uint64_t until
       = may_wait ? now_ns () + DIRECT_SEND_MS * UINT64_C (1000000) : 0;
 
@@ -317,7 +316,7 @@ void
 answers_push (struct session *s)
 {
   pthread_mutex_lock (&s->lock);
-  push_locked (s, MSG_DONTWAIT);
+  push_locked (s, false);
   pthread_mutex_unlock (&s->lock);
 }
 
@@ -338,7 +337,7 @@ answer_send (struct op *op, int rc, size_t body_size)
   finish_op (op, rc, body_size);
   pthread_mutex_lock (&s->lock);
   queue_locked (op);
-  push_locked (s, s->slow ? MSG_DONTWAIT : 0);
+  push_locked (s, !s->slow);
   if (s->wants_room || (s->first && !s->sending)) {
     s->wants_room = false;
     mailbox_ring (s->box); /* its thread goes on, when there is room */

@@ -491,12 +491,10 @@ start_workers (struct direct_server *server)
     struct pool *pool = &server->pools[i];
     int rc;
 
-    pthread_mutex_lock (&server->lock);
-    pool->nr_workers++;
-    pthread_mutex_unlock (&server->lock);
+    pool->nr_workers = 1; /* nobody else knows of the pool yet */
     rc = start_thread (worker_main, pool);
     if (rc < 0) {
-      do_without_worker (pool, NULL, false);
+      pool->nr_workers = 0;
       return set_error (rc, "the direct door: a thread");
     }
   }
