@@ -95,14 +95,15 @@ class Ours(SetUp):
         self.mirror.wait_served()
         self.mirror.attach()
         self.mirror.wait_for("in_sync")
+        self._since = self.mirror.remote()["since"]
         processes = self.mirror.pids()
         super().__init__("ours", "/dev/nbd0", processes)
 
     def check(self) -> None:
-        """Raise RuntimeError unless the remote is in sync."""
-        state = self.mirror.remote()["state"]
-        if state != "in_sync":
-            raise RuntimeError(f"the remote is {state}")
+        """Raise RuntimeError unless the remote was in sync throughout."""
+        found = self.mirror.remote()
+        if (found["state"], found["since"]) != ("in_sync", self._since):
+            raise RuntimeError(f"the remote is {found['state']} since {found['since']}")
 
     def finish(self) -> None:
         """Stop it, and compare the disks byte for byte."""
