@@ -4,13 +4,14 @@
 # builds (nbd_mirror/_build.py), scripts/setup prepares.
 
 PYTHON := .venv/bin/python
-C_FILES = $(shell find csrc tests/c tests/fuzz benchmarks -name build -prune -o -name '*.[ch]' -print)
+C_FILES = $(shell find csrc tests/c tests/unit tests/fuzz benchmarks -name build -prune -o -name '*.[ch]' -print)
 
-.PHONY: help setup build check check-c check-e2e check-vm lint fmt bench demo clean
+.PHONY: help setup build check quick check-c check-e2e check-vm lint fmt bench demo clean
 
 help:
 	@echo 'setup      packages, .venv, build     build      rebuild the C code'
 	@echo 'check      lint and every test        check-c    C tests, sanitizers'
+	@echo 'quick      pytest without the slow tests: three minutes'
 	@echo 'check-e2e  end-to-end tests           check-vm   virtual-machine test'
 	@echo 'lint       layout and types           fmt        lay the code out'
 	@echo 'bench      the benchmark              demo       the demonstration'
@@ -24,6 +25,10 @@ build:
 
 check:
 	scripts/test
+
+quick: build
+	$(PYTHON) -m pytest -m 'not slow' -n $$(($$(nproc) + 2)) --dist loadgroup --no-loadscope-reorder \
+	  tests/unit tests/e2e
 
 check-c:
 	$(MAKE) -C tests/c check
@@ -40,7 +45,7 @@ lint:
 fmt:
 	.venv/bin/ruff check --quiet --fix .
 	.venv/bin/ruff format --quiet .
-	clang-format -i $(C_FILES)
+	.venv/bin/clang-format -i $(C_FILES)
 
 bench: build
 	benchmarks/run

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-from nbd_mirror.errors import MirrorError
+from nbd_mirror.base.errors import MirrorError
 
 from . import report
 from .command import held_back, put, run_command

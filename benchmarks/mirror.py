@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbd_mirror import control
-from nbd_mirror.errors import NotRunningError
-from nbd_mirror.mapview import DirtyMaps, open_map
+from nbd_mirror.base.errors import NotRunningError
+from nbd_mirror.volume import control
+from nbd_mirror.volume.mapview import DirtyMaps, open_map
 
 from .model import BenchError
 from .servers import (

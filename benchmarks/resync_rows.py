@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbd_mirror.mapview import DirtyMaps
+from nbd_mirror.volume.mapview import DirtyMaps
 
 from .images import random_data
 from .link import Link, ceiling

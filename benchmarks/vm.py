@@ -82,7 +82,8 @@ def _boot(options: Mapping[str, Any], timeout_s: float) -> str:
     if tests not in sys.path:
         sys.path.append(tests)
     import pytest
-    from vm.vm import run_in_vm, unpacked  # type: ignore[import-not-found]
+    from vm.kernel import unpacked  # type: ignore[import-not-found]
+    from vm.vm import run_in_vm  # type: ignore[import-not-found]
 
     ram_disks = f"brd rd_nr=3 rd_size={options['size'] >> 10}"
     try:
@@ -92,6 +93,7 @@ def _boot(options: Mapping[str, Any], timeout_s: float) -> str:
             timeout_s,
             [json.dumps({**options, "tools": tools})],
             modules=["nbd", "raid1", "drbd", ram_disks],
+            cpus=2,
         )
     except pytest.skip.Exception as error:
         raise BenchError(str(error)) from None

@@ -11,11 +11,14 @@
 #define NBDM_MAX_REMOTES 8
 #define NBDM_NAME_LEN 64          /* bytes, with the NUL */
 #define NBDM_REASON_LEN 160       /* bytes, with the NUL */
+#define NBDM_UUID_LEN 16          /* bytes */
 #define NBDM_SECTOR 512           /* smallest block offered to clients, bytes */
-#define NBDM_MAX_REQUEST 33554432 /* longest read or write, bytes */
+#define NBDM_MAX_LISTENERS 16     /* sockets the direct door listens on */
+#define NBDM_MAX_REQUEST 67108864 /* longest read or write, bytes */
 #define NBDM_PREFERRED_BLOCK 4096 /* bytes */
 #define NBDM_LATENCY_KINDS 3      /* reads, writes to local alone, mirrored */
 #define NBDM_LATENCY_BUCKETS 112  /* four to a power of two, from 1024 ns */
+#define NBDM_STARVED_DEADLINES 8  /* of a command while others are answered */
 
 #define NBDM_FUA 1       /* durable on every in-sync leg before the answer */
 #define NBDM_MAY_TRIM 2  /* zero: the range may become a hole */
@@ -39,6 +42,13 @@ enum nbdm_local_state {
   NBDM_LOCAL_RESYNCING = 3 /* written again; what it misses is copied back */
 };
 
+/* What an operator says of the local disk at a start. */
+enum nbdm_local_choice {
+  NBDM_LOCAL_CHECKED = 0, /* nothing: it has to be the one that was left */
+  NBDM_LOCAL_FORCED = 1,  /* it is right, whatever it was: remotes all dirty */
+  NBDM_LOCAL_LOST = 2     /* do not use it: failed, a remote in sync serves */
+};
+
 enum nbdm_policy {
   NBDM_DEGRADE = 1, /* a lost remote: go on with local alone */
   NBDM_STOP = 2     /* a lost remote: writes get EIO until in sync again */
@@ -60,18 +70,21 @@ struct nbdm_params {
   uint32_t policy;       /* enum nbdm_policy */
   uint32_t fail_fenced_reads; /* policy stop: while fenced reads get EIO too */
   uint32_t hold_ms;           /* requests wait this long for a lost remote */
-  uint32_t flush_bytes; /* unflushed, and a remote is flushed; 0: 64 MiB */
-  uint32_t flush_ms;    /* or when the oldest is of that age; 0: 5 s */
+  uint32_t local_deadline_ms; /* local keeps a request so long, and a remote
+                                 takes its place; 0: never */
+  uint32_t flush_bytes;  /* unflushed, and a remote is flushed; 0: 64 MiB */
+  uint32_t flush_ms;     /* or when the oldest is of that age; 0: 5 s */
+  uint32_t local_choice; /* enum nbdm_local_choice; of nbdm_open alone */
   uint32_t nr_remotes;
   struct nbdm_remote_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
     uint32_t deadline_ms;    /* of every command to it */
     uint32_t assume_in_sync; /* create: the operator says it is a copy */
-  } remotes[8];
+  } remotes[NBDM_MAX_REMOTES];
 };
 
 struct nbdm_status {
-  uint8_t uuid[16];
+  uint8_t uuid[NBDM_UUID_LEN];
   uint64_t size;        /* bytes */
   uint64_t region_size; /* bytes */
   uint64_t generation;
@@ -94,8 +107,8 @@ struct nbdm_status {
   uint64_t write_ns;          /* sum of the answered writes' times */
   uint64_t activity_persists; /* since start: batches written */
   uint64_t superblock_persists;
-  uint64_t dirty_persists; /* all maps */
-  char reason[160];        /* why failed, or what recovery found; or "" */
+  uint64_t dirty_persists;      /* all maps */
+  char reason[NBDM_REASON_LEN]; /* why failed, or what recovery found; or "" */
   uint32_t local_attached; /* failed, and nbdm_local_attach has opened it */
   uint64_t local_dirty_regions; /* what local misses */
   uint64_t local_errors; /* of local since start: reads, writes, flushes */
@@ -104,11 +117,15 @@ struct nbdm_status {
   uint64_t local_copied_bytes; /* the same, and what was copied back, bytes */
   uint64_t local_serial;       /* see nbdm_wait_local */
   int64_t local_since;         /* seconds since 1970 */
-  char local_reason[160];      /* of local_state; while ok its last error */
+  uint64_t local_silent_ms;    /* so long it has owed a request an answer */
+  char local_reason[NBDM_REASON_LEN]; /* of its state; ok: its last error */
+  uint32_t local_unproven; /* attached; another device, nothing compared */
+  /* How it has changed since the last session; or "". */
+  char local_note[NBDM_REASON_LEN];
 };
 
 struct nbdm_remote_status {
-  char name[64];
+  char name[NBDM_NAME_LEN];
   uint32_t state;     /* enum nbdm_remote_state, PAUSED included */
   uint32_t paused;    /* by an operator, whatever the state */
   uint32_t assumed;   /* in sync on the operator's word alone */
@@ -117,6 +134,7 @@ struct nbdm_remote_status {
   uint64_t dirty_regions;
   uint64_t late_regions; /* of these, held back for late writes */
   uint64_t unflushed_regions;
+  uint64_t flush_bound;    /* bytes of data that may be unflushed, measured */
   uint64_t outstanding;    /* commands sent and not answered */
   uint64_t remote_size;    /* bytes, of the last connection; or 0 */
   uint64_t commands;       /* answered since start */
@@ -125,7 +143,7 @@ struct nbdm_remote_status {
   uint64_t answer_ns; /* shortest time of a copy in the last call; 0: none */
   int64_t since;      /* seconds since 1970 */
   uint64_t serial;    /* see nbdm_wait_event */
-  char reason[160];   /* of the state; or "" */
+  char reason[NBDM_REASON_LEN]; /* of the state; or "" */
 };
 
 /* How much resync does at once.  A burst of copies and a rest take turns. */
@@ -149,8 +167,9 @@ struct nbdm_resync {
 
 /* How many requests took how long, since start. */
 struct nbdm_latency {
-  uint64_t quiet[336]; /* by kind, then bucket: no resync copied meanwhile */
-  uint64_t disturbed[336]; /* the same: one did */
+  /* By kind, then bucket: no resync copied meanwhile, and one did. */
+  uint64_t quiet[NBDM_LATENCY_KINDS * NBDM_LATENCY_BUCKETS];
+  uint64_t disturbed[NBDM_LATENCY_KINDS * NBDM_LATENCY_BUCKETS];
 };
 
 struct nbdm_extent {
@@ -174,10 +193,13 @@ const char *nbdm_last_error (void);
 int nbdm_create (const struct nbdm_params *params, int force);
 
 /* Lock the state directory and the local disk, load and check the logs, and
- * recover: after it the dirty maps hold all that may differ.  Starts no
- * thread, so a door may fork after it.  -EBUSY: somebody else has the volume
- * or the disk; -ENOENT: no state or no disk; -EUCLEAN: the superblock is
- * garbled; -EINVAL: the parameters are not this volume's; -ENOSPC.
+ * recover: after it the dirty maps hold all that may differ.  Starts no thread,
+ * so a door may fork after it.  -EBUSY: another process has the volume or the
+ * disk; -ENOENT: no state or no disk; -EUCLEAN: the superblock is garbled;
+ * -EPROTONOSUPPORT: it is a newer program's; -EINVAL: the parameters are not
+ * this volume's; -EMEDIUMTYPE: the local disk is not the one that was left;
+ * -ENOMEDIUM: it is too small; -ENOTCONN: NBDM_LOCAL_LOST, and no remote was in
+ * sync; -ENOSPC.
  */
 int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
 
@@ -204,7 +226,7 @@ void nbdm_close (struct nbdm *volume);
 /* --- Requests -------------------------------------------------------- */
 
 /* All block until the request may be answered.  -EINVAL: outside the volume,
- * or not in sectors; -EIO; -ENOSPC: of the local disk; -ESHUTDOWN: stopping;
+ * or too long; -EIO; -ENOSPC: of the local disk; -ESHUTDOWN: stopping;
  * -EOPNOTSUPP: fast zero only.  `buf` is not kept.
  */
 int nbdm_pread (struct nbdm *volume, void *buf, uint32_t count,
@@ -224,7 +246,9 @@ int nbdm_cache (struct nbdm *volume, uint64_t count, uint64_t offset);
 int nbdm_extents (struct nbdm *volume, uint64_t count, uint64_t offset,
                   struct nbdm_extent *extents, uint32_t max);
 
-/* Bytes a request's offset and length must be a multiple of. */
+/* Bytes a request's offset and length should be a multiple of: of other writes
+ * and zeroes the first and the last sector are read before they are written.
+ */
 uint32_t nbdm_min_block (const struct nbdm *volume);
 
 /* Count a client's connection in (+1) or out (-1); returns the new count. */
@@ -247,11 +271,20 @@ int nbdm_set_policy (struct nbdm *volume, uint32_t policy,
 int nbdm_remote_connect (struct nbdm *volume, uint32_t remote, const char *uri,
                          uint32_t timeout_ms);
 
-/* Compare a region on local with the connected remote: 0 same, 1 different,
- * -EBUSY: a request holds it (try another), -EAGAIN: it is dirty on either, or
+/* Compare a region on local with the connected remote, or the longest part of
+ * it that no request holds; of a large one over a slow link what two seconds
+ * allow: 0 same, 1 different, -EBUSY: requests hold all of
+ * it (try another), -EAGAIN: it is dirty on either, or
  * local is not open, -ENODATA: local cannot read it.
  */
 int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
+
+/* The first region from this one on that is dirty on neither side, so that
+ * comparing it proves something; the number of regions if there is none, or
+ * local is not open.
+ */
+uint64_t nbdm_remote_comparable (struct nbdm *volume, uint32_t remote,
+                                 uint64_t region);
 
 /* Use the connection from now on: held requests are sent again, the state
  * becomes in_sync if nothing is dirty, else resyncing.
@@ -301,9 +334,11 @@ int nbdm_resync_pace (struct nbdm *volume, uint32_t remote,
 /* --- The local disk, after it failed ---------------------------------- */
 
 /* Open `path` as the local disk again; it is used for nothing until admitted.
- * `replaced`: it is another disk, so every region is dirty on it, durably.
- * -EALREADY: local has not failed; -ENOENT, -EBUSY, -ERANGE (too small) and so
- * on.
+ * `replaced`: it is another disk, so every region is dirty on it, durably, or
+ * -EBUSY: the disk that failed has the only copy of something; else
+ * -EMEDIUMTYPE: it is not the one that was left.  -EALREADY: local has not
+ * failed; -EIO: it did not answer within twice local's deadline, if there is
+ * one; -ENOENT, -EBUSY, -ENOMEDIUM (too small) and so on.
  */
 int nbdm_local_attach (struct nbdm *volume, const char *path, int replaced);
 
@@ -323,6 +358,12 @@ int nbdm_local_resync (struct nbdm *volume, struct nbdm_resync *batch);
 /* As nbdm_resync_pace. */
 void nbdm_local_resync_pace (struct nbdm *volume, const struct nbdm_pace *pace);
 
+/* Take samples of the local disk, by which a start will know it, if less than
+ * `least` could be compared now: there are too few, or writes go on
+ * where they are.  Returns how many were taken.
+ */
+int nbdm_local_sample (struct nbdm *volume, uint32_t least);
+
 /* As nbdm_wait_event, for the local disk. */
 uint64_t nbdm_wait_local (struct nbdm *volume, uint64_t seen,
                           uint32_t timeout_ms);
@@ -338,28 +379,85 @@ int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
 uint64_t nbdm_wait_event (struct nbdm *volume, uint32_t remote, uint64_t seen,
                           uint32_t timeout_ms);
 
+/* Which volumes a client of ours reaches: ours, and those that our remotes said
+ * they are.  Each door gives it as its export's description, by which a volume
+ * that is asked to mirror onto itself, over whatever address, knows it.
+ */
+#define NBDM_CHAIN_LEN 1024 /* bytes, with the NUL */
+void nbdm_chain (const struct nbdm *volume, char *words, uint32_t size);
+
 /* --- The direct door: our own NBD server ------------------------------- */
 
 struct direct_server; /* opaque */
 
-/* Serve the volume to clients of `listen_fd`, a listening socket that stays the
- * caller's, and does not block from now on.  -ENOMEM, -EMFILE.
+/* What clients may take; 0: as much as is usual. */
+struct nbdm_limits {
+  uint32_t max_clients;
+  uint32_t stall_ms;   /* one that others wait for may move nothing so long */
+  uint64_t max_memory; /* bytes of all clients' requests together */
+};
+
+/* Serve the volume to clients of `nr` listening sockets, which stay the
+ * caller's, and do not block from now on.  Raises the process's limit of
+ * descriptors as far as `max_clients` needs it.  -ENOMEM, -EMFILE.
  */
-int nbdm_server_open (struct nbdm *volume, int listen_fd,
+int nbdm_server_open (struct nbdm *volume, const int *listen_fds, uint32_t nr,
+                      const struct nbdm_limits *limits,
                       struct direct_server **server);
+
+/* How many there may be: fewer than asked for without the descriptors. */
+uint32_t nbdm_server_max_clients (const struct direct_server *server);
 
 /* Accept and serve; blocks until nbdm_server_end, then until the requests that
  * were taken in are answered and the clients disconnected: bounded if the
  * volume is stopped, for one that does not read its answers is given up.
- * -EAGAIN: no thread could be made.
+ * Its sockets do not listen any more then.  -EAGAIN: no thread could be made.
  */
 int nbdm_server_run (struct direct_server *server);
 
 /* Have nbdm_server_run return; from any thread, as often as one likes. */
 void nbdm_server_end (struct direct_server *server);
 
+/* The same, and wait for the clients to be answered and gone: before nbdm_stop,
+ * which refuses what has not begun.  -ETIMEDOUT: some are not, in that time.
+ */
+int nbdm_server_drain (struct direct_server *server, uint32_t timeout_ms);
+
 /* After nbdm_server_run has returned. */
 void nbdm_server_close (struct direct_server *server);
+
+/* --- The log --------------------------------------------------------- */
+
+/* What a line is about: of the first two kinds only so many a second are
+ * written, as a client can cause them.
+ */
+#define NBDM_LOG_CLIENTS 0
+#define NBDM_LOG_OTHERS 1 /* what is written to descriptors 1 and 2 */
+#define NBDM_LOG_KINDS 2
+#define NBDM_LOG_OWN 2
+
+/* From now on no line blocks: two threads write what comes, also to descriptors
+ * 1 and 2, to what descriptor 2 is now.  To be called after any fork, and
+ * before signals are blocked.  Again: no effect.  -EMFILE, -EAGAIN.
+ */
+int nbdm_log_start (void);
+
+/* If the output is `state_dir`'s serve.log: bound its size. */
+int nbdm_log_rotate (const char *state_dir);
+
+/* Write a line: the time, `level` and `words`.  Never blocks, never fails: what
+ * cannot be written is counted.  Before nbdm_log_start it may block.
+ */
+void nbdm_log (uint32_t kind, const char *level, const char *words);
+
+/* The same for whole lines that are as they should be. */
+void nbdm_log_raw (const char *text);
+
+/* Wait until all there is was written, or the time is over. */
+void nbdm_log_flush (uint32_t timeout_ms);
+
+/* Lines that could not be written, and those there were too many of. */
+void nbdm_log_counts (uint64_t *nr_lost, uint64_t *nr_left_out);
 
 /* --- Looking at it --------------------------------------------------- */
 

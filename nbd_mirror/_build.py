@@ -3,7 +3,7 @@
 Build the C code through CFFI: the hatchling hook, and ``python -m nbd_mirror._build``.
 
 Two shared objects come from the same sources: ``_core``, an extension module for
-Python, and the nbdkit plugin, which embeds Python and adds csrc/nbdkit_plugin.c.
+Python, and the nbdkit plugin, which embeds Python and adds csrc/doors/nbdkit_plugin.c.
 Both take their declarations from csrc/nbdm.h as it is, so there is no second copy
 to drift. They are always put beside this file: an editable install uses them
 there, a wheel packs them from there. A build is skipped while the hash of all
@@ -35,7 +35,8 @@ __all__ = ["BuildError", "CffiBuildHook", "build", "main"]
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 CSRC = ROOT / "csrc"
-PLUGIN_SOURCE = CSRC / "nbdkit_plugin.c"
+PLUGIN_SOURCE = CSRC / "doors" / "nbdkit_plugin.c"
+NATIVE_CODE = PACKAGE / "server" / "native.py"
 PLUGIN_FILE = "nbdkit-nbd-mirror-plugin.so"
 
 C_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-pthread")
@@ -45,6 +46,8 @@ WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
 # Only CFFI's entry points and nbdkit's are exported: names as plain as crc32c
 # must not be bound to another library's in the same process.
 HIDDEN = "-fvisibility=hidden"
+# nbdkit unloads a plugin before it exits; the log's threads run until the end.
+KEEP_MAPPED = ("-Wl,-z,nodelete",)
 
 # What is needed: pkg-config's name, the header people know, the Debian package.
 LIBRARIES = (
@@ -80,7 +83,7 @@ class Target(NamedTuple):
 
 def engine_sources() -> tuple[Path, ...]:
     """Return the C files both shared objects are made of, sorted."""
-    return tuple(p for p in sorted(CSRC.glob("*.c")) if p != PLUGIN_SOURCE)
+    return tuple(p for p in sorted(CSRC.rglob("*.c")) if p != PLUGIN_SOURCE)
 
 
 def targets() -> tuple[Target, Target]:
@@ -95,7 +98,7 @@ def targets() -> tuple[Target, Target]:
             f"{CSRC} holds no nbdm.h: the C sources are only in a checkout or an "
             "sdist; build there"
         )
-    headers = tuple(sorted(CSRC.glob("*.h")))
+    headers = tuple(sorted(CSRC.rglob("*.h")))
     engine = engine_sources()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     core = Target("nbd_mirror._core", f"_core{suffix}", engine, headers)
@@ -104,7 +107,7 @@ def targets() -> tuple[Target, Target]:
         PLUGIN_FILE,
         (*engine, PLUGIN_SOURCE),
         headers,
-        texts=(PACKAGE / "native.py",),
+        texts=(NATIVE_CODE,),
     )
     return core, plugin
 
@@ -181,16 +184,24 @@ def check_prerequisites() -> None:
         )
 
 
+def warnings_of(out: Path) -> Path:
+    """Return where the compiler's warnings about the object *out* are kept."""
+    return out.with_suffix(".o.warnings")
+
+
 def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) -> Path:
     """
     Compile one of our C files, unless it and its headers are as before.
 
-    Both shared objects link the same object, so each file is compiled once.
+    Both shared objects link the same object, so each file is compiled once. The
+    compiler's warnings are kept beside it, and shown whenever the object is used.
     """
     out = ROOT / "build" / f"{source.stem}.o"
     noted = out.with_suffix(".o.sha256")
     wanted = digest((source, *headers))
-    if out.exists() and noted.exists() and noted.read_text() == wanted:
+    kept = out.exists() and warnings_of(out).exists() and noted.exists()
+    if kept and noted.read_text() == wanted:
+        sys.stderr.write(warnings_of(out).read_text())
         return out
     noted.unlink(missing_ok=True)
     flags = [flag for name, _, _ in PACKAGES for flag in pkg_config("--cflags", name)]
@@ -198,10 +209,44 @@ def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) ->
     command += ["-c", str(source), "-o", str(out)]
     if verbose:
         print(shlex.join(command))
-    if subprocess.run(command, check=False).returncode != 0:
+    done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+    # In one write: other files are compiled at the same time.
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
         raise BuildError(f"{source.name} did not compile, see above")
+    warnings_of(out).write_text(done.stderr)
     noted.write_text(wanted)
     return out
+
+
+def compile_objects(target: Target, *, verbose: bool) -> list[Path]:
+    """Compile what has changed of the C files of *target*, several at a time."""
+
+    def compile_one(source: Path) -> Path:
+        return compile_object(source, target.headers, verbose=verbose)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, target.sources))
+
+
+def check_warnings() -> None:
+    """
+    Compile every C file of ours that has changed, and demand that none warns.
+
+    The objects are the build's own, so an unchanged file costs nothing here, and a
+    changed one nothing in the next build. -Werror would find the same, but it is
+    another flag, and every object would be compiled once more.
+
+    Raises:
+        BuildError: the compiler warned, now or when it made the present object.
+    """
+    with build_lock():
+        check_prerequisites()
+        _, plugin = targets()  # it has all the sources
+        objects = compile_objects(plugin, verbose=False)
+    warned = [out.stem for out in objects if warnings_of(out).read_text()]
+    if warned:
+        raise BuildError(f"the compiler warns, see above: {', '.join(warned)}")
 
 
 def make_ffi(target: Target, objects: list[Path]) -> cffi.FFI:
@@ -209,8 +254,8 @@ def make_ffi(target: Target, objects: list[Path]) -> cffi.FFI:
     ffi = cffi.FFI()
     ffi.cdef((CSRC / "nbdm.h").read_text(encoding="utf-8"))
     if PLUGIN_SOURCE in target.sources:
-        ffi.embedding_api((CSRC / "door.h").read_text(encoding="utf-8"))
-        ffi.embedding_init_code((PACKAGE / "native.py").read_text(encoding="utf-8"))
+        ffi.embedding_api((CSRC / "doors" / "door.h").read_text(encoding="utf-8"))
+        ffi.embedding_init_code(NATIVE_CODE.read_text(encoding="utf-8"))
     libraries = [x for name, _, _ in LIBRARIES for x in pkg_config("--libs", name)]
     ffi.set_source(
         target.module,
@@ -218,7 +263,7 @@ def make_ffi(target: Target, objects: list[Path]) -> cffi.FFI:
         include_dirs=[str(CSRC)],
         extra_objects=[str(path) for path in objects],
         extra_compile_args=[*C_FLAGS, HIDDEN],
-        extra_link_args=[*libraries, "-pthread"],
+        extra_link_args=[*libraries, "-pthread", *KEEP_MAPPED],
     )
     return ffi
 
@@ -229,12 +274,7 @@ def compile_target(target: Target, *, verbose: bool) -> None:
 
     A running server keeps the file it has mapped: the new one is renamed over it.
     """
-
-    def compile_one(source: Path) -> Path:
-        return compile_object(source, target.headers, verbose=verbose)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, target.sources))
+    objects = compile_objects(target, verbose=verbose)
     scratch = Path(tempfile.mkdtemp(prefix="cffi-", dir=ROOT / "build"))
     try:
         made = make_ffi(target, objects).compile(
@@ -310,14 +350,20 @@ class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def main(arguments: list[str]) -> int:
-    """Rebuild in place; ``--force`` and ``--verbose`` as in build()."""
-    unknown = set(arguments) - {"--force", "--verbose"}
+    """
+    Rebuild in place; ``--force`` and ``--verbose`` as in build().
+
+    With ``--warnings`` the objects alone are made, and a warning is an error.
+    """
+    unknown = set(arguments) - {"--force", "--verbose", "--warnings"}
     if unknown:
-        print(
-            f"usage: python -m nbd_mirror._build [--force] [--verbose], not {unknown}"
-        )
+        usage = "[--force] [--verbose] | --warnings"
+        print(f"usage: python -m nbd_mirror._build {usage}, not {unknown}")
         return 2
     try:
+        if "--warnings" in arguments:
+            check_warnings()
+            return 0
         build(force="--force" in arguments, verbose="--verbose" in arguments)
     except BuildError as error:
         print(f"nbd_mirror: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from typing import Any
 from disk import Disk, choose_disk
 from stage import DemoError, Stage, interruptible
 
-from nbd_mirror import control
-from nbd_mirror.errors import MirrorError
-from nbd_mirror.units import format_size
+from nbd_mirror.base.errors import MirrorError
+from nbd_mirror.base.units import format_size
+from nbd_mirror.volume import control
 
 STEPS = 9
 SIZE = "640MiB"
@@ -32,6 +33,7 @@ SIZE = "640MiB"
 TREES = ("/usr/lib/gcc", "/usr/include", "/usr/lib/python3", "/usr/share/doc")
 MORE_TREES = ("/usr/lib/python3.11", "/usr/share/perl", "/usr/share/locale")
 MIB = 1 << 20
+NEEDED = 2048 * MIB  # in the temporary folder: three images, and copies of the trees
 KILL_AFTER = 16 * MIB  # that have reached the secondary
 PROGRAMS = (
     "nbdkit",
@@ -303,6 +305,16 @@ def check_programs() -> None:
         raise DemoError(f"not installed: {', '.join(missing)}; scripts/setup says why")
 
 
+def say_room() -> None:
+    """Say where room is missing, if it may be that; what was made is removed by now."""
+    folder = tempfile.gettempdir()
+    room = shutil.disk_usage(folder).free
+    if room < NEEDED:
+        text = f"  try: it needs up to {format_size(NEEDED)} in {folder}, which has"
+        more = f"{format_size(room)} of room; TMPDIR names another folder"
+        print(text, more, file=sys.stderr)
+
+
 def main() -> int:
     """Play the demonstration."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
@@ -321,6 +333,7 @@ def main() -> int:
             stage.proven(f"all as it should be, in {stage.elapsed_s:.0f} s")
     except (DemoError, MirrorError, OSError) as error:
         print(f"demo: FAILED: {error}", file=sys.stderr)
+        say_room()
         return 1
     except KeyboardInterrupt:
         print("demo: interrupted; all is cleaned up", file=sys.stderr)

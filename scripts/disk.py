@@ -15,8 +15,8 @@ from pathlib import Path
 
 from stage import DemoError, Stage
 
-from nbd_mirror import attach
-from nbd_mirror.config import load
+from nbd_mirror.device import attach
+from nbd_mirror.volume.config import load
 
 __all__ = ["Disk", "choose_disk"]
 

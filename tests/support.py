@@ -101,9 +101,14 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def marked_processes() -> dict[int, str]:
-    """Return the running processes of this session but pytest: pid, command line."""
-    wanted = f"{MARKER}={os.environ[MARKER]}".encode()
+def marked_processes(marker: str = "") -> dict[int, str]:
+    """
+    Return the running processes of this session but pytest: pid, command line.
+
+    Args:
+        marker: another session's.
+    """
+    wanted = f"{MARKER}={marker or os.environ[MARKER]}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -112,7 +117,7 @@ def marked_processes() -> dict[int, str]:
             if wanted not in (entry / "environ").read_bytes().split(b"\0"):
                 continue
             command = (entry / "cmdline").read_bytes()
-        except OSError:  # it ended meanwhile, or belongs to somebody else
+        except OSError:  # it ended meanwhile, or is another user's
             continue
         if is_running(int(entry.name)):
             text = command.replace(b"\0", b" ").decode(errors="replace").strip()
@@ -131,9 +136,13 @@ def reap() -> None:
             return
 
 
-def kill_marked(spare: Mapping[int, str]) -> dict[int, str]:
+def kill_marked(spare: Mapping[int, str], marker: str = "") -> dict[int, str]:
     """
     Kill every process of this session that is not in *spare*.
+
+    Args:
+        spare: by pid.
+        marker: another session's.
 
     Returns:
         those killed: pid and command line.
@@ -142,7 +151,8 @@ def kill_marked(spare: Mapping[int, str]) -> dict[int, str]:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         # Again and again: one may have forked before it was killed.
-        left = {p: c for p, c in marked_processes().items() if p not in spare}
+        marked = marked_processes(marker).items()
+        left = {p: c for p, c in marked if p not in spare}
         if not left:
             break
         killed |= left

@@ -7,6 +7,9 @@
 #ifndef NBDM_ACTIVITY_LOG_H
 #define NBDM_ACTIVITY_LOG_H
 
+#include "base/clock.h"
+#include "logs/activity.h"
+#include "logs/layout.h"
 #include "test.h"
 
 #define ENTRIES 100u /* two sectors, the second not full */

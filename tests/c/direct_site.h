@@ -8,12 +8,13 @@
 #ifndef NBDM_DIRECT_SITE_H
 #define NBDM_DIRECT_SITE_H
 
+#include "api.h"
+#include "wire/protocol.h"
 #include "site.h"
-
-#include <poll.h>
-
 #include "door.h"
 #include "nbd_client.h"
+
+#include <poll.h>
 
 #define REGION 65536u
 #define SECTOR 512u
@@ -93,7 +94,7 @@ assert_filled (const uint8_t *bytes, uint8_t value, size_t size)
 }
 
 /* Writes of every kind and length, and what is read then. */
-static void
+static TEST_UNUSED void
 round_trip (const struct client *c, uint8_t value)
 {
   static uint8_t buf[LARGEST];

@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "api.h"
+#include "volume/volume.h"
 #include "test.h"
 
 #define DOOR_DEADLINE_S 60 /* to end, whatever clients do */
@@ -33,11 +35,12 @@ door_run (void *server)
   return NULL;
 }
 
-/* Clients are served when this returns.  The path is taken, if need be from an
+/* It listens, and does not serve yet.  The path is taken, if need be from an
  * earlier door's socket.
  */
 static inline void
-door_open (struct door *door, struct nbdm *volume, const char *path)
+door_make (struct door *door, struct nbdm *volume, const char *path,
+           const struct nbdm_limits *limits)
 {
   struct sockaddr_un *address = &door->address;
 
@@ -50,8 +53,31 @@ door_open (struct door *door, struct nbdm *volume, const char *path)
   assert (bind (door->listener, (struct sockaddr *)address, sizeof *address)
           == 0);
   assert (listen (door->listener, 16) == 0);
-  assert (nbdm_server_open (volume, door->listener, &door->server) == 0);
+  assert (nbdm_server_open (volume, &door->listener, 1, limits, &door->server)
+          == 0);
+}
+
+static inline void
+door_start (struct door *door)
+{
   assert (pthread_create (&door->thread, NULL, door_run, door->server) == 0);
+}
+
+/* Clients are served when this returns. */
+static inline void
+door_open_limited (struct door *door, struct nbdm *volume, const char *path,
+                   const struct nbdm_limits *limits)
+{
+  door_make (door, volume, path, limits);
+  door_start (door);
+}
+
+static inline void
+door_open (struct door *door, struct nbdm *volume, const char *path)
+{
+  const struct nbdm_limits usual = { 0 };
+
+  door_open_limited (door, volume, path, &usual);
 }
 
 /* Ends the test if it takes longer than a request may. */

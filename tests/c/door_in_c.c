@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* csrc/door.h without Python: with it, csrc/nbdkit_plugin.c and the engine are
- * an nbdkit plugin of C alone, which the sanitizers can watch from end to end.
- * The policy is what nbd_mirror/keeper.py does, without its patience: connect,
- * admit, resync, release what was late; and, so that there is something to do,
- * now and then all is invalidated or paused.
+/* csrc/doors/door.h without Python: with it, csrc/doors/nbdkit_plugin.c and the
+ * engine are an nbdkit plugin of C alone, which the sanitizers can watch from
+ * end to end. The policy is what nbd_mirror/server/keeper.py does, without its
+ * patience: connect, admit, resync, release what was late; and, so that there
+ * is something to do, now and then all is invalidated or paused.
  *
  * The configuration has a word a line: local disk, state directory, a file
  * that is there while every remote is in sync, and the socket of each remote.
@@ -24,8 +24,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "nbdm.h"
-#include "door.h"
+#include "api.h"
+#include "doors/door.h"
+#include "volume/volume.h"
 
 #define LINE 256
 #define MAX_LINES 8

@@ -27,8 +27,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "api.h"
+#include "volume/volume.h"
+#include "local_deadline.h"
+
 #ifndef NBDM_VOLUME_H /* which has it already */
-#include "nbdm.h"
 #endif
 
 /* No test uses all of it. */
@@ -135,25 +138,26 @@ remove_site (void)
 static void
 set_params (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
 {
-  params = (struct nbdm_params){ .name = "test",
-                                 .local = strdup (path ("local")),
-                                 .state_dir = strdup (path ("state")),
-                                 .size = SIZE,
-                                 .region_size = REGION,
-                                 .policy = policy,
-                                 .hold_ms = hold_ms,
-                                 .flush_bytes = flush_bytes,
-                                 .flush_ms = flush_ms,
-                                 .nr_remotes = 1 };
+  params
+      = (struct nbdm_params){ .name = "test",
+                              .local = strdup (path ("local")),
+                              .state_dir = strdup (path ("state")),
+                              .size = SIZE,
+                              .region_size = REGION,
+                              .policy = policy,
+                              .hold_ms = hold_ms,
+                              .local_deadline_ms = local_deadline_of_tests (),
+                              .flush_bytes = flush_bytes,
+                              .flush_ms = flush_ms,
+                              .nr_remotes = 1 };
   params.remotes[0].name = "dr";
   params.remotes[0].deadline_ms = deadline_ms;
 }
 
+/* In the folder that `dir` names. */
 static void
-make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
+make_site_here (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
 {
-  snprintf (dir, sizeof dir, "/tmp/nbdm-engine-XXXXXX");
-  assert (mkdtemp (dir));
   make_image ("local");
   make_image ("remote");
   assert (mkdir (path ("state"), 0700) == 0);
@@ -162,6 +166,14 @@ make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
   start_server ();
   assert (nbdm_open (&params, &volume) == 0);
   assert (nbdm_start (volume) == 0);
+}
+
+static void
+make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
+{
+  snprintf (dir, sizeof dir, "/tmp/nbdm-engine-XXXXXX");
+  assert (mkdtemp (dir));
+  make_site_here (policy, hold_ms, deadline_ms);
 }
 
 static struct nbdm_remote_status

@@ -19,9 +19,14 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "api.h"
+#include "base/crc32c.h"
+#include "base/error.h"
+#include "base/file.h"
+#include "logs/bitmap.h"
+#include "logs/layout.h"
+#include "volume/volume.h"
 #include "test.h"
-
-#include "nbdm.h" /* after the types it takes for granted */
 
 #define REGION 65536u
 #define EXTENT (4u << 20)
@@ -277,9 +282,7 @@ is_map (const char *name)
 static TEST_UNUSED bool
 is_state_file (const char *name)
 {
-  const char *dot = strrchr (name, '.');
-
-  if (dot && (strcmp (dot, ".bad") == 0 || strcmp (dot, ".new") == 0))
+  if (strchr (name, '~')) /* a leftover */
     return false;
   return is_map (name) || strcmp (name, "superblock") == 0
          || strcmp (name, "activity") == 0 || strcmp (name, "inflight") == 0;

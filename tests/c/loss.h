@@ -126,6 +126,9 @@ void disk_may_change (uint32_t disk, uint64_t *bits);
  * region.
  */
 void disk_leave_local (int fd, enum loss_how how, uint64_t *random);
+/* The same of a part of it, in another file that holds anything yet. */
+void disk_leave_part (int fd, uint64_t offset, uint64_t length,
+                      enum loss_how how, uint64_t *random);
 /* Is this, and nothing else, what lost power would leave there? */
 bool disk_holds (uint32_t disk, uint64_t offset, uint64_t length,
                  const void *data);

@@ -350,26 +350,48 @@ disk_holds (uint32_t disk, uint64_t offset, uint64_t length, const void *data)
   return true;
 }
 
+/* What lost power may leave of a unit of the local disk; `*other`: it is not
+ * sure to be what a flush left.
+ */
+static const uint8_t *
+left_bytes (uint64_t unit, enum loss_how how, uint64_t *random, bool *other)
+{
+  static const uint8_t zeroes[LOSS_UNIT];
+  const uint8_t *bytes = durable_bytes + unit * LOSS_UNIT;
+
+  *other = false;
+  for (const struct write_op *op = disks[LOSS_LOCAL].first; op; op = op->next) {
+    if (unit < op->first || unit >= op->first + op->count)
+      continue;
+    *other = true;
+    if (how == LOSS_NOTHING
+        || (how != LOSS_UNSYNCED && peer_random (random) % 2))
+      bytes = op->bytes ? op->bytes + (unit - op->first) * LOSS_UNIT : zeroes;
+  }
+  return bytes;
+}
+
 void
 disk_leave_local (int fd, enum loss_how how, uint64_t *random)
 {
-  static const uint8_t zeroes[LOSS_UNIT];
-
   for (uint64_t i = 0; i < nr_units; i++) {
-    const uint8_t *bytes = durable_bytes + i * LOSS_UNIT;
-    bool other = false;
+    bool other;
+    const uint8_t *bytes = left_bytes (i, how, random, &other);
 
-    for (const struct write_op *op = disks[LOSS_LOCAL].first; op;
-         op = op->next) {
-      if (i < op->first || i >= op->first + op->count)
-        continue;
-      other = true;
-      if (how == LOSS_NOTHING
-          || (how != LOSS_UNSYNCED && peer_random (random) % 2))
-        bytes = op->bytes ? op->bytes + (i - op->first) * LOSS_UNIT : zeroes;
-    }
     if (other)
       assert (pwrite (fd, bytes, LOSS_UNIT, (off_t)(i * LOSS_UNIT))
               == LOSS_UNIT);
+  }
+}
+
+void
+disk_leave_part (int fd, uint64_t offset, uint64_t length, enum loss_how how,
+                 uint64_t *random)
+{
+  for (uint64_t at = offset; at < offset + length; at += LOSS_UNIT) {
+    bool other;
+    const uint8_t *bytes = left_bytes (at / LOSS_UNIT, how, random, &other);
+
+    assert (pwrite (fd, bytes, LOSS_UNIT, (off_t)at) == LOSS_UNIT);
   }
 }

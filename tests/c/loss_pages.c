@@ -21,7 +21,7 @@
 #define MAX_DIRECTORIES 32u
 #define MAX_INODES 4096u
 
-/* What there may be, all but `lock`, which is nobody's state. */
+/* What there may be, all but `lock`, which is no state. */
 static const char *const files[]
     = { "superblock", "activity",    "inflight", "dirty.dr0",
         "dirty.dr1",  "dirty.local", "failed" };
@@ -329,7 +329,7 @@ leave_file (int dirfd, const struct name *name, enum loss_how how,
 static void
 empty_directory (int dirfd)
 {
-  static const char *const endings[] = { "", ".new", ".bad" };
+  static const char *const endings[] = { "", "~new", "~bad" };
   char file[96];
 
   for (unsigned i = 0; i < sizeof files / sizeof files[0]; i++)

@@ -19,6 +19,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "wire/silence.h"
 #include "loss.h"
 
 #define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"

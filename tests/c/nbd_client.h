@@ -18,7 +18,7 @@
 #include <sys/time.h>
 #include <sys/un.h>
 
-#include "protocol.h"
+#include "wire/protocol.h"
 #include "test.h"
 
 #define CLIENT_DEADLINE_S 60
@@ -265,8 +265,9 @@ client_chunk (const struct client *c, struct answer *answer, void *buf,
   return client_receive (c, buf, answer->length);
 }
 
-/* The next answer's head.  A simple one does not tell whether data follow:
- * who knows what the cookie stood for receives them.  False: it ended.
+/* The next answer's head.  A simple one does not tell whether data follow: a
+ * caller that knows what the cookie stood for receives them.  False: the
+ * connection ended.
  */
 static TEST_UNUSED bool
 client_answer (const struct client *c, struct answer *answer, void *buf,

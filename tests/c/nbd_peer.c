@@ -52,7 +52,9 @@ struct peer {
   uint8_t *image, *flushed;
   uint8_t *unflushed; /* a byte a sector */
   enum peer_hold hold;
-  bool hold_flushes;
+  bool hold_flushes, hold_writes;
+  unsigned flush_ms;
+  uint64_t flush_rate;
   unsigned may_apply, may_answer; /* so many flushes nonetheless */
   bool stopping, keep;
   uint64_t random;
@@ -110,11 +112,36 @@ apply_locked (struct peer *peer, const struct peer_command *cmd)
     flush_locked (peer, cmd->offset, cmd->length);
 }
 
+/* Before the flush, or the FUA write, is done. */
+static void
+take_time (struct peer *peer, const struct peer_command *cmd)
+{
+  uint64_t bytes = 0, ms;
+
+  pthread_mutex_lock (&peer->lock);
+  ms = peer->flush_ms;
+  if (peer->flush_rate > 0) {
+    for (uint64_t s = 0; s < peer->params.size / PEER_SECTOR; s++)
+      bytes += peer->unflushed[s] ? PEER_SECTOR : 0;
+    bytes = cmd->type == PEER_FLUSH ? bytes : cmd->length;
+    ms += bytes * 1000 / peer->flush_rate;
+  }
+  pthread_mutex_unlock (&peer->lock);
+  if (ms > 0)
+    poll (NULL, 0, (int)ms);
+}
+
 static void
 apply (struct peer *peer, const struct peer_command *cmd)
 {
   const struct peer_params *p = &peer->params;
 
+  if (cmd->type == PEER_FLUSH || cmd->fua)
+    take_time (peer, cmd);
+  if (cmd->type == PEER_ZERO && p->refuse_zeroes)
+    return;
+  if (cmd->type == PEER_ZERO && p->zero_bytes_per_ms)
+    poll (NULL, 0, (int)(cmd->length / p->zero_bytes_per_ms));
   if (p->enter)
     p->enter (p->opaque);
   pthread_mutex_lock (&peer->lock);
@@ -144,8 +171,10 @@ wait_for (struct session *s, enum peer_hold below)
 static bool
 answer (struct session *s, const struct peer_command *cmd)
 {
-  const struct reply reply
-      = { .magic = htobe32 (REPLY_MAGIC), .cookie = cmd->cookie };
+  uint32_t error = cmd->type == PEER_ZERO ? s->peer->params.refuse_zeroes : 0;
+  const struct wire_reply reply = { .magic = htobe32 (REPLY_MAGIC),
+                                    .error = htobe32 (error),
+                                    .cookie = cmd->cookie };
 
   return wait_for (s, PEER_HOLD_ANSWERS)
          && wire_transmit (s->fd, &reply, sizeof reply)
@@ -165,7 +194,7 @@ item_free (struct item *item)
 static struct item *
 receive_item (struct session *s)
 {
-  struct request request;
+  struct wire_request request;
   struct item *item;
 
   if (!wire_receive (s->fd, &request, sizeof request)
@@ -220,12 +249,14 @@ put_locked (struct session *s, struct item *item)
   pthread_cond_broadcast (&s->peer->changed);
 }
 
-/* A flush, or the answer to one, that the test wants to wait? */
+/* A write that the test wants to wait, or a flush, or the answer to one? */
 static bool
 is_held_locked (struct peer *peer, const struct item *item)
 {
   unsigned *left = item->applied ? &peer->may_answer : &peer->may_apply;
 
+  if (peer->hold_writes && item->cmd.type == PEER_WRITE && !item->applied)
+    return true;
   if (!peer->hold_flushes || item->cmd.type != PEER_FLUSH)
     return false;
   if (*left == 0)
@@ -369,7 +400,8 @@ serve (void *opaque)
   struct session *s = opaque;
 
   peer_thread = true;
-  if (wire_handshake (s->fd, s->peer->params.size, s->peer->params.no_fua)) {
+  if (wire_handshake_plain (s->fd, s->peer->params.size, s->peer->params.no_fua,
+                            s->peer->params.no_zeroes)) {
     if (s->peer->params.shuffle)
       serve_shuffled (s);
     else
@@ -542,10 +574,27 @@ peer_hold_flushes (struct peer *peer, bool hold)
 }
 
 void
+peer_hold_writes (struct peer *peer, bool hold)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->hold_writes = hold;
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
 peer_answer_flush (struct peer *peer)
 {
   pthread_mutex_lock (&peer->lock);
   peer->may_answer++;
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
+peer_slow_flushes (struct peer *peer, unsigned ms, uint64_t bytes_per_s)
+{
+  pthread_mutex_lock (&peer->lock);
+  peer->flush_ms = ms;
+  peer->flush_rate = bytes_per_s;
   pthread_mutex_unlock (&peer->lock);
 }
 

@@ -46,7 +46,10 @@ struct peer_params {
   const char *socket; /* path; copied */
   uint64_t size;      /* bytes */
   uint64_t seed;
-  bool no_fua;  /* the server does not know it */
+  bool no_fua; /* the server does not know it */
+  bool no_zeroes;
+  uint32_t refuse_zeroes; /* offered, and answered with this errno; 0: done */
+  uint32_t zero_bytes_per_ms; /* how quickly it zeroes; 0: at once */
   bool shuffle; /* apply and answer in any order, now and then later */
   /* Around the applying of a command, so that it is one instant of the
    * test's; `applied` is called between the two, with the image changed.
@@ -85,8 +88,15 @@ void peer_hold (struct peer *peer, enum peer_hold hold);
  */
 void peer_hold_flushes (struct peer *peer, bool hold);
 void peer_answer_flush (struct peer *peer);
+/* With `shuffle`: no write is carried out; all else goes on. */
+void peer_hold_writes (struct peer *peer, bool hold);
 
-/* This thread is a server's, not one of whom is tested. */
+/* A disk behind a write cache: from now on a flush takes so long, and a second
+ * for so many unflushed bytes; 0: none.  In order, the others wait for it.
+ */
+void peer_slow_flushes (struct peer *peer, unsigned ms, uint64_t bytes_per_s);
+
+/* This thread is a server's, not one of the engine under test. */
 extern _Thread_local bool peer_thread;
 
 /* xorshift64*; the state must not be 0. */

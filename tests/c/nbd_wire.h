@@ -18,14 +18,14 @@
 #define FLAG_FUA 1
 
 /* Big-endian, but for the cookie, which is the client's. */
-struct __attribute__ ((packed)) request {
+struct __attribute__ ((packed)) wire_request {
   uint32_t magic;
   uint16_t flags, type;
   uint64_t cookie, offset;
   uint32_t length;
 };
 
-struct __attribute__ ((packed)) reply {
+struct __attribute__ ((packed)) wire_reply {
   uint32_t magic, error;
   uint64_t cookie;
 };
@@ -35,5 +35,7 @@ bool wire_receive (int fd, void *buf, size_t count);
 bool wire_transmit (int fd, const void *buf, size_t count);
 /* Up to the transmission phase; false: the client wants none. */
 bool wire_handshake (int fd, uint64_t size, bool no_fua);
+/* The same of a server that may know no zeroes either. */
+bool wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes);
 
 #endif /* NBDM_NBD_WIRE_H */

@@ -4,7 +4,9 @@
 
 #define _GNU_SOURCE
 
+#include "api.h"
 #include "site.h"
+#include "local_deadline.h"
 
 #include <inttypes.h>
 #include <poll.h>
@@ -37,7 +39,7 @@ make_local (struct site *site)
 void
 site_make (struct site *site)
 {
-  static const char *const names[SITE_MAX_PEERS] = { "dr0", "dr1" };
+  static const char *const names[SITE_MAX_PEERS] = { "dr0", "dr1", "dr2" };
   const char *base = access ("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
 
   snprintf (site->dir, sizeof site->dir, "%s/nbdm-site-XXXXXX", base);
@@ -46,14 +48,16 @@ site_make (struct site *site)
   snprintf (site->state, sizeof site->state, "%s/state", site->dir);
   make_local (site);
   assert (mkdir (site->state, 0700) == 0);
-  site->params = (struct nbdm_params){ .name = "test",
-                                       .local = site->local,
-                                       .state_dir = site->state,
-                                       .size = site->size,
-                                       .region_size = site->region_size,
-                                       .policy = NBDM_DEGRADE,
-                                       .hold_ms = site->hold_ms,
-                                       .nr_remotes = site->nr_peers };
+  site->params
+      = (struct nbdm_params){ .name = "test",
+                              .local = site->local,
+                              .state_dir = site->state,
+                              .size = site->size,
+                              .region_size = site->region_size,
+                              .policy = NBDM_DEGRADE,
+                              .hold_ms = site->hold_ms,
+                              .local_deadline_ms = local_deadline_of_tests (),
+                              .nr_remotes = site->nr_peers };
   for (uint32_t i = 0; i < site->nr_peers; i++) {
     struct peer_params peer = site->peer;
 

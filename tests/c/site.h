@@ -9,16 +9,27 @@
 #ifndef NBDM_SITE_H
 #define NBDM_SITE_H
 
+#include <poll.h>
 #include <pthread.h>
 #include <time.h>
 
+#include "api.h"
+#include "volume/volume.h"
 #include "nbd_peer.h"
 #include "test.h"
 
-#include "volume.h" /* the types nbdm.h takes for granted, and nbdm.h */
-
 #define SITE_DEADLINE_S 60
-#define SITE_MAX_PEERS 2
+#define SITE_MAX_PEERS 3
+
+/* Wait until the condition holds; the test fails if that takes too long. */
+#define WAIT_FOR(condition)                                                    \
+  do {                                                                         \
+    time_t until = time (NULL) + SITE_DEADLINE_S;                              \
+    while (!(condition)) {                                                     \
+      assert (time (NULL) < until);                                            \
+      poll (NULL, 0, 1);                                                       \
+    }                                                                          \
+  } while (0)
 
 struct site {
   /* Set by the test, before site_make. */

@@ -4,6 +4,7 @@
  * newcomers, going cold and coming back.
  */
 
+#include "logs/activity.h"
 #include "activity_log.h"
 
 static void

@@ -4,6 +4,11 @@
  * believed, and writes that fail or never end.
  */
 
+#include "base/crc32c.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "logs/activity.h"
+#include "logs/layout.h"
 #include "activity_log.h"
 
 #include <endian.h>

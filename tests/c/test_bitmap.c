@@ -4,6 +4,8 @@
  * on disk, the memory that may not be touched, and 2^34 bits.
  */
 
+#include "logs/bitmap.h"
+#include "logs/layout.h"
 #include "test.h"
 
 #include <signal.h>
@@ -111,7 +113,7 @@ test_bitmap_set_all_leaves_padding_zero (void)
   struct bitmap map = make (2 * PAGE_BITS + 77);
   const uint8_t *bytes = (const uint8_t *)map.words;
 
-  bitmap_set_all (&map);
+  bitmap_set (&map, 0, map.nr_bits);
   assert (map.nr_set == map.nr_bits);
   assert (map.page_set[0] == PAGE_BITS && map.page_set[2] == 77);
   assert (bytes[2 * LAYOUT_PAGE + 9] == (1 << 77 % 8) - 1);

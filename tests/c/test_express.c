@@ -5,13 +5,20 @@
  * half way is completed by the rules of every write.
  */
 
-#include "express.h"
-
+#include "api.h"
+#include "base/clock.h"
+#include "request/express.h"
+#include "volume/local.h"
+#include "wire/conn.h"
+#include "wire/mailbox.h"
+#include "wire/transport.h"
+#include "wire/watch.h"
 #include "engine_site.h"
 
 #define BLOCK 4096u
 
-static struct mailbox *box;
+static struct watch watch;
+static struct mailbox *box; /* its */
 
 /* What each read and write of a disk does besides. */
 static enum { GO, COMPUTE, SLEEP } disk_does;
@@ -50,7 +57,14 @@ static bool
 begin (struct express *x, uint32_t count, uint64_t offset, uint32_t flags)
 {
   memset (block, (int)(offset / BLOCK + 1), sizeof block);
-  return express_begin (volume, x, block, count, offset, flags, box, x);
+  return express_begin (volume, x, block, count, offset, flags, &watch);
+}
+
+static void
+make_watch (void)
+{
+  assert (watch_init (&watch) == 0);
+  box = watch.box;
 }
 
 /* A first write the other way, so that the extent is in the set. */
@@ -58,8 +72,7 @@ static void
 begin_site (uint32_t hold_ms)
 {
   make_site (NBDM_DEGRADE, hold_ms, 5000);
-  box = mailbox_new ();
-  assert (box);
+  make_watch ();
   connect_remote ();
   resync_to_end ();
   assert (nbdm_pwrite (volume, block, BLOCK, 0, 0) == 0);
@@ -68,30 +81,26 @@ begin_site (uint32_t hold_ms)
 static void
 end_test (void)
 {
-  mailbox_put (box);
+  watch_end (&watch);
   end_site ();
 }
 
-/* As a session does it: watch, poll, lend, until the legs have answered. */
+/* As a session does it: poll until the legs have answered. */
 static void
 wait_legs (struct express *x)
 {
-  struct conn *conn = x->request.legs[0].conn;
-  struct watcher watcher = { .box = box };
+  struct pollfd none = { .fd = -1 };
 
-  conn_push (conn);
+  watch_push (&watch);
   while (x->legs_left > 0) {
-    short events = conn_watch (conn, &watcher);
-    struct pollfd fds[]
-        = { { .fd = events ? conn_fd (conn) : -1, .events = events },
-            { .fd = box->fd, .events = POLLIN } };
+    assert (watch_poll (&watch, &none, DEADLINE_S * 1000) > 0);
+    for (struct waiter *w = watch_take (&watch); w; w = w->next) {
+      struct express *through = express_answered (&watch, w);
 
-    assert (poll (fds, 2, DEADLINE_S * 1000) > 0);
-    conn_lend (conn, &watcher, fds[0].revents);
-    for (struct waiter *w = mailbox_take (box, fds[1].revents); w; w = w->next)
-      x->legs_left--;
+      assert (through == (x->legs_left == 0 ? x : NULL));
+    }
   }
-  conn_leave (conn, &watcher);
+  watch_leave_idle (&watch);
 }
 
 static void
@@ -155,7 +164,7 @@ static void
 test_refused_in_a_cold_extent (void)
 {
   make_site (NBDM_DEGRADE, 1000, 5000);
-  box = mailbox_new ();
+  make_watch ();
   connect_remote ();
   resync_to_end ();
   assert_refused (BLOCK, 0, 0);
@@ -293,24 +302,24 @@ test_part_is_lent (void)
   assert (begin (&x, BLOCK, 8 * BLOCK, 0));
   conn = conn_get (x.request.legs[0].conn);
   conn_push (conn);
-  conn_watch (conn, &watcher);
-  conn_lend (conn, &watcher, 0); /* away at the local disk */
+  conn_before_poll (conn, &watcher);
+  conn_after_poll (conn, &watcher, 0); /* away at the local disk */
   assert (nbdm_pwrite (volume, block, BLOCK, 40 * BLOCK, NBDM_FUA) == 0);
   express_local (volume, &x);
-  conn_leave (conn, &watcher);
+  conn_unwatch (conn, &watcher);
   wait_legs (&x);
   assert (express_end (volume, &x, &rc) && rc == 0);
   conn_put (conn);
   end_test ();
 }
 
-/* A connection that is dropped is nobody's, and the ticker looks at it no more.
- * The session that has the poller's part is at the local disk, for as long as
- * that takes: so the others are told, whether the part was lent before or is
- * after.
+/* A connection that is dropped is in no use, and the ticker looks at it no
+ * more.  The session that has the poller's part is at the local disk, for as
+ * long as that takes: so the others are told, whether the part was lent before
+ * or is after.
  */
 static void
-drop_while_poller_is_away (bool lent_before)
+drop_while_poller_is_away (bool absent_before)
 {
   struct watcher away = { .box = mailbox_new () }, listed = { .box = box };
   struct pollfd told = { .fd = box->fd, .events = POLLIN };
@@ -322,19 +331,19 @@ drop_while_poller_is_away (bool lent_before)
   express_local (volume, &x);
   conn = conn_get (x.request.legs[0].conn);
   conn_push (conn);
-  assert (conn_watch (conn, &away) & POLLIN);
-  assert (!(conn_watch (conn, &listed) & POLLIN));
-  if (lent_before)
-    conn_lend (conn, &away, 0);
+  assert (conn_before_poll (conn, &away) & POLLIN);
+  assert (!(conn_before_poll (conn, &listed) & POLLIN));
+  if (absent_before)
+    conn_after_poll (conn, &away, 0);
   nbdm_remote_drop (volume, 0, "a test");
-  if (!lent_before)
-    conn_lend (conn, &away, 0);
+  if (!absent_before)
+    conn_after_poll (conn, &away, 0);
   assert (poll (&told, 1, DEADLINE_S * 1000) == 1);
   wait_legs (&x);
   assert (!express_end (volume, &x, &rc));
   assert (express_complete (volume, &x) == 0);
   assert (status ().state == NBDM_OUT_OF_SYNC);
-  conn_leave (conn, &away);
+  conn_unwatch (conn, &away);
   conn_put (conn);
   mailbox_put (away.box);
 }

@@ -4,10 +4,13 @@
  * nowhere else.  NBDM_FAULT is read once, so each test has its own process.
  */
 
+#include "api.h"
+#include "base/fault.h"
 #include "test.h"
-#include "nbdm.h"
 
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <time.h>
 
 static void
@@ -134,7 +137,7 @@ test_fault_misspelt_ends_the_process (void)
           "local_flush=error:ENOSPACE", "local_flush=error:28",
           "local_flush=errors", "local_flush=kill,after_log", "local_flus=kill",
           "local_flushe=error",
-          /* nobody looks at what it returns */
+          /* the engine does not look at what it returns */
           "after_log=error" };
   int r[] = { 0, 0, 0 };
 
@@ -175,6 +178,51 @@ test_fault_wait_goes_on_when_the_file_appears (void)
   folder_remove (&folder, FILES ("go", "go.reached"));
 }
 
+#define FAULTS 128
+#define PASSERS 4
+
+static atomic_uint failures;
+
+static void *
+pass_often (void *opaque)
+{
+  pthread_barrier_wait (opaque);
+  for (int i = 0; i < FAULTS; i++)
+    if (fault_point ("local_write") < 0)
+      failures++;
+  return NULL;
+}
+
+static void
+pass_together (void *opaque)
+{
+  pthread_t passers[PASSERS];
+  pthread_barrier_t start;
+
+  (void)opaque;
+  fault_init ();
+  assert (pthread_barrier_init (&start, NULL, PASSERS) == 0);
+  for (int i = 0; i < PASSERS; i++)
+    assert (pthread_create (&passers[i], NULL, pass_often, &start) == 0);
+  for (int i = 0; i < PASSERS; i++)
+    assert (pthread_join (passers[i], NULL) == 0);
+  pthread_barrier_destroy (&start);
+  assert (failures == FAULTS);
+}
+
+/* Each of the first so many passes fails, in whatever threads they are. */
+static void
+test_fault_counts_each_pass_once (void)
+{
+  char faults[FAULTS * 32];
+  size_t used = 0;
+
+  for (int i = 1; i <= FAULTS; i++)
+    used += (size_t)snprintf (faults + used, sizeof faults - used,
+                              "%slocal_write:%d=error", i > 1 ? "," : "", i);
+  assert (passed (in_child (faults, pass_together, NULL)));
+}
+
 int
 main (void)
 {
@@ -186,6 +234,7 @@ main (void)
   RUN (test_fault_point_that_is_in_no_table_ends_the_process);
   RUN (test_fault_points_are_listed_once_each);
   RUN (test_fault_several_each_act);
+  RUN (test_fault_counts_each_pass_once);
   RUN (test_fault_kill_ends_the_process);
   RUN (test_fault_misspelt_ends_the_process);
   RUN (test_fault_wait_goes_on_when_the_file_appears);

@@ -6,13 +6,18 @@
 
 #define _GNU_SOURCE
 
+#include "base/error.h"
+#include "base/file.h"
+#include "logs/layout.h"
+#include "logs/log_header.h"
 #include "test.h"
 
 #include <endian.h>
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
-#include <signal.h>
 
 #define SIZE (5 * LAYOUT_PAGE)
 
@@ -103,12 +108,12 @@ test_file_made_again_replaces_the_old (void)
   int fd = make (&folder);
   struct disk_log_header h = sample (), found;
 
-  int stale = openat (folder.fd, "dirty.dr.new", O_WRONLY | O_CREAT, 0600);
+  int stale = openat (folder.fd, "dirty.dr~new", O_WRONLY | O_CREAT, 0600);
   assert (stale >= 0 && write (stale, "junk", 4) == 4);
   close (stale);
   assert (file_make (folder.fd, "dirty.dr", &h, 8 * LAYOUT_PAGE) == 0);
   assert (file_size (&folder, "dirty.dr") == 9 * LAYOUT_PAGE);
-  /* The old one is whole for who has it open. */
+  /* The old file is whole for a process that has it open. */
   assert (log_header_load (fd, "dirty.dr", &h, SIZE, &found) == 0);
   drop (&folder, fd);
 }
@@ -206,7 +211,7 @@ fill_a_small_tmpfs (void *opaque)
   assert (file_make (dirfd, "dirty.dr", &h, 1258291 - LAYOUT_PAGE) == -ENOSPC);
   ASSERT_SAYS ("no room for dirty.dr (1.2 MiB) in the state directory");
   assert (fstatat (dirfd, "dirty.dr", &st, 0) == -1);
-  assert (fstatat (dirfd, "dirty.dr.new", &st, 0) == -1);
+  assert (fstatat (dirfd, "dirty.dr~new", &st, 0) == -1);
   /* And what fits is made: nothing was left allocated. */
   assert (file_make (dirfd, "dirty.dr", &h, 11 * LAYOUT_PAGE) == 0);
 }

@@ -4,6 +4,7 @@
  * when a remote is lost.
  */
 
+#include "api.h"
 #include "engine_site.h"
 
 #define HOUR_MS 3600000u

@@ -4,6 +4,10 @@
  * process leaves, and what is not believed.
  */
 
+#include "base/atomics.h"
+#include "base/crc32c.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
 #include "test.h"
 
 #include <sys/mman.h>

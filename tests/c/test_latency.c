@@ -2,10 +2,9 @@
 
 /* The histograms of what requests take: which bucket, and beside what. */
 
+#include "base/clock.h"
+#include "base/latency.h"
 #include "test.h"
-
-#include "conn.h"
-#include "latency.h"
 
 #define LATER (UINT64_C (1) << 62) /* than any clock will be */
 
@@ -16,7 +15,7 @@ count (struct latency *latency, enum latency_kind kind, bool disturbed,
   return atomic_load (&latency->counts[kind][disturbed][bucket]);
 }
 
-/* The lower bound that nbd_mirror/pace.py takes for it too. */
+/* The lower bound that nbd_mirror/rules/pace.py takes for it too. */
 static uint64_t
 lower_bound (unsigned bucket)
 {
@@ -28,7 +27,7 @@ test_each_bound_is_its_buckets_first_time (void)
 {
   static struct latency latency;
 
-  for (unsigned i = 1; i < LATENCY_BUCKETS; i++) {
+  for (unsigned i = 1; i < NBDM_LATENCY_BUCKETS; i++) {
     uint64_t start = LATER;
 
     latency_add (&latency, LATENCY_READ, start, start + lower_bound (i));
@@ -48,7 +47,8 @@ test_extremes_are_in_the_outer_buckets (void)
   latency_add (&latency, LATENCY_LOCAL, LATER, LATER);
   latency_add (&latency, LATENCY_LOCAL, 1, UINT64_MAX);
   assert (count (&latency, LATENCY_LOCAL, false, 0) == 1);
-  assert (count (&latency, LATENCY_LOCAL, false, LATENCY_BUCKETS - 1) == 1);
+  assert (count (&latency, LATENCY_LOCAL, false, NBDM_LATENCY_BUCKETS - 1)
+          == 1);
   assert (count (&latency, LATENCY_READ, false, 0) == 0);
 }
 
@@ -73,11 +73,29 @@ test_what_overlaps_copying_is_disturbed (void)
   assert (count (&latency, LATENCY_MIRRORED, false, 0) == 2);
 }
 
+/* Threads are still where the copying had put them: that is no baseline. */
+static void
+test_what_begins_just_after_copying_is_disturbed (void)
+{
+  static struct latency latency;
+  uint64_t before, after;
+
+  latency_copying (&latency, true);
+  before = now_ns ();
+  latency_copying (&latency, false);
+  after = now_ns ();
+  latency_add (&latency, LATENCY_READ, before + 1000000, before + 1000000);
+  assert (count (&latency, LATENCY_READ, true, 0) == 1);
+  latency_add (&latency, LATENCY_READ, after + 2000000, after + 2000000);
+  assert (count (&latency, LATENCY_READ, false, 0) == 1);
+}
+
 int
 main (void)
 {
   RUN (test_each_bound_is_its_buckets_first_time);
   RUN (test_extremes_are_in_the_outer_buckets);
   RUN (test_what_overlaps_copying_is_disturbed);
+  RUN (test_what_begins_just_after_copying_is_disturbed);
   return 0;
 }

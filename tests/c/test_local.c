@@ -6,6 +6,7 @@
  * the end-to-end tests.
  */
 
+#include "api.h"
 #include "engine_site.h"
 
 static struct nbdm_status
@@ -150,8 +151,7 @@ test_attach_waits_for_the_old_disk (void)
   pthread_t writer;
 
   assert (mkdtemp (gate));
-  /* The first write waits before it is counted for the second fault. */
-  snprintf (fault, sizeof fault, "local_write:1=wait:%s/go,local_write:1=error",
+  snprintf (fault, sizeof fault, "local_write:1=wait:%s/go,local_write:2=error",
             gate);
   bring_up (fault);
   assert (pthread_create (&writer, NULL, write_region_9, NULL) == 0);
@@ -234,7 +234,7 @@ test_remote_lost_while_it_serves (void)
   write_block (1, 2, 0);
   assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
   kill_server ();
-  write_block (1, 3, -EIO); /* held, then nobody has it */
+  write_block (1, 3, -EIO); /* held, then no disk has it */
   assert (nbdm_pread (volume, buf, sizeof buf, 0) == -EIO);
   write_block (5, 3, -EIO); /* refused at once */
   assert (nbdm_flush (volume) == -EIO);
@@ -268,7 +268,7 @@ test_remote_lost_while_copying_back (void)
   assert (volume_status ().local_dirty_regions > 0);
   kill_server ();
   write_block (0, 2, 0);     /* copied back by now */
-  write_block (63, 3, -EIO); /* still missing: nobody has it */
+  write_block (63, 3, -EIO); /* still missing: no disk has it */
   assert_block (0, 2);
   start_server ();
   connect_remote ();
@@ -453,6 +453,75 @@ test_both_refuse_alike (void)
   end_equal ();
 }
 
+static void *
+resync_local (void *opaque)
+{
+  struct nbdm_resync batch = { .max_bytes = 64u << 20 };
+
+  (void)opaque;
+  nbdm_local_resync (volume, &batch);
+  return NULL;
+}
+
+static void
+touch (const char *name)
+{
+  close (open (path (name), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+}
+
+static void
+wait_reached (const char *name)
+{
+  time_t until = time (NULL) + DEADLINE_S;
+
+  while (access (path (name), F_OK) < 0) {
+    assert (time (NULL) < until);
+    pause_ms (5);
+  }
+}
+
+/* The fault waits for files of the site, which has a name by then. */
+static void
+bring_up_failing (const char *fault)
+{
+  char with_dir[300];
+
+  snprintf (dir, sizeof dir, "/tmp/nbdm-engine-XXXXXX");
+  assert (mkdtemp (dir));
+  snprintf (with_dir, sizeof with_dir, fault, dir);
+  setenv ("NBDM_FAULT", with_dir, 1);
+  failing_server = true;
+  make_site_here (NBDM_DEGRADE, 300, 5000);
+  connect_remote ();
+  resync_to_end ();
+}
+
+/* A region was copied back and is not clean yet; a write of it succeeds on
+ * local, and the remote, its only source, refuses it.
+ */
+static void
+test_source_refuses_what_was_copied_back (void)
+{
+  pthread_t thread;
+
+  bring_up_failing ("local_write:1=error,"
+                    "local_resync_before_clean:1=wait:%s/go");
+  write_block (7, 1, 0);
+  assert (nbdm_local_attach (volume, params.local, 0) == 0);
+  assert (nbdm_local_admit (volume) == 0);
+  assert (pthread_create (&thread, NULL, resync_local, NULL) == 0);
+  wait_reached ("go.reached");
+  touch ("refuse");
+  write_block (3, 9, -EIO);
+  unlink (path ("refuse"));
+  touch ("go");
+  pthread_join (thread, NULL);
+  connect_remote ();
+  copy_back ();
+  resync_to_end ();
+  end_equal ();
+}
+
 /* Whatever fails and when: no client sees an error, and the disks end equal. */
 static void
 test_takeover_under_load (void)
@@ -488,6 +557,7 @@ static const struct engine_test tests[] = {
   TEST (test_gone_at_the_next_start),
   TEST (test_both_refuse_alike),
   TEST (test_holes_of_a_doubted_disk),
+  TEST (test_source_refuses_what_was_copied_back),
   TEST (test_takeover_under_load),
 };
 

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Mail that nobody may miss: each waiter that is told of is taken exactly
- * once, and the owner, who sleeps in poll and nowhere else, is always woken.
+/* No mail is missed: each waiter that is told of is taken exactly once, and the
+ * owner, which sleeps in poll and nowhere else, is always woken.
  */
 
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "conn.h"
-#include "mailbox.h"
+#include "wire/conn.h"
+#include "wire/mailbox.h"
 #include "test.h"
 
 #define TELLERS 4
@@ -30,7 +30,7 @@ tell (void *opaque)
   struct teller *teller = opaque;
 
   for (unsigned i = 0; i < ROUNDS; i++) {
-    mailbox_tell (&teller->waiter);
+    mailbox_post (&teller->waiter);
     mailbox_ring_all ();
     while (atomic_load (&teller->taken) == i)
       ; /* the owner is at work, or was woken */
@@ -91,8 +91,8 @@ test_own_mail_does_not_ring (void)
   box = mailbox_new ();
   first.box = second.box = box;
   mailbox_own (box);
-  mailbox_tell (&first);
-  mailbox_tell (&second);
+  mailbox_post (&first);
+  mailbox_post (&second);
   mailbox_ring_all ();
   fd = (struct pollfd){ .fd = box->fd, .events = POLLIN };
   assert (poll (&fd, 1, 0) == 0);

@@ -8,6 +8,8 @@
  * where it gets none the remote is lost, and the disk goes on without it.
  */
 
+#include "api.h"
+#include "base/file.h"
 #include "site.h"
 
 #include <stdatomic.h>

@@ -1,21 +1,22 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door when the system has no thread left to give: what has begun
- * is completed by the session's own thread, what has not waits for the one
- * worker there always is, and nobody waits for itself.
+/* The direct door when the system has no thread left to give: what has begun is
+ * completed by the session's own thread, what has not waits for the one worker
+ * there always is, and no thread waits for itself.
  *
  * pthread_create fails for the door's threads while the test says so.
  */
 
 #define _GNU_SOURCE
 
+#include "api.h"
+#include "wire/protocol.h"
 #include "site.h"
+#include "door.h"
+#include "nbd_client.h"
 
 #include <poll.h>
 #include <stdatomic.h>
-
-#include "door.h"
-#include "nbd_client.h"
 
 #define REGION 65536u
 #define SIZE (16u * REGION)
@@ -93,7 +94,7 @@ test_begun_is_completed (const char *door)
   no_threads = false;
 }
 
-/* A client for whom there is no thread is turned away, and the next is not. */
+/* A client for which there is no thread is turned away, and the next is not. */
 static void
 test_client_without_thread (const char *door)
 {

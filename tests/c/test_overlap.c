@@ -10,6 +10,7 @@
  * answered write is what no read may return and no disk may hold.
  */
 
+#include "api.h"
 #include "site.h"
 
 #include <inttypes.h>

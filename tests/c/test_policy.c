@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The policy is switched while requests run: what was promised under the one
- * holds at the moment the other comes into force, and a fence is durable
- * before anybody is answered by it.
+/* The policy is switched while requests run: what was promised under the old
+ * policy holds at the moment the new one comes into force, and a fence is
+ * durable before a request is answered by it.
  */
 
+#include "api.h"
 #include "engine_site.h"
 
 static uint8_t block[4096];
@@ -251,7 +252,7 @@ test_degrade_ends_a_flush_that_waits (void)
     assert (time (NULL) < until);
     pause_ms (2);
   }
-  pause_ms (50); /* from its answer to the wait: sooner shows less */
+  pause_ms (50); /* no state shows that it waits: give it time */
   nbdm_get_status (volume, &s);
   assert (s.flushes == 0);
   assert (nbdm_set_policy (volume, NBDM_DEGRADE, 0) == 0);

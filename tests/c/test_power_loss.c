@@ -10,7 +10,8 @@
  *   - what was answered with FUA, or before a flush, is on local and on every
  *     remote that was in sync, and stays there;
  *   - nothing more is dirty than what the logs that were left name, and no log
- *     is disbelieved: whatever is torn, none of it looks garbled.
+ *     is disbelieved: whatever is torn, none of it looks garbled;
+ *   - the local disk is known again by its samples, whatever was lost of it.
  *
  * The judge reads the logs by itself, by docs/FORMAT.md.
  */
@@ -22,6 +23,13 @@
 #include <poll.h>
 #include <stdatomic.h>
 
+#include "api.h"
+#include "base/crc32c.h"
+#include "base/file.h"
+#include "logs/bitmap.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/volume.h"
 #include "loss.h"
 
 #define EXTENTS 34u /* the bits of the last two lie in a page of their own */
@@ -32,13 +40,19 @@
 #define WRITERS 3u
 #define CYCLES 9u
 #define STEPS 30u
+#define SAMPLES_JUDGED 4u
 #define STRIDE 13u /* of the events that are no sync, one in so many */
 
 static struct site site;
 static struct nbdm_params crashed; /* where what was left is recovered */
-static int crash_fd;
+static int crash_fd, crash_disk;
+static int caught_fd; /* what lost power leaves of a start under way */
+static char caught_dir[96];
+static unsigned catch_in; /* after so many events; 0: not */
+static enum loss_how catch_how;
+static unsigned nr_caught;
 static uint64_t dice, judge_dice;
-static unsigned nr_events, nr_recoveries;
+static unsigned nr_events, nr_recoveries, nr_samples;
 
 /* The boot it is, and the one after the next loss of power. */
 static char this_boot[40], next_boot[40];
@@ -191,6 +205,57 @@ judge_remote (const struct verdict *verdict, const struct nbdm *v, uint32_t i,
   all_in (verdict, i, named, dirty, "is clean and a log says dirty");
 }
 
+static uint32_t
+crc_of (const struct disk_superblock *sb)
+{
+  struct disk_superblock copy = *sb;
+
+  copy.crc = 0;
+  return htole32 (crc32c (0, &copy, sizeof copy));
+}
+
+/* The disk stands for the local one, though it is another file: only what it
+ * holds is to tell.  And of the samples a few are judged, others each time, as
+ * the blocks of all of them take longer than the rest of the judgement.
+ */
+static void
+thin_out_identity (void)
+{
+  struct disk_superblock slots[2];
+  uint64_t r = peer_random (&judge_dice);
+  int fd = openat (crash_fd, "superblock", O_RDWR | O_CLOEXEC);
+
+  assert (fd >= 0 && full_pread (fd, slots, sizeof slots, 0) == 0);
+  for (unsigned i = 0; i < 2; i++) {
+    if (slots[i].crc != crc_of (&slots[i]))
+      continue;
+    slots[i].local_device[0] = '\0';
+    for (unsigned n = 0; n < NR_SAMPLES; n++)
+      if ((r + n) % 64 >= SAMPLES_JUDGED)
+        slots[i].samples[n].block = 0;
+    slots[i].crc = crc_of (&slots[i]);
+  }
+  assert (full_pwrite (fd, slots, sizeof slots, 0) == 0);
+  close (fd);
+}
+
+/* What the engine may read of the local disk at a start: its samples. */
+static void
+leave_samples (const struct verdict *verdict)
+{
+  struct disk_superblock sb;
+
+  read_superblock (&sb);
+  for (unsigned i = 0; i < NR_SAMPLES; i++) {
+    uint64_t number = le64toh (sb.samples[i].block);
+
+    if (number)
+      disk_leave_part (crash_disk, (number - 1) * SAMPLE_BLOCK, SAMPLE_BLOCK,
+                       verdict->how, &judge_dice);
+    nr_samples += number != 0;
+  }
+}
+
 static void
 judge (const struct verdict *verdict)
 {
@@ -201,6 +266,8 @@ judge (const struct verdict *verdict)
   pages_leave (crash_fd, verdict->how, &judge_dice);
   for (uint32_t i = 0; i < PEERS; i++)
     named_by_logs (i, named[i]);
+  thin_out_identity ();
+  leave_samples (verdict);
   if (nbdm_open (&crashed, &v) < 0) {
     fprintf (stderr, "open: %s\n", nbdm_last_error ());
     condemn (verdict, 0, 0, "cannot be recovered");
@@ -226,6 +293,12 @@ at_event (bool sync)
                                              { LOSS_NOTHING, true } };
 
   pages_collect ();
+  if (catch_in > 0 && --catch_in == 0) {
+    loss_pretend_boot (this_boot); /* not recorded */
+    pages_leave (caught_fd, catch_how, &judge_dice);
+    loss_pretend_boot (NULL);
+    nr_caught++;
+  }
   if (nr_events++ % STRIDE != 0 && !sync)
     return;
   for (unsigned i = 0; i < sizeof verdicts / sizeof verdicts[0]; i++)
@@ -240,13 +313,14 @@ static unsigned nr_durable; /* checks of a remote, under the lock */
 static pthread_t writers[WRITERS];
 static uint64_t writer_seed[WRITERS];
 
-/* A write to a place that nobody else writes to, made durable with FUA or by a
- * flush: then it is, on local and on who is in sync all the while.
+/* A write to a place that no other thread writes to, made durable with FUA or
+ * by a flush: then it is durable on local, and on each remote that is in sync
+ * all the while.
  */
 static void
-durable_write (uint64_t r, unsigned who)
+durable_write (uint64_t r, unsigned writer_nr)
 {
-  uint64_t offset = 3 * (uint64_t)EXTENT_SIZE + who * LOSS_UNIT;
+  uint64_t offset = 3 * (uint64_t)EXTENT_SIZE + writer_nr * LOSS_UNIT;
   struct nbdm_remote_status old[PEERS], now[PEERS];
   uint8_t buf[LOSS_UNIT];
 
@@ -398,10 +472,12 @@ step (void)
     lose_remote (i, r >> 16);
   if (r >> 24 & 1)
     assert (nbdm_cool (site.volume, 0) == 0);
+  if ((r >> 25 & 7) == 0)
+    assert (nbdm_local_sample (site.volume, NR_SAMPLES) >= 0);
   poll (NULL, 0, r >> 32 & 3);
 }
 
-/* Nobody writes and nothing is under way: what the engine holds and what the
+/* No thread writes and nothing is under way: what the engine holds and what the
  * model takes for the disks must be the same as the disks.
  */
 static void
@@ -447,6 +523,46 @@ lose_power (uint64_t r)
   loss_record (&site, at_event);
 }
 
+/* A start that lost power ends at any event of it: the next one begins with
+ * what that left.  Its own events are judged as all are, so what is tried is
+ * two losses within starts, or three, one after the other.
+ */
+static void
+start_that_does_not_end (uint64_t r)
+{
+  static const enum loss_how hows[]
+      = { LOSS_UNSYNCED, LOSS_NOTHING, LOSS_PAGES, LOSS_SECTORS };
+  char command[300];
+  int fd;
+
+  loss_lock ();
+  catch_how = hows[r % 4];
+  catch_in = 1 + (unsigned)(r >> 8) % 70;
+  loss_unlock ();
+  assert (nbdm_open (&site.params, &site.volume) == 0);
+  nbdm_close (site.volume);
+  loss_lock ();
+  r = catch_in;
+  catch_in = 0;
+  loss_unlock ();
+  if (r > 0)
+    return; /* it came to its end, and was killed then */
+  loss_pretend_boot (this_boot);
+  snprintf (command, sizeof command, "rm -f %s/* && cp %s/* %s", site.state,
+            caught_dir, site.state);
+  assert (system (command) == 0);
+  fd = open (site.local, O_RDWR | O_CLOEXEC);
+  assert (fd >= 0);
+  loss_lock ();
+  disk_leave_local (fd, LOSS_PAGES, &dice);
+  loss_unlock ();
+  close (fd);
+  loss_pretend_boot (NULL);
+  loss_stop_recording ();
+  reboot ();
+  loss_record (&site, at_event);
+}
+
 static void
 live (unsigned cycle)
 {
@@ -456,6 +572,8 @@ live (unsigned cycle)
   for (uint32_t i = 0; i < PEERS; i++)
     if (r >> (8 + i) & 1)
       remote_loses_power (i);
+  for (unsigned n = cycle == 0 ? 0 : r >> 16 & 3; n > 0; n--)
+    start_that_does_not_end (peer_random (&dice));
   site_open (&site);
   for (uint32_t i = 0; i < PEERS; i++)
     if (cycle == 0 || r >> i & 1)
@@ -478,9 +596,13 @@ make_crash_directory (void)
   assert (mkdir (dir, 0700) == 0);
   fd = open (disk, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   assert (fd >= 0 && ftruncate (fd, (off_t)SIZE) == 0);
-  close (fd);
+  crash_disk = fd;
   crash_fd = open (dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   assert (crash_fd >= 0);
+  snprintf (caught_dir, sizeof caught_dir, "%s/caught", site.dir);
+  assert (mkdir (caught_dir, 0700) == 0);
+  caught_fd = open (caught_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  assert (caught_fd >= 0);
   crashed = site.params;
   crashed.local = disk;
   crashed.state_dir = dir;
@@ -520,14 +642,18 @@ main (void)
       nbdm_close (site.volume);
       break;
     }
-    printf ("cycle %u: %u requests, %u events, %u recoveries\n", cycle,
-            nr_requests, nr_events, nr_recoveries);
+    printf ("cycle %u: %u requests, %u events, %u recoveries, %u starts that "
+            "lost power, %u samples\n",
+            cycle, nr_requests, nr_events, nr_recoveries, nr_caught,
+            nr_samples);
     fflush (stdout);
   }
-  assert (nr_durable > 0);
+  assert (nr_durable > 0 && nr_caught > 0 && nr_samples > 0);
   loss_stop_recording ();
   disks_free ();
+  close (crash_disk);
   close (crash_fd);
+  close (caught_fd);
   site_remove (&site);
   return 0;
 }

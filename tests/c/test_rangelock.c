@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The range lock: who holds at once, who is let in when somebody leaves, and
- * that the waiter's thread is woken.
+/* The range lock: which range is held at once, which when another leaves, and
+ * that the waiting thread is woken.
  */
 
+#include "logs/rangelock.h"
 #include "test.h"
 
 static struct range
@@ -92,6 +93,33 @@ test_rangelock_try_never_waits (void)
 }
 
 static void
+test_rangelock_try_part_takes_the_longest (void)
+{
+  struct rangelock rl = { 0 };
+  struct range first = range_of (0, 10), second = range_of (15, 5);
+  struct range waiter = range_of (16, 20), all = range_of (5, 95);
+  struct range none = range_of (0, 100), rest = range_of (8, 8);
+
+  assert (rangelock_add (&rl, &first) && rangelock_add (&rl, &second));
+  assert (!rangelock_add (&rl, &waiter));
+  assert (rangelock_try_part (&rl, &all));
+  assert (all.offset == 20 && all.length == 80);
+  assert (rangelock_try_part (&rl, &rest));
+  assert (rest.offset == 10 && rest.length == 5);
+  assert (!rangelock_try_part (&rl, &none));
+  assert (none.offset == 0 && none.length == 100);
+  /* The waiter was overtaken, and is held when all are gone. */
+  assert (waiter.blockers == 2);
+  rangelock_remove (&rl, &all);
+  rangelock_remove (&rl, &second);
+  assert (waiter.blockers == 0);
+  rangelock_remove (&rl, &first);
+  rangelock_remove (&rl, &waiter);
+  rangelock_remove (&rl, &rest);
+  assert (rl.first == NULL && rl.last == NULL);
+}
+
+static void
 test_rangelock_waiter_gives_up_frees_those_behind (void)
 {
   struct rangelock rl = { 0 };
@@ -120,6 +148,36 @@ test_rangelock_at_the_end_of_64_bits_works (void)
   assert (b.blockers == 0);
   rangelock_remove (&rl, &b);
   rangelock_remove (&rl, &c);
+}
+
+static struct range
+reader_of (uint64_t offset, uint64_t length)
+{
+  return (struct range){ .offset = offset, .length = length, .shared = true };
+}
+
+static void
+test_rangelock_readers_hold_it_together (void)
+{
+  struct rangelock rl = { 0 };
+  struct range a = reader_of (0, 10), b = reader_of (5, 10);
+  struct range writer = range_of (0, 8), late = reader_of (0, 4);
+  struct range part = range_of (0, 20);
+
+  assert (rangelock_add (&rl, &a) && rangelock_add (&rl, &b));
+  assert (!rangelock_add (&rl, &writer) && writer.blockers == 2);
+  assert (!rangelock_add (&rl, &late)); /* the writer came first */
+  assert (rangelock_try_part (&rl, &part));
+  assert (part.offset == 15 && part.length == 5);
+  rangelock_remove (&rl, &b);
+  assert (writer.blockers == 1 && late.blockers == 1);
+  rangelock_remove (&rl, &a);
+  assert (writer.blockers == 0 && late.blockers == 1);
+  rangelock_remove (&rl, &writer);
+  assert (late.blockers == 0);
+  rangelock_remove (&rl, &late);
+  rangelock_remove (&rl, &part);
+  assert (rl.first == NULL && rl.last == NULL);
 }
 
 struct shared {
@@ -198,8 +256,10 @@ main (void)
   RUN (test_rangelock_waiter_holds_back_later_one);
   RUN (test_rangelock_several_ahead_waits_for_all);
   RUN (test_rangelock_try_never_waits);
+  RUN (test_rangelock_try_part_takes_the_longest);
   RUN (test_rangelock_waiter_gives_up_frees_those_behind);
   RUN (test_rangelock_at_the_end_of_64_bits_works);
+  RUN (test_rangelock_readers_hold_it_together);
   RUN (test_rangelock_remove_wakes_waiting_thread);
   RUN (test_rangelock_impossible_range_aborts);
   return 0;

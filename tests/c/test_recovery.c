@@ -6,9 +6,11 @@
  * point killed: the page cache lives in both.
  */
 
+#include "api.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/volume.h"
 #include "test.h"
-
-#include "nbdm.h" /* after the types it takes for granted */
 
 #define REGION 65536u
 #define EXTENT (4u << 20)
@@ -422,7 +424,7 @@ test_lost_log_means_all_dirty (void)
     nbdm_get_status (v, &s);
     assert (strstr (s.reason, cases[i].file));
     assert (strstr (s.reason, "everything is copied again"));
-    snprintf (bad, sizeof bad, "%s.bad", cases[i].file);
+    snprintf (bad, sizeof bad, "%s~bad", cases[i].file);
     assert ((cases[i].harm == drop) == (faccessat (site.fd, bad, F_OK, 0) < 0));
     assert (nbdm_stop (v) == 0);
     nbdm_close (v);

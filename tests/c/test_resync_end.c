@@ -15,6 +15,8 @@
  * ran that made the remote in_sync.
  */
 
+#include "api.h"
+#include "logs/layout.h"
 #include "site.h"
 
 #include <inttypes.h>
@@ -123,7 +125,7 @@ check_in_sync (unsigned round)
   }
 }
 
-/* By the engine's own file, as whoever starts next would find it. */
+/* By the engine's own file, as the next start would find it. */
 static void
 check_differing_are_dirty (void)
 {

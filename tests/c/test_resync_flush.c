@@ -8,6 +8,8 @@
  * a region that is not dirty (rule 3).
  */
 
+#include "api.h"
+#include "logs/layout.h"
 #include "site.h"
 
 #include <poll.h>
@@ -187,6 +189,7 @@ static void
 test_a_pause_ends_the_call (void)
 {
   time_t start = time (NULL);
+  uint64_t answered;
   struct call c;
 
   make_site ();
@@ -203,9 +206,10 @@ test_a_pause_ends_the_call (void)
   assert (c.rc == 0 && c.batch.next_region > 0);
   assert (site_status (&site, 0).dirty_regions > 0);
   assert (nbdm_remote_pause (site.volume, 0, 0) == 0);
-  /* Another pace ends a rest too. */
+  /* Another pace ends a rest too.  The rest begins once a copy was answered. */
+  answered = site_status (&site, 0).answered_bytes;
   assert (pthread_create (&c.thread, NULL, call, &c) == 0);
-  poll (NULL, 0, 20);
+  WAIT_FOR (site_status (&site, 0).answered_bytes > answered);
   do
     assert (nbdm_resync_pace (site.volume, 0, &(struct nbdm_pace){ .depth = 4 })
             == 0);
@@ -238,8 +242,8 @@ flushes_asked (void)
   return asked;
 }
 
-/* Who has the range that resync wants next waits for the flush that resync
- * leads: a FUA write, to a server without FUA.  Neither may wait for the other.
+/* A FUA write, to a server without FUA, holds the range that resync wants next
+ * and waits for the flush that resync leads.  Neither may wait for the other.
  */
 static void
 test_no_range_is_waited_for_with_a_flush_to_land (void)

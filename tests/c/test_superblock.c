@@ -4,6 +4,11 @@
  * what cannot be believed is refused with its cause.
  */
 
+#include "base/crc32c.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
 #include "test.h"
 
 #include <endian.h>
@@ -17,6 +22,7 @@ sample (void)
   memset (sb.uuid, 0x5a, sizeof sb.uuid);
   sb.size = htole64 (UINT64_C (10) << 30);
   sb.session = htole64 (1);
+  sb.role = htole32 (ROLE_PRIMARY);
   return sb;
 }
 
@@ -149,6 +155,25 @@ assert_refused (int fd, const char *words)
 }
 
 static void
+assert_not_ours (int fd, const char *words)
+{
+  struct disk_superblock sb;
+  bool torn;
+
+  assert (superblock_load (fd, &sb, &torn) == -EPROTONOSUPPORT);
+  ASSERT_SAYS (words);
+}
+
+/* As another program would write it. */
+static void
+put_sealed (int fd, struct disk_superblock *sb, off_t offset)
+{
+  sb->crc = 0;
+  sb->crc = htole32 (crc32c (0, sb, sizeof *sb));
+  assert (full_pwrite (fd, sb, sizeof *sb, (uint64_t)offset) == 0);
+}
+
+static void
 test_superblock_both_garbled_is_refused (void)
 {
   struct folder folder;
@@ -214,11 +239,40 @@ test_superblock_unknown_version_is_refused (void)
   off_t other = LAYOUT_PAGE - place (fd, &sb);
 
   sb.version = htole32 (LAYOUT_VERSION + 6);
-  sb.crc = 0;
-  sb.crc = htole32 (crc32c (0, &sb, sizeof sb));
-  assert (full_pwrite (fd, &sb, sizeof sb, (uint64_t)other) == 0);
-  assert_refused (fd, "version 7");
+  put_sealed (fd, &sb, other);
+  assert_not_ours (fd, "version 7");
   ASSERT_SAYS ("version 1");
+  drop (&folder, fd);
+}
+
+static void
+test_superblock_unknown_incompatible_feature_is_refused (void)
+{
+  struct folder folder;
+  int fd = make (&folder);
+  struct disk_superblock sb = load (fd, false);
+  off_t newest = place (fd, &sb);
+
+  sb.compatible = htole64 (UINT64_C (1) << 40);
+  put_sealed (fd, &sb, newest);
+  load (fd, false); /* is no reason to refuse it */
+  sb.incompatible = htole64 (UINT64_C (1) << 40);
+  put_sealed (fd, &sb, newest);
+  assert_not_ours (fd, "features that this program does not know");
+  ASSERT_SAYS ("0x10000000000");
+  drop (&folder, fd);
+}
+
+static void
+test_superblock_unknown_role_is_refused (void)
+{
+  struct folder folder;
+  int fd = make (&folder);
+  struct disk_superblock sb = load (fd, false);
+
+  sb.role = htole32 (2);
+  put_sealed (fd, &sb, (off_t)(le64toh (sb.sequence) % 2) * LAYOUT_PAGE);
+  assert_not_ours (fd, "in the role 2");
   drop (&folder, fd);
 }
 
@@ -319,6 +373,8 @@ main (void)
   RUN (test_superblock_slots_exchanged_are_refused);
   RUN (test_superblock_truncated_is_refused);
   RUN (test_superblock_unknown_version_is_refused);
+  RUN (test_superblock_unknown_incompatible_feature_is_refused);
+  RUN (test_superblock_unknown_role_is_refused);
   RUN (test_superblock_killed_before_write_keeps_the_old);
   RUN (test_superblock_failed_store_is_an_error);
   RUN (test_superblock_identity_is_this_boot_and_mount);

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.harness import Site
+from e2e.lib.harness import Site
 
 DOORS = ("direct", "native", "python")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import socket
 
-from e2e.harness import Site
+from e2e.lib.harness import Site
 
 LINES = (
     b"\xff\xfe\0",

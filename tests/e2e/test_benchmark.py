@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,14 +18,23 @@ from pathlib import Path
 import pytest
 import support
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("benchmark")]
+
 SHM = Path("/dev/shm")
 COMMAND = (sys.executable, "-m", "benchmarks.bench")
 TINY = ("--rounds", "2", "--seconds", "0.1", "--size", "64")
 
 
-def folders() -> set[str]:
-    """Return what benchmarks have in memory now."""
-    return {path.name for path in SHM.glob("nbd-mirror-bench.*")}
+def folders() -> set[Path]:
+    """Return the folders in memory that our benchmark's processes work in now."""
+    said = " ".join(support.marked_processes().values())
+    return {SHM / name for name in re.findall(r"nbd-mirror-bench\.\w+", said)}
+
+
+def left(seen: set[Path]) -> list[Path]:
+    """Return which of the folders are still there. Other users have theirs."""
+    assert seen
+    return [folder for folder in seen if folder.exists()]
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +45,18 @@ def _able() -> None:
 
 def test_one_row_is_measured_and_written_down(tmp_path: Path) -> None:
     """A row by name: its ratio in JSON and Markdown, nothing left in memory."""
-    before = folders()
     command = [*COMMAND, *TINY, "--output", tmp_path, "degraded_4k_qd16"]
-    done = subprocess.run(
-        command, cwd=support.ROOT, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        command,
+        cwd=support.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr
+    support.wait_until(folders, "the benchmark to begin")
+    seen = folders()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     (row,) = json.loads((tmp_path / "partial.json").read_text())["rows"]
     assert ("degraded_4k_qd16", "") == (row["key"], row["error"])
     (claim,) = row["claims"]
@@ -51,14 +67,13 @@ def test_one_row_is_measured_and_written_down(tmp_path: Path) -> None:
     assert ratios == claim["values"]
     assert min(ratios) > 0
     assert "`degraded_4k_qd16`" in (tmp_path / "partial.md").read_text()
-    assert "remote lost" in done.stdout
-    assert "\x1b" not in done.stdout
-    assert folders() <= before
+    assert "remote lost" in out
+    assert "\x1b" not in out
+    assert not left(seen)
 
 
 def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     """SIGINT while servers and fio run: exit status 130, and all are gone."""
-    before = folders()
     command = [*COMMAND, "--seconds", "60", "--size", "64", "--output", tmp_path]
     process = subprocess.Popen(
         [*command, "write_4k_qd1"],
@@ -71,12 +86,13 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
         return any("--runtime=" in one for one in support.marked_processes().values())
 
     support.wait_until(measuring, "fio to measure")
+    seen = folders()
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130, said
     assert b"interrupted" in said
     assert not measuring()
-    assert folders() <= before
+    assert not left(seen)
 
 
 def test_no_such_row_is_wrong_usage() -> None:

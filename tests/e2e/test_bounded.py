@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import support
-from e2e.clients import nbd
-from e2e.faulty import Faulty
-from e2e.harness import MIB, Site
+from e2e.lib.clients import nbd
+from e2e.lib.faulty import Faulty
+from e2e.lib.harness import MIB, Site
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("timed")]
 
 Sites = Callable[..., Site]
 KIB = 1024

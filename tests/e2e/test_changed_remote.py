@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import support
-from e2e import faults, faulty
-from e2e.clients import checksum, error_of, nbd
-from e2e.harness import MIB, Site
+from e2e.lib import faults, faulty
+from e2e.lib.clients import checksum, error_of, nbd
+from e2e.lib.harness import MIB, Site
+
+pytestmark = pytest.mark.slow
 
 Sites = Callable[..., Site]
 SIZE = 16 * MIB
@@ -101,7 +103,8 @@ def test_hung_command_is_bounded(
     else:
         took = bounded(handle.flush)
     assert took > DEADLINE_S / 2
-    site.wait_log(f"a command was not answered within {DEADLINE_S} s")
+    what = "flush" if kind == "flush" else "command"
+    site.wait_log(f"a {what} was not answered within {DEADLINE_S} s")
     site.wait_remote(lambda one: not one["connected"], "it to be lost")
     site.assert_covered()
     site.wait_log("in_sync -> out_of_sync")
@@ -249,3 +252,26 @@ def test_back_with_fewer_commands_is_used(new_site: Sites, flags: int) -> None:
     assert zeroes == site.faulty.count("received", "zero")
     assert "-> out_of_sync" not in site.log
     finish(site, handle)
+
+
+def test_address_of_one_that_left_is_said_and_copied_to(new_site: Sites) -> None:
+    """A remote at the address of one that left, two starts ago, gets all of it."""
+    site = new_site(size=SIZE, remotes=["nbdkit", "nbdkit"])
+    site.fill(site.local, MIB)
+    site.bring_up()
+    site.stop()
+    left = site.secondaries.pop()
+    site.write_config()
+    site.serve()
+    site.wait_in_sync()
+    site.stop()
+    site.config.write_text(site.config.read_text().replace(site.dr.uri, left.uri))
+    site.serve()
+    words = "connected where a remote was that has left the configuration"
+    site.wait_remote(lambda one: one["connected"], "dr to be connected")
+    assert words in site.status()["reason"]
+    site.wait_log(words)
+    site.wait_in_sync()
+    assert f"resync_start: {SIZE} bytes dirty" in site.log
+    site.stop()
+    assert site.local.read_bytes() == left.image.read_bytes()

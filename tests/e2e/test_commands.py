@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import pytest
 import support
-from e2e.clients import dirty_set
-from e2e.harness import MIB, Site
+from e2e.lib.clients import dirty_set
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 
@@ -117,7 +117,7 @@ def test_wait_returns_when_reached(behind: Site) -> None:
 
 
 def test_wait_without_server_is_said(site: Site) -> None:
-    """`wait` for a volume nobody serves ends with that cause."""
+    """`wait` for a volume without a server ends with that cause."""
     site.create()
     done = site.cli(
         "wait", str(site.config), "--for", "in_sync", "--timeout", "200ms", check=False
@@ -161,6 +161,9 @@ def test_inspect_counts_as_the_file_has_it(behind: Site) -> None:
     dark = sum(cell in "░▒▓█" for line in picture for cell in line)
     assert 1 < dark <= 4
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    full = site.cli("inspect", str(site.config), "--png", "/dev/full", check=False)
+    assert full.returncode == 8
+    assert "try: another FILE" in full.stderr
 
     found = json.loads(site.cli("inspect", str(site.config), "--json").stdout)
     (remote,) = found["remotes"]
@@ -174,7 +177,7 @@ def test_inspect_counts_as_the_file_has_it(behind: Site) -> None:
 
 
 def test_inspect_without_server_works(behind: Site) -> None:
-    """`inspect` reads the map of a volume that nobody serves."""
+    """`inspect` reads the map of a volume without a server."""
     site = behind
     site.stop()
     said = site.cli("inspect", str(site.config)).stdout
@@ -189,7 +192,7 @@ def test_command_unknown_remote_is_refused(behind: Site) -> None:
 
 
 def test_command_without_server_is_said(site: Site) -> None:
-    """Commands to a volume that nobody serves end with that cause."""
+    """Commands to a volume without a server end with that cause."""
     site.create()
     for what in ("stop", "pause", "resume"):
         site.refused(10, "no server", "serve", commands=[what, str(site.config)])

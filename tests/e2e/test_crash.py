@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.clients import dirty_set, error_of, regions_of
-from e2e.harness import MIB, Site
+from e2e.lib.clients import dirty_set, error_of, regions_of
+from e2e.lib.harness import MIB, Site
 
-from nbd_mirror.mapview import open_map
+from nbd_mirror.volume.mapview import open_map
+
+pytestmark = pytest.mark.slow
 
 Sites = Callable[..., Site]
 

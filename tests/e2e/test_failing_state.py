@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.clients import dirty_set, error_of
-from e2e.harness import MIB, Site
+from e2e.lib.clients import dirty_set, error_of
+from e2e.lib.harness import MIB, Site
+
+pytestmark = pytest.mark.slow
 
 Sites = Callable[..., Site]
 

@@ -2,11 +2,11 @@
 """
 Every fault point, in every kind of request: killed there, and made to fail there.
 
-A kind is a script. It is run once with every point counting (see csrc/fault.c), which
-tells what it passes from its mark on; then once for each of these with a kill at it,
-and where the point can fail once with an error. What a crash left is recovered twice:
-as it is, and as after lost power. A point that no kind passes fails the last test, so
-that a new one cannot go untested.
+A kind is a script. It is run once with every point counting (see csrc/base/fault.c),
+which tells what it passes from its mark on; then once for each of these with a kill at
+it, and where the point can fail once with an error. What a crash left is recovered
+twice: as it is, and as after lost power. A point that no kind passes fails the last
+test, so that a new one cannot go untested.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.bench import EXTENT, Bench, Failed
-from e2e.engine_child import Died, EngineError
-from e2e.fault_kinds import KINDS, MAKERS, Case, Kind, make_clean
-from e2e.oracle import ALL, lose_power, page_cache_lived
+from e2e.lib.bench import EXTENT, Bench, Failed
+from e2e.lib.engine_child import Died, EngineError
+from e2e.lib.fault_kinds import KINDS, MAKERS, Case, Kind, make_clean
+from e2e.lib.oracle import ALL, lose_power, page_cache_lived
 
-from nbd_mirror import core
+from nbd_mirror.volume import core
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault_points")]
 
 MAX_TIMES = 2  # a point passed again and again is stopped at so often
 STARTS = [name for name in KINDS if name.startswith("start") or name == "create"]

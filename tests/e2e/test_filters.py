@@ -2,7 +2,7 @@
 """
 What a remote is asked, and what happens while it thinks, by nbdkit's own filters.
 
-The log filter tells what came over the wire, told by somebody who is not ours; the
+The log filter tells what came over the wire, told by a program that is not ours; the
 pause filter keeps requests inside a server that is otherwise well.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import support
-from e2e.harness import MIB, Site
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 

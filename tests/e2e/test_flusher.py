@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import support
-from e2e.harness import MIB, Site
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 

@@ -15,11 +15,13 @@ import shutil
 
 import pytest
 import support
-from e2e.clients import dirty_set
-from e2e.disks import FuseDisk, local_of, resync_back, wait_local
-from e2e.harness import MIB, Site
+from e2e.lib.clients import dirty_set
+from e2e.lib.disks import FuseDisk, local_of, resync_back, wait_local
+from e2e.lib.harness import MIB, Site
 from e2e.test_crash import move_to_another_boot
 from e2e.test_local_failure import assert_whole, read_all, take_over
+
+pytestmark = pytest.mark.slow
 
 
 def lose_power(site: Site) -> None:
@@ -170,7 +172,7 @@ def local_of_stopped(site: Site) -> dict[str, object]:
 
 
 def test_disk_missing_that_had_not_failed_is_refused(site: Site) -> None:
-    """A path that is wrong is no failure: nobody said that local misses anything."""
+    """A path that is wrong is no failure: nothing says that local misses anything."""
     site.bring_up()
     site.stop()
     site.local.rename(site.folder / "elsewhere.img")
@@ -228,7 +230,7 @@ def test_resume_of_another_disk_is_refused_by_the_sample(
     wrong.write_bytes(content)
     failed.plug(wrong)
     words = ["resume", str(site.config), "local"]
-    said = site.refused(3, "not the disk that was left", commands=words)
+    said = site.refused(17, "not the disk that was left", commands=words)
     assert f"nbd-mirror invalidate {site.config} local" in said
     found = local_of(site)
     assert found["state"] == "failed"
@@ -264,7 +266,7 @@ def test_resume_of_an_old_copy_is_refused(site: Site, failed: FuseDisk) -> None:
     failed.unplug()
     failed.plug(old)
     words = ["resume", str(site.config), "local"]
-    site.refused(3, "not the disk that was left", commands=words)
+    site.refused(17, "not the disk that was left", commands=words)
 
 
 def test_resume_of_a_disk_that_is_not_there_yet_is_refused(
@@ -310,7 +312,7 @@ def test_invalidate_of_the_only_source_is_refused(site: Site, failed: FuseDisk) 
 
 
 def test_status_wait_watch_and_inspect_tell_of_it(site: Site, failed: FuseDisk) -> None:
-    """Whoever looks learns the state, the reason, the bytes and the commands."""
+    """Each command tells the state, the reason, the bytes and what helps."""
     config = str(site.config)
     said = site.cli("status", config).stdout
     assert "Input/output error" in said

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.clients import Load, dirty_set, error_of
-from e2e.disks import FuseDisk, local_of, resync_back, small_disk, wait_local
-from e2e.harness import MIB, Site
+from e2e.lib.clients import Load, dirty_set, error_of
+from e2e.lib.disks import FuseDisk, local_of, resync_back, small_disk, wait_local
+from e2e.lib.harness import MIB, Site
+
+pytestmark = pytest.mark.slow
 
 Sites = Callable[..., Site]
 
@@ -95,7 +97,7 @@ def test_takeover_is_not_seen_by_clients(site: Site, door: str, kind: str) -> No
     load = site.load(flush_every=5)
     disk.mend()
     back = resync_back(site)
-    # What clients write meanwhile goes to both, and is missed by nobody.
+    # What clients write meanwhile goes to both, and neither misses it.
     assert 0 < back["copied_bytes"] <= missed
     assert back["repaired_regions"] == 0, "nothing was unreadable"
     assert_whole(site, load)
@@ -287,7 +289,7 @@ def test_bad_sector_while_clients_write_keeps_what_they_wrote(site: Site) -> Non
 
 
 def test_error_without_a_remote_in_sync_reaches_the_client(site: Site) -> None:
-    """Nobody else has it: EIO, the error is counted, the disk stays in use."""
+    """No remote has it: EIO, the error is counted, the disk stays in use."""
     disk = FuseDisk(site)
     site.fill(site.local, 4 * MIB)
     site.bring_up()
@@ -304,7 +306,7 @@ def test_error_without_a_remote_in_sync_reaches_the_client(site: Site) -> None:
     assert found["state"] == "ok"
     assert found["errors"] >= 2
     assert "failed to write at 1048576" in found["last_error"]
-    # The remote is back, and dirty there: still nobody's to read.
+    # The remote is back, and dirty there: still no disk has it.
     site.dr.start()
     site.tell("pause")
     site.wait_remote(lambda one: one["connected"], "the remote")
@@ -419,7 +421,7 @@ def test_remote_lost_for_longer_gives_eio_and_loses_nothing(site: Site) -> None:
     assert errno.EIO == error_of(handle.pwrite, b"x" * 4096, 0)
     assert errno.EIO == error_of(handle.flush)
     assert "EIO" in local_of(site)["reason"]
-    # Nothing to compare it with: not admitted on anybody's word.
+    # Nothing to compare it with: not admitted unproven.
     words = ["resume", str(site.config), "local"]
     site.refused(9, "no remote is connected", commands=words)
     site.dr.start()
@@ -436,7 +438,7 @@ def test_remote_lost_for_longer_gives_eio_and_loses_nothing(site: Site) -> None:
 
 
 def test_remote_killed_under_load_stays_the_source(site: Site) -> None:
-    """What was under way when it died is not dirty on it: nobody else has it."""
+    """What was under way when it died is not dirty on it: no other disk has it."""
     disk = FuseDisk(site)
     site.bring_up()
     load = take_over(site, lambda: disk.fail("write"), threads=4)
@@ -583,10 +585,10 @@ def test_copy_waits_for_a_write_that_came_first(site: Site) -> None:
     copy_gate.touch()
     site.tell("resume", "local")
     wait_local(site, "resyncing")
-    # That it reads nothing has no event: it gets the time to do it.
+    # No state shows that the copy reads nothing: give a wrong one time to read.
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline and not Path(f"{copy_gate}.reached").exists():
-        time.sleep(0.02)
+        time.sleep(0.02)  # between two looks
     assert not Path(f"{copy_gate}.reached").exists(), "it read beside the write"
     write_gate.touch()
     write.join(20)

@@ -3,7 +3,8 @@
 A state machine over a whole volume, against a model of a few lines.
 
 Hypothesis chooses what happens: requests of every kind, servers that die, freeze and
-come back, kills of the primary, lost power, clean stops, what operators do. The engine
+come back, kills of the primary, lost power, clean stops, starts that end early, one
+after the other, a local disk that fails and comes back, what operators do. The engine
 and its keepers run in a child process, the remotes are real nbdkits that
 lose what they have not flushed. The model knows for every block what it may hold: what
 was last answered, or also what was asked for since and not answered. After each step
@@ -16,6 +17,7 @@ A failure prints what to put above `Run` to repeat it; a race may need some runs
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -26,11 +28,18 @@ from typing import Any
 
 import pytest
 import support
-from e2e.clients import differing_regions
-from e2e.engine_child import EngineError, Nursery
-from e2e.machine_model import BLOCK, Pending, bytes_of
-from e2e.machine_site import BLOCKS, IN_SYNC_S, POLICIES, REMOTE, MachineSite, running
-from e2e.oracle import (
+from e2e.lib.clients import differing_regions
+from e2e.lib.engine_child import Died, EngineError, Nursery
+from e2e.lib.machine_model import BLOCK, Pending, bytes_of
+from e2e.lib.machine_site import (
+    BLOCKS,
+    IN_SYNC_S,
+    POLICIES,
+    REMOTE,
+    MachineSite,
+    running,
+)
+from e2e.lib.oracle import (
     REGION,
     SIZE,
     active_regions,
@@ -43,10 +52,33 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from nbd_mirror import core
-from nbd_mirror.state import RemoteState, describe
+from nbd_mirror.rules.state import LocalState, RemoteState, describe
+from nbd_mirror.volume import core
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("timed")]
 
 BUDGET_S = 60.0
+
+# Where a start may end: each point that is passed on the way of any, at which those
+# that can fail do.
+START_POINTS = (
+    "superblock_settle",
+    "open_local_flushed",
+    "maps_unsealed",
+    "recover_lost",
+    "open_recovered",
+    "activity_set_sync",
+    "log_header_write",
+    "log_header_sync",
+    "dirty_map_sync",
+    "begin_set",
+    "begin_slots",
+    "begin_maps",
+    "superblock_write",
+    "superblock_sync",
+    "superblock_synced",
+    "open_begun",
+)
 
 
 class Machine(MachineSite):
@@ -67,10 +99,22 @@ class Machine(MachineSite):
             self.model.answered(blocks, stamp)
 
     def refused(self, error: EngineError) -> None:
-        """Judge an error: nothing here but the fence gives one."""
+        """Judge an error: nothing here but the fence and local's failure gives one."""
         assert error.errno == errno.EIO, str(error)
+        if self.local_fails:
+            return
         assert self.policy == "stop", str(error)
         assert "policy stop" in str(error) or "every leg" in str(error), str(error)
+
+    def may_be_unread(self, error: EngineError) -> None:
+        """Judge an error of a read: the only disk that has it may be away."""
+        assert error.errno == errno.EIO, str(error)
+        assert not self.local_is_ok(), str(error)
+
+    def only_copy(self, error: EngineError) -> None:
+        """Judge an operator's command that was refused."""
+        assert error.errno == errno.EBUSY, str(error)
+        assert self.local_fails, str(error)
 
     def land(self, blocks: range) -> None:
         """Wait for pending writes of these blocks: the model has no order for two."""
@@ -163,8 +207,12 @@ class Machine(MachineSite):
         first, count = where
         blocks = range(first, first + count)
         self.land(blocks)
-        content = self.child.call("read", first * BLOCK, count * BLOCK)
-        self.model.check(blocks, content)
+        try:
+            content = self.child.call("read", first * BLOCK, count * BLOCK)
+        except EngineError as error:
+            self.may_be_unread(error)
+        else:
+            self.model.check(blocks, content)
 
     # --- the remotes ---
 
@@ -249,11 +297,62 @@ class Machine(MachineSite):
         assert not active_regions(self.state)
 
     @precondition(lambda self: not self.running())
-    @rule(policy=st.sampled_from(POLICIES))
-    def start(self, policy: str) -> None:
-        """Start again, perhaps with another policy."""
+    @rule(
+        policy=st.sampled_from(POLICIES),
+        interrupted=st.lists(
+            st.tuples(st.sampled_from(START_POINTS), st.integers(1, 3)), max_size=3
+        ),
+        power=st.booleans(),
+        local_fails=st.sampled_from((0, 0, 0, 1, 4, 12)),
+    )
+    def start(
+        self,
+        policy: str,
+        interrupted: list[tuple[str, int]],
+        power: bool,
+        local_fails: int,
+    ) -> None:
+        """
+        Start again, perhaps with another policy.
+
+        Args:
+            interrupted: where starts before it end, and the how manieth time there.
+            power: it is lost with the last of them.
+            local_fails: the how manieth write to it does; 0: none.
+        """
         self.policy = policy
-        self.open()
+        for point, nth in interrupted:
+            self.start_that_ends(f"{point}:{nth}")
+        if power and interrupted:
+            lose_power(self.state)
+        self.open_failing(local_fails)
+
+    @precondition(running)
+    @rule(where=BLOCKS)
+    def lose_local(self, where: tuple[int, int]) -> None:
+        """Have the local disk fail under a write, while all are in sync."""
+        self.catch_up()
+        self.stop()
+        self.policy = "degrade"
+        self.open_failing(1)
+        self.wait_in_sync()
+        self.write(where, False)
+
+    @precondition(running)
+    @rule()
+    def local_back(self) -> None:
+        """Bring the local disk back; it may still miss something then."""
+        self.bring_local_back()
+
+    def start_that_ends(self, point: str) -> None:
+        """Start it, and have it killed or fail at *point*, or else once it is open."""
+        name = point.partition(":")[0]
+        action = "error" if core.fault_points()[name] else "kill"
+        child = self.nursery.child(f"{point}={action}")
+        with contextlib.suppress(Died, EngineError):
+            child.call("open", self.params)
+        child.kill()
+        type(self).interrupted += 1
 
     # --- operators ---
 
@@ -274,9 +373,12 @@ class Machine(MachineSite):
     @precondition(running)
     @rule(remote=REMOTE)
     def invalidate(self, remote: int) -> None:
-        """Make everything dirty."""
+        """Make everything dirty; refused while it may be the only copy."""
         assert self.child
-        self.child.call("invalidate", remote % len(self.servers))
+        try:
+            self.child.call("invalidate", remote % len(self.servers))
+        except EngineError as error:
+            self.only_copy(error)
 
     @precondition(running)
     @rule(policy=st.sampled_from(POLICIES))
@@ -310,6 +412,7 @@ class Machine(MachineSite):
             return
         volume = self.child.call("status")
         assert not volume.failed, volume.reason
+        type(self).local_failed += volume.local.state is LocalState.FAILED
         for i in range(len(self.servers)):
             facts, status = self.child.call("view", i)
             reason, _ = describe(facts)
@@ -341,6 +444,9 @@ class Machine(MachineSite):
         child = self.child
 
         def in_sync() -> bool:
+            if not self.local_is_ok():
+                self.bring_local_back()
+                return False
             for i, server in enumerate(self.servers):
                 if not self.up(server):
                     self.serve(server)
@@ -386,7 +492,6 @@ def test_machine(run_dir: Path, processes: support.Processes) -> None:
             settings=settings(
                 max_examples=5,
                 stateful_step_count=40,
-                deadline=None,
                 print_blob=True,
                 database=None,
                 # No shrinking: it would repeat a run of seconds hundreds of times.
@@ -394,5 +499,9 @@ def test_machine(run_dir: Path, processes: support.Processes) -> None:
                 suppress_health_check=list(HealthCheck),
             ),
         )
-    print(f"{Run.steps} steps, {Run.in_sync} times in sync")
+    print(
+        f"{Run.steps} steps, {Run.in_sync} times in sync, "
+        f"{Run.interrupted} starts that ended early, "
+        f"{Run.local_failed} steps with local failed"
+    )
     assert Run.in_sync > 0

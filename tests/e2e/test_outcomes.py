@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import support
-from e2e import faults
-from e2e.clients import error_of
-from e2e.harness import MIB, Site
+from e2e.lib import faults
+from e2e.lib.clients import error_of
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 SIZE = 4 * MIB
 AT = MIB + 4096  # of the request that meets its fault
-PATIENCE_S = "30s"  # a hold nobody waits for in vain
+PATIENCE_S = "30s"  # a hold that no request waits for in vain
 
 
 def ask(handle: Any, kind: str, offset: int = AT) -> None:
@@ -68,7 +68,7 @@ DROPS = [
     ("write", "header"),
     ("write", "payload"),
     ("write", "received"),  # not carried out
-    ("write", "applied"),  # carried out, and nobody knows
+    ("write", "applied"),  # carried out, and no answer tells
     ("zero", "header"),
     ("zero", "received"),
     ("zero", "applied"),
@@ -83,7 +83,7 @@ DROPS = [
 def test_dropped_within_hold_costs_nothing(
     new_site: Sites, kind: str, event: str
 ) -> None:
-    """Dropped at any step of a command and back within `hold`: nobody is told."""
+    """Dropped at any step of a command and back within `hold`: no client is told."""
     site = new_site(remotes=["faulty"], size=SIZE, hold=PATIENCE_S)
     handle = begin(site)
     site.faulty.on(event, faults.drop, kind=sent_as(kind), times=1)
@@ -240,7 +240,7 @@ def test_error_of_both_is_told_and_reconciled(
 
 
 def test_error_of_local_and_one_of_two_remotes(new_site: Sites) -> None:
-    """One remote has it: that one serves, and who refused as local did is behind."""
+    """One remote has it: that one serves, and the one that refused is behind."""
     site = new_site(remotes=["faulty", "faulty"], size=SIZE)
     begin(site).shutdown()
     site.stop()

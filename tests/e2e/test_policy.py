@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import pytest
 import support
-from e2e.clients import Load, error_of
-from e2e.harness import MIB, Site
+from e2e.lib.clients import Load, error_of
+from e2e.lib.harness import MIB, Site
 
-from nbd_mirror import control
-from nbd_mirror.errors import ConfigError
+from nbd_mirror.base.errors import ConfigError
+from nbd_mirror.volume import control
 
 Sites = Callable[..., Site]
 
@@ -87,7 +87,7 @@ def test_switched_to_stop_while_behind_fences_at_once(site: Site, door: str) -> 
 
 
 def test_switched_to_degrade_lifts_the_fence(new_site: Sites, door: str) -> None:
-    """Stop to degrade: who got EIO may write at once, and the state is honest."""
+    """Stop to degrade: after EIO a client may write at once; the state is honest."""
     site = new_site(policy="stop")
     site.bring_up(door)
     site.dr.kill()

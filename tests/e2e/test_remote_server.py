@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import support
-from e2e.harness import MIB, Site
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import support
-from e2e import faults, faulty
-from e2e.clients import dirty_set, nbd
-from e2e.harness import MIB, Site
+from e2e.lib import faults, faulty
+from e2e.lib.clients import dirty_set, nbd
+from e2e.lib.harness import MIB, Site
+
+pytestmark = pytest.mark.slow
 
 Sites = Callable[..., Site]
 SIZE = 4 * MIB
@@ -133,7 +135,7 @@ def test_crash_after_fua_write_keeps_it(new_site: Sites, fua: bool) -> None:
 
 @pytest.mark.parametrize("event", ["received", "applied"])
 def test_crash_in_flush_loses_nothing(new_site: Sites, event: str) -> None:
-    """Crashed with a flush under way: nobody knows, so all of it is dirty."""
+    """Crashed with a flush under way: its end is not known, so all of it is dirty."""
     site, handle = begin(new_site, hold="30s")
     handle.flush()
     flushes = site.faulty.count(event, "flush")

@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable
 
 import pytest
-from e2e.clients import checksum
-from e2e.harness import MIB, Site
+from e2e.lib.clients import checksum
+from e2e.lib.harness import MIB, Site
 
 Sites = Callable[..., Site]
 

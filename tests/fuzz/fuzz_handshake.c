@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the direct door makes of a client's bytes, for libFuzzer: the one thing
- * of ours that somebody we do not know talks to.
+/* What the direct door makes of a client's bytes, for libFuzzer: the only part
+ * of ours that unknown programs talk to.
  *
  * It is the whole door that is asked, over a unix socket, and not the handshake
  * by itself: a thread a client costs a fraction of a millisecond, and then what
@@ -9,21 +9,22 @@
  *
  * The first byte says how the rest is meant, so that a few bytes get far: as
  * the handshake from its first byte on and whatever follows it; as what follows
- * a handshake; or as requests, each told in four bytes.  Of the last it is
- * known what was asked: every one must be answered, and once.  And whatever a
- * client sends and then closes its side, the door must come to an end with it.
+ * a handshake; as requests, each told in four bytes; or as options, each told
+ * in two.  Of the last two it is known what was asked: every one must be
+ * answered, and once.  And whatever a client sends and then closes its side,
+ * the door must come to an end with it.
  */
 
 #define _GNU_SOURCE
 
+#include "api.h"
+#include "volume/volume.h"
+#include "wire/protocol.h"
 #include "../c/test.h"
-
-#include "nbdm.h" /* after the types it takes for granted */
-
-#include <signal.h>
-
 #include "../c/door.h"
 #include "../c/nbd_client.h"
+
+#include <signal.h>
 
 #define SIZE ((256u << 10) + 512u)
 #define REGION 4096u
@@ -32,7 +33,9 @@
 #define DEADLINE_S 15   /* less than libFuzzer's own */
 #define LARGEST (96u << 10) /* bytes of a payload of ours */
 
-enum meaning { FROM_THE_START, AFTER_HANDSHAKE, REQUESTS, NR_MEANINGS };
+enum meaning { FROM_THE_START, AFTER_HANDSHAKE, REQUESTS };
+#define NR_MEANINGS 3 /* without OPTIONS, which has a bit of its own */
+#define MEANS_OPTIONS 0x20
 #define STRUCTURED 0x40
 #define OLD_STYLE 0x80 /* NBD_OPT_EXPORT_NAME */
 
@@ -216,6 +219,7 @@ read_request (const uint8_t *data)
   if (asked.type == NBD_CMD_WRITE && asked.length > LARGEST)
     asked.length = LARGEST;
   asked.offset = data[2] & 0x80 ? offsets[data[3] % 6] : data[3] * REGION;
+  asked.offset += (data[2] >> 4 & 7) * 73; /* sectors are not for all */
   return asked;
 }
 
@@ -262,6 +266,45 @@ send_requests (const struct client *c, const uint8_t *data, size_t size)
     take_answer (c, all, nr);
 }
 
+/* --- options -------------------------------------------------------------- */
+
+/* Of any length, those included that are too long: each has its answer, and the
+ * handshake goes on to transmission.
+ */
+static void
+send_options (struct client *c, const uint8_t *data, size_t size)
+{
+  static const uint32_t lengths[]
+      = { 0, 4, 6, 8, 100, 4096, 8192, 8193, 32768, LARGEST };
+  static uint8_t content[LARGEST];
+
+  for (int i = 0; i < MAX_REQUESTS && size >= 2; i++) {
+    uint32_t option = data[0] % 14;
+
+    if (option == NBD_OPT_EXPORT_NAME || option == NBD_OPT_ABORT)
+      option = NBD_OPT_LIST;
+    if (option == NBD_OPT_GO)
+      option = NBD_OPT_INFO;
+    memset (content, 0, 8);
+    content[3 + data[0] % 5] = data[1] >> 4; /* of a name, or a count */
+    client_ask (c, option, content, lengths[data[1] % 10]);
+    c->structured = c->structured || option == NBD_OPT_STRUCTURED_REPLY;
+    data += 2;
+    size -= 2;
+  }
+  client_go (c);
+}
+
+static void
+try_options (const uint8_t *data, size_t size)
+{
+  struct client c = connect_to_door (NULL);
+
+  send_options (&c, data, size);
+  drain (&c);
+  client_close (&c);
+}
+
 int
 LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
 {
@@ -270,7 +313,11 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
 
   if (size < 3)
     return 0;
-  meaning = data[0] % 0x40 % NR_MEANINGS;
+  if (data[0] & MEANS_OPTIONS) {
+    try_options (data + 1, size - 1);
+    return 0;
+  }
+  meaning = data[0] % 0x20 % NR_MEANINGS;
   if (meaning == FROM_THE_START) {
     c = connect_to_door (data + 1);
     send_some (&c, data + 3, size - 3);

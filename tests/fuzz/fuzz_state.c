@@ -11,6 +11,11 @@
  * good at guessing CRCs, so what was forged is found out, not taken on trust.
  */
 
+#include "api.h"
+#include "base/crc32c.h"
+#include "base/error.h"
+#include "logs/layout.h"
+#include "volume/volume.h"
 #include "../c/images.h"
 
 #include <sys/resource.h>

@@ -2,7 +2,7 @@
 """
 What the activity log's set must hold, in a few lines of Python.
 
-It keeps who holds what, what is durable, and in which order places are taken;
+It keeps which request holds what, what is durable, and in which order places are taken;
 where a place is on disk it does not know.
 """
 

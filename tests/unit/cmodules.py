@@ -40,7 +40,7 @@ class CModule:
     One C module.
 
     Args:
-        cdef: what tests use of it, as internal.h declares it.
+        cdef: what tests use of it, as its header declares it.
         needs: names of the modules it calls or whose structs it declares with.
     """
 
@@ -53,8 +53,10 @@ MODULES: dict[str, CModule] = {
     "crc32c": CModule(
         "uint32_t crc32c (uint32_t crc, const void *data, size_t length);"
     ),
-    "fault": CModule("void fault_init (void);", needs=("error",)),
-    "file": CModule("", needs=("error", "crc32c", "fault")),
+    "clock": CModule(""),
+    "fault": CModule("void fault_init (void);", needs=("clock", "error")),
+    "file": CModule("", needs=("error", "fault")),
+    "log_header": CModule("", needs=("error", "crc32c", "fault", "file")),
     "bitmap": CModule(
         """
         struct bitmap {
@@ -75,7 +77,6 @@ MODULES: dict[str, CModule] = {
                              uint64_t count);
         uint64_t bitmap_clear (struct bitmap *map, uint64_t first,
                                uint64_t count);
-        void bitmap_set_all (struct bitmap *map);
         void bitmap_clear_all (struct bitmap *map);
         uint64_t bitmap_merge (struct bitmap *into, const struct bitmap *from);
         uint64_t bitmap_next_set (const struct bitmap *map, uint64_t from,
@@ -154,9 +155,9 @@ MODULES: dict[str, CModule] = {
                                             const struct slot_view *),
                              void *opaque);
         """,
-        needs=("file",),
+        needs=("log_header",),
     ),
-    "activity_file": CModule("", needs=("file",)),
+    "activity_file": CModule("", needs=("log_header", "clock")),
     "activity": CModule(
         """
         struct activity {
@@ -226,17 +227,19 @@ def _cache_dir() -> Path:
         folder = Path(tempfile.gettempdir()) / f"nbd-mirror-cmodules-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} is somebody else's") from None
+            raise PermissionError(f"{folder} is another user's") from None
     return folder
 
 
-def _compile(module: str, cdef: str, sources: list[Path], target: Path) -> None:
+def _compile(
+    module: str, cdef: str, sources: list[Path], headers: list[Path], target: Path
+) -> None:
     """Build the extension *module* and move it to *target* in one step."""
     ffi = FFI()
     ffi.cdef(cdef)
     ffi.set_source(
         module,
-        '#include "internal.h"',
+        "".join(f'#include "{header}"\n' for header in headers),
         sources=[str(source) for source in sources],
         include_dirs=[str(CSRC)],
         libraries=["isal"],
@@ -268,14 +271,20 @@ def load(*names: str) -> tuple[Any, Any]:
     """
     order = _in_order(names)
     cdef = "\n".join(MODULES[name].cdef for name in order)
-    sources = [CSRC / f"{name}.c" for name in order]
+    sources = [next(CSRC.glob(f"*/{name}.c")) for name in order]
+    # All of the layers that tests load from: declarations cost nothing.
+    headers = [
+        path.relative_to(CSRC)
+        for layer in ("base", "logs")
+        for path in sorted((CSRC / layer).glob("*.h"))
+    ]
     digest = hashlib.sha256(repr((sys.version, CFLAGS, cdef, order)).encode())
     digest.update(Path(__file__).read_bytes())
-    for path in (*sources, *sorted(CSRC.glob("*.h"))):
+    for path in (*sources, *sorted(CSRC.rglob("*.h"))):
         digest.update(path.read_bytes())
     module = f"_nbdm_test_{digest.hexdigest()[:16]}"
     target = _cache_dir() / f"{module}.so"
     if not target.exists():
-        _compile(module, cdef, sources, target)
+        _compile(module, cdef, sources, headers, target)
     loaded: Any = _import(module, target)
     return loaded.ffi, loaded.lib

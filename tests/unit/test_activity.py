@@ -207,7 +207,7 @@ class ActivityMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.batch_on_disk)
     @rule()
     def written(self) -> None:
-        """Let those who waited for the write go on."""
+        """Let the requests that waited for the write go on."""
         lib.activity_written(self.c_log.c, self.batch)
         self.batch, self.batch_on_disk = None, False
         for entry in self.model.set.values():
@@ -217,7 +217,7 @@ class ActivityMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.batch is None)
     @rule(data=st.data())
     def newcomer_while_writing(self, data: st.DataObject) -> None:
-        """Do all of a write; somebody comes while it is under way."""
+        """Do all of a write; another request comes while it is under way."""
         self.stage()
         self.hold(data)
         self.finish_write()
@@ -242,12 +242,12 @@ class ActivityMachine(RuleBasedStateMachine):
 
     @rule()
     def drop(self) -> None:
-        """Drop those nobody took meanwhile; the flush has succeeded."""
+        """Drop those that no request took meanwhile; the flush has succeeded."""
         assert self.model.drop() == lib.activity_drop(self.c_log.c)
 
     @rule(most=st.integers(1, 140))
     def cool(self, most: int) -> None:
-        """Let idle extents go cold, with nobody coming meanwhile."""
+        """Let idle extents go cold, with no request meanwhile."""
         self.pick(most, -1)
         self.drop()
 
@@ -337,7 +337,5 @@ class ActivityMachine(RuleBasedStateMachine):
         assert self.model.durable() == durable
 
 
-ActivityMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=60, deadline=None
-)
+ActivityMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60)
 TestActivityModel = ActivityMachine.TestCase

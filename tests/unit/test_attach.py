@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import support
 
-from nbd_mirror import attach
-from nbd_mirror.config import VolumeConfig, load
-from nbd_mirror.errors import (
+from nbd_mirror.base.errors import (
     BusyError,
     MissingError,
     NotRunningError,
     UnsupportedError,
 )
+from nbd_mirror.device import attach, attached, devices
+from nbd_mirror.volume.config import VolumeConfig, load
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def sys_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / name / "dev").write_text(f"43:{int(name[3:]) * 32}\n")
         if pid:
             (root / name / "pid").write_text(f"{pid}\n")
-    monkeypatch.setattr(attach, "SYS_BLOCK", root)
+    monkeypatch.setattr(devices, "SYS_BLOCK", root)
     mounts, swaps = tmp_path / "mountinfo", tmp_path / "swaps"
     mounts.write_text("22 1 254:0 / / rw - ext4 /dev/root rw\n")
     swaps.write_text("Filename Type Size Used Priority\n")
-    monkeypatch.setattr(attach, "MOUNTINFO", mounts)
-    monkeypatch.setattr(attach, "SWAPS", swaps)
+    monkeypatch.setattr(devices, "MOUNTINFO", mounts)
+    monkeypatch.setattr(devices, "SWAPS", swaps)
     return root
 
 
@@ -83,7 +83,7 @@ def test_block_size_never_cuts_off_the_end(size: int, block: int) -> None:
 
 def test_device_free_is_the_first_without_size_and_pid(sys_block: Path) -> None:
     """A device that is just being connected has a pid and no size: not free."""
-    assert attach._first_free() == "nbd2"
+    assert devices.first_free() == "nbd2"
 
 
 def test_device_free_none_says_how_to_get_more(sys_block: Path) -> None:
@@ -91,28 +91,28 @@ def test_device_free_none_says_how_to_get_more(sys_block: Path) -> None:
     for name in ("nbd2", "nbd10"):
         (sys_block / name / "size").write_text("8\n")
     with pytest.raises(BusyError, match="all 4 nbd devices are in use"):
-        attach._first_free()
+        devices.first_free()
 
 
 @pytest.mark.parametrize("device", ["/dev/nbd0", "nbd1"])
 def test_device_in_use_is_refused(sys_block: Path, device: str) -> None:
     """A named device must be free."""
     with pytest.raises(BusyError, match="is in use"):
-        attach._check_free(device)
+        devices.check_free(device)
 
 
 @pytest.mark.parametrize("device", ["/dev/nbd99", "/dev/sda", "/dev/nbd0p1", "../nbd0"])
 def test_device_that_is_none_is_refused(sys_block: Path, device: str) -> None:
     """Only whole nbd devices that exist are taken."""
     with pytest.raises(MissingError):
-        attach._check_free(device)
+        devices.check_free(device)
 
 
 def test_arguments_have_finite_timeout_and_no_persist(config: VolumeConfig) -> None:
     """nbd-client gets the socket, the block size and the time-out."""
-    arguments = attach._arguments(config, "nbd2", 1 << 30, 4)
+    arguments = attach._arguments(config, "nbd2", 512, 4)
     assert ["-unix", str(config.listen.path), "/dev/nbd2"] == arguments[:3]
-    assert ["-b", "4096", "-t", str(attach.timeout_s(config)), "-C", "4"] == arguments[
+    assert ["-b", "512", "-t", str(attach.timeout_s(config)), "-C", "4"] == arguments[
         3:
     ]
 
@@ -120,9 +120,10 @@ def test_arguments_have_finite_timeout_and_no_persist(config: VolumeConfig) -> N
 def test_a_request_fails_once_it_timed_out_on_every_connection(
     config: VolumeConfig,
 ) -> None:
-    """The kernel tries the next one, so what is said must be as much later."""
-    assert attach.fails_after_s(config, 1) == attach.timeout_s(config)
-    assert attach.fails_after_s(config, 3) == 3 * attach.timeout_s(config)
+    """The kernel tries the next one, and at last waits for a new server."""
+    one, wait = attach.timeout_s(config), attach.RECONNECT_S
+    assert attach.fails_after_s(config, 1) == one + wait
+    assert attach.fails_after_s(config, 3) == 3 * one + wait
 
 
 def test_attached_device_is_remembered_until_it_is_anothers(
@@ -138,8 +139,58 @@ def test_attached_device_is_remembered_until_it_is_anothers(
     note = config.state_dir / "attached"
     note.write_text(json.dumps({**json.loads(note.read_text()), "boot_id": "other"}))
     assert attach.attached_device(config) == ""
-    note.write_text("garbage")
+    for garbage in ("garbage", "[]", "{}", '{"device": 7}', "[" * 4000):
+        note.write_text(garbage)
+        assert attach.attached_device(config) == ""
+
+
+def test_block_size_outlives_a_detach_and_the_device_does_not(
+    config: VolumeConfig, sys_block: Path
+) -> None:
+    """What an operator asked for holds for the next attach, by a unit too."""
+    attach._note(config, "nbd0", 512, asked=True, connections=2)
+    noted = attached.load(config.state_dir)
+    assert (noted.block_size, noted.asked, noted.connections) == (512, True, 2)
+    attached.save(config.state_dir, noted.detached())
     assert attach.attached_device(config) == ""
+    noted = attached.load(config.state_dir)
+    assert (noted.block_size, noted.asked, noted.device) == (512, True, "")
+
+
+def test_note_follows_no_link(config: VolumeConfig, tmp_path: Path) -> None:
+    """A link planted at the file's name is replaced, its target left alone."""
+    target = tmp_path / "precious"
+    target.write_text("keep")
+    (config.state_dir / "attached").symlink_to(target)
+    attached.save(config.state_dir, attached.Attached(512, asked=True))
+    assert target.read_text() == "keep"
+    assert attached.load(config.state_dir).block_size == 512
+    assert [path.name for path in config.state_dir.iterdir()] == ["attached"]
+
+
+def test_device_of_this_very_server_is_not_taken_back(
+    config: VolumeConfig, sys_block: Path
+) -> None:
+    """Without another server than the one noted nothing is sent again."""
+    assert attach.take_back(config) is False
+    attach._note(config, "nbd0")
+    assert attach.take_back(config) is False
+
+
+def test_limits_bound_what_the_kernel_sends(sys_block: Path) -> None:
+    """Reads, writes and trims are cut to what the time-out allows."""
+    queue = sys_block / "nbd2" / "queue"
+    queue.mkdir()
+    for name, most in (
+        ("max_hw_sectors_kb", 32767),
+        ("max_sectors_kb", 1280),
+        ("discard_max_hw_bytes", 1 << 32),
+        ("discard_max_bytes", 1 << 32),
+    ):
+        (queue / name).write_text(f"{most}\n")
+    devices.set_limits("nbd2")
+    assert (queue / "max_sectors_kb").read_text() == "1024"
+    assert int((queue / "discard_max_bytes").read_text()) == 32 << 20
 
 
 def test_detach_of_a_mounted_device_names_the_mount_point(
@@ -148,12 +199,12 @@ def test_detach_of_a_mounted_device_names_the_mount_point(
     """A mount, of a partition too, is never pulled away."""
     attach._note(config, "nbd0")
     line = "30 22 43:{} / /mnt/my\\040disk rw - ext4 /dev/nbd0 rw\n"
-    attach.MOUNTINFO.write_text(line.format(0))
+    devices.MOUNTINFO.write_text(line.format(0))
     with pytest.raises(BusyError, match="it is mounted on /mnt/my disk"):
         attach.detach(config)
     (sys_block / "nbd0" / "nbd0p1").mkdir()
     (sys_block / "nbd0" / "nbd0p1" / "dev").write_text("43:1\n")
-    attach.MOUNTINFO.write_text(line.format(1))
+    devices.MOUNTINFO.write_text(line.format(1))
     with pytest.raises(BusyError, match="it is mounted on /mnt/my disk"):
         attach.detach(None, "/dev/nbd0")
 

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
 from benchmarks.images import data_runs, random_data, same_content
 from benchmarks.link import LATE_S, Line
 from benchmarks.load import Figures, Workload
 from benchmarks.model import MIB, BenchError
-from benchmarks.no_activity import DEFINED, HOLDER, HOLDS, without_activity
 from benchmarks.resync_rows import written_bytes
 
 # --- the link ------------------------------------------------------------
@@ -150,38 +147,3 @@ def test_figures_mean_is_one_client_of_several() -> None:
     """Two at once: what one of them saw."""
     one, other = Figures(*[1.0] * 6), Figures(*[3.0] * 6)
     assert Figures(*[2.0] * 6) == Figures.mean([one, other])
-
-
-# --- the build without an activity log -----------------------------------
-
-
-def test_without_activity_changes_the_one_file_that_holds_extents() -> None:
-    """If another file begins to, the row must not go on comparing like with like."""
-    for path in sorted((ROOT / "csrc").glob("*.[ch]")):
-        text = path.read_text()
-        made = without_activity(path.name, text)
-        if path.name == HOLDER:
-            assert made.startswith('#include "no_activity.h"\n')
-            assert made.endswith(text)
-        else:
-            assert text == made
-
-
-def test_without_activity_refuses_what_it_does_not_know() -> None:
-    """Extents held in another file, or nowhere."""
-    with pytest.raises(BenchError, match=r"other\.c holds extents too"):
-        without_activity("other.c", "  activity_hold (a, 1, 2);\n")
-    with pytest.raises(BenchError, match="holds no extents any more"):
-        without_activity(HOLDER, "int x;\n")
-
-
-def test_no_activity_header_replaces_what_admit_calls() -> None:
-    """The header's macros take as many arguments as the functions do."""
-    header = (ROOT / "benchmarks" / "no_activity.h").read_text()
-    macros = re.findall(r"#define (\w+)\(([^)]*)\)", header)
-    declared = (ROOT / "csrc" / "internal.h").read_text()
-    assert HOLDS.search((ROOT / "csrc" / DEFINED).read_text())
-    for name, arguments in macros:
-        match = re.search(rf"\b{name} \(([^)]*)\)", declared)
-        assert match
-        assert match[1].count(",") == arguments.count(",")

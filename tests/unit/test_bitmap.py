@@ -131,7 +131,7 @@ class BitmapMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1))
     def set_all(self, which: int) -> None:
         """Set every bit."""
-        lib.bitmap_set_all(self.pairs[which].map)
+        lib.bitmap_set(self.pairs[which].map, 0, self.size)
         self.pairs[which].bits = set(range(self.size))
 
     @rule(which=st.integers(0, 1))
@@ -175,7 +175,6 @@ class BitmapMachine(RuleBasedStateMachine):
 BitmapMachine.TestCase.settings = settings(
     max_examples=60,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestBitmapModel = BitmapMachine.TestCase
@@ -183,7 +182,7 @@ TestBitmapModel = BitmapMachine.TestCase
 
 @pytest.mark.parametrize("size", [1, 63, 65, 4095, PAGE_BITS - 1, PAGE_BITS + 9])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_memory_is_counted(size: int, data: st.DataObject) -> None:
     """Whatever lies in the memory is counted, and bits past the end are cleared."""
     nr_bytes = lib.bitmap_bytes(size)

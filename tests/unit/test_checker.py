@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nbd_mirror.checker import Checker
-from nbd_mirror.register import BLOCK, KEPT, NEVER, TORN, ZERO, Op, decode, encode
+from scripts.soak.checker import Checker
+from scripts.soak.register import BLOCK, KEPT, NEVER, TORN, ZERO, Op, decode, encode
 
 RUN = 77
 OLD = bytes(BLOCK)
@@ -145,7 +145,7 @@ def play(draw: random.Random, steps: int, *, zeroes: bool) -> Played:
     return played
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.integers(0, 1 << 32), st.integers(4, 18))
 def test_judges_as_the_oracle_does(seed: int, steps: int) -> None:
     """A history is complained of exactly if no order of its requests explains it."""
@@ -153,7 +153,7 @@ def test_judges_as_the_oracle_does(seed: int, steps: int) -> None:
     assert played.complained == (not linearizable(played.events))
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(st.integers(0, 1 << 32), st.integers(4, 18))
 def test_complains_of_zeroes_with_reason(seed: int, steps: int) -> None:
     """Zeroes do not tell whose they are: fewer complaints, but no wrong one."""
@@ -164,7 +164,7 @@ def test_complains_of_zeroes_with_reason(seed: int, steps: int) -> None:
 # --- a register that works ---
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32))
 @example(0)
 def test_working_register_is_never_accused(seed: int) -> None:
@@ -264,7 +264,7 @@ def test_late_answer_of_a_dead_server_counts() -> None:
     checker = Checker(1, RUN)
     op = checker.begin_write("write", 0, 1, fua=False)
     checker.server_ended("crash")
-    assert not checker.judge(0, OLD, "disk"), "nobody knows of the answer yet"
+    assert not checker.judge(0, OLD, "disk"), "the answer is not known yet"
     (verdict,) = checker.end_write(op, "ok")
     assert "earlier read" in verdict.where
 
@@ -290,7 +290,7 @@ def test_copy_holds_what_was_answered_and_binds_nobody() -> None:
     checker.server_ended("crash")
     assert checker.judge_copy(0, first, "dr")
     assert not checker.judge_copy(0, maybe, "dr")
-    assert not checker.judge(0, answered, "local"), "the copy was seen by nobody"
+    assert not checker.judge(0, answered, "local"), "no client saw the copy"
     assert not checker.judge_copy(0, maybe, "dr"), "nor is it bound by local"
 
 

@@ -95,7 +95,7 @@ def pieces(maps: Maps, case: Case) -> list[range]:
 @given(case=cases())
 @example(case=Case((DIRTY,) * 300, 32, 1, 9599, NO_CAP, False))
 @example(case=Case((DIRTY,) * 299 + (0,), 32, 0, 9599, NO_CAP, False))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_classify_any_maps_sends_every_byte_that_goes_once(case: Case) -> None:
     """The pieces are the bytes that go, in order, in runs as long as allowed."""
     maps = Maps(list(case.regions))
@@ -114,7 +114,7 @@ def test_classify_any_maps_sends_every_byte_that_goes_once(case: Case) -> None:
 
 
 @given(regions=st.lists(st.integers(0, 7), min_size=1, max_size=200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_classify_region_alone_goes_as_the_table_says(regions: list[int]) -> None:
     """Every region by itself goes or stays as the table says."""
     maps = Maps(regions)

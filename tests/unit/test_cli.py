@@ -9,6 +9,7 @@ a server would answer.
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -19,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 from rich.console import Console
 
-from nbd_mirror import serve, watch
-from nbd_mirror.cli_show import describe_resync, show_status
-from nbd_mirror.config import VolumeConfig, load
-from nbd_mirror.control import ControlServer, control_path
-from nbd_mirror.errors import (
+from nbd_mirror.base.errors import (
     EXIT_CODES,
     BusyError,
     ConfigError,
@@ -35,7 +33,13 @@ from nbd_mirror.errors import (
     NotRunningError,
     WaitTimeoutError,
 )
-from nbd_mirror.listen import parse_listen
+from nbd_mirror.base.listen import parse_listen
+from nbd_mirror.commands import cli, serve, watch
+from nbd_mirror.commands.cli import report
+from nbd_mirror.commands.show import describe_resync, show_status
+from nbd_mirror.volume.config import VolumeConfig, load
+from nbd_mirror.volume.control import ControlServer, control_path
+from nbd_mirror.volume.status import Resync, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +82,7 @@ def _remote(**changes: Any) -> dict[str, Any]:
         "dirty_bytes": 0,
         "late_bytes": 0,
         "unflushed_bytes": 0,
+        "flush_bound_bytes": 64 << 20,
         "assumed": False,
         "paused": False,
         "resync": None,
@@ -104,6 +109,11 @@ def _local(**changes: Any) -> dict[str, Any]:
     return {**local, **changes}
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 def _status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
     status = {
         "volume": "v",
@@ -119,6 +129,7 @@ def _status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "inflight": 0,
         "active_extents": 0,
         "policy": "degrade",
+        "fenced_reads": "serve",
         "region_size": 65536,
         "generation": 1,
         "remotes": list(remotes),
@@ -179,6 +190,23 @@ def test_error_is_one_line_and_a_hint_with_the_users_name_for_it(file: Path) -> 
         "nbd-mirror: no server answers for this volume\n"
         f"  try: nbd-mirror serve {file}\n"
     )
+
+
+def test_current_folder_that_was_removed_is_said(file: Path, tmp_path: Path) -> None:
+    """A relative path leads nowhere from there; a whole one is as good as ever."""
+    gone = tmp_path / "gone"
+    script = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"'
+    for config, code in (("v.toml", 4), (str(file), NotRunningError.exit_code)):
+        command = [sys.executable, "-m", "nbd_mirror", "stop", config]
+        done = subprocess.run(
+            ["sh", "-c", script, gone, *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
 
 
 def test_traceback_is_shown_only_when_asked_for(file: Path) -> None:
@@ -314,6 +342,53 @@ def test_bind_to_an_address_of_another_host_is_refused() -> None:
         serve.bind(parse_listen("tcp:192.0.2.1:10809"))
 
 
+def _families(listeners: serve.Listeners) -> set[int]:
+    return {int(sock.family) for sock in listeners.sockets}
+
+
+@pytest.mark.parametrize("host", ["localhost", ""])
+def test_bind_to_a_name_takes_all_its_addresses(host: str) -> None:
+    """IPv4 and IPv6, as a client may try either first; and the URI leads there."""
+    port = _free_port()
+    listen = parse_listen(f"tcp:{host}:{port}")
+    found = socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)
+    with serve.bind(listen) as listeners:
+        assert {socket.AF_INET} <= _families(listeners)
+        assert {one[0] for one in found} <= _families(listeners)
+        for _, _, _, _, address in found:
+            with socket.create_connection(address[:2]):
+                pass
+        with pytest.raises(BusyError, match="socket in use"):
+            serve.bind(listen)
+    assert listen.uri == f"nbd://localhost:{port}"
+    with serve.bind(listen):
+        pass
+
+
+def test_bind_to_all_of_ipv6_takes_ipv4_too() -> None:
+    """One socket for both, whatever this host's default is."""
+    port = _free_port()
+    with serve.bind(parse_listen(f"tcp:[::]:{port}")) as listeners:
+        assert len(listeners.sockets) == 1
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)):
+                pass
+
+
+def test_bind_passes_over_an_address_this_host_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name of several addresses works with those that are there."""
+    port = _free_port()
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
+        for host in ("192.0.2.1", "127.0.0.1", "127.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with serve.bind(parse_listen(f"tcp:somewhere:{port}")) as listeners:
+        assert [one.getsockname()[0] for one in listeners.sockets] == ["127.0.0.1"]
+
+
 def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
     """However they interleave, exactly one gets a stale socket's place."""
     listen = parse_listen(f"unix:{tmp_path}/s")
@@ -331,7 +406,7 @@ def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        sockets = [one for one in results if isinstance(one, socket.socket)]
+        sockets = [one for one in results if isinstance(one, serve.Listeners)]
         assert len(sockets) == 1
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/s")
@@ -343,8 +418,27 @@ def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
 
 def _shown(status: dict[str, Any], **options: Any) -> str:
     out = io.StringIO()
-    show_status(Console(file=out, width=200, **options), status, "pg")
+    console = Console(file=out, width=200, **options)
+    show_status(console, Status.model_validate(status), "pg")
     return out.getvalue()
+
+
+def test_words_of_a_server_command_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Root may ask another user's server: nothing that is said is an escape."""
+    words = "no\x1b[2J \x9b2J\x7f caf\xe9"
+    status = _status(_remote(state=f"out{words}", reason=words, name=words))
+    out = io.StringIO()
+    Console(file=out, width=200).print(
+        watch._picture(Status.model_validate(status), "pg")
+    )
+    report(BusyError(words, words))
+    cli._say(f"policy {words}")
+    said = capsys.readouterr()
+    for shown in (_shown(status), out.getvalue(), said.err, said.out):
+        assert "no?[2J ?2J? caf\xe9" in shown
+        assert not set("\x1b\x9b\x7f") & set(shown)
 
 
 def test_status_shows_why_and_what_to_try_with_the_volumes_name() -> None:
@@ -419,9 +513,9 @@ def test_resync_is_never_called_complete_before_it_is() -> None:
         "eta_s": 1.0,
         "growing": False,
     }
-    assert describe_resync(_remote(resync=resync)).startswith("99.9%")
+    assert describe_resync(Resync.model_validate(resync)).startswith("99.9%")
     resync["growing"] = True
-    assert "growing" in describe_resync(_remote(resync=resync))
+    assert "growing" in describe_resync(Resync.model_validate(resync))
 
 
 @pytest.fixture
@@ -484,7 +578,7 @@ def test_wait_for_the_local_disk_alone(config: VolumeConfig) -> None:
 
 
 def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
-    """Whoever waits in vain learns why."""
+    """A `wait` in vain says why."""
     remote = _remote(state="out_of_sync", reason="refused", hint="nbd-mirror resume")
     with (
         _served(config, _status(remote)),
@@ -517,6 +611,95 @@ def test_status_of_another_volumes_server_is_refused(config: VolumeConfig) -> No
         pytest.raises(FormatError, match="is the state of volume other, not of v"),
     ):
         watch.status_of(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": "1"},
+        {"remotes": {}},
+        {"remotes": [7]},
+        {"local": None},
+        {"local": {"path": "/d.img"}},
+        {"hint": None},
+        {"clients": 1 << 4000},
+        {"max_clients": "1"},
+        {"remotes": [{"name": "dr"}]},
+        {"local": {**_local(), "resync": {"done_bytes": 1}}},
+        {"local": {**_local(), "dirty_bytes": 1e999}},
+    ],
+)
+def test_status_that_is_none_is_one_clear_error(
+    config: VolumeConfig, changes: dict[str, Any]
+) -> None:
+    """Of another user's server, or another version's, no answer is a bug of ours."""
+    with (
+        _served(config, _status(_remote(), **changes)),
+        pytest.raises(FormatError, match="no nbd-mirror server, or one of another"),
+    ):
+        watch.status_of(config)
+
+
+def test_status_of_an_earlier_versions_server_is_shown(config: VolumeConfig) -> None:
+    """A server goes on as it was begun when a newer version is installed."""
+    remote, local = _remote(), {"path": "/d.img", "state": "ok"}
+    del remote["flush_bound_bytes"]
+    status = _status(remote, local=local)
+    del status["fenced_reads"]
+    out = io.StringIO()
+    with _served(config, status):
+        answer = watch.status_of(config)
+        show_status(Console(file=out, width=200), answer, "v")
+        _wait(config, 10)
+    assert "in_sync" in out.getvalue()
+    assert "/d.img" in out.getvalue()
+    # Programs find every key, with what it would say if nothing had happened.
+    found = answer.dump()
+    assert (found["fenced_reads"], found["persists"]) == ("serve", None)
+    assert (found["local"]["dirty_bytes"], found["local"]["reason"]) == (0, "")
+    assert found["remotes"][0]["flush_bound_bytes"] is None
+
+
+def test_status_of_a_later_versions_server_is_shown(config: VolumeConfig) -> None:
+    """What it says beside what is known is left out."""
+    later = {"from_now_on": {"x": [1 << 4000]}}
+    status = _status({**_remote(), **later}, local={**_local(), **later}, **later)
+    with _served(config, status):
+        answer = watch.status_of(config)
+    assert "from_now_on" not in json.dumps(answer.dump())
+    assert answer.remotes[0].state == "in_sync"
+
+
+def test_stop_names_no_process_that_the_kernel_does_not(config: VolumeConfig) -> None:
+    """A server of another process namespace cannot have root kill what it names."""
+    support.requires(os.geteuid() == 0, "only root can make a process namespace")
+    support.requires_program("unshare")
+    answers = {
+        "ping": {"volume": "v", "pid": os.getpid()},
+        "status": _status(_remote()),
+        "stop": {},
+    }
+    script = (
+        "import sys\n"
+        "from nbd_mirror.commands import serve\n"
+        "from nbd_mirror.volume import config\n"
+        "volume = config.load(sys.argv[1])\n"
+        "serve.STOP_SLACK_S = 1 - volume.stop_limit_s\n"
+        "try: serve.stop(volume)\n"
+        "except serve.WaitTimeoutError as error: print(error.message, error.hint)\n"
+    )
+    python = [sys.executable, "-c", script, str(config.source)]
+    with ControlServer(control_path(config.state_dir), lambda one, _: answers[one]):
+        done = subprocess.run(
+            ["unshare", "--pid", "--fork", *python],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert "has not ended" in done.stdout, done.stderr
+    assert str(os.getpid()) not in done.stdout
 
 
 def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> None:
@@ -572,6 +755,20 @@ def test_watch_shows_the_local_disk_until_it_is_ok(config: VolumeConfig) -> None
     ]
     for part in ("local", "50.0%", "3s left"):
         assert part in live.getvalue()
+
+
+def test_watch_on_a_narrow_terminal_is_readable(config: VolumeConfig) -> None:
+    """At 40 columns the state is whole, and the reason has the line to itself."""
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, color_system=None)
+    reason = "could not connect to the remote host: Connection refused"
+    first = _status(_remote(state="out_of_sync", reason=reason))
+    with _served(config, first, _status(_remote())):
+        watch.watch(config, console, "v", "in_sync")
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert "could not connect to the remote" in lines
+    assert "host: Connection refused" in lines
+    assert any(line.startswith("dr  out_of_sync  ") for line in lines)
 
 
 def test_watch_on_a_terminal_draws_and_ends(config: VolumeConfig) -> None:

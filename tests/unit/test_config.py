@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nbd_mirror.config import load, to_params
-from nbd_mirror.errors import ConfigError, MissingError
-from nbd_mirror.listen import Listen
+from nbd_mirror.base.errors import ConfigError, MissingError
+from nbd_mirror.base.listen import Listen
+from nbd_mirror.volume.config import check_links, load, to_params
 
 GOOD = """\
 name = "pg"
@@ -112,6 +112,11 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         ("unix:/run/nbd-mirror/pg.sock", "tcp:::1:10809", "stands in brackets"),
         ("unix:/run/nbd-mirror/pg.sock", "tcp:h:0", "port 0 is not from 1 to 65535"),
         ("unix:/run/nbd-mirror/pg.sock", "unix:/" + "x" * 107, "108 bytes long"),
+        ('name = "pg"', 'name = "pg"\nmax_clients = 0', "whole number from 1 to 65536"),
+        ('name = "pg"', 'name = "pg"\nmax_clients = "9"', "a whole number from 1 to"),
+        ('name = "pg"', 'name = "pg"\nmax_memory = "63MiB"', "a size from 64MiB to"),
+        ('name = "pg"', 'name = "pg"\nlocal_deadline = "0s"', '"off", or a time from'),
+        ('name = "pg"', 'name = "pg"\nlocal_deadline = "11min"', '"off", or a time'),
         ("nbd://dr.example.net/pg", "http://x/", "must be an NBD URI"),
         ("nbd://dr.example.net/pg", "nbd:///pg", "has no host"),
         ("nbd://dr.example.net/pg", "nbd://h:99999/pg", "must be an NBD URI"),
@@ -130,6 +135,18 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
             'remote "dr": policy: unknown key here; it stands before the first',
         ),
         ("[[remote]]", "[remote]", "remote: must be 1 to 8 [[remote]] tables"),
+        (
+            GOOD[GOOD.index("\n[[remote]]") :],
+            'remote = ["dr"]\n',
+            "pg.toml: remote 1: must be a [[remote]] table",
+        ),
+        ("nbd://dr.example.net", "nbd://dr\\u0000x", "must be an NBD URI"),
+        ("nbd://dr.example.net", "nbd://dr\\nx", "must be an NBD URI"),
+        (
+            "unix:/run/nbd-mirror/pg.sock",
+            "tcp:h:" + "9" * 5000,
+            "port 99999... is not from 1 to 65535",
+        ),
         (
             GOOD[GOOD.index("[[remote]]") :],
             "",
@@ -176,6 +193,58 @@ def test_remotes_of_one_name_are_refused(file: Path) -> None:
     assert 'two remotes are called "dr"' in _line(file)
 
 
+@pytest.mark.parametrize("name", ["control", "failed", "lock", "dirty.dr", "serve.log"])
+def test_listening_at_a_file_of_the_state_is_refused(file: Path, name: str) -> None:
+    """A socket in its place would be taken for it."""
+    state = "/var/lib/nbd-mirror/pg"
+    _replace(file, "/run/nbd-mirror/pg.sock", f"{state}/{name}")
+    assert "that is the name of a file of the state" in _line(file)
+    _replace(file, "/run/nbd-mirror/pg.sock", f"{state}/pg.sock")
+    assert load(file).listen.path == f"{state}/pg.sock"
+
+
+def test_links_do_not_hide_that_a_log_is_taken_for_something_else(
+    file: Path, tmp_path: Path
+) -> None:
+    """Neither the disk nor the socket is a file of the state, whatever their names."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "link").symlink_to("state")
+    (tmp_path / "disk").symlink_to("state/superblock")
+    text = GOOD.replace("/var/lib/nbd-mirror/pg", f"{tmp_path}/state")
+    for old, new in (
+        ("/srv/pg.img", f"{tmp_path}/link/superblock"),
+        ("/srv/pg.img", f"{tmp_path}/disk"),
+        ("/run/nbd-mirror/pg.sock", f"{tmp_path}/link/failed"),
+    ):
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match=r"in the state dir|a file of the state"):
+            check_links(load(file))
+    file.write_text(text)
+    check_links(load(file))
+    # A disk that has failed may hang where it is looked at.
+    file.write_text(text.replace("/srv/pg.img", f"{tmp_path}/disk"))
+    check_links(load(file), uses_local=False)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("dr", "dr.new"), ("dr.bad", "dr"), ("x", "local.new"), ("local.bad", "x")],
+)
+def test_remotes_whose_logs_would_be_one_file_are_refused(
+    file: Path, one: str, other: str
+) -> None:
+    """The name under which a map is made, or set aside, is no other disk's map."""
+    text = GOOD.replace('"dr"', f'"{one}"')
+    file.write_text(f'{text}[[remote]]\nname = "{other}"\nuri = "nbd://h"\n')
+    message = _line(file)
+    assert message.startswith("pg.toml: remote: no remote can be called")
+    assert "give one of them another name" in message
+    assert "\n" not in message
+    for name in ("dr2.new", "new", "dr.newer"):
+        file.write_text(f'{GOOD}[[remote]]\nname = "{name}"\nuri = "nbd://h"\n')
+        assert load(file).remotes[1].name == name
+
+
 def test_remotes_more_than_eight_are_refused(file: Path) -> None:
     """The superblock has room for eight."""
     more = "".join(f'[[remote]]\nname = "r{i}"\nuri = "nbd://b"\n' for i in range(8))
@@ -211,8 +280,9 @@ def test_name_that_is_missing_says_which_file_was_sought(
 
 def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
     """A folder is told as such."""
-    with pytest.raises(ConfigError, match="is a folder"):
-        load(tmp_path)
+    for folder in (tmp_path, ".", ".."):
+        with pytest.raises(ConfigError, match="is a folder"):
+            load(folder)
 
 
 def test_params_hold_what_the_engine_is_told(file: Path) -> None:
@@ -222,6 +292,17 @@ def test_params_hold_what_the_engine_is_told(file: Path) -> None:
     assert [("dr", 5000, True)] == [
         (one.name, one.deadline_ms, one.assume_in_sync) for one in params.remotes
     ]
+
+
+def test_deadline_of_the_local_disk_is_off_unless_given(file: Path) -> None:
+    """The engine takes 0 for none; a stop may take so much longer."""
+    assert to_params(load(file), []).local_deadline_ms == 0
+    limit_s = load(file).stop_limit_s
+    text = file.read_text()
+    for value, expected in (("off", 0), ("10s", 10_000)):
+        file.write_text(f'local_deadline = "{value}"\n{text}')
+        assert to_params(load(file), []).local_deadline_ms == expected
+        assert load(file).stop_limit_s == limit_s + expected / 1000
 
 
 def test_params_assuming_an_unknown_remote_are_refused(file: Path) -> None:

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The control socket: one line there, one line back, and nobody held up."""
+"""The control socket: one line there, one line back, and no client held up."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import support
 
-from nbd_mirror.control import MAX_REQUEST, ControlServer, call, control_path
-from nbd_mirror.errors import (
+from nbd_mirror.base.errors import (
     AccessError,
     BusyError,
     ConfigError,
@@ -29,8 +33,14 @@ from nbd_mirror.errors import (
     NotRunningError,
     WaitTimeoutError,
 )
+from nbd_mirror.volume import offline
+from nbd_mirror.volume.client import serving_pid
+from nbd_mirror.volume.config import VolumeConfig
+from nbd_mirror.volume.control import MAX_REQUEST, ControlServer, call, control_path
+from nbd_mirror.volume.offline import lock_holder
 
 release = threading.Event()
+begun = threading.Event()
 
 
 def _handler(command: str, args: dict[str, Any]) -> object:
@@ -42,8 +52,74 @@ def _handler(command: str, args: dict[str, Any]) -> object:
         case "crash":
             raise ZeroDivisionError("oh")
         case "slow":
+            begun.set()
             release.wait(10)
     return None
+
+
+LINGER_S = 30  # of a file's close
+SOON_S = 12.0
+
+
+def _send_with_file(client: socket.socket, data: bytes) -> list[socket.socket]:
+    """Send *data* with a file whose last close waits; return what makes it wait."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        file = socket.create_connection(listener.getsockname())
+        wall = listener.accept()[0]
+    file.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            file.send(bytes(65536))
+    linger = struct.pack("ii", 1, LINGER_S)
+    file.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    socket.send_fds(client, [data], [file.fileno()])
+    file.close()  # it is in the message, and in no other place
+    return [wall]
+
+
+@pytest.mark.parametrize("when", ["before", "behind", "late"])
+def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> None:
+    """Sent before the answer, behind it, or in no answer: the command ends in time."""
+    kept: list[socket.socket] = []
+    # As long as what is received at once, so that what is behind it stays unread.
+    answer = b'{"ok": true, "result": 7}'.ljust(65535) + b"\n"
+
+    def serve(listener: socket.socket) -> None:
+        client = listener.accept()[0]
+        kept.append(client)
+        peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        os.kill(struct.unpack("3i", peer)[0], signal.SIGSTOP)
+        if when == "behind":
+            client.sendall(answer)
+        kept.extend(_send_with_file(client, answer if when == "before" else b"x"))
+        os.kill(struct.unpack("3i", peer)[0], signal.SIGCONT)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(control_path(tmp_path)))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=[listener])
+        thread.start()
+        code = (
+            "import sys\n"
+            "from nbd_mirror.volume.control import call\n"
+            "print(call(sys.argv[1], 'status', 1.0))"
+        )
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, os.fspath(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=3 * LINGER_S,
+            check=False,
+        )
+        assert time.monotonic() - start < SOON_S
+        thread.join()
+    if when == "behind":
+        assert done.stdout == "7\n"
+    else:
+        assert "is no nbd-mirror server" in done.stderr
+    for sock in kept:
+        sock.close()
 
 
 @pytest.fixture
@@ -103,7 +179,7 @@ def test_socket_may_be_opened_by_its_owner_only(state: Path) -> None:
 
 
 def test_call_of_another_user_is_refused_even_past_the_mode(state: Path) -> None:
-    """The peer's uid counts too: an open mode lets nobody else command it."""
+    """The peer's uid counts too: an open mode lets no other user command it."""
     support.requires(os.geteuid() == 0, "only root can become another user")
     for path in [state, *state.parents]:
         if path.stat().st_uid == os.geteuid() and path != Path("/"):
@@ -195,15 +271,13 @@ def test_server_closed_leaves_no_socket_and_no_thread(tmp_path: Path) -> None:
     """close() joins every thread, one with a request under way too."""
     before = set(threading.enumerate())
     release.clear()
+    begun.clear()
     server = ControlServer(control_path(tmp_path), _handler)
     server.start()
     answers: list[object] = []
     client = threading.Thread(target=lambda: answers.append(call(tmp_path, "slow")))
     client.start()
-    deadline = time.monotonic() + 5
-    while not any(one.name == "control-client" for one in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert begun.wait(5)
     release.set()
     server.close()
     client.join()
@@ -235,3 +309,56 @@ def test_clients_many_at_once_are_all_answered(state: Path) -> None:
     for thread in threads:
         thread.join()
     assert list(range(40)) == sorted(one["i"] for one in results)  # type: ignore[index]
+
+
+def test_ping_names_the_process_that_listens(tmp_path: Path) -> None:
+    """A server of another user's cannot have root wait for, or kill, any process."""
+    config = SimpleNamespace(state_dir=tmp_path, state=str(tmp_path), name="pg")
+    answer = {"volume": "pg", "pid": os.getppid()}
+    with ControlServer(control_path(tmp_path), lambda *_: answer):
+        assert serving_pid(cast("VolumeConfig", config)) == os.getpid()
+
+
+def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
+    """What the lock's file says is believed of who holds the lock alone."""
+    lock = tmp_path / "lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.write_text(f"{os.getpid()}\n")
+        assert lock_holder(tmp_path) == os.getpid()
+        lock.write_text(f"{os.getppid()}\n")
+        assert lock_holder(tmp_path) is None
+
+
+def test_lock_of_another_file_with_its_number_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers repeat in another file system, where another process holds a lock."""
+    lock = tmp_path / "lock"
+    lock.write_text(f"{os.getppid()}\n")
+    number = f"00:19:{lock.stat().st_ino}"
+    locks = tmp_path / "locks"
+    locks.write_text(f"1: FLOCK  ADVISORY  WRITE {os.getppid()} {number} 0 EOF\n")
+    monkeypatch.setattr(offline, "LOCKS", locks)
+    assert lock_holder(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        7,
+        [],
+        {"volume": 7, "pid": 1},
+        *({"volume": "pg", "pid": pid} for pid in (None, "x", [], -1, 1 << 40, True)),
+    ],
+)
+def test_ping_of_a_hostile_server_is_one_clear_error(
+    tmp_path: Path, result: object
+) -> None:
+    """Root may ask another user's server: whatever it says is no bug of ours."""
+    config = SimpleNamespace(state_dir=tmp_path, state=str(tmp_path), name="pg")
+    with (
+        ControlServer(control_path(tmp_path), lambda *_: result),
+        pytest.raises(FormatError, match="no nbd-mirror server"),
+    ):
+        serving_pid(cast("VolumeConfig", config))

@@ -6,9 +6,9 @@ from __future__ import annotations
 import threading
 import time
 
-from nbd_mirror.copier import Copier, Copying
-from nbd_mirror.model import Batch
-from nbd_mirror.pace import Latency, Plan, Window
+from nbd_mirror.rules.pace import Latency, Plan, Window
+from nbd_mirror.server.copier import Copier, Copying
+from nbd_mirror.volume.model import Batch
 
 NOBODY = Latency(quiet=[[0] * 8], disturbed=[[0] * 8])
 WAIT_S = 10.0

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from nbd_mirror import errors
-from nbd_mirror.errors import (
+from nbd_mirror.base import errors
+from nbd_mirror.base.errors import (
     EXIT_CODES,
     BusyError,
     ConfigError,
@@ -21,6 +21,7 @@ from nbd_mirror.errors import (
     NotRunningError,
     RemoteError,
     SpaceError,
+    WrongDiskError,
     from_errno,
     from_name,
 )
@@ -51,8 +52,13 @@ def test_exit_code_table_in_the_docstring_is_the_real_one() -> None:
         (errno.EBUSY, BusyError),
         (errno.ENOENT, MissingError),
         (errno.EUCLEAN, FormatError),
+        (errno.EPROTONOSUPPORT, FormatError),
+        (errno.EMEDIUMTYPE, WrongDiskError),
+        (errno.ENOMEDIUM, WrongDiskError),
         (errno.ENOSPC, SpaceError),
         (errno.EINVAL, ConfigError),
+        (errno.ELOOP, ConfigError),
+        (errno.ENAMETOOLONG, ConfigError),
         (errno.EEXIST, ExistsError),
         (errno.ERANGE, RemoteError),
         (errno.ESHUTDOWN, NotRunningError),

@@ -22,11 +22,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nbd_mirror.config import VolumeConfig, load, to_params
-from nbd_mirror.control import MAX_REQUEST, ControlServer, call, control_path
-from nbd_mirror.errors import ConfigError, FormatError, MirrorError, NotRunningError
-from nbd_mirror.listen import parse_listen
-from nbd_mirror.units import parse_duration, parse_size
+from nbd_mirror.base.errors import (
+    ConfigError,
+    FormatError,
+    MirrorError,
+    NotRunningError,
+)
+from nbd_mirror.base.listen import parse_listen
+from nbd_mirror.base.units import parse_duration, parse_size
+from nbd_mirror.volume.config import VolumeConfig, load, to_params
+from nbd_mirror.volume.control import MAX_REQUEST, ControlServer, call, control_path
 
 GOOD = b"""\
 name = "pg"
@@ -102,7 +107,6 @@ NASTY = (
 
 quick = settings(
     max_examples=300,
-    deadline=None,
     derandomize=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -215,7 +215,5 @@ class InflightMachine(RuleBasedStateMachine):
             assert self.sequence == self.log.c.sequence
 
 
-InflightMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None
-)
+InflightMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestInflightModel = InflightMachine.TestCase

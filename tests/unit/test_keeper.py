@@ -8,6 +8,7 @@ look at the engine and at the keeper at the same moment. Servers are killed for 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ import pytest
 from support import Processes, wait_until
 from unit.volumes import HOLD_MS, REGION, SIZE, Remote, make_params
 
-from nbd_mirror import core
-from nbd_mirror.keeper import Keeper, RemotePolicy
-from nbd_mirror.state import RemoteState, describe
+from nbd_mirror.rules.state import RemoteState, describe
+from nbd_mirror.server.keeper import Keeper, RemotePolicy
+from nbd_mirror.server.sample import BUSY_S
+from nbd_mirror.volume import core
 
 NR_REGIONS = SIZE // REGION
 
@@ -41,6 +43,7 @@ class Mirror:
         self,
         *,
         late_window_s: float = 0.0,
+        hold_s: float = HOLD_MS / 1000,
         random: Callable[[], float] = lambda: 0.5,
     ) -> Keeper:
         """Start a keeper; its random numbers are all *random*'s."""
@@ -48,7 +51,7 @@ class Mirror:
             name="dr",
             uri=self.uri,
             deadline_s=2.0,
-            hold_s=HOLD_MS / 1000,
+            hold_s=hold_s,
             late_window_s=late_window_s,
         )
         self.keeper = Keeper(self.engine, 0, policy, self._note, random=random)
@@ -145,7 +148,8 @@ class TestCatchingUp:
         assert "attempt" in mirror.reason() or "trying" in mirror.reason()
         remote.start()
         mirror.wait_for(RemoteState.IN_SYNC)
-        assert keeper.view().facts.last_error == ""
+        # The engine has it in sync before the keeper's next turn notices.
+        wait_until(lambda: not keeper.view().facts.last_error, "the error to go")
 
     def test_outage_copies_only_what_was_missed(
         self, synced: Mirror, remote: Remote
@@ -272,6 +276,69 @@ class TestBackOff:
         events = [x.split()[2] for x in mirror.log if "connect: " in x]
         assert events[:5] == ["connect:", "disconnect:"] * 2 + ["connect:"]
 
+    def test_connection_lost_soon_after_each_sample_is_backed_off(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """In sync for a moment, again and again, is no reason to try at once."""
+
+        class Closing(core.Engine):
+            def wait_event(self, remote: int, seen: int, wait_s: float | None) -> int:
+                if self.remote_status(remote).admitted:
+                    self.drop(remote, "closed")
+                return super().wait_event(remote, seen, wait_s)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Closing)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            wait_until(lambda: keeper.view().facts.retry_s > 0.75, "a wait near 0.8 s")
+        finally:
+            mirror.close()
+        assert 3 <= sum(" connect: " in line for line in mirror.log) <= 5
+        assert sum("-> in_sync" in line for line in mirror.log) >= 2
+
+    def test_held_requests_are_tried_for_after_early_losses(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """However long the back-off is by then, the hold does not pass without one."""
+
+        class Flapping(core.Engine):
+            drops = 4
+            tried_held = 0
+
+            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+                if self.remote_status(remote).state is RemoteState.HOLDING:
+                    self.tried_held += 1
+                super().connect(remote, uri, timeout_s)
+
+            def wait_event(self, remote: int, seen: int, wait_s: float | None) -> int:
+                if self.drops and self.remote_status(remote).admitted:
+                    self.drops -= 1
+                    self.drop(remote, "closed")
+                return super().wait_event(remote, seen, wait_s)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Flapping)
+        engine = mirror.engine
+        assert isinstance(engine, Flapping)
+        try:
+            remote.start()
+            mirror.keep()
+            wait_until(
+                lambda: not engine.drops and engine.remote_status(0).admitted,
+                "the connection that is kept",
+            )
+            before = engine.tried_held
+            remote.kill()
+            mirror.wait_for(RemoteState.HOLDING)
+            mirror.wait_for(RemoteState.OUT_OF_SYNC)
+            assert engine.tried_held > before
+        finally:
+            mirror.close()
+
     def test_asked_during_an_attempt_tries_again_when_it_fails(
         self, run_dir: Path, remote: Remote
     ) -> None:
@@ -297,6 +364,69 @@ class TestBackOff:
             mirror.engine.explain(0, "an operator resumed it")
             go_on.set()
             wait_until(lambda: mirror.state() is RemoteState.IN_SYNC, "in_sync")
+        finally:
+            go_on.set()
+            mirror.close()
+
+    def test_asked_after_a_loss_tries_again_at_once(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """A resume that comes before the keeper sees the loss outdoes the back-off."""
+        lost, go_on = threading.Event(), threading.Event()
+
+        class Losing(core.Engine):
+            def admit(self, remote: int) -> None:
+                super().admit(remote)
+                if not lost.is_set():
+                    self.drop(remote, "lost at once")
+                    lost.set()
+                    assert go_on.wait(20)
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Losing)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            assert lost.wait(20)
+            keeper._attempt = 30  # the back-off by now: half a minute
+            keeper.retry_now(remote.uri)
+            mirror.engine.pause(0, paused=False)
+            go_on.set()
+            mirror.wait_for(RemoteState.IN_SYNC)
+        finally:
+            go_on.set()
+            mirror.close()
+        assert any("disconnect: lost at once" in line for line in mirror.log)
+
+    def test_asked_while_a_difference_is_found_tries_again(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """A resume amid an attempt is not lost to the difference that one finds."""
+        failing, go_on = threading.Event(), threading.Event()
+
+        class Failing(core.Engine):
+            def fail(self, remote: int, reason: str) -> None:
+                failing.set()
+                assert go_on.wait(20)
+                super().fail(remote, reason)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        other = run_dir / "other.img"
+        other.write_bytes(os.urandom(SIZE))
+        mirror = Mirror(params, remote.uri, Failing)
+        try:
+            remote.start(image=other)
+            keeper = mirror.keep()
+            assert failing.wait(20)
+            remote.kill()
+            remote.start()
+            keeper.retry_now(remote.uri)
+            mirror.engine.reset(0)
+            mirror.engine.pause(0, paused=False)
+            go_on.set()
+            mirror.wait_for(RemoteState.IN_SYNC)
         finally:
             go_on.set()
             mirror.close()
@@ -380,3 +510,110 @@ class TestPolicy:
         synced.keep()
         synced.wait_for(RemoteState.FAILED)
         assert f"region {NR_REGIONS - 1} " in synced.reason()
+
+
+class TestProof:
+    """What compared nothing is no proof."""
+
+    def writer(self, synced: Mirror, count: int, offset: int) -> threading.Thread:
+        """Begin a write, which waits for the remote as long as the hold lasts."""
+        thread = threading.Thread(
+            target=synced.engine.pwrite, args=(os.urandom(count), offset)
+        )
+        thread.start()
+        wait_until(lambda: synced.engine.status().inflight > 0, "the write under way")
+        return thread
+
+    @pytest.fixture
+    def holding_long(self, run_dir: Path, remote: Remote) -> Iterator[Mirror]:
+        """Give `synced` with a hold that a busy machine does not outlast."""
+        params = dataclasses.replace(make_params(run_dir, assume=True), hold_ms=4000)
+        core.create(params)
+        mirror = Mirror(params, remote.uri)
+        yield mirror
+        mirror.close()
+
+    def test_requests_hold_every_region_and_the_disk_is_another(
+        self, holding_long: Mirror, remote: Remote
+    ) -> None:
+        """While nothing could be compared it is said, and nothing is written."""
+        synced = holding_long
+        content = os.urandom(SIZE)
+        remote.image.write_bytes(content)
+        remote.start()
+        writer = self.writer(synced, SIZE, 0)
+        keeper = synced.keep()
+        wait_until(lambda: "requests hold every region" in "".join(synced.log), "said")
+        # After the hold every region is dirty, and with nothing to compare it copies.
+        keeper.end()
+        synced.engine.wake()
+        assert keeper.join(15.0)
+        assert not synced.engine.remote_status(0).admitted
+        writer.join(10.0)
+        assert not writer.is_alive()
+        assert synced.engine.comparable(0, 0) is None
+        assert remote.image.read_bytes() == content
+
+    def test_stop_ends_a_sample_that_finds_every_region_held(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """Once woken the engine waits no more, and the sample does not spin on."""
+        sampling = threading.Event()
+
+        class Telling(core.Engine):
+            def wait_event(
+                self, remote: int, seen: int, timeout_s: float | None
+            ) -> int:
+                if timeout_s == BUSY_S:
+                    sampling.set()
+                return super().wait_event(remote, seen, timeout_s)
+
+        params = dataclasses.replace(make_params(run_dir, assume=True), hold_ms=20000)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Telling)
+        remote.start()
+        writer = self.writer(mirror, SIZE, 0)
+        keeper = mirror.keep(hold_s=20.0)
+        try:
+            assert sampling.wait(20)
+            keeper.end()
+            mirror.engine.wake()
+            assert keeper.join(1.0)
+        finally:
+            mirror.close()
+            writer.join(10.0)
+        assert not writer.is_alive()
+
+    def test_requests_hold_a_part_of_each_region(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """What no request holds is compared: another disk is found at once."""
+        content = os.urandom(SIZE)
+        remote.image.write_bytes(content)
+        remote.start()
+        writer = self.writer(synced, SIZE - 4096, 0)
+        synced.keep()
+        synced.wait_for(RemoteState.FAILED)
+        writer.join(10.0)
+        assert not writer.is_alive()
+        assert remote.image.read_bytes() == content
+
+    def test_one_clean_region_among_many_is_found(
+        self, synced: Mirror, remote: Remote
+    ) -> None:
+        """Chance does not hit it; it is compared nonetheless."""
+        clean = NR_REGIONS // 2 + 1
+        with remote.image.open("r+b") as image:
+            image.seek(clean * REGION + 100)
+            image.write(b"another")
+        wait_until(lambda: synced.state() is RemoteState.HOLDING, "the start")
+        synced.engine.fail(0, "so that all it misses is dirty")
+        synced.engine.reset(0)
+        synced.engine.trim(clean * REGION, 0)
+        synced.engine.trim(SIZE - (clean + 1) * REGION, (clean + 1) * REGION)
+        assert synced.engine.comparable(0, 0) == clean
+        assert synced.engine.comparable(0, clean + 1) is None
+        remote.start()
+        synced.keep(random=lambda: 0.0)
+        synced.wait_for(RemoteState.FAILED)
+        assert f"region {clean} " in synced.reason()

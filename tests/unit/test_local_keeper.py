@@ -13,8 +13,9 @@ import fcntl
 import os
 import resource
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,19 @@ from support import Processes, wait_until
 from unit.test_keeper import Mirror, same_images
 from unit.volumes import REGION, SIZE, Remote, make_params
 
-from nbd_mirror import core
-from nbd_mirror.errors import (
+from nbd_mirror.base.errors import (
     BusyError,
-    ConfigError,
     MirrorError,
     MissingError,
     RemoteError,
+    WrongDiskError,
 )
-from nbd_mirror.local_keeper import RETRY_S, LocalKeeper
-from nbd_mirror.model import Batch
-from nbd_mirror.pace import Plan
-from nbd_mirror.state import LocalState, RemoteState
+from nbd_mirror.rules.pace import Plan
+from nbd_mirror.rules.state import LocalState, RemoteState
+from nbd_mirror.server import local_keeper
+from nbd_mirror.server.local_keeper import RETRY_S, LocalKeeper
+from nbd_mirror.volume import core
+from nbd_mirror.volume.model import Batch
 
 LIMIT = SIZE // 2  # bytes: more than any log has
 
@@ -53,6 +55,13 @@ class Watched(core.Engine):
     """The engine; how often it was asked to copy back is counted."""
 
     batches = 0
+    hangs: threading.Event | None = None  # local_attach waits for it
+
+    def local_attach(self, path: str, *, replaced: bool) -> None:
+        """Hang, as an open of a disk may."""
+        hangs = Watched.hangs
+        assert hangs is None or hangs.wait(60)
+        super().local_attach(path, replaced=replaced)
 
     def local_resync(
         self, first: int, max_bytes: int, max_s: float, plan: Plan
@@ -168,6 +177,26 @@ class TestCopyingBack:
         assert same_images(mirror, remote)
         assert mirror.local.view().facts.last_error == ""
 
+    def test_turn_that_fails_is_waited_out_in_every_state(
+        self, mirror: LocalMirror, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also of a disk that is ok: a failure that stays must not fill the log."""
+        turns: list[float] = []
+
+        def fail(_: object) -> None:
+            turns.append(time.monotonic())
+            raise ValueError("the engine reports the unknown local state 9")
+
+        monkeypatch.setattr(mirror.local, "_observe", fail)
+        mirror.local.start()
+        wait_until(lambda: len(turns) >= 4, "four turns")
+        assert turns[3] - turns[0] >= 2 * RETRY_S
+        assert any("unknown local state 9" in one for one in mirror.log)
+        monkeypatch.undo()
+        mirror.fail_local()
+        mirror.local.resume(mirror.params.local)
+        mirror.wait_for_local(LocalState.OK)
+
     def test_replaced_disk_gets_everything(
         self, mirror: LocalMirror, remote: Remote, run_dir: Path
     ) -> None:
@@ -220,7 +249,7 @@ class TestResume:
         content = os.urandom(SIZE)
         other.write_bytes(content)
         mirror.fail_local()
-        self.refused(mirror, str(other), ConfigError, "not the disk that was left")
+        self.refused(mirror, str(other), WrongDiskError, "not the disk that was left")
         assert "not the disk that was left" in mirror.engine.status().local.reason
         mirror.engine.pwrite(os.urandom(REGION), 0)
         mirror.engine.flush()
@@ -229,7 +258,7 @@ class TestResume:
     def test_without_a_remote_nothing_can_be_compared(
         self, mirror: LocalMirror, remote: Remote
     ) -> None:
-        """Nobody's word for it: it is not used, until a remote is back."""
+        """Without proof it is not used, until a remote is back."""
         mirror.fail_local()
         remote.kill()
         wait_until(lambda: not mirror.engine.remote_status(0).admitted, "the loss")
@@ -248,8 +277,43 @@ class TestResume:
         small = run_dir / "small.img"
         small.write_bytes(bytes(REGION))
         self.refused(mirror, str(run_dir / "none"), MissingError, "does not exist")
-        self.refused(mirror, str(small), RemoteError, f"has {REGION} bytes")
+        self.refused(mirror, str(small), WrongDiskError, f"has {REGION} bytes")
         mirror.local.resume(mirror.params.local)
+
+    def test_disk_that_hangs_keeps_one_command(
+        self, mirror: LocalMirror, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Further commands are told so soon: each would hold a control thread."""
+        monkeypatch.setattr(local_keeper, "COMMAND_S", 0.2)
+        mirror.fail_local()
+        hangs = Watched.hangs = threading.Event()
+        path = mirror.params.local
+        first = threading.Thread(target=mirror.local.resume, args=(path,))
+        first.start()
+        refused: list[BusyError] = []
+
+        def ask(command: Callable[[str], None]) -> None:
+            try:
+                command(path)
+            except BusyError as error:
+                refused.append(error)
+
+        wait_until(mirror.local._command.locked, "the first command")
+        others = [
+            threading.Thread(target=ask, args=(command,), daemon=True)
+            for command in (mirror.local.resume, mirror.local.replace)
+        ]
+        try:
+            for other in others:
+                other.start()
+            wait_until(lambda: len(refused) == 2, "both to be refused")
+        finally:
+            Watched.hangs = None
+            hangs.set()
+            for thread in (first, *others):
+                thread.join(30)
+        mirror.local.start()
+        mirror.wait_for_local(LocalState.OK)
 
     def test_disk_in_use_is_refused(self, mirror: LocalMirror) -> None:
         """A disk that another program has locked by now is not taken."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nbd_mirror.errors import FormatError, MissingError
-from nbd_mirror.mapview import Run, open_map, picture, save_png
+from nbd_mirror.base.errors import FormatError, MissingError, UnsupportedError
+from nbd_mirror.volume import mapview
+from nbd_mirror.volume.mapview import Run, open_map, picture, save_png
 
 KIB64 = 1 << 16
 
@@ -30,7 +34,7 @@ def write_map(
     version: int = 1,
     flags: int = 0,
 ) -> None:
-    """Write a `dirty.<remote>` file as csrc/layout.h describes it."""
+    """Write a `dirty.<remote>` file as csrc/logs/layout.h describes it."""
     header = struct.pack("<8sII16s64s", magic, version, 0, b"u" * 16, b"dr")
     header += struct.pack("<QQQII", 1, nr_regions, KIB64, flags, 0)
     data = bytearray(header.ljust(4096, b"\0"))
@@ -46,17 +50,22 @@ def write_map(
 @given(
     nr_regions=st.integers(1, 70_000),
     seeds=st.lists(st.integers(0, 1 << 20), max_size=60),
+    piece=st.sampled_from([61, 512, mapview._PIECE]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=40,
+)
 def test_map_counts_and_runs_agree_with_a_set(
-    tmp_path: Path, nr_regions: int, seeds: list[int]
+    tmp_path: Path, nr_regions: int, seeds: list[int], piece: int
 ) -> None:
-    """Counts, runs and shares are those of a plain set of regions."""
+    """Counts, runs and shares are those of a plain set, whatever is read at a time."""
     dirty = {seed % nr_regions for seed in seeds}
     dirty |= {region + 1 for region in dirty if region + 1 < nr_regions}
     path = tmp_path / "dirty.dr"
     write_map(path, nr_regions, dirty)
-    with open_map(path) as maps:
+    with pytest.MonkeyPatch.context() as patch, open_map(path) as maps:
+        patch.setattr(mapview, "_PIECE", piece)
         assert len(dirty) == maps.dirty_regions
         covered = {
             region
@@ -71,8 +80,12 @@ def test_map_counts_and_runs_agree_with_a_set(
         lengths = sorted((run.length for run in maps.runs()), reverse=True)
         assert lengths[:3] == [run.length for run in runs]
         shares = maps.shares(64)
-        assert len(shares) == min(64, nr_regions)
-        assert (sum(shares) > 0) is bool(dirty)
+        cells = min(64, nr_regions)
+        edges = [nr_regions * i // cells for i in range(cells + 1)]
+        assert shares == [
+            len(dirty & set(range(low, high))) / (high - low)
+            for low, high in pairwise(edges)
+        ]
 
 
 def test_map_header_is_read(tmp_path: Path) -> None:
@@ -105,7 +118,7 @@ def test_map_in_use_is_seen_as_it_changes(tmp_path: Path) -> None:
 
 
 def test_map_is_read_only(tmp_path: Path) -> None:
-    """Nobody can change the file through what is returned."""
+    """No caller can change the file through what is returned."""
     path = tmp_path / "dirty.dr"
     write_map(path, 100, set())
     with open_map(path) as maps, pytest.raises(TypeError):
@@ -125,6 +138,54 @@ def test_map_truncated_is_told(tmp_path: Path, size: int) -> None:
     write_map(path, 100, {1})
     os.truncate(path, size)
     with pytest.raises(FormatError, match="truncated"):
+        open_map(path)
+
+
+LOOKS = ("dirty_regions", "unflushed_regions", "late_regions", "dirty")
+LOOK = """
+import os, sys
+from nbd_mirror.volume.mapview import open_map, picture
+path, look = sys.argv[1:]
+with open_map(path) as maps:
+    os.truncate(path, 4096)
+    try:
+        match look:
+            case "runs":
+                maps.longest_runs(3)
+            case "picture":
+                picture(maps, 16)
+            case _:
+                getattr(maps, look)
+    except Exception as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("look", [*LOOKS, "runs", "picture"])
+def test_map_cut_short_while_it_is_read_is_told(tmp_path: Path, look: str) -> None:
+    """Its owner may truncate it under root's command: an error, and no SIGBUS."""
+    path = tmp_path / "dirty.dr"
+    write_map(path, 70_000, {1})
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, path, look],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "was cut short while it was read" in done.stdout
+
+
+def test_map_of_more_regions_than_a_volume_has_is_told(tmp_path: Path) -> None:
+    """A file of holes costs its owner nothing: its length alone proves nothing."""
+    path = tmp_path / "dirty.dr"
+    write_map(path, 100, {1})
+    with path.open("r+b") as file:
+        file.seek(104)
+        file.write(struct.pack("<Q", 1 << 44))
+        file.truncate(4096 + 4 * (1 << 41))
+    with pytest.raises(FormatError, match="garbled"):
         open_map(path)
 
 
@@ -179,3 +240,18 @@ def test_png_shows_dirty_and_clean_in_different_colours(tmp_path: Path) -> None:
         colours = {colour for _, colour in image.getcolors(1 << 20) or ()}
         assert {(214, 48, 40), (36, 58, 48)} <= colours
         assert image.height > 2 * 512
+
+
+def test_png_without_pillow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server has no use for pictures, so what draws them is an extra."""
+    write_map(tmp_path / "dirty.dr", 16, {1})
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with (
+        open_map(tmp_path / "dirty.dr") as maps,
+        pytest.raises(UnsupportedError, match="needs Pillow") as caught,
+    ):
+        save_png([maps], tmp_path / "map.png", "volume pg")
+    assert "nbd-mirror[png]" in caught.value.hint
+    assert not (tmp_path / "map.png").exists()

@@ -2,7 +2,7 @@
 """
 The range lock against queues, one a byte.
 
-Whoever asks for a range goes to the end of the queue of each of its bytes, and
+A request for a range goes to the end of the queue of each of its bytes, and
 holds it while it is at the head of all of them.  That is what first come, first
 served means, said without counting blockers as the C code does.
 
@@ -155,7 +155,7 @@ class RangelockMachine(RuleBasedStateMachine):
 
     @invariant()
     def list_is_in_order_of_arrival(self) -> None:
-        """Keep everybody in the list once, in the order they came."""
+        """Keep every range in the list once, in the order they came."""
         listed, c_range = [], self.rl.first
         while c_range != ffi.NULL:
             listed.append(c_range)
@@ -163,7 +163,5 @@ class RangelockMachine(RuleBasedStateMachine):
         assert list(self.c_range.values()) == listed
 
 
-RangelockMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None
-)
+RangelockMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestRangelockModel = RangelockMachine.TestCase

@@ -14,12 +14,12 @@ import pytest
 from support import ROOT, Processes, requires, requires_program
 from unit.volumes import make_params
 
-from nbd_mirror import core
+from nbd_mirror.volume import core
 
 START = """
 import ctypes, json, pathlib, re, sys
 from unit.volumes import make_params
-from nbd_mirror import core
+from nbd_mirror.volume import core
 engine = core.Engine(make_params(pathlib.Path(sys.argv[1])))
 engine.start()
 status = pathlib.Path("/proc/self/status").read_text()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_mirror.state import (
+from nbd_mirror.rules.state import (
     BACKOFF_LAST_S,
     STALLED_S,
     Action,
@@ -131,7 +131,7 @@ class TestNextStep:
 
     @every_facts
     def test_wait_for_every_combination_has_a_way_out(self, facts: Facts) -> None:
-        """Whoever waits without end waits for an operator, or has nothing to do."""
+        """A keeper waits without end for an operator alone, or has nothing to do."""
         step = next_step(facts)
         if step == Step(Action.WAIT):
             assert (
@@ -290,7 +290,7 @@ class TestDescribeLocal:
             assert facts.reason in reason
 
     def test_failed_without_a_remote_says_that_requests_fail(self) -> None:
-        """Nobody is told that remotes serve when there is none."""
+        """No text says that remotes serve when there is none."""
         alone, _ = describe_local(LocalFacts(LocalState.FAILED, sources=0))
         served, _ = describe_local(LocalFacts(LocalState.FAILED, sources=1))
         assert "EIO" in alone
@@ -317,6 +317,39 @@ class TestDescribeLocal:
         for value in (0, 4):
             with pytest.raises(ValueError, match="unknown local state"):
                 LocalState.from_c(value)
+
+
+class TestSilentDisk:
+    """A local disk that keeps requests waiting is not well, whatever its state."""
+
+    def test_it_is_said_for_how_long(self) -> None:
+        """Also while it is copied back to; not of one that is not used."""
+        for state in (LocalState.OK, LocalState.RESYNCING):
+            facts = LocalFacts(state, sources=1, silent_s=11.5)
+            assert facts.silent
+            assert "has not answered for 12 s" in describe_local(facts)[0]
+        assert not LocalFacts(LocalState.FAILED, silent_s=11.5).silent
+        assert not LocalFacts(LocalState.OK, silent_s=2.0).silent
+
+    def test_failed_one_that_keeps_a_request_says_so(self) -> None:
+        """No disk is attached before it has let go: the reason says why."""
+        for silent_s, said in ((0.0, False), (0.4, True)):
+            facts = LocalFacts(
+                LocalState.FAILED, sources=1, reason="gone", silent_s=silent_s
+            )
+            reason, _ = describe_local(facts)
+            assert said == reason.startswith("gone and still keeps a request; ")
+
+    def test_the_volume_is_not_in_sync_then(self) -> None:
+        """Requests wait, as for a lost remote."""
+        word = volume_state(
+            [RemoteState.IN_SYNC],
+            failed=False,
+            fenced=False,
+            local=LocalState.OK,
+            silent=True,
+        )
+        assert word == "holding"
 
 
 class TestVolumeState:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_mirror.units import (
+from nbd_mirror.base.units import (
     format_duration,
     format_size,
     parse_duration,

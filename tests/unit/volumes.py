@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support import Processes, wait_until
 
-from nbd_mirror import core
+from nbd_mirror.volume import core
 
 SIZE = 16 << 20  # bytes
 REGION = 64 << 10

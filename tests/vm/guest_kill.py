@@ -115,6 +115,7 @@ class Victim:
         """Kill the server at a random instant, once the writer is well under way."""
         more = self.nr_answered() + self._choose.randint(5, 40)
         wait_until(lambda: self.nr_answered() >= more, "the writer to get on")
+        # At any instant: a state to wait for would always be the same one.
         time.sleep(self._choose.random() * 0.05)
         self.mirror.kill()
         self.kills += 1

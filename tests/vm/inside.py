@@ -2,9 +2,10 @@
 """
 A mirror inside the guest: served, attached, killed and served again.
 
-Runs as one Python process, because starting one takes seconds on an emulated CPU:
-only the server itself is started as a command. Nothing here waits without a bound,
-so that the guest comes to its end, or says where it hangs, before it is killed.
+Runs as one Python process, because starting one takes seconds on an emulated CPU.
+Commands of nbd-mirror are forks of it: from their arguments on they are what a shell
+would have started. Nothing here waits without a bound, so that the guest comes to its
+end, or says where it hangs, before it is killed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn, Protocol
 
-from nbd_mirror import attach, config, control, create
-from nbd_mirror.errors import MirrorError
+from nbd_mirror.__main__ import main as command_line
+from nbd_mirror.base.errors import MirrorError
+from nbd_mirror.commands import create
+from nbd_mirror.device import attach
+from nbd_mirror.rules.content import Choice
+from nbd_mirror.volume import config, control
 
-__all__ = ["Mirror", "note", "result", "run", "wait_until"]
+__all__ = ["Mirror", "command", "note", "result", "run", "wait_until"]
 
 BEGIN = time.monotonic()
 WAIT_S = 120.0
@@ -30,7 +37,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def note(words: str) -> None:
-    """Say what is going on, for whoever has to find out why a test failed."""
+    """Say what is going on, to find out why a test failed."""
     print(f"=== {time.monotonic() - BEGIN:6.1f} s: {words}", flush=True)
 
 
@@ -39,7 +46,7 @@ def result(name: str, value: object) -> None:
     print(f"RESULT {name} {value}", flush=True)
 
 
-def run(*command: str | Path, ok: tuple[int, ...] = (0,)) -> str:
+def run(*command: str | Path, timeout_s: float = WAIT_S) -> str:
     """Run a program to its end and return what it said; raises RuntimeError."""
     words = [str(word) for word in command]
     done = subprocess.run(
@@ -49,23 +56,142 @@ def run(*command: str | Path, ok: tuple[int, ...] = (0,)) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        timeout=WAIT_S,
+        timeout=timeout_s,
         check=False,
         env={**os.environ, "PATH": PATH, "LC_ALL": "C.UTF-8"},
     )
-    if done.returncode not in ok:
+    if done.returncode != 0:
         message = f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}"
         raise RuntimeError(message)
     return done.stdout
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Return once *condition* is true; raise RuntimeError if it never is."""
+def wait_until(
+    condition: Callable[[], object], what: str, *, rest: float = 4.0
+) -> None:
+    """
+    Return once *condition* is true; raise RuntimeError if it never is.
+
+    Args:
+        condition: what to look at.
+        what: is waited for.
+        rest: so many times as long as a look took nothing is done before the next one.
+            The guest's CPU is what all that is waited for needs too.
+    """
     until = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > until:
+    while True:
+        begin = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        if now > until:
             raise RuntimeError(f"waited in vain for {what}")
-        time.sleep(0.02)
+        time.sleep(min(max(0.02, rest * (now - begin)), 1.0))
+
+
+def hanging() -> str:
+    """Say of each thread of a program where it is in the kernel, and its CPU time."""
+    found = []
+    for task in sorted(Path("/proc").glob("[0-9]*/task/[0-9]*")):
+        try:
+            words = (task / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            stat = (task / "stat").read_text().rpartition(")")[2].split()
+            stack = (task / "stack").read_text().split("\n")[:4]
+        except OSError:
+            continue
+        if stat[0] == "Z":
+            words = f"ended: status {stat[-1]}"
+        if words:  # the kernel's own threads have none
+            ticks = int(stat[11]) + int(stat[12])
+            found.append(f"{task} {stat[0]} {ticks} ticks {words[:90]} {stack}")
+    return "\n".join(found)
+
+
+class Process(Protocol):
+    """What is used of a subprocess.Popen."""
+
+    pid: int
+    returncode: Any
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code; raises subprocess.TimeoutExpired."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+
+class Command:
+    """
+    `nbd-mirror` with some arguments, in a fork of this process.
+
+    Args:
+        words: the arguments.
+        out: where its output goes, errors too.
+    """
+
+    def __init__(self, words: list[str], out: IO[bytes]) -> None:
+        sys.stdout.flush()
+        self.words = words
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(out.fileno())
+
+    def _become(self, out: int) -> NoReturn:
+        code = 70
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            os.environ |= {"PATH": PATH, "LC_ALL": "C.UTF-8"}
+            sys.argv = ["nbd-mirror", *self.words]
+            command_line()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code; raises TimeoutExpired."""
+        until = time.monotonic() + (WAIT_S if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.words, WAIT_S)
+            time.sleep(0.02)  # between two looks
+        return code
+
+    def kill(self) -> None:
+        """Kill it."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def command(*words: str | Path, ok: tuple[int, ...] = (0,)) -> str:
+    """Run a command of nbd-mirror and return what it said; raises RuntimeError."""
+    text = [str(word) for word in words]
+    note(f"nbd-mirror {' '.join(text)}")
+    with tempfile.TemporaryFile() as out:
+        code = Command(text, out).wait(150)
+        out.seek(0)
+        said = out.read().decode(errors="replace")
+    if code:
+        note(f"exit code {code}: {said}")
+    if code not in ok:
+        raise RuntimeError(f"nbd-mirror {text}: exit code {code}\n{said}")
+    return said
 
 
 class Mirror:
@@ -78,7 +204,7 @@ class Mirror:
         far: the remote's.
         device: such as /dev/nbd0.
         state: the state directory; not given: in *folder*.
-        region_size: as in the configuration.
+        region_size, deadline, late_write_window: as in the configuration.
     """
 
     def __init__(
@@ -90,6 +216,8 @@ class Mirror:
         *,
         state: Path | None = None,
         region_size: str = "64KiB",
+        deadline: str = "20s",
+        late_write_window: str = "1s",
     ) -> None:
         self.folder = folder
         self.local = local
@@ -97,7 +225,7 @@ class Mirror:
         self.device = device
         self.point = folder / "mnt"
         self.point.mkdir(parents=True)
-        self._server: subprocess.Popen[bytes] | None = None
+        self._server: Process | None = None
         self._secondary: subprocess.Popen[bytes] | None = None
         path = folder / "v.toml"
         path.write_text(
@@ -105,8 +233,8 @@ class Mirror:
             f'state = "{state or folder / "state"}"\n'
             f'listen = "unix:{folder}/v.sock"\nhold = "1s"\n'
             f'region_size = "{region_size}"\n'
-            'late_write_window = "1s"\n[[remote]]\nname = "far"\n'
-            f'uri = "nbd+unix:///?socket={folder}/far.sock"\ndeadline = "20s"\n'
+            f'late_write_window = "{late_write_window}"\n[[remote]]\nname = "far"\n'
+            f'uri = "nbd+unix:///?socket={folder}/far.sock"\ndeadline = "{deadline}"\n'
         )
         self.config = config.load(path)
 
@@ -156,16 +284,21 @@ class Mirror:
     def serve(self) -> None:
         """Start the server; `wait_served` waits for it."""
         assert self._server is None
-        command = (sys.executable, "-m", "nbd_mirror", "serve", self.config.source)
-        self._server = self._start("serve.log", *command, "--foreground")
+        words = ["serve", str(self.config.source), "--foreground"]
+        with (self.folder / "serve.log").open("ab") as out:
+            self._server = Command(words, out)
 
     def wait_served(self) -> None:
         """Return once the server answers."""
-        wait_until(self._answers, "the server to answer")
+        try:
+            wait_until(self._answers, "the server to answer")
+        except RuntimeError:
+            note(hanging())
+            raise
 
     def _answers(self) -> bool:
-        assert self._server is not None
-        if self._server.poll() is not None:
+        # None: a command has started it, in the background.
+        if self._server is not None and self._server.poll() is not None:
             raise RuntimeError(f"the server ended: {self._server.returncode}")
         try:
             control.call(self.config.state_dir, "ping", 10.0)
@@ -212,10 +345,10 @@ class Mirror:
 
     # --- the device ---
 
-    def attach(self) -> None:
-        """Attach the kernel's device, with the time limits of `nbd-mirror attach`."""
+    def attach(self, asked: str = "") -> Choice:
+        """Attach the kernel's device as `nbd-mirror attach --block-size` does."""
         size = self.local_size()
-        attach.attach(self.config, size, self.device)
+        return attach.attach(self.config, size, self.device, asked=asked)[1]
 
     def local_size(self) -> int:
         """Return the size of the local disk."""
@@ -237,7 +370,8 @@ class Mirror:
     def logs(self) -> str:
         """Return the ends of the logs."""
         parts = []
-        for log in sorted(self.folder.glob("*.log")):
+        state = Path(self.config.state_dir)
+        for log in sorted([*self.folder.glob("*.log"), *state.glob("*.log")]):
             lines = log.read_text(errors="replace").splitlines()[-40:]
             parts.append("\n".join([f"--- {self.folder.name}/{log.name}", *lines]))
         return "\n".join(parts)

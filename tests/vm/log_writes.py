@@ -114,7 +114,7 @@ def in_order(entries: Iterable[Entry], disk_of: Callable[[int], str]) -> list[En
 
 class Disk:
     """
-    A slice of the logged device, a disk of its own to whoever uses it.
+    A slice of the logged device, a disk of its own to its user.
 
     Args:
         name: for messages.

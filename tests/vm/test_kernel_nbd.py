@@ -2,7 +2,7 @@
 """
 The main job with the kernel's own NBD client, in a virtual machine.
 
-guest.sh does the job and prints result lines; here they are judged. Only a kernel
+guest_main.py does the job and prints result lines; here they are judged. Only a kernel
 shows whether our server suits /dev/nbd0: its request sizes, its flushes, its
 time-outs, and a file system that does not forgive.
 """
@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from vm.vm import run_in_vm
 
-GUEST = Path(__file__).with_name("guest.sh")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
+
+GUEST = Path(__file__).with_name("guest_main.py")
 # Of the guest. Much more than it takes on two idle cores: what takes long there is
 # starting Python a dozen times, and an emulated CPU suffers most from neighbours.
 DEADLINE_S = 540

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from vm.vm import run_in_vm
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
+
 GUEST = Path(__file__).with_name("guest_kill.py")
 DEADLINE_S = 540
 ROUNDS = 3
@@ -25,7 +27,9 @@ ROUNDS = 3
 def test_server_killed_under_mounted_file_systems_loses_no_fsync() -> None:
     """What fsync answered for is there after each kill; both sides end up equal."""
     seed = os.environ.get("NBDM_VM_SEED", str(random.getrandbits(32)))
-    done = run_in_vm(GUEST, DEADLINE_S, [seed, str(ROUNDS)], modules=["nbd", "xfs"])
+    done = run_in_vm(
+        GUEST, DEADLINE_S, [seed, str(ROUNDS)], modules=["nbd", "xfs"], cpus=2
+    )
     print(f"NBDM_VM_SEED={seed}")
     print(done.stdout)
     print(done.stderr[-4000:])

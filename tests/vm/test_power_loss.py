@@ -28,6 +28,8 @@ from vm.log_writes import BLOCK, Content, Disk, Entry, in_order, read_log
 from vm.power_layout import BASE_SIZE, LOG_SIZE, SLICES
 from vm.vm import run_in_vm
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
+
 GUEST = Path(__file__).with_name("guest_power.py")
 DEADLINE_S = 540
 STEPS = 25
@@ -173,6 +175,7 @@ def test_power_lost_at_any_flush_leaves_nothing_unknown(tmp_path: Path) -> None:
         [seed, str(STEPS)],
         modules=["nbd", "virtio_blk", "dm-log-writes"],
         disks=[base, log],
+        cpus=2,
     )
     print(done.stdout)
     print(done.stderr[-4000:])

@@ -14,13 +14,13 @@ import os
 from collections.abc import Callable
 
 from e2e.direct.nbd_raw import OptionReply, RawClient
-from e2e.harness import MIB, Site
+from e2e.lib.harness import MIB, Site
 
 Dial = Callable[[], RawClient]
 
 KIB = 1024
-SIZE = 40 * MIB
-LONGEST = 32 * MIB
+SIZE = 72 * MIB
+LONGEST = 64 * MIB
 CONTEXT = b"base:allocation"
 DEADLINE_S = 5.0  # for what takes milliseconds, on a machine that is busy
 # HAS_FLAGS, FLUSH, FUA, TRIM, ZEROES, MULTI_CONN, CACHE, FAST_ZERO; and DF.

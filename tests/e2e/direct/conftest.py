@@ -14,7 +14,7 @@ from e2e.direct.checks import (
     transmitting,
 )
 from e2e.direct.nbd_raw import RawClient
-from e2e.harness import MIB, Site, shared_site
+from e2e.lib.harness import MIB, Site, shared_site
 
 
 @pytest.fixture(scope="module")

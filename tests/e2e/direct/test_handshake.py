@@ -19,7 +19,7 @@ from e2e.direct.checks import (
     errors_of,
 )
 from e2e.direct.nbd_raw import Export, OptionReply, RawClient
-from e2e.harness import MIB
+from e2e.lib.harness import MIB
 
 
 @pytest.mark.parametrize("no_zeroes", [False, True])
@@ -56,7 +56,7 @@ def test_hello_without_fixed_newstyle_is_served(dial: Dial) -> None:
 def test_info_and_go_tell_the_same(
     fresh: RawClient, infos: tuple[int, ...], name: bytes
 ) -> None:
-    """Both tell the export, and the block sizes to who asks for them."""
+    """Both tell the export, and the block sizes to a client that asks for them."""
     data = raw.name_and_infos(*infos, name=name)
     info = fresh.ask(raw.OPT_INFO, data)
     go = fresh.ask(raw.OPT_GO, data)
@@ -236,9 +236,19 @@ def test_meta_context_malformed_is_invalid(
     assert errno.EINVAL == fresh.call(raw.CMD_BLOCK_STATUS, 0, 4096).error
 
 
-@pytest.mark.parametrize("length", [8193, 1 << 20, 0xFFFFFFFF])
-def test_option_too_long_is_dropped(fresh: RawClient, length: int) -> None:
-    """An option longer than any good one ends the connection, data unread."""
+@pytest.mark.parametrize("length", [8193, 32 << 10, 1 << 20])
+@pytest.mark.parametrize("number", [raw.OPT_GO, raw.OPT_SET_META_CONTEXT, 12345])
+def test_option_too_long_is_refused(fresh: RawClient, number: int, length: int) -> None:
+    """An option longer than any good one is read and refused, and it goes on."""
+    found = fresh.ask(number, b"l" * length)
+    assert errors_of(found) == [raw.REP_ERR_TOO_BIG]
+    assert str(length).encode() in found[0].data
+    assert_goes_on(fresh)
+
+
+@pytest.mark.parametrize("length", [(32 << 20) + 1, 0xFFFFFFFF])
+def test_option_of_no_sane_length_is_dropped(fresh: RawClient, length: int) -> None:
+    """The server does not wait for 4 GiB of an option."""
     fresh.send(raw.option(raw.OPT_GO, length=length))
     fresh.assert_dropped()
 

@@ -8,7 +8,7 @@ from e2e.direct.checks import (
     KIB,
     SIZE,
 )
-from e2e.harness import MIB, Site
+from e2e.lib.harness import MIB, Site
 
 
 def qemu_io(site: Site, *commands: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Clients of the direct door that do harm: to themselves, and to nobody else."""
+"""Clients of the direct door that do harm: to themselves, and to no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from e2e.direct.checks import (
     transmitting,
 )
 from e2e.direct.nbd_raw import RawClient
-from e2e.harness import MIB, Site, free_port
+from e2e.lib.harness import MIB, Site, free_port
 
 
 def send_reads(client: RawClient, count: int, length: int) -> None:
@@ -88,7 +88,7 @@ def test_clients_that_never_read_leave_workers_for_others(site: Site) -> None:
 def test_client_that_asks_and_never_reads_in_handshake_keeps_nobody(
     site: Site,
 ) -> None:
-    """Options without end, whose answers nobody reads, end with the server."""
+    """Options without end, with answers that are not read, end with the server."""
     site.bring_up("direct")
     with RawClient(site.socket) as deaf:
         deaf.hello()
@@ -116,7 +116,7 @@ sys.stdin.read()
 
 
 def test_client_killed_amid_a_payload_writes_nothing(served: Site, dial: Dial) -> None:
-    """Half a write is no write, and keeps no range from anybody."""
+    """Half a write is no write, and keeps no range from other clients."""
     client = transmitting(dial())
     before = os.urandom(MIB)
     client.write(4 * MIB, before)
@@ -136,7 +136,7 @@ def test_client_killed_amid_a_payload_writes_nothing(served: Site, dial: Dial) -
 
 
 def test_client_gone_while_its_remote_is_frozen(site: Site) -> None:
-    """Requests that wait for a remote outlive their client, and harm nobody."""
+    """Requests that wait for a remote outlive their client, and do no harm."""
     site.bring_up("direct")
     site.dr.freeze()
     with ExitStack() as open_ones:

@@ -1,0 +1,440 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door's answers: their bytes, and their way into the socket.
+ *
+ * Answers are queued, and sent by one thread at a time, as many in a system
+ * call as there are; a thread that comes meanwhile leaves its answer to that
+ * one.  A session's thread never blocks in a send: a client that does not read
+ * would else keep the requests whose answers that thread is to take in, and the
+ * ranges they hold.  A worker does, shortly, as one that copies a megabyte
+ * spares that thread the time; then it leaves the rest to it, or clients that
+ * do not read would have all workers.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <linux/sockios.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "base/clock.h"
+#include "base/lock.h"
+#include "doors/direct.h"
+#include "doors/direct_answer.h"
+#include "doors/direct_memory.h"
+#include "wire/gather.h"
+#include "wire/mailbox.h"
+#include "wire/protocol.h"
+#include "wire/receive.h"
+
+#define ANSWERS_AT_ONCE 64 /* in one sendmsg */
+#define LINGER_MS 500      /* for the last ones to arrive */
+#define LINGER_STEP_MS 5
+#define WAITING_BYTES (256u << 10) /* in one that may block */
+
+/* --- Ops and their buffers ----------------------------------------------- */
+
+static void
+op_free (struct op *op)
+{
+  free (op->buf);
+  free (op);
+}
+
+static struct op *
+take_spare_locked (struct session *s, size_t room)
+{
+  struct op **p = &s->spare;
+  struct op *op;
+
+  while (*p && (*p)->room < room && (*p)->next)
+    p = &(*p)->next;
+  op = *p;
+  if (op) {
+    *p = op->next;
+    s->kept -= op->room;
+  }
+  return op;
+}
+
+/* Buffers are kept: a large one is a mapping, made and faulted in anew. */
+static bool
+has_room (struct op *op, size_t room)
+{
+  if (op->room >= room)
+    return true;
+  free (op->buf);
+  op->buf = malloc (room);
+  op->room = op->buf ? room : 0;
+  return op->buf != NULL;
+}
+
+struct op *
+op_get (struct session *s, size_t room)
+{
+  struct op *op;
+
+  pthread_mutex_lock (&s->lock);
+  op = take_spare_locked (s, room);
+  pthread_mutex_unlock (&s->lock);
+  if (op == NULL)
+    op = calloc (1, sizeof *op);
+  if (op == NULL)
+    return NULL;
+  if (!has_room (op, room)) {
+    op_free (op);
+    return NULL;
+  }
+  op->session = s;
+  pthread_mutex_lock (&s->lock);
+  s->nr_ops++;
+  s->bytes += op->room;
+  s->promised = 0;
+  pthread_mutex_unlock (&s->lock);
+  return op;
+}
+
+static void
+op_put_locked (struct op *op)
+{
+  struct session *s = op->session;
+
+  s->nr_ops--;
+  s->bytes -= op->room;
+  if (s->kept + op->room > DIRECT_KEEP_BYTES
+      || (s->charged > 0 && budget_is_short (s))) {
+    op_free (op);
+    budget_settle_locked (s);
+    return;
+  }
+  s->kept += op->room;
+  op->next = s->spare;
+  s->spare = op;
+}
+
+void
+spare_free_locked (struct session *s)
+{
+  struct op *op;
+
+  while ((op = s->spare)) {
+    s->spare = op->next;
+    s->kept -= op->room;
+    op_free (op);
+  }
+  budget_settle_locked (s);
+}
+
+void
+op_drop (struct op *op)
+{
+  struct session *s = op->session;
+
+  LOCK_FOR_SCOPE (&s->lock);
+  op_put_locked (op);
+}
+
+/* --- Their bytes ---------------------------------------------------------- */
+
+static uint32_t
+wire_error (int rc)
+{
+  uint32_t error = (uint32_t)-rc;
+
+  return nbd_has_error (error) ? error : EIO;
+}
+
+static void
+fill_simple (struct op *op, int rc)
+{
+  struct nbd_simple_reply head = { .magic = htobe32 (NBD_SIMPLE_REPLY_MAGIC),
+                                   .error = htobe32 (wire_error (rc)),
+                                   .cookie = htobe64 (op->cookie) };
+
+  memcpy (op->head, &head, sizeof head);
+  op->head_size = sizeof head;
+}
+
+/* One chunk, which is the last: `extra` bytes of it follow in the head. */
+static void
+fill_chunk (struct op *op, uint16_t type, const void *extra, size_t size)
+{
+  struct nbd_chunk head
+      = { .magic = htobe32 (NBD_CHUNK_MAGIC),
+          .flags = htobe16 (NBD_CHUNK_DONE),
+          .type = htobe16 (type),
+          .cookie = htobe64 (op->cookie),
+          .length = htobe32 ((uint32_t)(size + op->body_size)) };
+
+  memcpy (op->head, &head, sizeof head);
+  memcpy (op->head + sizeof head, extra, size);
+  op->head_size = sizeof head + size;
+}
+
+static void
+fill_answer (struct op *op, int rc)
+{
+  bool chunked
+      = op->session->agreed.structured
+        && (op->type == NBD_CMD_READ || op->type == NBD_CMD_BLOCK_STATUS);
+  struct __attribute__ ((packed)) {
+    uint32_t error;
+    uint16_t message_length;
+  } error = { .error = htobe32 (wire_error (rc)) };
+  uint64_t offset = htobe64 (op->offset);
+  uint32_t context = htobe32 (DIRECT_CONTEXT);
+
+  if (!chunked)
+    fill_simple (op, rc);
+  else if (rc < 0)
+    fill_chunk (op, NBD_CHUNK_ERROR, &error, sizeof error);
+  else if (op->type == NBD_CMD_READ)
+    fill_chunk (op, NBD_CHUNK_OFFSET_DATA, &offset, sizeof offset);
+  else
+    fill_chunk (op, NBD_CHUNK_BLOCK_STATUS, &context, sizeof context);
+}
+
+static void
+finish_op (struct op *op, int rc, size_t body_size)
+{
+  op->body_size = rc < 0 ? 0 : body_size;
+  op->refused = rc == -ESHUTDOWN;
+  fill_answer (op, rc);
+  op->next = NULL;
+}
+
+/* A request that the volume refused because it stops was not carried out, and
+ * its client is not told so: it would take ESHUTDOWN for an error of the disk.
+ * The connection ends instead, and a client that reconnects sends the request
+ * again to the next server.
+ */
+static void
+queue_locked (struct op *op)
+{
+  struct session *s = op->session;
+
+  if (op->refused)
+    atomic_store (&s->ending, true);
+  if (s->dead || op->refused)
+    op_put_locked (op);
+  else if (s->last)
+    s->last = s->last->next = op;
+  else
+    s->first = s->last = op;
+}
+
+void
+answer_put (struct op *op, int rc, size_t body_size)
+{
+  struct session *s = op->session;
+
+  finish_op (op, rc, body_size);
+  LOCK_FOR_SCOPE (&s->lock);
+  queue_locked (op);
+}
+
+/* --- Their way into the socket -------------------------------------------- */
+
+static size_t
+answer_size (const struct op *op)
+{
+  return op->head_size + op->body_size;
+}
+
+static void
+gather_locked (const struct session *s, struct msghdr *msg)
+{
+  size_t skip = s->first_sent;
+  struct op *op = s->first;
+
+  for (int i = 0; op && i < ANSWERS_AT_ONCE; i++, op = op->next) {
+    gather (msg, op->head, op->head_size, &skip);
+    gather (msg, op->buf, op->body_size, &skip);
+  }
+}
+
+static void
+drop_first_locked (struct session *s)
+{
+  struct op *op = s->first;
+
+  s->first = op->next;
+  if (s->first == NULL) {
+    s->last = NULL;
+    s->slow = false;
+  }
+  op_put_locked (op);
+}
+
+static void
+sent_locked (struct session *s, size_t bytes)
+{
+  s->first_sent += bytes;
+  while (s->first && s->first_sent >= answer_size (s->first)) {
+    s->first_sent -= answer_size (s->first);
+    drop_first_locked (s);
+  }
+}
+
+/* The client reads no more. */
+static void
+die_locked (struct session *s)
+{
+  s->dead = true;
+  s->first_sent = 0;
+  while (s->first)
+    drop_first_locked (s);
+  shutdown (s->fd, SHUT_RDWR);
+}
+
+static void
+shorten (struct msghdr *msg, size_t max)
+{
+  for (size_t i = 0; i < msg->msg_iovlen; i++) {
+    struct iovec *iov = &msg->msg_iov[i];
+
+    if (iov->iov_len >= max) {
+      iov->iov_len = max;
+      msg->msg_iovlen = i + 1;
+      return;
+    }
+    max -= iov->iov_len;
+  }
+}
+
+/* A blocking send has the socket's own time-out, DIRECT_SEND_MS, for each piece
+ * that the kernel makes of it.  So a client that reads a little in that time
+ * could keep it for ever: it is given few pieces at once, and no more after
+ * that time.
+ */
+static void
+push_relock (struct session *s, bool may_wait)
+{
+  uint64_t until = may_wait ? now_ns () + DIRECT_SEND_MS * NS_PER_MS : 0;
+
+  while (s->first && !s->sending) {
+    struct iovec iov[2 * ANSWERS_AT_ONCE];
+    struct msghdr msg = { .msg_iov = iov };
+    ssize_t n;
+    int err;
+
+    gather_locked (s, &msg);
+    if (may_wait)
+      shorten (&msg, WAITING_BYTES);
+    s->sending = true;
+    pthread_mutex_unlock (&s->lock);
+    n = sendmsg (s->fd, &msg, (may_wait ? 0 : MSG_DONTWAIT) | MSG_NOSIGNAL);
+    err = errno;
+    may_wait = may_wait && now_ns () < until;
+    pthread_mutex_lock (&s->lock);
+    s->sending = false;
+    if (n >= 0) {
+      atomic_fetch_add_explicit (&s->moved, (uint64_t)n, memory_order_relaxed);
+      sent_locked (s, (size_t)n);
+    }
+    else if (err == EAGAIN) {
+      s->slow = true;
+      return;
+    }
+    else if (err != EINTR)
+      die_locked (s);
+  }
+}
+
+void
+answers_push (struct session *s)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+  push_relock (s, false);
+}
+
+void
+answers_give_up (struct session *s)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+  if (s->first && !s->sending)
+    die_locked (s);
+}
+
+static void
+queue_and_push (struct op *op, int rc, size_t body_size, bool may_wait)
+{
+  struct session *s = op->session;
+  bool refused;
+
+  finish_op (op, rc, body_size);
+  refused = op->refused;
+  pthread_mutex_lock (&s->lock);
+  queue_locked (op);
+  push_relock (s, may_wait && !s->slow);
+  if (refused || s->wants_room || (s->first && !s->sending)) {
+    s->wants_room = false;
+    mailbox_ring (
+        s->lane.watch.box); /* its thread goes on, when there is room */
+  }
+  pthread_mutex_unlock (&s->lock);
+  /* From here on the session may be gone. */
+  mailbox_ring_all ();
+}
+
+void
+answer_send (struct op *op, int rc, size_t body_size)
+{
+  queue_and_push (op, rc, body_size, true);
+}
+
+void
+answer_send_shared (struct op *op, int rc)
+{
+  queue_and_push (op, rc, 0, false);
+}
+
+/* Bytes that the client's machine has not acknowledged; 0 on a unix socket,
+ * where what was sent has arrived.
+ */
+static int
+unacknowledged (int fd)
+{
+  int domain, bytes = 0;
+  socklen_t size = sizeof domain;
+
+  if (getsockopt (fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0
+      && domain != AF_UNIX)
+    (void)ioctl (fd, SIOCOUTQ, &bytes);
+  return bytes;
+}
+
+/* The server ends the connection, and the client may be sending: closing a
+ * socket with bytes unread resets the connection, and answers on their way are
+ * lost.  So what comes is read and dropped until all of them have arrived.
+ */
+void
+answers_part (struct session *s)
+{
+  uint64_t until = now_ns () + LINGER_MS * NS_PER_MS;
+  struct pollfd fd = { .fd = s->fd, .events = POLLIN };
+
+  (void)shutdown (s->fd, SHUT_WR);
+  while (now_ns () < until) {
+    ssize_t n = receive (s->fd, s->inbox, DIRECT_INBOX, MSG_DONTWAIT);
+
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+      break;
+    if (n < 0 && unacknowledged (s->fd) == 0)
+      break;
+    if (n < 0)
+      (void)poll (&fd, 1, LINGER_STEP_MS);
+  }
+}
+
+void
+ops_free (struct session *s)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+  spare_free_locked (s);
+}

@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door's clients: which are connected, and which may be.
+ *
+ * A connection is first in the handshake, where a silent one may be any
+ * stranger's, and then a client, which may be silent: the kernel's has nothing
+ * to say for hours.  So the two are counted apart.  A new connection always
+ * gets into the handshake, if need be in the place of the oldest there; a
+ * client is admitted at the end of it, and one too many is told so.  Where all
+ * places are taken, a client that never asked for anything gives its place up:
+ * none in use is like that, as each begins by reading.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/lock.h"
+#include "doors/direct.h"
+#include "doors/direct_clients.h"
+#include "doors/direct_memory.h"
+#include "doors/direct_server.h"
+#include "wire/mailbox.h"
+
+#define MAX_SHAKING 64u /* hands */
+#define UNUSED_NS (60 * NS_PER_S)
+#define DESCRIPTORS 512u /* for remotes, logs, the control socket */
+#define STALL_MS 10000u
+
+static uint64_t
+default_memory (void)
+{
+  uint64_t quarter = (uint64_t)sysconf (_SC_PHYS_PAGES)
+                     * (uint64_t)sysconf (_SC_PAGESIZE) / 4;
+
+  return quarter < DIRECT_DEFAULT_MEMORY ? quarter : DIRECT_DEFAULT_MEMORY;
+}
+
+/* A client takes two descriptors.  Returns for how many there are enough, once
+ * the limit is raised as far as it may be.
+ */
+static uint32_t
+make_room (uint32_t max_clients)
+{
+  rlim_t wanted = DESCRIPTORS + 2 * ((rlim_t)max_clients + 2 * MAX_SHAKING);
+  struct rlimit limit, more = { wanted, wanted };
+  rlim_t room;
+
+  if (getrlimit (RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur >= wanted)
+    return max_clients;
+  if (limit.rlim_max >= wanted)
+    more.rlim_max = limit.rlim_max;
+  if (setrlimit (RLIMIT_NOFILE, &more) == 0)
+    return max_clients;
+  limit.rlim_cur = limit.rlim_max;
+  (void)setrlimit (RLIMIT_NOFILE, &limit);
+  room = limit.rlim_cur / 2;
+  return room > DESCRIPTORS / 2 + 2 * MAX_SHAKING
+             ? (uint32_t)(room - DESCRIPTORS / 2 - 2 * MAX_SHAKING)
+             : 1;
+}
+
+void
+clients_init (struct clients *clients, const struct nbdm_limits *limits)
+{
+  uint32_t max
+      = limits->max_clients ? limits->max_clients : DIRECT_DEFAULT_CLIENTS;
+  uint64_t memory = limits->max_memory ? limits->max_memory : default_memory ();
+  uint32_t stall_ms = limits->stall_ms ? limits->stall_ms : STALL_MS;
+
+  memset (clients, 0, sizeof *clients);
+  pthread_mutex_init (&clients->lock, NULL);
+  cond_init (&clients->gone);
+  clients->max_admitted = make_room (max);
+  if (memory < NBDM_MAX_REQUEST)
+    memory = NBDM_MAX_REQUEST;
+  budget_init (&clients->budget, memory, stall_ms * NS_PER_MS);
+}
+
+void
+clients_destroy (struct clients *clients)
+{
+  budget_end (&clients->budget);
+  pthread_mutex_destroy (&clients->lock);
+  pthread_cond_destroy (&clients->gone);
+}
+
+/* --- Coming and going ------------------------------------------------------
+ */
+
+/* It has no place any more, and its thread will notice. */
+static void
+put_out_locked (struct clients *clients, struct session *s)
+{
+  if (s->stage == SHAKING_HANDS)
+    clients->nr_shaking--;
+  else if (s->stage == ADMITTED)
+    clients->nr_admitted--;
+  s->stage = PUT_OUT;
+  (void)shutdown (s->fd, SHUT_RDWR);
+}
+
+/* New ones are put in front. */
+static struct session *
+oldest_shaking_locked (const struct clients *clients)
+{
+  struct session *oldest = NULL;
+
+  for (struct session *s = clients->first; s; s = s->next)
+    if (s->stage == SHAKING_HANDS)
+      oldest = s;
+  return oldest;
+}
+
+static struct session *
+unused_locked (const struct clients *clients)
+{
+  uint64_t now = now_ns ();
+  struct session *oldest = NULL;
+
+  for (struct session *s = clients->first; s; s = s->next)
+    if (s->stage == ADMITTED && !atomic_load (&s->asked)
+        && now - s->admitted_ns >= UNUSED_NS)
+      oldest = s;
+  return oldest;
+}
+
+void
+clients_add (struct clients *clients, struct session *s)
+{
+  LOCK_FOR_SCOPE (&clients->lock);
+  if (clients->nr_shaking >= MAX_SHAKING)
+    put_out_locked (clients, oldest_shaking_locked (clients));
+  clients->nr_shaking++;
+  s->stage = SHAKING_HANDS;
+  s->clients = clients;
+  s->next = clients->first;
+  clients->first = s;
+  clients->nr++;
+}
+
+bool
+clients_make_room (struct clients *clients)
+{
+  struct session *oldest;
+
+  LOCK_FOR_SCOPE (&clients->lock);
+  oldest = oldest_shaking_locked (clients);
+  if (oldest)
+    put_out_locked (clients, oldest);
+  return oldest != NULL;
+}
+
+void
+clients_remove (struct session *s)
+{
+  struct clients *clients = s->clients;
+  struct session **p = &clients->first;
+
+  LOCK_FOR_SCOPE (&clients->lock);
+  if (s->stage == SHAKING_HANDS)
+    clients->nr_shaking--;
+  else if (s->stage == ADMITTED)
+    clients->nr_admitted--;
+  while (*p != s)
+    p = &(*p)->next;
+  *p = s->next;
+}
+
+void
+clients_removed (struct clients *clients)
+{
+  LOCK_FOR_SCOPE (&clients->lock);
+  clients->nr--;
+  pthread_cond_broadcast (&clients->gone);
+}
+
+int
+clients_admit (struct session *s)
+{
+  struct clients *clients = s->clients;
+  struct session *unused = NULL;
+  int rc = 0;
+
+  pthread_mutex_lock (&clients->lock);
+  if (clients->nr_admitted >= clients->max_admitted
+      && (unused = unused_locked (clients)))
+    put_out_locked (clients, unused);
+  if (s->stage != SHAKING_HANDS)
+    rc = -ECONNRESET;
+  else if (clients->nr_admitted >= clients->max_admitted)
+    rc = -EUSERS;
+  else {
+    clients->nr_shaking--;
+    clients->nr_admitted++;
+    s->stage = ADMITTED;
+    s->admitted_ns = now_ns ();
+  }
+  pthread_mutex_unlock (&clients->lock);
+  if (rc == -EUSERS)
+    direct_log (s,
+                "turned away: there are %u clients, as many as max_clients "
+                "allows",
+                clients->max_admitted);
+  return rc;
+}
+
+/* --- The end ---------------------------------------------------------------
+ */
+
+void
+clients_disconnect (struct clients *clients)
+{
+  LOCK_FOR_SCOPE (&clients->lock);
+  clients->disconnecting = true;
+  for (struct session *s = clients->first; s; s = s->next) {
+    atomic_store (&s->ending, true);
+    if (atomic_load (&s->shaking_hands))
+      (void)shutdown (s->fd, SHUT_RDWR);
+    mailbox_ring (s->lane.watch.box);
+  }
+  mailbox_ring_all ();
+  pthread_cond_broadcast (&clients->gone);
+  while (clients->nr > 0)
+    pthread_cond_wait (&clients->gone, &clients->lock);
+}
+
+int
+clients_wait_gone (struct clients *clients, uint64_t until_ns)
+{
+  LOCK_FOR_SCOPE (&clients->lock);
+  while (!clients->disconnecting || clients->nr > 0)
+    if (!wait_until (&clients->gone, &clients->lock, until_ns))
+      return -ETIMEDOUT;
+  return 0;
+}

@@ -1,0 +1,462 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door's handshake: fixed newstyle, as doc/proto.md of the NBD
+ * project has it.
+ *
+ * A client may ask for an export by any name (export.c): there is mostly one.
+ * TLS is not spoken here; the native door has nbdkit for it.
+ *
+ * All lengths come from an unknown client: an option is read whole into a
+ * buffer of fixed size, and taken apart by a cursor that cannot leave the
+ * buffer.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+
+#include "api.h"
+#include "doors/direct.h"
+#include "doors/direct_clients.h"
+#include "doors/direct_handshake.h"
+#include "doors/direct_server.h"
+#include "doors/export.h"
+#include "wire/protocol.h"
+#include "wire/receive.h"
+
+#define MAX_OPTION 8192u        /* bytes; names are up to 4096 */
+#define MAX_REFUSED (32u << 20) /* longer ones end the connection */
+#define SILENCE_S 30
+#define CONTEXT "base:allocation"
+
+struct handshake {
+  struct session *session;
+  int fd;
+  const struct exports *exports;
+  const struct exported *mapped; /* whose context was agreed on; or NULL */
+  struct agreed *agreed;
+  bool no_zeroes;
+  uint32_t option;
+  uint32_t length;
+  uint8_t data[MAX_OPTION];
+};
+
+/* What an option comes to: -errno ends the connection. */
+enum next { ANOTHER_OPTION = 0, TRANSMISSION = 1 };
+
+static int
+read_all (int fd, void *buf, size_t size)
+{
+  ssize_t n;
+
+  if (size == 0)
+    return 0;
+  do
+    n = receive (fd, buf, size, MSG_WAITALL);
+  while (n < 0 && errno == EINTR);
+  if (n < 0)
+    return -errno;
+  return (size_t)n == size ? 0 : -ECONNRESET;
+}
+
+/* Short enough for a socket's buffer, so it goes as a whole or not at all. */
+static int
+send_all (int fd, struct iovec *iov, int nr)
+{
+  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = (size_t)nr };
+  size_t size = 0;
+  ssize_t n;
+
+  for (int i = 0; i < nr; i++)
+    size += iov[i].iov_len;
+  do
+    n = sendmsg (fd, &msg, MSG_NOSIGNAL);
+  while (n < 0 && errno == EINTR);
+  if (n < 0)
+    return -errno;
+  return (size_t)n == size ? 0 : -ECONNRESET;
+}
+
+static int
+reply (const struct handshake *h, uint32_t type, const void *data, size_t size)
+{
+  struct nbd_option_reply head = { .magic = htobe64 (NBD_OPTION_REPLY),
+                                   .option = htobe32 (h->option),
+                                   .type = htobe32 (type),
+                                   .length = htobe32 ((uint32_t)size) };
+  struct iovec iov[]
+      = { { &head, sizeof head }, { (void *)(uintptr_t)data, size } };
+
+  return send_all (h->fd, iov, size > 0 ? 2 : 1);
+}
+
+/* No, and why, for a person to read. */
+static int __attribute__ ((format (printf, 3, 4)))
+refuse (const struct handshake *h, uint32_t type, const char *fmt, ...)
+{
+  char words[160];
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (words, sizeof words, fmt, args);
+  va_end (args);
+  return reply (h, type, words, strlen (words));
+}
+
+/* --- Taking an option apart ---------------------------------------------- */
+
+struct cursor {
+  const uint8_t *at;
+  uint32_t left;
+  bool bad; /* it wanted more than there is */
+};
+
+static const uint8_t *
+take (struct cursor *c, uint32_t size)
+{
+  const uint8_t *at = c->at;
+
+  if (c->bad || size > c->left) {
+    c->bad = true;
+    return NULL;
+  }
+  c->at += size;
+  c->left -= size;
+  return at;
+}
+
+static uint32_t
+take_u32 (struct cursor *c)
+{
+  const uint8_t *at = take (c, 4);
+  uint32_t value = 0;
+
+  if (at)
+    memcpy (&value, at, 4);
+  return be32toh (value);
+}
+
+static uint16_t
+take_u16 (struct cursor *c)
+{
+  const uint8_t *at = take (c, 2);
+  uint16_t value = 0;
+
+  if (at)
+    memcpy (&value, at, 2);
+  return be16toh (value);
+}
+
+/* --- The options --------------------------------------------------------- */
+
+static uint16_t
+transmission_flags (const struct handshake *h, const struct exported *e)
+{
+  return (uint16_t)(NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA
+                    | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES
+                    | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE
+                    | NBD_FLAG_SEND_FAST_ZERO
+                    | (h->agreed->structured ? NBD_FLAG_SEND_DF : 0)
+                    | (e->read_only ? NBD_FLAG_READ_ONLY : 0));
+}
+
+/* The client is admitted, and wants this one. */
+static void
+choose (struct handshake *h, struct exported *e)
+{
+  h->session->exported = e;
+  h->session->lane.executor = &e->executor;
+  if (h->mapped != e)
+    h->agreed->block_status = false;
+}
+
+static int
+export_name (struct handshake *h)
+{
+  struct exported *e = exports_find (h->exports, h->data, h->length);
+  struct nbd_export export = { .size = htobe64 (e->size),
+                               .flags = htobe16 (transmission_flags (h, e)) };
+  size_t size = sizeof export - (h->no_zeroes ? sizeof export.zeroes : 0);
+  struct iovec iov = { &export, size };
+  int rc = clients_admit (h->session); /* it knows no error but the end */
+
+  if (rc == 0)
+    rc = send_all (h->fd, &iov, 1);
+  if (rc < 0)
+    return rc;
+  choose (h, e);
+  return TRANSMISSION;
+}
+
+static int
+list_one (const struct handshake *h, const char *name)
+{
+  struct __attribute__ ((packed)) {
+    uint32_t length;
+    char name[EXPORT_NAME_LEN];
+  } entry = { .length = htobe32 ((uint32_t)strlen (name)) };
+
+  memcpy (entry.name, name, strlen (name));
+  return reply (h, NBD_REP_SERVER, &entry, sizeof entry.length + strlen (name));
+}
+
+static int
+list (struct handshake *h)
+{
+  const struct exported *e;
+  int rc = 0;
+
+  if (h->length > 0)
+    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  TAILQ_FOREACH (e, h->exports, entry)
+    if (rc == 0)
+      rc = list_one (h, e->name);
+  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+}
+
+static int
+send_description (const struct handshake *h, const struct exported *e)
+{
+  struct __attribute__ ((packed)) {
+    uint16_t type;
+    char words[NBDM_CHAIN_LEN];
+  } info = { .type = htobe16 (NBD_INFO_DESCRIPTION) };
+
+  nbdm_chain (e->executor.volume, info.words, sizeof info.words);
+  return reply (h, NBD_REP_INFO, &info, sizeof info.type + strlen (info.words));
+}
+
+static int
+send_infos (struct handshake *h, const struct exported *e, bool block_size,
+            bool description)
+{
+  struct nbd_info_export export
+      = { .type = htobe16 (NBD_INFO_EXPORT),
+          .size = htobe64 (e->size),
+          .flags = htobe16 (transmission_flags (h, e)) };
+  struct nbd_info_block_size block
+      = { .type = htobe16 (NBD_INFO_BLOCK_SIZE),
+          .minimum = htobe32 (nbdm_min_block (e->executor.volume)),
+          .preferred = htobe32 (NBDM_PREFERRED_BLOCK),
+          .maximum = htobe32 (NBDM_MAX_REQUEST) };
+  int rc = reply (h, NBD_REP_INFO, &export, sizeof export);
+
+  if (rc == 0 && block_size)
+    rc = reply (h, NBD_REP_INFO, &block, sizeof block);
+  if (rc == 0 && description)
+    rc = send_description (h, e);
+  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+}
+
+/* By the name that comes next. */
+static struct exported *
+take_export (const struct handshake *h, struct cursor *c)
+{
+  uint32_t length = take_u32 (c);
+  const uint8_t *name = take (c, length);
+
+  return exports_find (h->exports, name ? name : h->data, name ? length : 0);
+}
+
+static int
+info_or_go (struct handshake *h)
+{
+  struct cursor c = { h->data, h->length, false };
+  bool block_size = false, description = false;
+  struct exported *e = take_export (h, &c);
+  uint16_t nr = take_u16 (&c);
+  int rc;
+
+  for (uint16_t i = 0; i < nr && !c.bad; i++) {
+    uint16_t info = take_u16 (&c);
+
+    block_size |= info == NBD_INFO_BLOCK_SIZE && !c.bad;
+    description |= info == NBD_INFO_DESCRIPTION && !c.bad;
+  }
+  if (c.bad || c.left > 0)
+    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  rc = h->option == NBD_OPT_GO ? clients_admit (h->session) : 0;
+  if (rc == -EUSERS)
+    return refuse (h, NBD_REP_ERR_POLICY,
+                   "there are %u clients, as many as max_clients allows",
+                   h->session->clients->max_admitted);
+  if (rc == 0)
+    rc = send_infos (h, e, block_size, description);
+  if (rc < 0 || h->option != NBD_OPT_GO)
+    return rc; /* or another option */
+  choose (h, e);
+  return TRANSMISSION;
+}
+
+static int
+structured_reply (struct handshake *h)
+{
+  if (h->length > 0)
+    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  h->agreed->structured = true;
+  return reply (h, NBD_REP_ACK, NULL, 0);
+}
+
+/* Does a query ask for the one context there is?  Listing, "base:" does too. */
+static bool
+wants_context (const uint8_t *query, uint32_t length, bool listing)
+{
+  static const char prefix[] = "base:";
+
+  if (length == strlen (CONTEXT) && memcmp (query, CONTEXT, length) == 0)
+    return true;
+  return listing && length == strlen (prefix)
+         && memcmp (query, prefix, length) == 0;
+}
+
+static int
+meta_context (struct handshake *h)
+{
+  struct __attribute__ ((packed)) {
+    uint32_t id;
+    char name[sizeof CONTEXT - 1];
+  } context = { .id = htobe32 (DIRECT_CONTEXT) };
+  struct cursor c = { h->data, h->length, false };
+  bool listing = h->option == NBD_OPT_LIST_META_CONTEXT;
+  const struct exported *e;
+  bool wanted = false;
+  uint32_t nr;
+  int rc = 0;
+
+  memcpy (context.name, CONTEXT, sizeof context.name);
+  e = take_export (h, &c);
+  nr = take_u32 (&c);
+  for (uint32_t i = 0; i < nr && !c.bad; i++) {
+    uint32_t length = take_u32 (&c);
+    const uint8_t *query = take (&c, length);
+
+    if (query && wants_context (query, length, listing))
+      wanted = true;
+  }
+  if (!listing)
+    h->agreed->block_status = false; /* what was set before is forgotten */
+  if (c.bad || c.left > 0 || !h->agreed->structured)
+    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  if (listing && nr == 0)
+    wanted = true;
+  if (!listing) {
+    h->agreed->block_status = wanted;
+    h->mapped = e;
+  }
+  if (wanted)
+    rc = reply (h, NBD_REP_META_CONTEXT, &context, sizeof context);
+  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+}
+
+static int
+leave (struct handshake *h)
+{
+  (void)reply (h, NBD_REP_ACK, NULL, 0);
+  return -ECONNRESET;
+}
+
+/* Read it all the same: what follows is the next option. */
+static int
+too_long (struct handshake *h)
+{
+  uint32_t left = h->length;
+
+  if (left > MAX_REFUSED || h->option == NBD_OPT_EXPORT_NAME)
+    return -EPROTO;
+  while (left > 0) {
+    uint32_t n = left < MAX_OPTION ? left : MAX_OPTION;
+    int rc = read_all (h->fd, h->data, n);
+
+    if (rc < 0)
+      return rc;
+    left -= n;
+  }
+  return refuse (h, NBD_REP_ERR_TOO_BIG,
+                 "an option of %u bytes: at most %u are taken", h->length,
+                 MAX_OPTION);
+}
+
+static int
+one_option (struct handshake *h)
+{
+  struct nbd_option_header head;
+  int rc = read_all (h->fd, &head, sizeof head);
+
+  if (rc < 0)
+    return rc;
+  h->option = be32toh (head.option);
+  h->length = be32toh (head.length);
+  if (head.magic != htobe64 (NBD_OPTION))
+    return -EPROTO;
+  if (h->length > MAX_OPTION)
+    return too_long (h);
+  rc = read_all (h->fd, h->data, h->length);
+  if (rc < 0)
+    return rc;
+  switch (h->option) {
+  case NBD_OPT_EXPORT_NAME:
+    return export_name (h);
+  case NBD_OPT_ABORT:
+    return leave (h);
+  case NBD_OPT_LIST:
+    return list (h);
+  case NBD_OPT_INFO:
+  case NBD_OPT_GO:
+    return info_or_go (h);
+  case NBD_OPT_STRUCTURED_REPLY:
+    return structured_reply (h);
+  case NBD_OPT_LIST_META_CONTEXT:
+  case NBD_OPT_SET_META_CONTEXT:
+    return meta_context (h);
+  default:
+    return reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
+  }
+}
+
+static int
+greet (struct handshake *h)
+{
+  const uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
+  struct nbd_greeting greeting = { .magic = htobe64 (NBD_MAGIC),
+                                   .option = htobe64 (NBD_OPTION),
+                                   .flags = htobe16 ((uint16_t)known) };
+  struct iovec iov = { &greeting, sizeof greeting };
+  uint32_t flags;
+  int rc = send_all (h->fd, &iov, 1);
+
+  if (rc == 0)
+    rc = read_all (h->fd, &flags, sizeof flags);
+  if (rc < 0)
+    return rc;
+  if (be32toh (flags) & ~known)
+    return -EPROTO;
+  h->no_zeroes = be32toh (flags) & NBD_FLAG_NO_ZEROES;
+  return 0;
+}
+
+int
+direct_handshake (struct session *s)
+{
+  int rc, fd = s->fd;
+  struct handshake h = { .session = s,
+                         .fd = fd,
+                         .exports = direct_exports (s->server),
+                         .agreed = &s->agreed };
+  struct timeval silence = { .tv_sec = SILENCE_S };
+
+  s->agreed = (struct agreed){ false, false };
+  (void)setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &silence, sizeof silence);
+  (void)setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &silence, sizeof silence);
+  rc = greet (&h);
+  while (rc == ANOTHER_OPTION)
+    rc = one_option (&h);
+  silence = (struct timeval){ .tv_usec = DIRECT_SEND_MS * 1000 };
+  (void)setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &silence, sizeof silence);
+  return rc < 0 ? rc : 0;
+}

@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door's memory: one budget for the buffers of all clients.
+ *
+ * A session reserves what the next request's buffer takes before it reads the
+ * request's header, and stops reading where there is none: so what clients may
+ * have under way is bounded together, however many they are and whatever they
+ * leave unread.  A session's first DIRECT_FREE_BYTES are not counted, so small
+ * requests never wait for those of other clients.
+ *
+ * It cannot deadlock: a request has its whole buffer before its payload is
+ * received or its data read, so what is reserved is given back when requests
+ * end, and they need none to end.  Two things could keep it for ever, both of
+ * them a client's: answers that it does not read, and a payload that it does
+ * not send.  Sessions that wait look for those (budget_press), and a client
+ * that has moved next to nothing for `stall_ns` is disconnected.  No session
+ * starves: sessions are served in the order they came, and the largest request
+ * fits the smallest budget.
+ *
+ * A session reserves in whole chunks, so small buffers that come and go cost
+ * nothing but a comparison.
+ */
+
+#include <string.h>
+#include <sys/socket.h>
+
+#include "base/clock.h"
+#include "base/lock.h"
+#include "doors/direct.h"
+#include "doors/direct_answer.h"
+#include "doors/direct_memory.h"
+#include "wire/mailbox.h"
+
+#define CHUNK (UINT64_C (1) << 20)
+#define PRESS_NS (200 * NS_PER_MS) /* between two looks */
+#define STALE_NS (3 * NS_PER_S)    /* since the last: begin anew */
+#define MOVED_BYTES                                                            \
+  (256u << 10) /* in `stall_ns`: less is as good as nothing                    \
+                */
+
+void
+budget_init (struct budget *budget, uint64_t limit, uint64_t stall_ns)
+{
+  memset (budget, 0, sizeof *budget);
+  pthread_mutex_init (&budget->lock, NULL);
+  budget->limit = limit;
+  budget->stall_ns = stall_ns;
+}
+
+void
+budget_end (struct budget *budget)
+{
+  pthread_mutex_destroy (&budget->lock);
+}
+
+/* What a session with so many bytes of buffers has to reserve. */
+static uint64_t
+charge_of (uint64_t bytes)
+{
+  if (bytes <= DIRECT_FREE_BYTES)
+    return 0;
+  return (bytes - DIRECT_FREE_BYTES + CHUNK - 1) / CHUNK * CHUNK;
+}
+
+static uint64_t
+held_locked (const struct session *s)
+{
+  return s->bytes + s->kept + s->promised;
+}
+
+static bool
+reserve (struct budget *budget, uint64_t bytes)
+{
+  uint64_t used = atomic_load (&budget->used);
+
+  do
+    if (bytes > budget->limit || used > budget->limit - bytes)
+      return false;
+  while (!atomic_compare_exchange_weak (&budget->used, &used, used + bytes));
+  return true;
+}
+
+/* --- Those that wait ---------------------------------------------------- */
+
+/* Under the budget's lock: first come, first served. */
+static void
+grant (struct budget *budget)
+{
+  struct session *s;
+
+  while ((s = budget->first) && reserve (budget, s->wants)) {
+    budget->first = s->next_waiting;
+    if (budget->first == NULL)
+      budget->last = NULL;
+    atomic_fetch_sub (&budget->nr_waiting, 1);
+    atomic_store (&s->granted, s->wants);
+    mailbox_ring (s->lane.watch.box);
+  }
+}
+
+/* Either the session that joins the queue finds these bytes, or this thread
+ * finds it there.
+ */
+static void
+give_back (struct budget *budget, uint64_t bytes)
+{
+  atomic_fetch_sub (&budget->used, bytes);
+  if (atomic_load (&budget->nr_waiting) == 0)
+    return;
+  LOCK_FOR_SCOPE (&budget->lock);
+  grant (budget);
+}
+
+static void
+queue (struct budget *budget, struct session *s, uint64_t wants)
+{
+  LOCK_FOR_SCOPE (&budget->lock);
+  s->wants = wants;
+  s->next_waiting = NULL;
+  if (budget->last)
+    budget->last->next_waiting = s;
+  else
+    budget->first = s;
+  budget->last = s;
+  atomic_fetch_add (&budget->nr_waiting, 1);
+  grant (budget);
+}
+
+static void
+leave_queue (struct budget *budget, struct session *s)
+{
+  struct session **p = &budget->first, *before = NULL;
+
+  LOCK_FOR_SCOPE (&budget->lock);
+  for (; *p && *p != s; p = &(*p)->next_waiting)
+    before = *p;
+  if (*p) {
+    *p = s->next_waiting;
+    if (budget->last == s)
+      budget->last = before;
+    atomic_fetch_sub (&budget->nr_waiting, 1);
+    grant (budget); /* those behind may want less */
+  }
+}
+
+/* --- A session's part ----------------------------------------------------- */
+
+void
+budget_settle_locked (struct session *s)
+{
+  uint64_t due = charge_of (held_locked (s));
+
+  if (due < s->charged) {
+    uint64_t surplus = s->charged - due;
+
+    s->charged = due;
+    give_back (&s->clients->budget, surplus);
+  }
+}
+
+bool
+budget_is_short (const struct session *s)
+{
+  return atomic_load_explicit (&s->clients->budget.nr_waiting,
+                               memory_order_relaxed)
+         > 0;
+}
+
+/* True: what it waited for is there. */
+static bool
+collect_locked (struct session *s)
+{
+  uint64_t granted = atomic_exchange (&s->granted, 0);
+
+  s->charged += granted;
+  s->waiting = s->waiting && granted == 0;
+  return !s->waiting;
+}
+
+/* Does the session hold enough, or is there more, and no session waits? */
+static bool
+charge_locked (struct session *s, size_t bytes)
+{
+  struct budget *budget = &s->clients->budget;
+  uint64_t due = charge_of (held_locked (s) + bytes);
+
+  if (due > s->charged) {
+    if (atomic_load (&budget->nr_waiting) > 0
+        || !reserve (budget, due - s->charged))
+      return false;
+    s->charged = due;
+  }
+  s->promised = bytes;
+  return true;
+}
+
+/* Else it would be granted memory that it never comes for: its client may have
+ * nothing more to ask, and nothing that is idle is taken for stalled.
+ */
+void
+budget_withdraw_locked (struct session *s)
+{
+  if (!s->waiting)
+    return;
+  leave_queue (&s->clients->budget, s);
+  (void)collect_locked (s);
+  s->waiting = false;
+  budget_settle_locked (s);
+}
+
+/* Its own requests may have ended meanwhile: then it waits for no other. */
+static bool
+fits_locked (struct session *s, size_t bytes)
+{
+  if (charge_of (held_locked (s) + bytes) > s->charged)
+    return false;
+  s->promised = bytes;
+  budget_withdraw_locked (s);
+  return true;
+}
+
+bool
+budget_take_locked (struct session *s, size_t bytes)
+{
+  struct budget *budget = &s->clients->budget;
+
+  if (fits_locked (s, bytes))
+    return true;
+  if (s->waiting && !collect_locked (s))
+    return false;
+  if (charge_locked (s, bytes))
+    return true;
+  spare_free_locked (s);
+  if (charge_locked (s, bytes))
+    return true;
+  /* Rounded up, it is enough whatever is given back meanwhile. */
+  s->waiting = true;
+  queue (budget, s, (bytes + CHUNK - 1) / CHUNK * CHUNK);
+  return collect_locked (s) && charge_locked (s, bytes);
+}
+
+void
+budget_leave (struct session *s)
+{
+  pthread_mutex_lock (&s->lock);
+  s->promised = 0;
+  budget_withdraw_locked (s);
+  budget_settle_locked (s);
+  pthread_mutex_unlock (&s->lock);
+  mailbox_ring_all ();
+}
+
+/* --- Clients that keep it ------------------------------------------------- */
+
+/* Has the client kept memory for so long, and moved next to nothing? */
+static bool
+is_stalled (struct session *s, uint64_t now, bool anew, uint64_t stall_ns)
+{
+  uint64_t moved = atomic_load_explicit (&s->moved, memory_order_relaxed);
+  bool keeps;
+
+  pthread_mutex_lock (&s->lock);
+  spare_free_locked (s);
+  keeps = (s->charged > 0 || atomic_load (&s->granted) > 0)
+          && (s->first
+              || atomic_load_explicit (&s->receiving, memory_order_relaxed));
+  pthread_mutex_unlock (&s->lock);
+  if (anew || s->judged_ns == 0 || !keeps
+      || moved - s->judged_moved >= MOVED_BYTES) {
+    s->judged_ns = now;
+    s->judged_moved = moved;
+  }
+  return keeps && now - s->judged_ns >= stall_ns;
+}
+
+void
+budget_press (struct clients *clients)
+{
+  struct budget *budget = &clients->budget;
+  uint64_t now = now_ns ();
+  bool anew;
+
+  pthread_mutex_lock (&clients->lock);
+  if (now - budget->pressed_ns >= PRESS_NS) {
+    anew = now - budget->pressed_ns > STALE_NS;
+    budget->pressed_ns = now;
+    for (struct session *s = clients->first; s; s = s->next)
+      if (is_stalled (s, now, anew, budget->stall_ns)) {
+        atomic_store (&s->stalled_out, true);
+        (void)shutdown (s->fd, SHUT_RDWR);
+      }
+  }
+  pthread_mutex_unlock (&clients->lock);
+  mailbox_ring_all ();
+}

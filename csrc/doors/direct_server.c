@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The direct door: listens, and has a thread for each client.
+ *
+ * Why a server of our own beside nbdkit: nbdkit gives each request a thread for
+ * as long as it lasts.  A request that waits for a remote then costs two
+ * wake-ups, which are dearer than all else a mirror does: half of the writes a
+ * second (docs/performance.md).  The native door has nbdkit's filters, and TLS.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/thread.h"
+#include "doors/direct.h"
+#include "doors/direct_clients.h"
+#include "doors/direct_server.h"
+#include "doors/direct_session.h"
+#include "doors/export.h"
+#include "wire/receive.h"
+
+#define STACK_BYTES (512u << 10)
+#define ACCEPT_PAUSE_MS 100 /* without descriptors or memory for a client */
+
+struct direct_server {
+  struct exports exports;
+  struct clients clients;
+  int listen_fds[NBDM_MAX_LISTENERS]; /* not ours to close */
+  uint32_t nr_listen_fds;
+  int end_fd; /* an eventfd: nbdm_server_end */
+  uint64_t accepted;
+};
+
+/* --- The log ---------------------------------------------------------- */
+
+void
+direct_log (const struct session *s, const char *fmt, ...)
+{
+  char words[NBDM_REASON_LEN + 96];
+  va_list args;
+  int n = snprintf (words, sizeof words,
+                    "client %llu: ", (unsigned long long)s->number);
+
+  va_start (args, fmt);
+  vsnprintf (words + n, sizeof words - (size_t)n, fmt, args);
+  va_end (args);
+  nbdm_log (NBDM_LOG_CLIENTS, "error", words);
+}
+
+/* --- Clients ---------------------------------------------------------- */
+
+static void
+session_free (struct session *s)
+{
+  lane_destroy (&s->lane);
+  free (s->inbox);
+  close_socket (s->fd);
+  pthread_mutex_destroy (&s->lock);
+  free (s);
+}
+
+/* A client whose machine is gone is noticed within two minutes, also one that
+ * is asked nothing.  On a unix socket these have no effect.
+ */
+static void
+set_options (int fd)
+{
+  const int on = 1, idle_s = 60, step_s = 10, steps = 6;
+
+  (void)setsockopt (fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  (void)setsockopt (fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+  (void)setsockopt (fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+  (void)setsockopt (fd, IPPROTO_TCP, TCP_KEEPINTVL, &step_s, sizeof step_s);
+  (void)setsockopt (fd, IPPROTO_TCP, TCP_KEEPCNT, &steps, sizeof steps);
+}
+
+static struct session *
+session_new (struct direct_server *server, int fd)
+{
+  struct session *s = calloc (1, sizeof *s);
+
+  if (s == NULL) {
+    close_socket (fd);
+    return NULL;
+  }
+  s->server = server;
+  s->fd = fd;
+  s->number = ++server->accepted;
+  atomic_init (&s->shaking_hands, true);
+  pthread_mutex_init (&s->lock, NULL);
+  s->inbox = malloc (DIRECT_INBOX);
+  set_options (fd);
+  if (lane_init (&s->lane) == 0 && s->inbox)
+    return s;
+  session_free (s);
+  return NULL;
+}
+
+static void *
+session_main (void *opaque)
+{
+  struct session *s = opaque;
+  struct clients *clients = s->clients;
+
+  session_run (s);
+  clients_remove (s);
+  session_free (s);
+  clients_removed (clients);
+  return NULL;
+}
+
+static int
+begin_session (struct direct_server *server, int fd)
+{
+  struct session *s = session_new (server, fd);
+  int rc;
+
+  if (s == NULL)
+    return -ENOMEM;
+  clients_add (&server->clients, s);
+  rc = thread_start (session_main, s, STACK_BYTES);
+  if (rc == 0)
+    return 0;
+  clients_remove (s);
+  session_free (s);
+  clients_removed (&server->clients);
+  return rc;
+}
+
+/* False: not now. */
+static bool
+accept_one (struct direct_server *server, int listen_fd)
+{
+  int fd = accept4 (listen_fd, NULL, NULL, SOCK_CLOEXEC);
+
+  if (fd >= 0)
+    return begin_session (server, fd) == 0;
+  if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED)
+    return true;
+  (void)clients_make_room (&server->clients);
+  return false;
+}
+
+static void
+accept_all (struct direct_server *server)
+{
+  struct pollfd fds[1 + NBDM_MAX_LISTENERS]
+      = { { .fd = server->end_fd, .events = POLLIN } };
+
+  for (uint32_t i = 0; i < server->nr_listen_fds; i++)
+    fds[1 + i]
+        = (struct pollfd){ .fd = server->listen_fds[i], .events = POLLIN };
+  while (!fds[0].revents) {
+    bool now = true;
+
+    if (poll (fds, 1 + server->nr_listen_fds, -1) <= 0)
+      continue;
+    for (uint32_t i = 0; i < server->nr_listen_fds; i++)
+      if (fds[1 + i].revents && !fds[0].revents)
+        now = accept_one (server, server->listen_fds[i]) && now;
+    if (!now)
+      (void)poll (fds, 1, ACCEPT_PAUSE_MS);
+  }
+}
+
+/* --- The API ---------------------------------------------------------- */
+
+int
+nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
+                  const struct nbdm_limits *limits, struct direct_server **out)
+{
+  struct direct_server *server = calloc (1, sizeof *server);
+  int rc;
+
+  if (server == NULL)
+    return set_error (-ENOMEM, "the direct door");
+  TAILQ_INIT (&server->exports);
+  rc = exports_add (&server->exports, "", v, false);
+  if (rc < 0) {
+    free (server);
+    return rc;
+  }
+  server->end_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (server->end_fd < 0) {
+    rc = set_error (-errno, "the direct door");
+    exports_free (&server->exports);
+    free (server);
+    return rc;
+  }
+  /* A client that is gone again must not keep us in accept. */
+  for (uint32_t i = 0; i < nr && i < NBDM_MAX_LISTENERS; i++) {
+    int flags = fcntl (listen_fds[i], F_GETFL);
+
+    if (flags >= 0)
+      (void)fcntl (listen_fds[i], F_SETFL, flags | O_NONBLOCK);
+    server->listen_fds[server->nr_listen_fds++] = listen_fds[i];
+  }
+  clients_init (&server->clients, limits);
+  *out = server;
+  return 0;
+}
+
+struct exports *
+direct_exports (struct direct_server *server)
+{
+  return &server->exports;
+}
+
+uint32_t
+nbdm_server_max_clients (const struct direct_server *server)
+{
+  return server->clients.max_admitted;
+}
+
+/* No more requests; those under way are answered.  A client that is still
+ * shaking hands has none, and may not read what it is told.  To all of them it
+ * looks like a connection that was lost: those that reconnect send again what
+ * was not answered, to the next server.
+ */
+static void
+end_sessions (struct direct_server *server)
+{
+  for (uint32_t i = 0; i < server->nr_listen_fds; i++) /* others are refused */
+    (void)shutdown (server->listen_fds[i], SHUT_RDWR);
+  clients_disconnect (&server->clients);
+}
+
+int
+nbdm_server_run (struct direct_server *server)
+{
+  int rc = exports_start (&server->exports);
+
+  if (rc == 0)
+    accept_all (server);
+  end_sessions (server);
+  exports_end (&server->exports);
+  return rc;
+}
+
+void
+nbdm_server_end (struct direct_server *server)
+{
+  (void)eventfd_write (server->end_fd, 1);
+}
+
+int
+nbdm_server_drain (struct direct_server *server, uint32_t timeout_ms)
+{
+  uint64_t until_ns = now_ns () + timeout_ms * NS_PER_MS;
+
+  nbdm_server_end (server);
+  return clients_wait_gone (&server->clients, until_ns);
+}
+
+void
+nbdm_server_close (struct direct_server *server)
+{
+  close (server->end_fd);
+  clients_destroy (&server->clients);
+  exports_free (&server->exports);
+  free (server);
+}

@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The server.  See direct_server.c. */
+
+#ifndef NBDM_DIRECT_SERVER_H
+#define NBDM_DIRECT_SERVER_H
+
+struct direct_server;
+struct exports;
+struct session;
+
+/* What it serves; to be added to before nbdm_server_run. */
+struct exports *direct_exports (struct direct_server *server);
+/* A line of the log, of one client; printf.  So many a second, no more. */
+void direct_log (const struct session *session, const char *fmt, ...)
+    __attribute__ ((format (printf, 2, 3)));
+
+#endif /* NBDM_DIRECT_SERVER_H */

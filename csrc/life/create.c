@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Format a state directory.
+ *
+ * The superblock is what makes it a volume, so it is removed first and
+ * written last: whatever a crash or a full disk leaves half made is not one.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "life/open.h"
+#include "logs/activity.h"
+#include "logs/dirty_map.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/local_open.h"
+#include "volume/volume.h"
+
+/* What an earlier volume sent may still be carried out after it was killed, and
+ * its maps, which knew of it, are replaced: so all is late as well.  A log is
+ * enough to tell, as a create that was interrupted has removed the superblock.
+ */
+static unsigned
+first_contents (int dirfd)
+{
+  return faccessat (dirfd, "inflight", F_OK, 0) == 0
+             ? NEW_MAP_DIRTY | NEW_MAP_LATE
+             : NEW_MAP_DIRTY;
+}
+
+static int
+make_logs (const struct nbdm_params *params, const struct disk_superblock *sb,
+           int dirfd, uint64_t nr_regions)
+{
+  unsigned contents = first_contents (dirfd);
+  uint64_t session = le64toh (sb->session);
+  int rc = activity_create (dirfd, sb->uuid, session, ACTIVITY_EXTENTS,
+                            EXTENT_SIZE);
+
+  if (rc == 0)
+    rc = inflight_create (dirfd, sb->uuid, session, RING_SLOTS);
+  if (rc == 0)
+    rc = dirty_map_create (dirfd, LOCAL_NAME, sb->uuid, session, nr_regions,
+                           params->region_size, 0);
+  for (uint32_t i = 0; i < params->nr_remotes && rc == 0; i++)
+    rc = dirty_map_create (dirfd, params->remotes[i].name, sb->uuid, session,
+                           nr_regions, params->region_size,
+                           params->remotes[i].assume_in_sync ? 0 : contents);
+  return rc;
+}
+
+static void
+fill_remotes (const struct nbdm_params *params, struct disk_superblock *sb)
+{
+  for (uint32_t i = 0; i < params->nr_remotes; i++) {
+    struct disk_remote *disk = &sb->remotes[i];
+    bool assumed = params->remotes[i].assume_in_sync;
+
+    snprintf (disk->name, sizeof disk->name, "%s", params->remotes[i].name);
+    disk->state = htole32 (assumed ? NBDM_IN_SYNC : NBDM_OUT_OF_SYNC);
+    disk->flags = htole32 (assumed ? REMOTE_ASSUMED : 0);
+    disk->generation = assumed ? sb->generation : 0;
+    disk->since = (int64_t)htole64 ((uint64_t)time (NULL));
+    snprintf (disk->reason, sizeof disk->reason, "%s",
+              assumed ? "assumed to be a copy" : "never copied yet");
+  }
+  sb->nr_remotes = htole32 (params->nr_remotes);
+}
+
+static int
+fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
+                 struct disk_superblock *sb)
+{
+  uint64_t generation;
+
+  memset (sb, 0, sizeof *sb);
+  memcpy (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic);
+  sb->version = htole32 (LAYOUT_VERSION);
+  if (getrandom (sb->uuid, sizeof sb->uuid, 0) != (ssize_t)sizeof sb->uuid
+      || getrandom (&generation, sizeof generation, 0)
+             != (ssize_t)sizeof generation)
+    return set_error (-errno, "cannot get random numbers");
+  sb->uuid[6] = (sb->uuid[6] & 0x0f) | 0x40; /* a random uuid: RFC 4122 */
+  sb->uuid[8] = (sb->uuid[8] & 0x3f) | 0x80;
+  snprintf (sb->name, sizeof sb->name, "%s", params->name);
+  sb->size = htole64 (size);
+  sb->region_size = htole32 (params->region_size);
+  sb->extent_size = htole32 (EXTENT_SIZE);
+  sb->ring_slots = htole32 (RING_SLOTS);
+  sb->activity_slots = htole32 (ACTIVITY_EXTENTS);
+  sb->session = htole64 (1);
+  sb->generation = htole64 (generation | 1);
+  sb->role = htole32 (ROLE_PRIMARY);
+  sb->flags = htole32 (SUPERBLOCK_CLEAN);
+  sb->local_state = htole32 (NBDM_LOCAL_OK);
+  fill_remotes (params, sb);
+  return superblock_identity (dirfd, sb->boot_id, sb->mount_id);
+}
+
+/* Open and lock the local disk as a server would, and take its size. */
+static int
+measure_local (const struct nbdm_params *params, uint64_t *size)
+{
+  struct local_disk disk = { .fd = -1 };
+  uint64_t local_size = 0;
+  int rc = local_open (&disk, params->local, &local_size);
+
+  if (disk.fd >= 0)
+    close (disk.fd);
+  if (rc < 0)
+    return rc;
+  *size = params->size ? params->size : local_size;
+  if (*size == 0)
+    return set_message (-EINVAL, "the local disk %s is empty", params->local);
+  if (local_size < *size)
+    return set_message (-EINVAL,
+                        "the local disk %s has %llu bytes, the volume is to "
+                        "have %llu",
+                        params->local, (unsigned long long)local_size,
+                        (unsigned long long)*size);
+  return 0;
+}
+
+/* A new volume takes local as the source: what only the remotes have would be
+ * lost.  Under the lock, as a server may have lost the disk since the caller
+ * looked.  A superblock that cannot be read tells nothing: force is for that.
+ */
+static int
+check_local_is_whole (int dirfd, const char *state_dir)
+{
+  struct disk_superblock sb;
+  bool torn, whole = true;
+  int fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
+
+  if (fd < 0)
+    return 0;
+  if (superblock_load (fd, &sb, &torn) == 0)
+    whole = le32toh (sb.local_state) == NBDM_LOCAL_OK;
+  close (fd);
+  return whole ? 0
+               : set_message (-EEXIST,
+                              "the local disk of the volume in %s misses "
+                              "writes that only the remotes have",
+                              state_dir);
+}
+
+static int
+check_absent (int dirfd, const char *state_dir, int force)
+{
+  int rc;
+
+  if (faccessat (dirfd, "superblock", F_OK, 0) < 0)
+    return errno == ENOENT
+               ? 0
+               : set_error (-errno, "cannot look into %s", state_dir);
+  if (!force)
+    return set_message (-EEXIST, "%s already holds a volume's state",
+                        state_dir);
+  rc = check_local_is_whole (dirfd, state_dir);
+  if (rc < 0)
+    return rc;
+  if (unlinkat (dirfd, "superblock", 0) < 0 || fsync (dirfd) < 0)
+    return set_error (-errno, "cannot remove the superblock in %s", state_dir);
+  fault_point ("create_erased");
+  return 0;
+}
+
+int
+nbdm_create (const struct nbdm_params *params, int force)
+{
+  struct disk_superblock sb;
+  uint64_t size = 0, nr_regions;
+  int dirfd, lock_fd = -1, rc;
+
+  fault_init ();
+  dirfd = state_dir_open (params->state_dir);
+  if (dirfd < 0)
+    return dirfd;
+  rc = state_lock (dirfd, params->state_dir, &lock_fd);
+  if (rc == 0)
+    rc = measure_local (params, &size);
+  if (rc == 0)
+    rc = check_absent (dirfd, params->state_dir, force);
+  if (rc == 0)
+    rc = fill_superblock (params, size, dirfd, &sb);
+  if (rc == 0) {
+    nr_regions = (size - 1) / params->region_size + 1;
+    rc = make_logs (params, &sb, dirfd, nr_regions);
+  }
+  fault_point ("create_logs_made");
+  if (rc == 0)
+    rc = superblock_create (dirfd, &sb);
+  if (lock_fd >= 0)
+    close (lock_fd);
+  close (dirfd);
+  return rc;
+}

@@ -1,0 +1,377 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk is compared with what is known of it, before it is used.
+ *
+ *   content compared       the device is          what becomes of it
+ *   a sample differs       any                    refused
+ *   same, and not empty    the same, or unknown   used
+ *   same, and not empty    another                used, and said: a copy, or a
+ *                                                 device with a new name
+ *   none, or only zeroes   the same, or unknown   used
+ *   none, or only zeroes   another                refused: nothing tells
+ *
+ * Nothing is compared after a crash of a small volume that was busy
+ * everywhere, and zeroes are what any new disk holds.  What cannot be read
+ * proves nothing: sectors go bad.  Not believed at all, and so no reason to
+ * refuse anything: samples of another session (an older program ran since), of
+ * a superblock that has lost a slot, or with the activity log lost.
+ *
+ * All of it comes before a start changes any file (open.c): the right disk,
+ * put back, finds the state as it was left.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "life/identity_check.h"
+#include "life/recover.h"
+#include "logs/activity.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/device_id.h"
+#include "volume/identity.h"
+#include "volume/volume.h"
+
+struct comparison {
+  struct disk_sample samples[NR_SAMPLES]; /* that cannot have changed */
+  uint32_t nr;
+  uint32_t compared, with_data, differ;
+  uint64_t offset; /* of the first that differs */
+  char device[sizeof ((struct disk_superblock *)0)->local_device];
+  bool same_device; /* or nothing tells */
+};
+
+static void
+choose_samples_locked (const struct nbdm *v, struct comparison *c)
+{
+  for (uint32_t i = 0; i < NR_SAMPLES; i++) {
+    uint64_t number = le64toh (v->sb.samples[i].block);
+
+    if (number == 0 || number > (v->size - 1) / SAMPLE_BLOCK + 1
+        || sample_in_flux_locked (v, number - 1))
+      continue;
+    c->samples[c->nr++] = v->sb.samples[i];
+  }
+}
+
+static void
+compare_sample (const struct nbdm *v, int fd, const struct disk_sample *sample,
+                uint8_t *buf, struct comparison *c)
+{
+  uint64_t block = le64toh (sample->block) - 1;
+  uint64_t length = sample_length (v, block), offset = block * SAMPLE_BLOCK;
+
+  if (full_pread (fd, buf, length, offset) < 0)
+    return;
+  c->compared++;
+  if (sample_crc (buf, length) == le64toh (sample->crc)) {
+    c->with_data += sample->crc != 0;
+    return;
+  }
+  if (c->differ == 0 || offset < c->offset)
+    c->offset = offset;
+  c->differ++;
+}
+
+static int
+compare (const struct nbdm *v, int fd, struct comparison *c)
+{
+  uint8_t *buf = malloc (SAMPLE_BLOCK);
+
+  if (buf == NULL)
+    return set_error (-ENOMEM, "samples of the local disk");
+  for (uint32_t i = 0; i < c->nr; i++)
+    compare_sample (v, fd, &c->samples[i], buf, c);
+  free (buf);
+  device_describe (fd, c->device, sizeof c->device);
+  c->same_device
+      = v->sb.local_device[0] == '\0' || c->device[0] == '\0'
+        || strncmp (v->sb.local_device, c->device, sizeof c->device) == 0;
+  return 0;
+}
+
+static int
+judge (const struct nbdm *v, const char *path, const struct comparison *c)
+{
+  if (c->differ > 0 && c->same_device)
+    return set_message (
+        -EMEDIUMTYPE,
+        "the local disk %s is not the disk that was left: %u of %u samples "
+        "differ, the first at byte %llu; another program wrote to it, or an "
+        "older copy of it or of the state was put back; nothing was written to "
+        "it",
+        path, c->differ, c->compared, (unsigned long long)c->offset);
+  if (c->differ > 0)
+    return set_message (
+        -EMEDIUMTYPE,
+        "the local disk %s is not the disk that was left: %u of %u samples "
+        "differ, the first at byte %llu; it is %s, and was %.239s; nothing was "
+        "written to it",
+        path, c->differ, c->compared, (unsigned long long)c->offset, c->device,
+        v->sb.local_device);
+  if (c->with_data == 0 && !c->same_device)
+    return set_message (
+        -EMEDIUMTYPE,
+        "the local disk %s may not be the disk that was left: it is %s, and "
+        "was %.239s, and none of its content could be compared; nothing was "
+        "written to it",
+        path, c->device, v->sb.local_device);
+  return 0;
+}
+
+int
+identity_check_size (const struct nbdm *v, const char *path,
+                     uint64_t local_size)
+{
+  if (local_size >= v->size)
+    return 0;
+  return set_message (-ENOMEDIUM,
+                      "the local disk %s has %llu bytes, the volume %llu: it "
+                      "is another disk, or its end was cut off and is lost; "
+                      "nothing was written to it",
+                      path, (unsigned long long)local_size,
+                      (unsigned long long)v->size);
+}
+
+/* --- at a start ---------------------------------------------------------- */
+
+/* The set, as a start finds it; it is loaded anew when it may be changed. */
+static bool
+load_activity (struct nbdm *v)
+{
+  uint64_t nr_extents = (v->size - 1) / EXTENT_SIZE + 1;
+  bool clean;
+  int rc
+      = activity_open (&v->activity, v->dirfd, v->uuid, le64toh (v->sb.session),
+                       ACTIVITY_EXTENTS, EXTENT_SIZE, nr_extents, &clean);
+
+  return rc == 0 && volume_check_log (v, "activity", &v->activity.header) == 0;
+}
+
+/* Were the samples kept up to the last instant? */
+static bool
+believed (const struct nbdm *v)
+{
+  return (le64toh (v->sb.compatible) & FEATURE_IDENTITY)
+         && v->sb.identity_session == v->sb.session && !v->identity.doubted;
+}
+
+void
+identity_take_by_force (struct nbdm *v)
+{
+  if (!v->identity.forced)
+    return;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+
+    dirty_map_mark (&r->dm, 0, v->nr_regions, true);
+    r->assumed = false;
+    if (r->state == NBDM_IN_SYNC)
+      r->state = NBDM_OUT_OF_SYNC;
+    snprintf (r->reason, sizeof r->reason,
+              "the local disk was taken by force: all of it is copied");
+  }
+  snprintf (v->reason, sizeof v->reason,
+            "the local disk is not the one that was left, and was taken by "
+            "force: everything is copied to every remote");
+}
+
+static void
+note_changes (struct nbdm *v, const struct comparison *c, uint64_t local_size)
+{
+  uint64_t before = le64toh (v->sb.local_size);
+
+  if (before && local_size != before)
+    snprintf (v->identity.note, sizeof v->identity.note,
+              "the local disk had %llu bytes and has %llu: the volume still "
+              "has %llu",
+              (unsigned long long)before, (unsigned long long)local_size,
+              (unsigned long long)v->size);
+  else if (!c->same_device)
+    snprintf (v->identity.note, sizeof v->identity.note,
+              "the local disk is another device than before, with the same "
+              "content: it is %.80s",
+              c->device);
+}
+
+/* The same disk, and another mount of its file system or another device: it was
+ * pulled out and is back, an array was stopped, a volume on the net came anew.
+ * What it had answered and not flushed may be gone, as after lost power, though
+ * the state's page cache lived.  Of another disk with the same content nothing
+ * of the kind is said: its active extents have to be compared with the remotes.
+ */
+static void
+note_instance (struct nbdm *v, const struct comparison *c)
+{
+  static const uint64_t unknown[3];
+  uint64_t now[3];
+
+  device_instance (v->local.disk.fd, now);
+  for (unsigned i = 0; i < 3; i++)
+    now[i] = htole64 (now[i]);
+  v->identity.cache_lost
+      = c->same_device && memcmp (now, unknown, sizeof now) != 0
+        && memcmp (v->sb.local_instance, unknown, sizeof unknown) != 0
+        && memcmp (v->sb.local_instance, now, sizeof now) != 0;
+}
+
+static int
+check_believed (struct nbdm *v, const struct nbdm_params *params,
+                uint64_t local_size)
+{
+  struct comparison c = { 0 };
+  int rc;
+
+  if (!v->local.map_lost) /* else all of it may be missing there */
+    choose_samples_locked (v, &c);
+  rc = compare (v, v->local.disk.fd, &c);
+  if (rc == 0)
+    rc = judge (v, params->local, &c);
+  if (rc == -EMEDIUMTYPE && params->local_choice == NBDM_LOCAL_FORCED) {
+    if (v->local.state != NBDM_LOCAL_OK)
+      return set_message (rc,
+                          "%s; it cannot be taken by force, for the disk "
+                          "that was left missed writes which only the "
+                          "remotes have",
+                          last_error ());
+    v->identity.forced = true;
+    return 0;
+  }
+  if (rc == 0) {
+    note_changes (v, &c, local_size);
+    note_instance (v, &c);
+  }
+  return rc;
+}
+
+/* At a start, when no thread waits for another one. */
+static void
+adopt (struct nbdm *v)
+{
+  struct described_disk disk;
+
+  identity_describe (v, &disk);
+  identity_adopt_locked (v, &disk);
+}
+
+int
+identity_check_start (struct nbdm *v, const struct nbdm_params *params,
+                      uint64_t local_size)
+{
+  bool active_known = load_activity (v);
+  int rc = 0;
+
+  if (!believed (v))
+    identity_forget_locked (v);
+  else if (!active_known) {
+    /* Durably, before an empty log takes the place of the lost one: were this
+     * start to end between the two, the next would take old samples for new.
+     */
+    identity_forget_locked (v);
+    rc = superblock_store (v->sb_fd, &v->sb);
+  }
+  else if (v->local.state != NBDM_LOCAL_FAILED)
+    rc = check_believed (v, params, local_size);
+  activity_close (&v->activity);
+  fault_point ("identity_checked");
+  if (rc == 0 && v->local.state != NBDM_LOCAL_FAILED && !v->identity.forced)
+    adopt (v);
+  return rc;
+}
+
+/* A disk that was taken by force is the volume's only now, when all of the
+ * remotes' maps are durably dirty: a start that failed before leaves it
+ * refused.
+ */
+void
+identity_begin (struct nbdm *v)
+{
+  if (v->identity.forced) {
+    identity_forget_locked (v);
+    adopt (v);
+  }
+  v->sb.compatible = htole64 (FEATURE_IDENTITY);
+  v->sb.identity_session = v->sb.session;
+}
+
+/* --- after local failed -------------------------------------------------- */
+
+void
+identity_choose_locked (const struct nbdm *v, struct attached_check *check)
+{
+  struct comparison c = { 0 };
+
+  choose_samples_locked (v, &c);
+  memcpy (check->samples, c.samples, sizeof check->samples);
+  check->nr = c.nr;
+}
+
+int
+identity_check_attached (const struct nbdm *v, struct attached_check *check,
+                         const struct local_disk *disk, const char *path)
+{
+  struct comparison c = { .nr = check->nr };
+  int rc;
+
+  memcpy (c.samples, check->samples, sizeof c.samples);
+  rc = compare (v, disk->fd, &c);
+  /* Where it proves nothing a remote may: that comparison comes next. */
+  check->unproven = c.with_data == 0 && !c.same_device;
+  return rc == 0 && c.differ > 0 ? judge (v, path, &c) : rc;
+}
+
+/* Only a remote that misses nothing: what another one misses would be gone. */
+static bool
+has_everything (const struct nbdm *v, const struct remote *r)
+{
+  return r->state == NBDM_IN_SYNC && r->generation == v->generation
+         && !r->map_lost && r->dm.mapping && r->dm.map[MAP_DIRTY].nr_set == 0;
+}
+
+/* Its map goes before the superblock says that it has failed: a start that ends
+ * before a new one is made must find a lost map, not one of a disk that misses
+ * nothing.  Under a superblock that still says ok the old map is not needed.
+ */
+static int
+forget_local_map (struct nbdm *v)
+{
+  dirty_map_close (&v->local.dm);
+  v->local.map_lost = true; /* a new one says that it misses everything */
+  if (unlinkat (v->dirfd, "dirty." LOCAL_NAME, 0) < 0 && errno != ENOENT)
+    return set_error (-errno, "cannot remove dirty." LOCAL_NAME);
+  if (fsync (v->dirfd) < 0)
+    return set_error (-errno, "cannot make the names in the state directory "
+                              "durable");
+  return 0;
+}
+
+int
+identity_give_up_local (struct nbdm *v)
+{
+  bool found = false;
+  int rc;
+
+  if (!v->identity.given_up)
+    return 0;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    found = found || has_everything (v, &v->remotes[i]);
+  if (!found)
+    return set_message (-ENOTCONN,
+                        "no remote was in sync at the end: without the local "
+                        "disk its newest writes are lost");
+  rc = forget_local_map (v);
+  if (rc < 0)
+    return rc;
+  v->sb.local_state = htole32 (NBDM_LOCAL_FAILED);
+  return superblock_store (v->sb_fd, &v->sb);
+}

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Is the local disk the one the state belongs to?  See identity_check.c. */
+
+#ifndef NBDM_IDENTITY_CHECK_H
+#define NBDM_IDENTITY_CHECK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "logs/layout.h"
+
+struct local_disk;
+struct nbdm;
+struct nbdm_params;
+
+/* At a start, before any file is changed: -EMEDIUMTYPE with a message if this
+ * is not the disk that was left.
+ */
+int identity_check_start (struct nbdm *v, const struct nbdm_params *params,
+                          uint64_t local_size);
+/* NBDM_LOCAL_FORCED, if it was needed: after the recovery. */
+void identity_take_by_force (struct nbdm *v);
+/* As identity_check_start, of a disk that takes the place of a failed one. What
+ * it is compared with is chosen before: while the disk is read the logs may be
+ * closed.
+ */
+struct attached_check {
+  struct disk_sample samples[NR_SAMPLES];
+  uint32_t nr;
+  bool unproven; /* the content proves nothing, and it is another device */
+};
+void identity_choose_locked (const struct nbdm *v,
+                             struct attached_check *check);
+int identity_check_attached (const struct nbdm *v, struct attached_check *check,
+                             const struct local_disk *disk, const char *path);
+/* -ENOMEDIUM with a message if the volume does not fit on it. */
+int identity_check_size (const struct nbdm *v, const char *path,
+                         uint64_t local_size);
+/* An operator says that the local disk is lost (NBDM_LOCAL_LOST): a remote
+ * that was in sync serves from now on, durably.  Before the recovery.
+ */
+int identity_give_up_local (struct nbdm *v);
+/* Of the session that begins. */
+void identity_begin (struct nbdm *v);
+
+#endif /* NBDM_IDENTITY_CHECK_H */

@@ -1,0 +1,472 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Open a volume: lock, load, check, recover (recover.c), begin a session.
+ *
+ * Sessions.  S is the session that the superblock says.  The invariant:
+ *
+ *   At every instant, also after lost power, each log of the volume is of
+ *   session S or S + 1.  One of S + 1 was stamped by a start that has not
+ *   ended, and no client has written under it.
+ *
+ * A start may end early at any step, because it is killed or because a write or
+ * a sync fails, and any number of starts may do so one after the other.  What
+ * each step leaves, and why the next start finds the invariant:
+ *
+ *   step                                superblock   logs
+ *   0  (the last session)               S            S
+ *   1  the superblock that was read     S            S, S + 1
+ *      is written once more
+ *   2  a lost log is made anew          S            S, S + 1
+ *   3  maps about to change are         S            S, S + 1
+ *      unsealed, and stamped S + 1
+ *   4  recovery changes the maps        S            S, S + 1
+ *   5  every log is stamped S + 1       S            S, S + 1
+ *   6  the superblock is stored         S or S + 1   S + 1
+ *
+ * The start after one that ended in step 2 takes a map that was made anew as
+ * lost still (LOG_RENEWED).  After step 3 it sees that the last session was not
+ * closed.  After step 4 it does the same again, as each change only adds bits.
+ * After step 5 it stamps the same S + 1.  After step 6 either number is right.
+ *
+ * So no start stamps a number that is higher than S + 1.  A number above every
+ * stamp that was found, as it once was, leaves S behind: two starts that end in
+ * step 5 are enough, and the third believes no log.
+ *
+ * Step 1 is for a superblock whose fdatasync failed: it is read back from the
+ * page cache, may be nowhere else, and logs that go on from it must not outlive
+ * it.  It is written where it lies: the same bytes cannot tear, and the other
+ * slot, which is surely durable then, stays.  Step 6 writes into the other
+ * slot: torn, it leaves S.
+ *
+ * With one slot rotten S may be one too low, and a session's number is then
+ * used a second time.  What that costs is said in FORMAT.md: an old copy of a
+ * log from the same session looks like the one in use.
+ *
+ * A start that fails after step 2 leaves word that the page cache is not to be
+ * believed (give_up): a failed msync may have dropped bits that no start reads
+ * from the disk again.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "life/identity_check.h"
+#include "life/local_map.h"
+#include "life/open.h"
+#include "life/recover.h"
+#include "life/remote_address.h"
+#include "logs/activity.h"
+#include "logs/dirty_map.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/flusher.h"
+#include "volume/local.h"
+#include "volume/local_open.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+
+int
+state_dir_open (const char *path)
+{
+  struct stat st;
+  int rc = 0, fd = open (path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+  if (fd < 0)
+    return errno == ENOENT
+               ? set_message (-ENOENT, "the state directory %s does not exist",
+                              path)
+               : set_error (-errno, "cannot open the state directory %s", path);
+  if (fstat (fd, &st) < 0)
+    rc = set_error (-errno, "cannot look at the state directory %s", path);
+  else if (st.st_uid != geteuid ())
+    rc = set_message (-EPERM,
+                      "the state directory %s belongs to user %u, and this is "
+                      "user %u: nothing in it is touched",
+                      path, (unsigned)st.st_uid, (unsigned)geteuid ());
+  else if (st.st_mode & (S_IWGRP | S_IWOTH))
+    rc = set_message (-EPERM,
+                      "other users may write in the state directory %s: its "
+                      "files cannot be trusted",
+                      path);
+  if (rc < 0)
+    close (fd);
+  return rc < 0 ? rc : fd;
+}
+
+int
+state_lock (int dirfd, const char *state_dir, int *lock_fd)
+{
+  char pid[32] = "";
+  int fd = openat (dirfd, "lock", O_RDWR | O_CREAT | PLAIN_FILE, 0600);
+  struct stat st;
+
+  if (fd < 0)
+    return set_error (-errno, "cannot open the lock in %s", state_dir);
+  if (fstat (fd, &st) < 0 || !S_ISREG (st.st_mode) || st.st_nlink != 1) {
+    close (fd);
+    return set_message (
+        -EPERM, "the lock in %s is no file of its own: remove it", state_dir);
+  }
+  if (flock (fd, LOCK_EX | LOCK_NB) < 0) {
+    int err = errno;
+    if (pread (fd, pid, sizeof pid - 1, 0) < 0)
+      pid[0] = '\0';
+    close (fd);
+    if (err != EWOULDBLOCK)
+      return set_error (-err, "cannot lock %s", state_dir);
+    pid[strcspn (pid, "\n")] = '\0';
+    return set_message (-EBUSY, "%s is in use by process %s", state_dir,
+                        pid[0] ? pid : "(unknown)");
+  }
+  snprintf (pid, sizeof pid, "%d\n", (int)getpid ());
+  /* It is only read for a message: a failure here loses a number there. */
+  if (ftruncate (fd, 0) < 0 || pwrite (fd, pid, strlen (pid), 0) < 0)
+    (void)0;
+  *lock_fd = fd;
+  return 0;
+}
+
+static int
+stamp_logs (struct nbdm *v, uint64_t session)
+{
+  int rc = activity_begin (&v->activity, session);
+  fault_point ("begin_set");
+
+  if (rc == 0)
+    rc = inflight_begin (&v->inflight, session);
+  if (rc == 0)
+    rc = dirty_map_begin (&v->local.dm, session);
+  fault_point ("begin_slots");
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_begin (&v->remotes[i].dm, session);
+  fault_point ("begin_maps");
+  /* The names as well: a start before this one may have failed to make a new
+   * log's durable, and believed it all the same.
+   */
+  if (rc == 0) {
+    rc = fault_point ("begin_names_sync");
+    if (rc == 0 && fsync (v->dirfd) < 0)
+      rc = -errno;
+    if (rc < 0)
+      set_error (rc, "cannot make the names in the state directory durable");
+  }
+  return rc;
+}
+
+/* A remote that has left the configuration begins anew if it comes back, so
+ * its map is of no use.  After the superblock, which names it no more; best
+ * effort, and not synced: a map that lost power brings back is not named by the
+ * superblock, so it is not loaded, and a new one takes its place
+ * (remote_load and renew_dirty_map in recover.c).
+ */
+static void
+remove_left_out_maps (struct nbdm *v, const struct disk_remote *stored)
+{
+  char file[80];
+
+  for (uint32_t i = 0; i < LAYOUT_MAX_REMOTES; i++)
+    if (stored[i].name[0] && !volume_has_remote (v, stored[i].name)) {
+      snprintf (file, sizeof file, "dirty.%.63s", stored[i].name);
+      (void)unlinkat (v->dirfd, file, 0);
+    }
+}
+
+/* Stamp the logs, then the superblock: in use, of the next session. */
+static int
+begin_session (struct nbdm *v)
+{
+  struct disk_remote stored[LAYOUT_MAX_REMOTES];
+  uint64_t session = volume_next_session (v);
+  int rc = stamp_logs (v, session);
+
+  if (rc < 0)
+    return rc;
+  memcpy (stored, v->sb.remotes, sizeof stored);
+  remote_addresses_left_out (v);
+  v->sb.session = htole64 (session);
+  identity_begin (v);
+  memcpy (v->sb.boot_id, v->boot_id, sizeof v->boot_id);
+  memcpy (v->sb.mount_id, v->mount_id, sizeof v->mount_id);
+  rc = volume_persist_locked (v);
+  fault_point ("begin_superblock");
+  if (rc == 0)
+    remove_left_out_maps (v, stored);
+  if (rc == 0 && unlinkat (v->dirfd, DISTRUST_FILE, 0) < 0 && errno != ENOENT)
+    rc = set_error (-errno, "cannot remove " DISTRUST_FILE);
+  return rc;
+}
+
+static int
+check_params (const struct nbdm *v, const struct nbdm_params *params,
+              uint64_t local_size)
+{
+  if (strncmp (v->sb.name, params->name, sizeof v->sb.name) != 0)
+    return set_message (-EINVAL,
+                        "%s is the state of volume \"%.63s\", not of \"%s\"",
+                        params->state_dir, v->sb.name, params->name);
+  if (params->size && params->size != v->size)
+    return set_message (-EINVAL,
+                        "size is %llu, but the volume was made with %llu "
+                        "bytes",
+                        (unsigned long long)params->size,
+                        (unsigned long long)v->size);
+  if (params->region_size != v->region_size)
+    return set_message (-EINVAL,
+                        "region_size is %u, but the volume was made with %u "
+                        "bytes",
+                        params->region_size, v->region_size);
+  return v->local.disk.fd < 0
+             ? 0
+             : identity_check_size (v, params->local, local_size);
+}
+
+static int
+load_superblock (struct nbdm *v, const char *state_dir)
+{
+  bool torn;
+  int rc;
+
+  v->sb_fd = openat (v->dirfd, "superblock", O_RDWR | PLAIN_FILE);
+  if (v->sb_fd < 0)
+    return errno == ENOENT
+               ? set_message (-ENOENT, "there is no volume in %s", state_dir)
+               : set_error (-errno, "cannot open the superblock in %s",
+                            state_dir);
+  rc = superblock_load (v->sb_fd, &v->sb, &torn);
+  if (rc == 0)
+    rc = superblock_settle (v->sb_fd, &v->sb);
+  if (rc < 0)
+    return rc;
+  v->identity.doubted = torn;
+  if (torn) {
+    /* The lost slot may be the newer one, which said: in use. */
+    v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
+    snprintf (
+        v->reason, sizeof v->reason,
+        "one of the two slots of superblock is garbled: the other counts");
+  }
+  memcpy (v->uuid, v->sb.uuid, sizeof v->uuid);
+  v->size = le64toh (v->sb.size);
+  v->region_size = le32toh (v->sb.region_size);
+  v->generation = le64toh (v->sb.generation);
+  if (v->size == 0 || v->region_size == 0
+      || le32toh (v->sb.ring_slots) != RING_SLOTS
+      || le32toh (v->sb.activity_slots) != ACTIVITY_EXTENTS
+      || le32toh (v->sb.extent_size) != EXTENT_SIZE)
+    return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
+  v->nr_regions = (v->size - 1) / v->region_size + 1;
+  v->local.state = le32toh (v->sb.local_state);
+  if (v->local.state < NBDM_LOCAL_OK || v->local.state > NBDM_LOCAL_RESYNCING)
+    v->local.state = NBDM_LOCAL_FAILED;
+  v->local.since = (int64_t)le64toh ((uint64_t)v->sb.local_since);
+  snprintf (v->local.reason, sizeof v->local.reason, "%.159s",
+            v->sb.local_reason);
+  return superblock_identity (v->dirfd, v->boot_id, v->mount_id);
+}
+
+/* Durable with the session: no start finds the fence open, however this ends.
+ */
+static void
+begin_fence (struct nbdm *v)
+{
+  bool behind = v->local.state != NBDM_LOCAL_OK;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    behind = behind || v->remotes[i].state != NBDM_IN_SYNC;
+  v->fenced = behind && v->policy == NBDM_STOP;
+}
+
+/* In sync and not connected yet is holding: early writes wait for the first
+ * connection as for a lost one.
+ */
+static void
+begin_states (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+
+    if (r->state != NBDM_IN_SYNC) {
+      if (r->state != NBDM_FAILED)
+        r->state = NBDM_OUT_OF_SYNC;
+      continue;
+    }
+    r->state = NBDM_HOLDING;
+    r->hold_until_ns = now_ns () + v->hold_ms * NS_PER_MS;
+    snprintf (r->reason, sizeof r->reason, "not connected yet");
+  }
+}
+
+/* What was written to the disk before us is in no extent: not durable, it would
+ * be lost with the power, and no map would know.  Where it cannot be made
+ * durable the kernel says so once: the next flush succeeds, and means nothing.
+ * So the next start must not take the disk's page cache for exact.
+ */
+static int
+flush_what_was_left (struct nbdm *v)
+{
+  int rc = local_flush (v);
+
+  if (rc < 0)
+    volume_distrust (v);
+  else if (volume_distrusted (v))
+    /* Pages that could not be written count as clean: read what the disk has,
+     * as they go sooner or later, and reads would change by themselves.
+     */
+    (void)posix_fadvise (v->local.disk.fd, 0, 0, POSIX_FADV_DONTNEED);
+  return rc;
+}
+
+/* A local disk that has failed is not opened until an operator brings one back.
+ * A disk that was being caught up and cannot be opened now has failed again.
+ */
+static int
+open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
+{
+  const char *path = params->local;
+  int rc;
+
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    return 0;
+  if (params->local_choice == NBDM_LOCAL_LOST) {
+    v->identity.given_up = true;
+    v->local.state = NBDM_LOCAL_FAILED;
+    v->local.since = (int64_t)time (NULL);
+    snprintf (v->local.reason, sizeof v->local.reason,
+              "an operator gave it up");
+    return 0;
+  }
+  rc = local_open (&v->local.disk, path, size);
+  if (rc == 0 && *size < v->size && v->local.state != NBDM_LOCAL_OK)
+    rc = set_message (-ENOMEDIUM, "the local disk %s has become too small",
+                      path);
+  if (rc == 0)
+    rc = flush_what_was_left (v);
+  if (rc == 0 || rc == -EBUSY || v->local.state == NBDM_LOCAL_OK)
+    return rc;
+  if (v->local.disk.fd >= 0)
+    close (v->local.disk.fd);
+  v->local.disk.fd = -1;
+  v->local.state = NBDM_LOCAL_FAILED;
+  snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+  return 0;
+}
+
+/* Recover, then begin: from here on the files are changed. */
+static int
+start_session (struct nbdm *v)
+{
+  int rc = volume_recover (v);
+
+  fault_point ("open_recovered");
+  if (rc < 0)
+    return rc;
+  identity_take_by_force (v);
+  begin_fence (v);
+  return begin_session (v);
+}
+
+/* The next start recovers as after lost power. */
+static int
+give_up (struct nbdm *v, int rc)
+{
+  char why[NBDM_REASON_LEN];
+
+  snprintf (why, sizeof why, "%s", last_error ());
+  volume_fail_locked (v, why);
+  return set_message (rc, "%s", why);
+}
+
+static int
+load (struct nbdm *v, const struct nbdm_params *params)
+{
+  uint64_t local_size = 0;
+  int rc;
+
+  v->dirfd = rc = state_dir_open (params->state_dir);
+  if (rc < 0)
+    return rc;
+  rc = state_lock (v->dirfd, params->state_dir, &v->lock_fd);
+  if (rc == 0)
+    rc = load_superblock (v, params->state_dir);
+  fault_point ("open_loaded");
+  if (rc == 0)
+    rc = open_local (v, params, &local_size);
+  if (rc == 0)
+    rc = check_params (v, params, local_size);
+  fault_point ("open_local_flushed");
+  if (rc == 0)
+    rc = local_map_open (v);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = remote_load (v, &params->remotes[i], i);
+  if (rc == 0)
+    rc = volume_check_sources (v);
+  if (rc == 0)
+    rc = identity_check_start (v, params, local_size);
+  if (rc == 0)
+    rc = identity_give_up_local (v);
+  if (rc < 0)
+    return rc;
+  rc = start_session (v);
+  fault_point ("open_begun");
+  if (rc < 0)
+    return give_up (v, rc);
+  begin_states (v);
+  return 0;
+}
+
+static void
+init_sync (struct nbdm *v)
+{
+  pthread_mutex_init (&v->lock, NULL);
+  pthread_cond_init (&v->changed, NULL);
+  cond_init (&v->events);
+  cond_init (&v->ticking);
+}
+
+int
+nbdm_open (const struct nbdm_params *params, struct nbdm **volume)
+{
+  struct nbdm *v = calloc (1, sizeof *v);
+  int rc;
+
+  fault_init ();
+  if (v == NULL)
+    return set_error (-ENOMEM, "open");
+  v->dirfd = v->lock_fd = v->sb_fd = v->local.disk.fd = v->local.dm.fd = -1;
+  v->activity.fd = v->inflight.fd = -1;
+  v->policy = params->policy;
+  v->fail_fenced_reads = params->fail_fenced_reads != 0;
+  v->hold_ms = params->hold_ms;
+  v->local.deadline_ms = params->local_deadline_ms;
+  v->nr_remotes = params->nr_remotes;
+  for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)
+    v->remotes[i] = (struct remote){ .volume = v, .dm.fd = -1 };
+  snprintf (v->name, sizeof v->name, "%s", params->name);
+  init_sync (v);
+  flushers_init (v, params);
+  if (params->nr_remotes > NBDM_MAX_REMOTES)
+    rc = set_message (-EINVAL, "at most %d remotes", NBDM_MAX_REMOTES);
+  else
+    rc = load (v, params);
+  if (rc < 0) {
+    nbdm_close (v);
+    return rc;
+  }
+  *volume = v;
+  return 0;
+}

@@ -1,0 +1,569 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Load the logs and find out what may differ.
+ *
+ * What a start may believe (design, section 4):
+ *
+ *   superblock says          the logs are            and what may differ is
+ *   clean                    empty                   what dirty.* says
+ *   not clean, same boot     exact: the page cache   dirty, unflushed, and the
+ *   and mount                outlived the process    open slots
+ *   not clean, another       what was made durable   dirty, unflushed, every
+ *   boot or mount                                    region of every active
+ *                                                    extent; the slots are not
+ *   any log that is missing, torn, garbled, of another volume or session:
+ *   everything, said loudly; the bad file is kept as NAME~bad
+ *
+ * Where the superblock says that local had failed, or was being caught up, the
+ * same is true with the legs turned round: what it misses is in dirty.local,
+ * and a remote is the source of it (local_state.c).  Then a lost map may hide
+ * which disk has the newest data of a region:
+ *
+ *   lost                       a region's source
+ *   dirty.local alone          a remote that is clean there; if none is, local
+ *   one remote's alone         as the maps say; where local misses the region
+ *                              and no remote is clean, the remote of that map
+ *   dirty.local and a remote's a remote that is clean there; if none is, it
+ *                              cannot be known
+ *   two remotes' or more       as the maps say; where local misses the region
+ *                              and no remote is clean, it cannot be
+ *                              known
+ *
+ * Where it cannot be known, the start is refused (volume_check_sources): any
+ * guess might read old data, and resync would write them over the only good
+ * copy.
+ *
+ * A start changes the maps before it has stamped them, and may end at any
+ * instant.  So LOG_CLEAN goes before the first bit changes, and a map that was
+ * made in the place of a lost one says so (LOG_RENEWED) until the start is
+ * done: the next start finds it lost as well, not empty or full.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "life/local_map.h"
+#include "life/recover.h"
+#include "logs/activity.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
+#include "volume/backlog.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+
+/* Keep a log that cannot be believed, out of the way.  No remote has a "~" in
+ * its name: else a map of "a" would take the place of the one of "a.bad".
+ */
+static int
+put_away (struct nbdm *v, const char *file)
+{
+  char bad[96];
+
+  snprintf (bad, sizeof bad, "%s~bad", file);
+  if (renameat (v->dirfd, file, v->dirfd, bad) < 0 && errno != ENOENT)
+    return set_error (-errno, "cannot set aside %s", file);
+  fault_point ("log_set_aside");
+  return 0;
+}
+
+static void
+say_copied_again (struct nbdm *v, const char *what)
+{
+  snprintf (v->reason, sizeof v->reason, "%.128s: everything is copied again",
+            what);
+}
+
+/* It is missing or garbled, by what its open returned. */
+static bool
+log_is_lost (int rc)
+{
+  return rc == -ENOENT || rc == -EUCLEAN;
+}
+
+static bool
+is_clean (const struct nbdm *v)
+{
+  return le32toh (v->sb.flags) & SUPERBLOCK_CLEAN;
+}
+
+uint64_t
+volume_next_session (const struct nbdm *v)
+{
+  return le64toh (v->sb.session) + 1;
+}
+
+/* A superblock that is clean vouches for the logs of its session alone.  One of
+ * them that was not closed is an old copy put back.  Logs ahead of it are those
+ * of a start that did not get far, and then empty; or the superblock is an old
+ * copy put back, and they are of a session that was never closed.
+ */
+int
+volume_check_log (struct nbdm *v, const char *file,
+                  const struct disk_log_header *header)
+{
+  bool clean = le32toh (header->flags) & LOG_CLEAN;
+  bool ahead = le64toh (header->session) > le64toh (v->sb.session);
+
+  if (is_clean (v) && !ahead && !clean)
+    return set_message (-EUCLEAN,
+                        "%s was in use when the volume was not: an "
+                        "old copy was put back",
+                        file);
+  if (!is_clean (v) || ahead)
+    v->was_in_use = true;
+  return 0;
+}
+
+/* All dirty, and late as well, as what was under way is not known.  What an
+ * operator assumed no longer holds.
+ */
+static void
+mark_all_dirty_and_late (struct remote *r)
+{
+  mark_regions_locked (r, 0, r->volume->nr_regions, true);
+  r->assumed = false;
+}
+
+/* Durable before a fresh, empty log takes the place of the lost one: a start
+ * that ends between the two must not let the next one find nothing amiss. Those
+ * that are not in sync first: they may not be left as the only source.
+ */
+static int
+forget_log (struct nbdm *v, const char *file)
+{
+  char what[NBDM_REASON_LEN];
+  int rc = 0;
+
+  snprintf (what, sizeof what, "%s", last_error ());
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    local_miss_range_locked (v, 0, v->size);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_IN_SYNC)
+      mark_all_dirty_and_late (&v->remotes[i]);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++) {
+    mark_all_dirty_and_late (&v->remotes[i]);
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  }
+  if (rc == 0)
+    rc = dirty_map_persist (&v->local.dm);
+  fault_point ("forget_persisted");
+  if (rc < 0)
+    return rc;
+  say_copied_again (v, what);
+  return put_away (v, file);
+}
+
+static int
+open_activity (struct nbdm *v)
+{
+  uint64_t session = le64toh (v->sb.session);
+  uint64_t nr_extents = (v->size - 1) / EXTENT_SIZE + 1;
+  bool clean;
+  int rc = activity_open (&v->activity, v->dirfd, v->uuid, session,
+                          ACTIVITY_EXTENTS, EXTENT_SIZE, nr_extents, &clean);
+
+  if (rc == 0) {
+    rc = volume_check_log (v, "activity", &v->activity.header);
+    if (rc < 0)
+      activity_close (&v->activity);
+  }
+  if (!log_is_lost (rc))
+    return rc;
+  rc = forget_log (v, "activity");
+  if (rc == 0)
+    rc = activity_create (v->dirfd, v->uuid, session, ACTIVITY_EXTENTS,
+                          EXTENT_SIZE);
+  fault_point ("log_renewed");
+  if (rc == 0)
+    rc = activity_open (&v->activity, v->dirfd, v->uuid, session,
+                        ACTIVITY_EXTENTS, EXTENT_SIZE, nr_extents, &clean);
+  return rc;
+}
+
+static int
+make_inflight (struct nbdm *v)
+{
+  uint64_t session = le64toh (v->sb.session);
+  bool clean;
+  int rc = inflight_create (v->dirfd, v->uuid, session, RING_SLOTS);
+
+  fault_point ("log_renewed");
+  if (rc == 0)
+    rc = inflight_open (&v->inflight, v->dirfd, v->uuid, session, RING_SLOTS,
+                        &clean);
+  return rc;
+}
+
+/* An open slot of a killed process: the write may have reached any leg, and
+ * may still reach a remote late (rule 12).
+ */
+static void
+replay_slot (void *opaque, const struct slot_view *slot)
+{
+  struct nbdm *v = opaque;
+
+  /* Killed before the write was marked in local's map: were it only dirty on
+   * the remotes, the failed disk would be the source.
+   */
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    local_miss_range_locked (v, slot->offset, slot->length);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    mark_dirty_locked (&v->remotes[i], slot->offset, slot->length, true);
+}
+
+/* What the last session wrote and did not flush is there: the same page cache
+ * has held it since.
+ */
+static bool
+same_page_cache (const struct nbdm *v)
+{
+  return !volume_distrusted (v) && !v->identity.cache_lost
+         && memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
+         && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
+}
+
+static int
+open_inflight (struct nbdm *v)
+{
+  bool clean;
+  int rc = inflight_open (&v->inflight, v->dirfd, v->uuid,
+                          le64toh (v->sb.session), RING_SLOTS, &clean);
+
+  if (rc == 0) {
+    rc = volume_check_log (v, "inflight", &v->inflight.header);
+    if (rc < 0)
+      inflight_close (&v->inflight);
+  }
+  if (rc == 0 && v->was_in_use && !same_page_cache (v)) {
+    /* The slots were never made durable: they may be torn, and say nothing that
+     * the active extents do not cover.
+     */
+    inflight_close (&v->inflight);
+    return make_inflight (v);
+  }
+  if (rc == 0) {
+    rc = inflight_replay (&v->inflight, v->size, replay_slot, v);
+    if (rc < 0)
+      inflight_close (&v->inflight);
+  }
+  if (!log_is_lost (rc))
+    return rc;
+  rc = forget_log (v, "inflight");
+  return rc == 0 ? make_inflight (v) : rc;
+}
+
+static const struct disk_remote *
+find_stored (const struct nbdm *v, const char *name)
+{
+  for (uint32_t i = 0; i < LAYOUT_MAX_REMOTES; i++)
+    if (strncmp (v->sb.remotes[i].name, name, sizeof v->sb.remotes[i].name)
+        == 0)
+      return &v->sb.remotes[i];
+  return NULL;
+}
+
+bool
+volume_has_remote (const struct nbdm *v, const char *name)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (strcmp (v->remotes[i].name, name) == 0)
+      return true;
+  return false;
+}
+
+/* All dirty, and all late: commands of an earlier process may be under way to
+ * the same disk, whatever it was called then.
+ */
+static int
+make_dirty_map (struct nbdm *v, struct remote *r)
+{
+  uint64_t session = le64toh (v->sb.session);
+  bool clean;
+  int rc = dirty_map_create (
+      v->dirfd, r->name, v->uuid, session, v->nr_regions, v->region_size,
+      NEW_MAP_DIRTY | NEW_MAP_LATE | (r->map_lost ? NEW_MAP_RENEWED : 0));
+
+  if (rc == 0)
+    rc = dirty_map_open (&r->dm, v->dirfd, r->name, v->uuid, session,
+                         v->nr_regions, v->region_size, &clean);
+  return rc;
+}
+
+static int
+open_dirty_map (struct nbdm *v, struct remote *r)
+{
+  char file[80];
+  bool clean;
+  int rc = dirty_map_open (&r->dm, v->dirfd, r->name, v->uuid,
+                           le64toh (v->sb.session), v->nr_regions,
+                           v->region_size, &clean);
+
+  snprintf (file, sizeof file, "dirty.%s", r->name);
+  if (rc == 0) {
+    rc = volume_check_log (v, file, &r->dm.header);
+    if (rc < 0)
+      dirty_map_close (&r->dm);
+  }
+  if (rc == 0 && le32toh (r->dm.header.flags) & LOG_RENEWED)
+    rc = set_message (-EUCLEAN, "%s was lost", file);
+  if (!log_is_lost (rc))
+    return rc;
+  say_copied_again (v, last_error ());
+  r->assumed = false;
+  r->map_lost = true;
+  return 0;
+}
+
+/* A map of a remote that is new in the configuration, or in the place of a lost
+ * one.  One that an earlier start made is there already, and may lack bits by
+ * now.
+ */
+static int
+renew_dirty_map (struct nbdm *v, struct remote *r)
+{
+  char file[80];
+  int rc = 0;
+
+  if (r->dm.mapping)
+    return 0;
+  snprintf (file, sizeof file, "dirty.%s", r->name);
+  if (r->map_lost)
+    rc = put_away (v, file);
+  return rc == 0 ? make_dirty_map (v, r) : rc;
+}
+
+int
+remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
+             uint32_t index)
+{
+  struct remote *r = &v->remotes[index];
+  const struct disk_remote *disk = find_stored (v, params->name);
+
+  r->index = index;
+  r->deadline_ms = params->deadline_ms;
+  flush_bound_init (&r->backlog.bound, params->deadline_ms);
+  r->since = (int64_t)time (NULL);
+  r->state = NBDM_OUT_OF_SYNC;
+  snprintf (r->name, sizeof r->name, "%s", params->name);
+  snprintf (r->reason, sizeof r->reason, "never copied yet");
+  if (disk) {
+    uint32_t flags = le32toh (disk->flags);
+    uint32_t state = le32toh (disk->state);
+
+    if (state >= NBDM_IN_SYNC && state <= NBDM_FAILED)
+      r->state = state;
+    r->paused = flags & REMOTE_PAUSED;
+    r->assumed = flags & REMOTE_ASSUMED;
+    r->generation = le64toh (disk->generation);
+    r->address = le64toh (disk->address);
+    r->since = (int64_t)le64toh ((uint64_t)disk->since);
+    snprintf (r->reason, sizeof r->reason, "%.159s", disk->reason);
+  }
+  return disk ? open_dirty_map (v, r) : 0;
+}
+
+/* --- may it be served? ------------------------------------------------- */
+
+static int
+check_left_out (const struct nbdm *v)
+{
+  for (uint32_t i = 0; i < LAYOUT_MAX_REMOTES; i++) {
+    const char *name = v->sb.remotes[i].name;
+
+    if (name[0] && !volume_has_remote (v, name))
+      return set_message (
+          -EINVAL,
+          "the local disk is not ok, and remote \"%.63s\", which may have the "
+          "only copy of what it misses, is not in the configuration: put it "
+          "back, under this name, until the local disk is ok",
+          name);
+  }
+  return 0;
+}
+
+/* Of the remotes whose maps are believed. */
+static bool
+known_clean (const struct nbdm *v, uint64_t region)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    if (!r->map_lost && r->dm.mapping
+        && !bitmap_test (&r->dm.map[MAP_DIRTY], region))
+      return true;
+  }
+  return false;
+}
+
+/* See the table above. */
+static bool
+sources_known (const struct nbdm *v)
+{
+  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  uint64_t nr = v->nr_regions, region = 0;
+  unsigned lost = v->local.map_lost;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    lost += v->remotes[i].map_lost;
+  if (lost < 2)
+    return true;
+  for (; region < nr; region++) {
+    if (!v->local.map_lost)
+      region = bitmap_next_set (missing, region, nr);
+    if (region < nr && !known_clean (v, region))
+      return false;
+  }
+  return true;
+}
+
+int
+volume_check_sources (struct nbdm *v)
+{
+  char why[NBDM_REASON_LEN];
+  int rc;
+
+  if (v->local.state == NBDM_LOCAL_OK)
+    return 0;
+  rc = check_left_out (v);
+  if (rc < 0 || sources_known (v))
+    return rc;
+  snprintf (why, sizeof why, "%.*s", (int)strcspn (v->reason, ":"), v->reason);
+  return set_message (-ENOTRECOVERABLE,
+                      "%s, and so is another map: the local disk misses writes "
+                      "that only remotes have, and nothing says which disk has "
+                      "the newest data; nothing is served, no disk was touched",
+                      why);
+}
+
+/* --- what may differ --------------------------------------------------- */
+
+/* The maps, as far as they are lost or new; then all of them may be changed. */
+static int
+prepare_maps (struct nbdm *v)
+{
+  uint64_t session = volume_next_session (v);
+  int rc = local_map_renew (v);
+
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = renew_dirty_map (v, &v->remotes[i]);
+  fault_point ("maps_renewed");
+  if (rc == 0)
+    rc = dirty_map_unseal (&v->local.dm, session);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_unseal (&v->remotes[i].dm, session);
+  fault_point ("maps_unsealed");
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    if (v->remotes[i].map_lost)
+      dirty_map_mark (&v->remotes[i].dm, 0, v->nr_regions, true);
+  return rc;
+}
+
+/* Rule 8: in sync is the same generation and no dirty bit.  A superblock that
+ * says in sync of another generation contradicts itself.
+ */
+static void
+check_generation (struct nbdm *v, struct remote *r)
+{
+  if (r->state != NBDM_IN_SYNC || r->generation == v->generation)
+    return;
+  mark_all_dirty_and_late (r);
+  snprintf (v->reason, sizeof v->reason,
+            "%s was in sync with another generation: everything is copied "
+            "again",
+            r->name);
+}
+
+static void
+miss_extent (void *opaque, uint64_t extent)
+{
+  struct nbdm *v = opaque;
+  uint64_t offset = extent * EXTENT_SIZE;
+
+  local_miss_range_locked (v, offset,
+                           v->size - offset < EXTENT_SIZE ? v->size - offset
+                                                          : EXTENT_SIZE);
+}
+
+static void
+mark_extent (void *opaque, uint64_t extent)
+{
+  struct nbdm *v = opaque;
+  uint64_t offset = extent * EXTENT_SIZE;
+  uint64_t length
+      = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
+
+  /* A write that only remotes got: its mark in local's map is lost, and so may
+   * be those of the remotes that did not get it.
+   */
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    miss_extent (v, extent);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_IN_SYNC)
+      mark_dirty_locked (&v->remotes[i], offset, length, false);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    mark_dirty_locked (&v->remotes[i], offset, length, false);
+}
+
+/* The disk was in use before the stop and cannot be opened now: what it
+ * answered and had not flushed may be lost, as in a takeover.
+ */
+static bool
+local_lost_at_start (const struct nbdm *v)
+{
+  return v->local.state == NBDM_LOCAL_FAILED
+         && le32toh (v->sb.local_state) != NBDM_LOCAL_FAILED;
+}
+
+/* After lost power it is not known which commands were under way, only that
+ * they were to dirty regions (rule 12).
+ */
+static void
+make_all_late (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    bitmap_merge (&v->remotes[i].dm.map[MAP_LATE],
+                  &v->remotes[i].dm.map[MAP_DIRTY]);
+}
+
+int
+volume_recover (struct nbdm *v)
+{
+  int rc = prepare_maps (v);
+
+  if (rc < 0)
+    return rc;
+  local_map_recover (v);
+  rc = open_activity (v);
+  if (rc == 0)
+    rc = open_inflight (v);
+  if (rc < 0)
+    return rc;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    check_generation (v, &v->remotes[i]);
+  if (v->was_in_use) {
+    /* After a clean stop the unflushed sets are empty: only a start after a
+     * crash has anything to do here.
+     */
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      unflushed_lost_locked (&v->remotes[i]);
+    if (local_lost_at_start (v))
+      activity_visit (&v->activity, miss_extent, v);
+    fault_point ("recover_lost");
+    if (!same_page_cache (v)) {
+      activity_visit (&v->activity, mark_extent, v);
+      make_all_late (v);
+    }
+  }
+  return 0;
+}

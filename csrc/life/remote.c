@@ -1,0 +1,477 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A remote's comings and goings: what the policy threads call.
+ *
+ * A new connection is used for nothing until it is admitted, because the disk
+ * behind it may not be the one that was left.  The engine compares single
+ * regions; which ones, and what a difference means, is policy.
+ */
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/lock.h"
+#include "life/open.h"
+#include "life/remote_address.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
+#include "logs/rangelock.h"
+#include "volume/local.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/transport.h"
+
+/* Clients wait for a range that is compared, and a slow link may need minutes
+ * for a large region: so after this time what was compared of it has to do.
+ */
+#define COMPARE_NS UINT64_C (2000000000)
+#define COMPARE_BYTES (256u << 10) /* in one command, at most */
+#define COMPARE_FIRST (64u << 10)  /* in the first: 2 s at 256 kbit/s */
+
+static struct remote *
+find (struct nbdm *v, uint32_t index)
+{
+  return index < v->nr_remotes ? &v->remotes[index] : NULL;
+}
+
+#define FIND_OR_RETURN(r, v, index)                                            \
+  struct remote *r = find (v, index);                                          \
+  if (r == NULL)                                                               \
+  return set_message (-EINVAL, "there is no remote %u", index)
+
+static void
+uuid_words (const struct nbdm *v, char words[2 * sizeof v->uuid + 1])
+{
+  for (size_t i = 0; i < sizeof v->uuid; i++)
+    sprintf (words + 2 * i, "%02x", v->uuid[i]);
+}
+
+void
+nbdm_chain (const struct nbdm *v, char *words, uint32_t size)
+{
+  /* Read-only but for the lock. */
+  pthread_mutex_t *lock = (pthread_mutex_t *)(uintptr_t)&v->lock;
+  char uuid[2 * sizeof v->uuid + 1];
+  uint32_t n;
+
+  uuid_words (v, uuid);
+  n = (uint32_t)snprintf (words, size, VOLUME_CHAIN " %s", uuid);
+  LOCK_FOR_SCOPE (lock);
+  for (uint32_t i = 0; i < v->nr_remotes && n < size; i++)
+    if (v->remotes[i].conn)
+      n += (uint32_t)snprintf (words + n, size - n, "%s", v->remotes[i].chain);
+}
+
+static int
+check_server (const struct nbdm *v, const struct conn_info *info)
+{
+  char uuid[2 * sizeof v->uuid + 1];
+
+  uuid_words (v, uuid);
+  if (strstr (info->description, VOLUME_CHAIN)
+      && strstr (info->description, uuid))
+    return set_message (-EINVAL, "it leads back to this very volume");
+  if (info->size < v->size)
+    return set_message (
+        -ERANGE, "its disk has %llu bytes, the volume %llu: too small",
+        (unsigned long long)info->size, (unsigned long long)v->size);
+  if (info->read_only)
+    return set_message (-EROFS, "it exports the disk read-only");
+  if (info->min_block > nbdm_min_block (v))
+    return set_message (-EINVAL,
+                        "it takes blocks of %u bytes, the volume's are %u",
+                        info->min_block, nbdm_min_block (v));
+  return 0;
+}
+
+static void
+keep_chain (struct remote *r, const char *description)
+{
+  const char *chain = strstr (description, VOLUME_CHAIN);
+
+  snprintf (r->chain, sizeof r->chain, "%.*s", (int)sizeof r->chain - 1,
+            chain ? chain + strlen (VOLUME_CHAIN) : "");
+}
+
+/* The error ends the connection, as any other does, and the resync on the next
+ * one sends data.  So what a connection can do never changes under its users.
+ */
+void
+remote_heed_refusal (struct remote *r, const struct command *cmd)
+{
+  if (cmd->kind == COMMAND_ZERO
+      && (cmd->error == EINVAL || cmd->error == EOPNOTSUPP))
+    r->refuses_zeroes = true;
+}
+
+int
+nbdm_remote_connect (struct nbdm *v, uint32_t index, const char *uri,
+                     uint32_t timeout_ms)
+{
+  FIND_OR_RETURN (r, v, index);
+  struct conn *conn;
+  int rc = conn_open (uri, timeout_ms, &conn);
+
+  if (rc < 0)
+    return rc;
+  rc = check_server (v, conn_info (conn));
+  pthread_mutex_lock (&v->lock);
+  r->remote_size = conn_info (conn)->size;
+  keep_chain (r, conn_info (conn)->description);
+  if (rc == 0 && v->stopping)
+    rc = set_message (-ESHUTDOWN, "the volume is stopping");
+  if (rc == 0 && r->conn)
+    rc = set_message (-EISCONN, "already connected");
+  if (rc == 0)
+    rc = remote_address_locked (r, uri);
+  if (rc == 0 && r->refuses_zeroes)
+    conn_without_zeroes (conn);
+  if (rc == 0)
+    r->conn = conn_get (conn);
+  pthread_mutex_unlock (&v->lock);
+  if (rc < 0)
+    conn_farewell (conn);
+  conn_put (conn);
+  return rc;
+}
+
+static bool
+comparable_locked (const struct remote *r, uint64_t region)
+{
+  return !bitmap_test (&r->dm.map[MAP_DIRTY], region)
+         && !bitmap_test (&r->volume->local.dm.map[MAP_DIRTY], region);
+}
+
+static bool
+local_is_open_locked (const struct nbdm *v)
+{
+  return v->local.state != NBDM_LOCAL_FAILED || v->local.attached;
+}
+
+/* Lock the region, or what no request has of it, and take the connection. */
+static int
+compare_begin (struct remote *r, uint64_t region, struct range *range,
+               struct conn **conn)
+{
+  struct nbdm *v = r->volume;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (r->conn == NULL)
+    return set_message (-ENOTCONN, "the connection was lost");
+  if (!comparable_locked (r, region))
+    return set_message (-EAGAIN, "the region is dirty");
+  if (!local_is_open_locked (v))
+    return set_message (-EAGAIN, "the local disk is not open");
+  if (!rangelock_try_part (&v->ranges, range))
+    return set_message (-EBUSY, "requests hold all of the region");
+  *conn = conn_get (r->conn);
+  local_use (v); /* the disk that this was found out of */
+  return 0;
+}
+
+static int
+compare_piece (struct nbdm *v, struct conn *conn, uint64_t offset,
+               uint64_t length, uint8_t *ours, uint8_t *theirs)
+{
+  int rc = conn_pread (conn, theirs, length, offset);
+
+  if (rc < 0)
+    return set_message (rc, "it answered a read at %llu with: %s",
+                        (unsigned long long)offset, strerror (-rc));
+  rc = local_pread_or_pass (v, ours, length, offset);
+  if (rc == 0)
+    return memcmp (ours, theirs, length) != 0;
+  /* A bad sector of ours says nothing about the remote, which is needed to
+   * write it anew.  Nor does one that hangs: clients wait for the range.
+   */
+  if (rc != -ETIMEDOUT)
+    local_note_error (v, rc);
+  return -ENODATA;
+}
+
+/* One piece at least, and small ones unless the first came quickly. */
+static int
+compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
+               uint8_t *buf)
+{
+  uint64_t start = now_ns (), took = 0, n = COMPARE_FIRST;
+  uint64_t offset = range->offset, end = offset + range->length;
+  int rc = 0;
+
+  for (; rc == 0 && offset < end && took < COMPARE_NS; offset += n) {
+    if (took > 0 && took < COMPARE_NS / 8)
+      n = COMPARE_BYTES;
+    n = end - offset < n ? end - offset : n;
+    rc = compare_piece (v, conn, offset, n, buf, buf + COMPARE_BYTES);
+    took = now_ns () - start;
+  }
+  return rc;
+}
+
+/* A server that has answered nothing yet may never do: clients must not wait
+ * for a range that is compared with it.  So it is heard first, whatever it says
+ * of these bytes.
+ */
+static void
+hear (struct remote *r, uint64_t offset, uint64_t length, uint8_t *buf)
+{
+  struct nbdm *v = r->volume;
+  struct conn *conn;
+
+  pthread_mutex_lock (&v->lock);
+  conn = r->conn ? conn_get (r->conn) : NULL;
+  pthread_mutex_unlock (&v->lock);
+  if (conn && conn_report (conn).answered == 0)
+    (void)conn_pread (conn, buf, length < NBDM_SECTOR ? length : NBDM_SECTOR,
+                      offset);
+  conn_put (conn);
+}
+
+int
+nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
+{
+  FIND_OR_RETURN (r, v, index);
+  uint64_t offset = region * v->region_size;
+  struct range range = { .offset = offset, .length = v->region_size };
+  struct conn *conn = NULL;
+  uint8_t *buf;
+  int rc;
+
+  if (region >= v->nr_regions)
+    return set_message (-EINVAL, "there is no region %llu",
+                        (unsigned long long)region);
+  if (range.length > v->size - offset)
+    range.length = v->size - offset;
+  buf = malloc (2 * COMPARE_BYTES);
+  if (buf == NULL)
+    return set_error (-ENOMEM, "compare");
+  hear (r, offset, range.length, buf);
+  rc = compare_begin (r, region, &range, &conn);
+  if (rc == 0) {
+    rc = compare_bytes (v, conn, &range, buf);
+    pthread_mutex_lock (&v->lock);
+    /* What it has lost says nothing about the remote either. */
+    if (rc == 1 && (local_doubted (v) || !local_is_open_locked (v)))
+      rc = set_message (-ENODATA, "the local disk may have lost writes");
+    local_leave ();
+    rangelock_remove (&v->ranges, &range);
+    pthread_mutex_unlock (&v->lock);
+    conn_put (conn);
+  }
+  free (buf);
+  return rc;
+}
+
+uint64_t
+nbdm_remote_comparable (struct nbdm *v, uint32_t index, uint64_t region)
+{
+  const struct remote *r = find (v, index);
+  const struct bitmap *dirty;
+
+  if (r == NULL)
+    return v->nr_regions;
+  LOCK_FOR_SCOPE (&v->lock);
+  dirty = &r->dm.map[MAP_DIRTY];
+  if (!local_is_open_locked (v))
+    region = v->nr_regions;
+  while (region < v->nr_regions && !comparable_locked (r, region)) {
+    region = bitmap_next_clear (dirty, region, v->nr_regions);
+    region = bitmap_next_clear (&v->local.dm.map[MAP_DIRTY], region,
+                                v->nr_regions);
+  }
+  return region;
+}
+
+int
+nbdm_remote_admit (struct nbdm *v, uint32_t index)
+{
+  FIND_OR_RETURN (r, v, index);
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (v->stopping)
+    return command_gate_locked (v);
+  if (r->conn == NULL || conn_dead (r->conn))
+    return set_message (-ENOTCONN, "the connection was lost");
+  if (r->state == NBDM_FAILED)
+    return set_message (-EPERM, "the remote has failed: %s", r->reason);
+  if (v->failed)
+    return set_message (-EIO, "the volume has failed: %s", v->reason);
+  r->admitted = true;
+  r->address = r->connected_at;
+  r->flush.done = r->flush.asked; /* unflushed became dirty meanwhile */
+  fault_point ("admitted");
+  remote_update_state_locked (r);
+  remote_bump_locked (r);
+  pthread_cond_broadcast (&v->changed);
+  return 0;
+}
+
+void
+nbdm_remote_drop (struct nbdm *v, uint32_t index, const char *reason)
+{
+  struct remote *r = find (v, index);
+
+  if (r == NULL)
+    return;
+  LOCK_FOR_SCOPE (&v->lock);
+  remote_broken_locked (r, r->conn, reason);
+}
+
+int
+nbdm_remote_explain (struct nbdm *v, uint32_t index, const char *reason)
+{
+  FIND_OR_RETURN (r, v, index);
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (!r->admitted && r->state != NBDM_FAILED)
+    snprintf (r->reason, sizeof r->reason, "%s", reason);
+  return 0;
+}
+
+int
+nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
+{
+  FIND_OR_RETURN (r, v, index);
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = command_gate_locked (v);
+  if (rc == 0) {
+    remote_broken_locked (r, r->conn, reason);
+    snprintf (r->reason, sizeof r->reason, "%s", reason);
+    if (remote_used_locked (r))
+      remote_degrade_locked (r); /* it was holding: end that, by the rules */
+    remote_set_locked (r, NBDM_FAILED, "%s", reason);
+    fault_point ("remote_failing");
+    rc = volume_persist_locked (v);
+  }
+  return rc;
+}
+
+int
+nbdm_remote_reset (struct nbdm *v, uint32_t index)
+{
+  FIND_OR_RETURN (r, v, index);
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = command_gate_locked (v);
+  if (rc == 0 && r->state == NBDM_FAILED) {
+    remote_set_locked (r, NBDM_OUT_OF_SYNC, "an operator resumed it");
+    rc = volume_persist_locked (v);
+  }
+  return rc;
+}
+
+int
+nbdm_remote_pause (struct nbdm *v, uint32_t index, int paused)
+{
+  FIND_OR_RETURN (r, v, index);
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = command_gate_locked (v);
+  if (rc == 0) {
+    r->paused = paused;
+    remote_bump_locked (r);
+    rc = volume_persist_locked (v);
+  }
+  return rc;
+}
+
+/* Every region dirty, whatever the remote is used for: local becomes the only
+ * source of all of it, so there may be no doubt of that disk.
+ */
+static int
+invalidate_locked (struct remote *r)
+{
+  static const char why[] = "an operator made every region dirty";
+  struct nbdm *v = r->volume;
+
+  if (!local_believed (v))
+    return set_message (-EBUSY,
+                        "the local disk is not ok: %s may be the only copy of "
+                        "what it misses",
+                        r->name);
+  dirty_map_mark (&r->dm, 0, v->nr_regions, false);
+  fault_point ("invalidate_marked");
+  r->assumed = false;
+  if (r->admitted)
+    remote_set_locked (r, NBDM_RESYNCING, "%s", why);
+  else if (!remote_used_locked (r))
+    remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
+  /* Else it is holding: the requests that wait are sent again, or degrade. */
+  return volume_persist_locked (v);
+}
+
+int
+nbdm_remote_invalidate (struct nbdm *v, uint32_t index)
+{
+  FIND_OR_RETURN (r, v, index);
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = command_gate_locked (v);
+  if (rc == 0)
+    rc = invalidate_locked (r);
+  return rc;
+}
+
+int
+nbdm_remote_release_late (struct nbdm *v, uint32_t index)
+{
+  FIND_OR_RETURN (r, v, index);
+
+  LOCK_FOR_SCOPE (&v->lock);
+  /* Not if it was lost meanwhile: what is late now is late from then on. */
+  if (r->admitted && !v->stopping)
+    bitmap_clear_all (&r->dm.map[MAP_LATE]);
+  fault_point ("late_released");
+  remote_bump_locked (r);
+  return 0;
+}
+
+static uint64_t
+wait_serial (struct nbdm *v, const uint64_t *serial, uint64_t seen,
+             uint32_t timeout_ms)
+{
+  uint64_t until_ns = now_ns () + timeout_ms * NS_PER_MS;
+  bool in_time = true;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  while (*serial == seen && !v->waking && in_time)
+    in_time = wait_until (&v->events, &v->lock, until_ns);
+  return *serial;
+}
+
+uint64_t
+nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
+                 uint32_t timeout_ms)
+{
+  struct remote *r = find (v, index);
+
+  return r ? wait_serial (v, &r->serial, seen, timeout_ms) : 0;
+}
+
+uint64_t
+nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
+{
+  return wait_serial (v, &v->local.serial, seen, timeout_ms);
+}
+
+void
+nbdm_wake (struct nbdm *v)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  v->waking = true;
+  pthread_cond_broadcast (&v->events);
+}

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The ticker: a thread of the engine's own, which never waits for a remote.  It
+ * is what bounds every wait (rule 13): commands past their deadline, holds that
+ * are over, and connections that die while no thread waits on them.  Whatever
+ * Python does or does not do meanwhile, no request waits longer.
+ */
+
+#include <string.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/lock.h"
+#include "life/ticker.h"
+#include "volume/local.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/transport.h"
+
+#define TICK_NS (50 * NS_PER_MS) /* how late a deadline may be noticed */
+
+/* `hurry_ns`: since when the volume stops, or 0. */
+static void
+tick_remote (struct remote *r, uint64_t hurry_ns)
+{
+  struct nbdm *v = r->volume;
+  struct conn *conn;
+
+  pthread_mutex_lock (&v->lock);
+  conn = r->conn ? conn_get (r->conn) : NULL;
+  pthread_mutex_unlock (&v->lock);
+
+  if (conn)
+    conn_tick (conn, r->deadline_ms, hurry_ns);
+
+  pthread_mutex_lock (&v->lock);
+  if (conn && conn_dead (conn))
+    remote_lost_locked (r, conn);
+  if (r->state == NBDM_HOLDING && now_ns () >= r->hold_until_ns)
+    remote_degrade_locked (r);
+  pthread_mutex_unlock (&v->lock);
+  conn_put (conn);
+}
+
+static void
+nap (struct nbdm *v)
+{
+  uint64_t until_ns = now_ns () + TICK_NS;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (v->nr_waiting > 0)
+    pthread_cond_broadcast (&v->changed); /* they watch the clock too */
+  if (!v->ticker_stop)
+    wait_until (&v->ticking, &v->lock, until_ns);
+}
+
+static void *
+ticker (void *opaque)
+{
+  struct nbdm *v = opaque;
+  uint64_t hurry_ns = 0;
+  bool stop = false;
+
+  while (!stop) {
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      tick_remote (&v->remotes[i], hurry_ns);
+    local_watch (v);
+    nap (v);
+    pthread_mutex_lock (&v->lock);
+    stop = v->ticker_stop;
+    /* A stop does not wait for a slow link: the keepers are told to end first,
+     * and then the requests under way.
+     */
+    if (hurry_ns == 0 && (v->waking || v->stopping))
+      hurry_ns = now_ns ();
+    pthread_mutex_unlock (&v->lock);
+  }
+  return NULL;
+}
+
+int
+ticker_start (struct nbdm *v)
+{
+  int err = pthread_create (&v->ticker, NULL, ticker, v);
+
+  if (err)
+    return set_error (-err, "cannot start the ticker thread");
+  v->ticker_running = true;
+  return 0;
+}
+
+void
+ticker_join (struct nbdm *v)
+{
+  if (!v->ticker_running)
+    return;
+  pthread_mutex_lock (&v->lock);
+  v->ticker_stop = true;
+  pthread_cond_broadcast (&v->ticking);
+  pthread_mutex_unlock (&v->lock);
+  pthread_join (v->ticker, NULL);
+  v->ticker_running = false;
+}

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What lies on disk, byte for byte.  docs/FORMAT.md is this file in prose.
+ *
+ * Every integer is little-endian.  Every file opens with a page that carries
+ * a magic, a version, the volume's uuid and the *session*: a counter that
+ * grows at each start and is stamped into every log.  A log with another
+ * session is an old copy put back, and is believed no more than a torn one:
+ * both mean "all dirty" (rule 9).
+ *
+ * Nothing here may change without a new version or a feature bit; the reserved
+ * bytes are zero and are for what comes later.
+ */
+
+#ifndef NBDM_LAYOUT_H
+#define NBDM_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "api.h"
+
+#define LAYOUT_VERSION 1
+#define LAYOUT_PAGE                                                            \
+  4096 /* bytes of each file's header; maps are padded to it */
+#define LAYOUT_SECTOR 512 /* bytes written at a time into `activity` */
+#define LAYOUT_MAX_REMOTES NBDM_MAX_REMOTES
+#define LAYOUT_MAX_LEFT_OUT 8
+
+/* `superblock`: two slots of one page; the valid one with the higher sequence
+ * counts, the other is written next.  So sequences are even in the first slot
+ * and odd in the second; a slot where they are not is not valid.
+ */
+#define SUPERBLOCK_MAGIC "NBDMSUPR"
+
+#define SUPERBLOCK_CLEAN 1  /* stopped cleanly: the logs are empty */
+#define SUPERBLOCK_FENCED 2 /* policy "stop": no writes until in_sync */
+
+/* Bits of `incompatible`: a program that does not know one refuses the volume.
+ * Bits of `compatible`: it clears those it does not know with its first store,
+ * for it does not keep up what they vouch for.
+ */
+#define FEATURES_INCOMPATIBLE 0 /* all that this program knows */
+#define FEATURE_IDENTITY 1      /* compatible: the identity fields count */
+
+#define ROLE_PRIMARY 1
+
+#define REMOTE_PAUSED 1  /* an operator paused resync */
+#define REMOTE_ASSUMED 2 /* in sync on the operator's word alone */
+
+struct disk_remote {
+  char name[NBDM_NAME_LEN]; /* NUL-padded; empty: entry unused */
+  uint32_t state;           /* enum nbdm_remote_state */
+  uint32_t flags;           /* REMOTE_* */
+  uint64_t generation;      /* the volume's generation when last in sync */
+  int64_t since;            /* when the state was entered, seconds since 1970 */
+  char reason[NBDM_REASON_LEN]; /* why, NUL-terminated UTF-8 */
+  uint64_t address; /* CRC64 of the one it was last used at; 0: not known */
+};
+_Static_assert(sizeof (struct disk_remote) == 256, "remote entry");
+
+/* What a block of the local disk held when it was looked at.  It was not
+ * written since, or its activity extent is in `activity`, or its region is
+ * dirty in `dirty.local`.
+ */
+#define SAMPLE_BLOCK 65536 /* bytes; the volume's last block may be shorter */
+#define NR_SAMPLES 64
+
+struct disk_sample {
+  uint64_t block; /* offset / SAMPLE_BLOCK, plus one; 0: none */
+  uint64_t crc;   /* CRC64 (ECMA-182, reflected); 0: all of it is zeroes */
+};
+_Static_assert(sizeof (struct disk_sample) == 16, "sample");
+
+struct disk_superblock {
+  char magic[8];
+  uint32_t version;
+  uint32_t crc;      /* CRC32C of the page with this field zero */
+  uint64_t sequence; /* grows by one at each write */
+  uint8_t uuid[NBDM_UUID_LEN];
+  char name[NBDM_NAME_LEN]; /* the volume's name, NUL-padded */
+  uint64_t size;            /* bytes */
+  uint32_t region_size;     /* bytes, power of two */
+  uint32_t extent_size;     /* bytes, power of two, >= region_size */
+  uint32_t ring_slots;      /* slots in `inflight` */
+  uint32_t activity_slots;  /* extents in `activity` */
+  uint64_t session;
+  uint64_t generation;
+  uint64_t history[7]; /* earlier generations, latest first; 0: none */
+  uint32_t role;       /* ROLE_PRIMARY */
+  uint32_t flags;      /* SUPERBLOCK_* */
+  uint8_t boot_id[NBDM_UUID_LEN]; /* the kernel's boot id when last opened */
+  uint64_t mount_id[3];
+  uint32_t local_state; /* enum nbdm_local_state */
+  uint32_t nr_remotes;
+  int64_t local_since; /* when local_state was entered, seconds since 1970 */
+  char local_reason[NBDM_REASON_LEN]; /* why, NUL-terminated UTF-8 */
+  uint64_t incompatible;              /* FEATURES_INCOMPATIBLE */
+  uint64_t compatible;                /* FEATURE_* */
+  /* The addresses of remotes that have left the configuration, as `address`
+   * above, the latest first; 0: none.
+   */
+  uint64_t left_out[LAYOUT_MAX_LEFT_OUT];
+  uint8_t reserved1[8];
+  struct disk_remote remotes[LAYOUT_MAX_REMOTES];
+  uint64_t identity_session; /* another than `session`: do not believe these */
+  uint64_t local_size;       /* of the local disk, bytes */
+  char local_device[240];    /* what it is, NUL-terminated UTF-8; or "" */
+  struct disk_sample samples[NR_SAMPLES];
+  uint64_t local_instance[3]; /* whose page cache the local disk had; 0: ? */
+  uint8_t reserved2[232];
+};
+_Static_assert(offsetof (struct disk_superblock, session) == 128, "layout");
+_Static_assert(offsetof (struct disk_superblock, boot_id) == 208, "layout");
+_Static_assert(offsetof (struct disk_superblock, local_since) == 256, "layout");
+_Static_assert(offsetof (struct disk_superblock, incompatible) == 424,
+               "layout");
+_Static_assert(offsetof (struct disk_superblock, left_out) == 440, "layout");
+_Static_assert(offsetof (struct disk_superblock, remotes) == 512, "layout");
+_Static_assert(offsetof (struct disk_superblock, identity_session) == 2560,
+               "layout");
+_Static_assert(offsetof (struct disk_superblock, samples) == 2816, "layout");
+_Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
+
+/* The page each of the other files opens with. */
+#define ACTIVITY_MAGIC "NBDMACTV"
+#define INFLIGHT_MAGIC "NBDMRING"
+#define DIRTY_MAGIC "NBDMDRTY"
+
+#define LOG_CLEAN 1 /* closed by a clean stop; `bits_crc` is valid */
+#define LOG_RENEWED                                                            \
+  2 /* dirty.*: in the place of a lost one, by a start that has not ended */
+
+struct disk_log_header {
+  char magic[8];
+  uint32_t version;
+  uint32_t crc; /* CRC32C of the page with this field zero */
+  uint8_t uuid[NBDM_UUID_LEN];
+  char name[NBDM_NAME_LEN]; /* the remote's name in dirty.*, else empty */
+  uint64_t session;
+  uint64_t entries;    /* extents, slots or regions the file holds */
+  uint64_t entry_size; /* bytes an entry stands for: extent, slot, region */
+  uint32_t flags;      /* LOG_* */
+  uint32_t bits_crc;   /* dirty.*: CRC32C of all maps, when LOG_CLEAN */
+  uint8_t reserved[LAYOUT_PAGE - 128];
+};
+_Static_assert(offsetof (struct disk_log_header, session) == 96, "layout");
+_Static_assert(sizeof (struct disk_log_header) == LAYOUT_PAGE, "layout");
+
+/* `activity`: after the header, sectors of extents.  Torn or garbled: the CRC
+ * is wrong and everything is dirty.
+ */
+#define ACTIVITY_PER_SECTOR 62
+
+struct disk_activity_sector {
+  uint64_t sequence; /* grows by one at each write of this sector */
+  uint32_t index;    /* of this sector, from 0 */
+  uint32_t crc;      /* CRC32C of the sector with this field zero */
+  uint64_t extent[ACTIVITY_PER_SECTOR]; /* extent index + 1; 0: free */
+};
+_Static_assert(sizeof (struct disk_activity_sector) == LAYOUT_SECTOR, "layout");
+
+/* `inflight`: after the header, slots.  A slot is free if and only if `word`
+ * is 0; otherwise `word` holds the CRC32C of the 26 bytes (sequence, offset,
+ * length, kind, flags) in bits 0-31, the kind in bits 32-39 and the flags in
+ * bits 40-47.  One aligned 8-byte store opens or frees a slot, so a process
+ * killed between two instructions leaves it open or free, never torn.
+ */
+struct disk_slot {
+  uint64_t word;
+  uint64_t sequence;
+  uint64_t offset;      /* bytes */
+  uint64_t length;      /* bytes */
+  uint32_t legs_issued; /* bit 0: local, bit 1 + i: remote i; for inspection */
+  uint32_t legs_done;
+  uint64_t reserved[3];
+};
+_Static_assert(sizeof (struct disk_slot) == 64, "layout");
+
+/* `dirty.<remote>`: after the header four maps of the same size, each padded
+ * with zeroes to a page.  Region i is bit i % 8 of byte i / 8.
+ */
+enum dirty_map_index {
+  MAP_DIRTY,      /* may differ on that remote */
+  MAP_UNFLUSHED0, /* answered by that remote, no flush since: two sets, one */
+  MAP_UNFLUSHED1, /*   fills while a flush for the other is under way */
+  MAP_LATE,       /* a lost connection's command may still change it */
+  NR_MAPS
+};
+
+#endif /* NBDM_LAYOUT_H */

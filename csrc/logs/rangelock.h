@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* One writer a byte range.  See rangelock.c. */
+
+#ifndef NBDM_RANGELOCK_H
+#define NBDM_RANGELOCK_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Which thread may touch which bytes: first come, first served.  The list holds
+ * held and waiting ranges in the order they came; a range waits for every
+ * overlapping one ahead of it, held or waiting, so none is overtaken.  Only
+ * readers, whose ranges are `shared`, do not wait for each other.  While a
+ * range is in the list its offset and length stay as they are.
+ */
+struct range {
+  uint64_t offset, length;
+  bool shared;             /* a reader's: may be held beside other readers' */
+  uint32_t blockers;       /* ranges ahead that exclude it; 0: held */
+  pthread_cond_t *granted; /* signalled when blockers becomes 0; or NULL */
+  struct range *next, *prev;
+};
+
+#define RANGE_COUNTERS 1024u
+
+/* All zero at first. */
+struct rangelock {
+  struct range *first, *last;
+  uint32_t nr_wide;                /* in no counter: too many of them */
+  uint32_t counts[RANGE_COUNTERS]; /* of blocks, by a hash: see rangelock.c */
+};
+
+/* Put the range in; true: held at once.  Else it is held when `blockers` is
+ * 0.
+ */
+bool rangelock_add (struct rangelock *rl, struct range *range);
+/* Put it in only if it is held at once. */
+bool rangelock_try (struct rangelock *rl, struct range *range);
+/* Put in the longest part of it that is held at once, and cut the range to
+ * that; false: every byte of it is held.  It overtakes the ranges that wait.
+ * The comparison with a remote needs that: a range that waits may wait for a
+ * request which waits for that remote.
+ */
+bool rangelock_try_part (struct rangelock *rl, struct range *range);
+void rangelock_remove (struct rangelock *rl, struct range *range);
+
+#endif /* NBDM_RANGELOCK_H */

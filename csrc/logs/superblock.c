@@ -1,0 +1,299 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The superblock: what the volume is and what state it was last in.
+ *
+ * Two slots of a page are written in turn, so a write that is torn or lost
+ * leaves the one before it.  The sequence says where a slot lies, even in the
+ * first and odd in the second: a store needs no look at the disk to know which
+ * one holds the newest, and a slot found in the wrong place is not believed.
+ *
+ * A store that fails is not tried again: after a failed fdatasync the kernel
+ * may hold pages for clean that never reached the disk, and a second one would
+ * succeed without having written anything (rule 10).
+ */
+
+#define _GNU_SOURCE
+
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#include "base/crc32c.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+
+#define FILE_NAME "superblock"
+#define NR_SLOTS 2
+#define FILE_SIZE (NR_SLOTS * LAYOUT_PAGE)
+
+#define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"
+#define BOOT_ID_DIGITS 32
+
+/* Linux 6.8 gives mounts ids that are never used again; older headers do not
+ * know its bit, and older kernels leave it out of stx_mask.
+ */
+#ifndef STATX_MNT_ID_UNIQUE
+#define STATX_MNT_ID_UNIQUE 0x4000U
+#endif
+
+enum verdict { SLOT_INVALID, SLOT_VALID, SLOT_NOT_OURS };
+
+static uint64_t
+slot_offset (uint64_t sequence)
+{
+  return sequence % NR_SLOTS * LAYOUT_PAGE;
+}
+
+static uint32_t
+slot_crc (const struct disk_superblock *sb)
+{
+  struct disk_superblock copy = *sb;
+
+  copy.crc = 0;
+  return crc32c (0, &copy, sizeof copy);
+}
+
+static void
+seal (struct disk_superblock *sb, uint64_t sequence)
+{
+  memcpy (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic);
+  sb->version = htole32 (LAYOUT_VERSION);
+  sb->sequence = htole64 (sequence);
+  sb->crc = htole32 (slot_crc (sb));
+}
+
+/* The version is looked at behind the CRC, which every version has in this
+ * place, so that garbage is not taken for a newer program's work.  In a
+ * version that is known the features and the role are looked at likewise.
+ */
+static enum verdict
+judge (const struct disk_superblock *sb, uint64_t offset)
+{
+  if (memcmp (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic) != 0
+      || le32toh (sb->crc) != slot_crc (sb))
+    return SLOT_INVALID;
+  if (le32toh (sb->version) != LAYOUT_VERSION)
+    return SLOT_NOT_OURS;
+  if (slot_offset (le64toh (sb->sequence)) != offset)
+    return SLOT_INVALID;
+  if (le64toh (sb->incompatible) & ~(uint64_t)FEATURES_INCOMPATIBLE
+      || le32toh (sb->role) != ROLE_PRIMARY)
+    return SLOT_NOT_OURS;
+  return SLOT_VALID;
+}
+
+static int
+refuse (const struct disk_superblock *sb)
+{
+  uint64_t unknown
+      = le64toh (sb->incompatible) & ~(uint64_t)FEATURES_INCOMPATIBLE;
+
+  if (le32toh (sb->version) != LAYOUT_VERSION)
+    return set_message (-EPROTONOSUPPORT,
+                        FILE_NAME " has version %" PRIu32
+                                  ", this program knows only version %d",
+                        le32toh (sb->version), LAYOUT_VERSION);
+  if (unknown)
+    return set_message (-EPROTONOSUPPORT,
+                        FILE_NAME " has features that this program does not "
+                                  "know: 0x%" PRIx64,
+                        unknown);
+  return set_message (-EPROTONOSUPPORT,
+                      FILE_NAME " is of a volume in the role %" PRIu32
+                                ", this program knows only primaries (%d)",
+                      le32toh (sb->role), ROLE_PRIMARY);
+}
+
+static int
+fill_slots (int fd, const void *opaque)
+{
+  struct disk_superblock sb;
+  uint64_t sequence;
+
+  memcpy (&sb, opaque, sizeof sb);
+  sequence = le64toh (sb.sequence);
+  for (uint64_t s = sequence; s < sequence + NR_SLOTS; s++) {
+    seal (&sb, s);
+    int r = full_pwrite (fd, &sb, sizeof sb, slot_offset (s));
+    if (r < 0)
+      return r;
+  }
+  return 0;
+}
+
+int
+superblock_create (int dirfd, const struct disk_superblock *sb)
+{
+  return file_make_filled (dirfd, FILE_NAME, FILE_SIZE, fill_slots, sb);
+}
+
+int
+superblock_load (int fd, struct disk_superblock *sb, bool *torn)
+{
+  struct disk_superblock slots[NR_SLOTS];
+  const struct disk_superblock *newest = NULL;
+  unsigned nr_valid = 0;
+  struct stat st;
+
+  if (fstat (fd, &st) == -1)
+    return set_error (-errno, FILE_NAME);
+  if (st.st_size < FILE_SIZE)
+    return set_message (-EUCLEAN,
+                        FILE_NAME " is truncated: %" PRIu64 " of %d bytes",
+                        (uint64_t)st.st_size, FILE_SIZE);
+  int r = full_pread (fd, slots, sizeof slots, 0);
+  if (r < 0)
+    return set_error (r, "cannot read " FILE_NAME);
+
+  for (unsigned i = 0; i < NR_SLOTS; i++) {
+    switch (judge (&slots[i], (uint64_t)i * LAYOUT_PAGE)) {
+    case SLOT_INVALID:
+      continue;
+    case SLOT_NOT_OURS:
+      /* Even beside a valid slot: the newer program wrote last, and what it
+       * left in this one is old.
+       */
+      return refuse (&slots[i]);
+    case SLOT_VALID:
+      break;
+    }
+    nr_valid++;
+    if (newest == NULL
+        || le64toh (slots[i].sequence) > le64toh (newest->sequence))
+      newest = &slots[i];
+  }
+  if (newest == NULL)
+    return set_message (-EUCLEAN, FILE_NAME " is garbled (both slots)");
+  *sb = *newest;
+  *torn = nr_valid < NR_SLOTS;
+  return 0;
+}
+
+/* A store whose fdatasync failed may be in the page cache alone.  A start that
+ * reads it there must not go on from a state that lost power takes back, so it
+ * stores the slot again.  The same bytes in the same place cannot tear.
+ */
+int
+superblock_settle (int fd, const struct disk_superblock *sb)
+{
+  int r = fault_point ("superblock_settle");
+
+  if (r == 0)
+    r = full_pwrite (fd, sb, sizeof *sb, slot_offset (le64toh (sb->sequence)));
+  if (r == 0 && fdatasync (fd) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make " FILE_NAME " durable");
+  fault_point ("superblock_settled");
+  return 0;
+}
+
+int
+superblock_store (int fd, struct disk_superblock *sb)
+{
+  struct disk_superblock next = *sb;
+  uint64_t sequence = le64toh (sb->sequence) + 1;
+  int r;
+
+  seal (&next, sequence);
+  r = fault_point ("superblock_write");
+  if (r == 0)
+    r = full_pwrite (fd, &next, sizeof next, slot_offset (sequence));
+  if (r < 0)
+    return set_error (r, "cannot write " FILE_NAME);
+
+  r = fault_point ("superblock_sync");
+  if (r == 0 && fdatasync (fd) == -1)
+    r = -errno;
+  if (r < 0)
+    return set_error (r, "cannot make " FILE_NAME " durable");
+  fault_point ("superblock_synced");
+  *sb = next;
+  return 0;
+}
+
+static int
+hex_digit (char c)
+{
+  if (c >= '0' && c <= '9')
+    return c - '0';
+  if (c >= 'a' && c <= 'f')
+    return c - 'a' + 10;
+  return -1;
+}
+
+static int
+read_boot_id (uint8_t *boot_id)
+{
+  uint8_t id[BOOT_ID_DIGITS / 2] = { 0 };
+  unsigned digits = 0;
+  FILE *file = fopen (BOOT_ID_FILE, "re");
+  int c;
+
+  if (file == NULL)
+    return set_error (-errno, "cannot open " BOOT_ID_FILE);
+  while ((c = fgetc (file)) != EOF && digits < BOOT_ID_DIGITS) {
+    int digit = hex_digit ((char)c);
+
+    if (digit == -1) /* the hyphens of a uuid */
+      continue;
+    id[digits / 2] = (uint8_t)(id[digits / 2] << 4 | digit);
+    digits++;
+  }
+  fclose (file);
+  if (digits < BOOT_ID_DIGITS)
+    return set_message (-EIO, BOOT_ID_FILE " holds no boot id");
+  memcpy (boot_id, id, sizeof id);
+  return 0;
+}
+
+/* The mount's id alone is not enough where the kernel uses ids again, the
+ * device alone not where a file system is mounted anew: any of the three that
+ * changed means that the page cache may be another one.
+ */
+int
+file_mount_id (int fd, uint64_t *mount_id)
+{
+  struct statx stx;
+  struct stat st;
+  struct statfs fs;
+  uint32_t fsid[2];
+
+  if (statx (fd, "", AT_EMPTY_PATH, STATX_MNT_ID | STATX_MNT_ID_UNIQUE, &stx)
+          == -1
+      || fstat (fd, &st) == -1 || fstatfs (fd, &fs) == -1)
+    return -errno;
+  _Static_assert(sizeof fsid == sizeof fs.f_fsid, "fsid");
+  memcpy (fsid, &fs.f_fsid, sizeof fsid);
+  mount_id[0] = 0;
+  if (stx.stx_mask & (STATX_MNT_ID | STATX_MNT_ID_UNIQUE))
+    mount_id[0] = stx.stx_mnt_id;
+  mount_id[1] = st.st_dev;
+  mount_id[2] = (uint64_t)fsid[1] << 32 | fsid[0];
+  return 0;
+}
+
+int
+superblock_identity (int dirfd, uint8_t *boot_id, uint64_t *mount_id)
+{
+  uint8_t boot[BOOT_ID_DIGITS / 2] = { 0 };
+  int r;
+
+  r = read_boot_id (boot);
+  if (r < 0)
+    return r;
+  r = file_mount_id (dirfd, mount_id);
+  if (r < 0)
+    return set_error (r, "cannot tell the mount of the state directory");
+  memcpy (boot_id, boot, sizeof boot);
+  return 0;
+}

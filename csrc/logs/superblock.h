@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The superblock's two slots.  See superblock.c. */
+
+#ifndef NBDM_SUPERBLOCK_H
+#define NBDM_SUPERBLOCK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct disk_superblock;
+
+/* Make the file with both slots written. */
+int superblock_create (int dirfd, const struct disk_superblock *sb);
+/* Load the newest valid slot.  `*torn`: the other one was not valid.
+ * -ENOENT; -EUCLEAN: neither is valid; -EPROTONOSUPPORT: another program's,
+ * by its version, an incompatible feature or its role.
+ */
+int superblock_load (int fd, struct disk_superblock *sb, bool *torn);
+/* Write what was loaded once more, where it lies, and make it durable. */
+int superblock_settle (int fd, const struct disk_superblock *sb);
+/* sequence + 1, CRC, write into the older slot, fdatasync. */
+int superblock_store (int fd, struct disk_superblock *sb);
+/* This boot and the mount that carries the directory. */
+int superblock_identity (int dirfd, uint8_t *boot_id, uint64_t *mount_id);
+
+/* Three numbers of the mount that an open file is reached by: mounted anew, one
+ * of them is another.
+ */
+int file_mount_id (int fd, uint64_t *mount_id);
+
+#endif /* NBDM_SUPERBLOCK_H */

@@ -1,0 +1,555 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* How a write gets in, and how it leaves: the order of rules 1 and 5.
+ *
+ *   range lock            no other thread touches these bytes, on any leg
+ *   activity extents      durable: a power cut finds the range in the set
+ *   slot                  in the mapping: a killed process finds it open
+ *   classification        per remote: send, leave to resync, or mark dirty
+ *
+ * A remote that gets nothing has its regions marked dirty here, before a byte
+ * moves, and not when the write ends: it may be admitted again while we
+ * write, and then must not look clean.
+ */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/lock.h"
+#include "logs/activity.h"
+#include "logs/classify.h"
+#include "logs/dirty_map.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
+#include "logs/rangelock.h"
+#include "request/admit.h"
+#include "request/long_zero.h"
+#include "volume/backlog.h"
+#include "volume/flush.h"
+#include "volume/identity.h"
+#include "volume/local.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+
+/* benchmarks/no_activity.py measures so what the log costs.  A mirror built so
+ * loses track of writes when the power goes: no other build has this.
+ */
+#ifdef NBDM_NO_ACTIVITY_LOG
+#define activity_hold(act, first, last)                                        \
+  ((void)(act), (void)(first), (void)(last), 0)
+#define activity_release(act, first, last, now)                                \
+  ((void)(act), (void)(first), (void)(last))
+#endif
+
+/* What a server without WRITE_ZEROES is sent instead. */
+#define ZEROES_SIZE (1u << 20)
+static const uint8_t zeroes[ZEROES_SIZE];
+
+static int
+gate_locked (const struct nbdm *v)
+{
+  if (v->stopping)
+    return set_message (-ESHUTDOWN, "the volume is stopping");
+  if (v->failed)
+    return set_message (-EIO, "the volume has failed: %s", v->reason);
+  if (v->fenced)
+    return set_message (-EIO, "policy stop: a remote is out of sync");
+  return 0;
+}
+
+/* May the request go on, after a wait?  Waits for a takeover that may leave the
+ * range with local.
+ */
+static int
+go_on_relock (struct nbdm *v, const struct request *req)
+{
+  int rc;
+
+  while (v->local.taking_over
+         && !range_has_source_locked (v, req->offset, req->length))
+    pthread_cond_wait (&v->changed, &v->lock);
+  rc = gate_locked (v);
+  if (rc < 0 || range_has_source_locked (v, req->offset, req->length))
+    return rc;
+  return set_message (-EIO, "the local disk has failed, and no remote in sync "
+                            "is connected");
+}
+
+/* Make what is staged durable; the lock is dropped meanwhile. */
+static int
+write_activity_relock (struct nbdm *v)
+{
+  struct activity_batch batch = { 0 };
+  int rc;
+
+  v->activity_writing = true;
+  rc = activity_stage (&v->activity, &batch);
+  if (rc > 0) {
+    fault_point ("activity_staged");
+    pthread_mutex_unlock (&v->lock);
+    rc = activity_write (&v->activity, &batch);
+    pthread_mutex_lock (&v->lock);
+  }
+  if (rc < 0) {
+    volume_fail_locked (v, last_error ());
+    activity_discard (&batch);
+  }
+  else
+    activity_written (&v->activity, &batch);
+  v->activity_writing = false;
+  pthread_cond_broadcast (&v->changed);
+  return rc;
+}
+
+/* Let up to `max` extents go cold: both sides are flushed, the dirty maps'
+ * pages durable, and no request took the extents meanwhile.  Drops the lock.
+ * Returns how many went; -EAGAIN: all are in use.
+ */
+static int
+cool_relock (struct nbdm *v, uint32_t max, uint64_t before_ns)
+{
+  int rc = 0;
+
+  if (activity_pick (&v->activity, max, before_ns) == 0)
+    return -EAGAIN;
+  fault_point ("cool_picked");
+  pthread_mutex_unlock (&v->lock);
+  rc = volume_flush (v);
+  fault_point ("cool_flushed");
+  pthread_mutex_lock (&v->lock);
+  if (rc < 0) /* failed, or only the remotes are left and none flushed */
+    return v->failed ? rc : -EAGAIN;
+  rc = dirty_map_persist (&v->local.dm);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  if (rc == 0) {
+    fault_point ("cool_persisted");
+    rc = identity_cool_locked (v);
+    if (rc < 0) /* the volume has failed */
+      return rc;
+    return (int)activity_drop (&v->activity);
+  }
+  volume_fail_locked (v, last_error ());
+  return rc;
+}
+
+static void
+make_room_relock (struct nbdm *v)
+{
+  int dropped;
+
+  if (v->cooling) {
+    pthread_cond_wait (&v->changed, &v->lock);
+    return;
+  }
+  v->cooling = true;
+  dropped = cool_relock (v, v->activity.nr_entries / 4, UINT64_MAX);
+  v->cooling = false;
+  pthread_cond_broadcast (&v->changed);
+  if (dropped == -EAGAIN) {
+    /* Every extent is in use: wait for a request to end. */
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+}
+
+static int
+hold_extents_relock (struct nbdm *v, struct request *req)
+{
+  uint64_t first = req->first_extent, last = req->last_extent;
+  int rc;
+
+  while ((rc = activity_hold (&v->activity, first, last)) == -EAGAIN) {
+    make_room_relock (v);
+    /* Without a source nothing can be flushed, and no room be made. */
+    rc = go_on_relock (v, req);
+    if (rc < 0)
+      return rc;
+  }
+  if (rc == 0)
+    return 0;
+  if (rc != -EINPROGRESS)
+    return rc;
+  while (!activity_durable (&v->activity, first, last) && !v->failed)
+    if (v->activity_writing)
+      pthread_cond_wait (&v->changed, &v->lock);
+    else
+      write_activity_relock (v);
+  if (!v->failed)
+    return 0;
+  activity_release (&v->activity, first, last, now_ns ());
+  return gate_locked (v);
+}
+
+static int
+reserve_slot_relock (struct nbdm *v, struct request *req)
+{
+  while ((req->slot = inflight_reserve (&v->inflight, req->offset, req->length,
+                                        req->kind, (uint8_t)req->flags))
+         == -EAGAIN) {
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+  return req->slot < 0 ? req->slot : 0;
+}
+
+enum backlog_kind
+leg_kind (const struct request *req, const struct leg *leg)
+{
+  return req->buf == NULL && leg->conn && conn_info (leg->conn)->can_zero
+             ? BACKLOG_ZEROES
+             : BACKLOG_DATA;
+}
+
+/* As much as may be unflushed: see backlog.c. */
+void
+leg_plan_locked (struct request *req, struct leg *leg)
+{
+  struct nbdm *v = leg->remote->volume;
+  const struct conn_info *info;
+  uint64_t end = req->offset + req->length;
+  uint64_t max, room;
+  struct piece piece;
+  enum backlog_kind kind = leg_kind (req, leg);
+  bool as_zeroes = req->buf == NULL && kind == BACKLOG_DATA;
+
+  leg->nr = 0;
+  if (leg->conn == NULL)
+    return;
+  info = conn_info (leg->conn);
+  max = as_zeroes && info->max_payload > ZEROES_SIZE ? ZEROES_SIZE
+                                                     : info->max_payload;
+  while (leg->nr < LEG_WINDOW && leg->cursor < end) {
+    struct command *cmd = &leg->commands[leg->nr];
+
+    if (!classify_next (&leg->remote->dm, v->region_size, leg->cursor, end, max,
+                        v->policy == NBDM_STOP, &piece)) {
+      leg->cursor = end;
+      break;
+    }
+    room = backlog_room_locked (leg->remote, kind, piece.length, leg->first);
+    if (room == 0)
+      break;
+    *cmd = (struct command){
+      .kind = req->buf || as_zeroes ? COMMAND_WRITE : COMMAND_ZERO,
+      .offset = piece.offset,
+      .length = room,
+      .buf = req->buf ? (uint8_t *)req->buf + (piece.offset - req->offset)
+                      : (uint8_t *)zeroes,
+      .fua = req->remote_fua && info->can_fua,
+      .may_trim = req->flags & NBDM_MAY_TRIM,
+    };
+    leg->remote->backlog.sent[kind] += room;
+    leg->cursor = piece.offset + room;
+    leg->nr++;
+  }
+  if (leg->nr > 0)
+    leg->sent = true;
+}
+
+void
+leg_count_locked (const struct request *req, struct leg *leg, bool succeeded)
+{
+  const struct command *first = &leg->commands[0];
+  struct backlog *log = &leg->remote->backlog;
+  enum backlog_kind kind
+      = first->kind == COMMAND_ZERO ? BACKLOG_ZEROES : BACKLOG_DATA;
+  uint64_t bytes = 0;
+
+  if (leg->nr == 0)
+    return;
+  for (unsigned i = 0; i < leg->nr; i++)
+    bytes += leg->commands[i].length;
+  leg->nr = 0;
+  if (succeeded && kind == BACKLOG_ZEROES)
+    flush_bound_zeroed (&log->bound, log->sent[kind],
+                        first->answered_ns - first->issued_ns);
+  backlog_answer_locked (
+      leg->remote, leg->conn, kind, bytes,
+      succeeded && !(req->remote_fua && conn_info (leg->conn)->can_fua));
+}
+
+/* Local's part: before a byte moves it misses what it will not be sent.  And
+ * what it misses its remotes answer for alone, so they make it durable.
+ */
+static void
+classify_local_locked (struct nbdm *v, struct request *req)
+{
+  uint64_t first, count;
+
+  req->on_local = v->local.state != NBDM_LOCAL_FAILED;
+  req->remote_fua = (req->flags & NBDM_FUA) || v->local.state != NBDM_LOCAL_OK;
+  if (!req->on_local) {
+    region_span (v, req->offset, req->length, &first, &count);
+    dirty_map_mark (&v->local.dm, first, count, false);
+  }
+}
+
+/* A remote that gets nothing misses it from now on.  While local is ok the
+ * activity log tells that after lost power, for local is the source of what
+ * was active.  Else another remote may be, and only the maps say which of them
+ * it is: so they are durable first.
+ */
+void
+remote_miss_locked (struct remote *r, const struct request *req)
+{
+  struct nbdm *v = r->volume;
+  uint64_t before = r->dm.map[MAP_DIRTY].nr_set;
+
+  generation_advance_locked (v, r);
+  mark_dirty_locked (r, req->offset, req->length, false);
+  if (v->local.state != NBDM_LOCAL_OK && r->dm.map[MAP_DIRTY].nr_set > before)
+    volume_persist_locked (v);
+}
+
+static void
+classify_locked (struct nbdm *v, struct request *req)
+{
+  classify_local_locked (v, req);
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+    struct leg *leg = &req->legs[i];
+
+    leg->remote = r;
+    leg->result = 0;
+    leg->sent = false;
+    leg->nr = 0;
+    leg->first = false;
+    leg->conn = NULL;
+    leg->active = remote_used_locked (r);
+    if (!leg->active)
+      remote_miss_locked (r, req);
+    else if (long_zero_leave_locked (req, r, 0))
+      leg->active = false;
+    if (!leg->active)
+      continue;
+    leg->waiter = (struct waiter)WAITER_INIT;
+    leg->cursor = req->offset;
+    if (r->admitted)
+      leg->conn = conn_get (r->conn);
+    leg_plan_locked (req, leg);
+    inflight_issued (&v->inflight, req->slot, 2u << i);
+  }
+}
+
+/* Nothing of it was sent. */
+void
+request_unplan_locked (struct nbdm *v, struct request *req)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    leg_count_locked (req, &req->legs[i], false);
+    conn_put (req->legs[i].conn);
+  }
+}
+
+static int
+admit_relock (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  rangelock_add (&v->ranges, &req->range);
+  while (req->range.blockers > 0)
+    pthread_cond_wait (&req->granted, &v->lock);
+  fault_point ("range_granted");
+  rc = hold_extents_relock (v, req);
+  if (rc < 0)
+    goto out_range;
+  fault_point ("after_mark");
+  rc = reserve_slot_relock (v, req);
+  if (rc < 0)
+    goto out_extents;
+  rc = go_on_relock (v, req);
+  if (rc < 0)
+    goto out_slot;
+  inflight_issued (&v->inflight, req->slot, 1);
+  fault_point ("slot_reserved");
+  classify_locked (v, req);
+  if (!v->failed) {
+    LIST_INSERT_HEAD (&v->requests, req, link);
+    return 0;
+  }
+  rc = gate_locked (v);
+  request_unplan_locked (v, req);
+
+out_slot:
+  inflight_retire (&v->inflight, req->slot);
+out_extents:
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+out_range:
+  rangelock_remove (&v->ranges, &req->range);
+  return rc;
+}
+
+static void
+set_ranges (struct request *req, pthread_cond_t *granted)
+{
+  req->range = (struct range){ .offset = req->offset,
+                               .length = req->length,
+                               .granted = granted };
+  req->first_extent = req->offset / EXTENT_SIZE;
+  req->last_extent = (req->offset + req->length - 1) / EXTENT_SIZE;
+}
+
+/* Is every leg one whose answer is all there is to wait for? */
+static bool
+plain_legs_locked (const struct nbdm *v)
+{
+  if (v->local.state != NBDM_LOCAL_OK || v->local.taking_over)
+    return false;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    if (remote_used_locked (r) && (!r->admitted || !conn_watchable (r->conn)))
+      return false;
+  }
+  return true;
+}
+
+/* Each in one command, or none: its waiter is told once. */
+static bool
+single_commands (const struct nbdm *v, const struct request *req)
+{
+  uint64_t end = req->offset + req->length;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct leg *leg = &req->legs[i];
+
+    if (leg->active && (leg->nr > 1 || leg->cursor < end))
+      return false;
+  }
+  return true;
+}
+
+/* The same steps as admit_relock's, each only if it is done at once. */
+static bool
+try_admit_locked (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  if (!rangelock_try (&v->ranges, &req->range))
+    return false;
+  fault_point ("range_granted");
+  rc = activity_hold (&v->activity, req->first_extent, req->last_extent);
+  if (rc < 0 && rc != -EINPROGRESS)
+    goto out_range;
+  fault_point ("after_mark");
+  if (rc < 0)
+    goto out_extents;
+  req->slot = inflight_reserve (&v->inflight, req->offset, req->length,
+                                req->kind, (uint8_t)req->flags);
+  if (req->slot < 0)
+    goto out_extents;
+  inflight_issued (&v->inflight, req->slot, 1);
+  fault_point ("slot_reserved");
+  classify_locked (v, req);
+  if (!v->failed && single_commands (v, req)) {
+    LIST_INSERT_HEAD (&v->requests, req, link);
+    return true;
+  }
+  request_unplan_locked (v, req);
+  inflight_retire (&v->inflight, req->slot);
+
+out_extents:
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+out_range:
+  rangelock_remove (&v->ranges, &req->range);
+  return false;
+}
+
+bool
+request_try_admit (struct nbdm *v, struct request *req)
+{
+  bool admitted;
+
+  set_ranges (req, NULL);
+  LOCK_FOR_SCOPE (&v->lock);
+  admitted = gate_locked (v) == 0 && plain_legs_locked (v)
+             && try_admit_locked (v, req);
+  if (admitted)
+    v->nr_requests++;
+  return admitted;
+}
+
+int
+request_admit (struct nbdm *v, struct request *req)
+{
+  int rc;
+
+  pthread_cond_init (&req->granted, NULL);
+  set_ranges (req, &req->granted);
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = gate_locked (v);
+  if (rc == 0) {
+    v->nr_requests++;
+    rc = admit_relock (v, req);
+    if (rc < 0) {
+      v->nr_requests--;
+      pthread_cond_broadcast (&v->changed);
+    }
+  }
+  return rc;
+}
+
+void
+request_retire_locked (struct nbdm *v, struct request *req)
+{
+  LIST_REMOVE (req, link);
+  inflight_retire (&v->inflight, req->slot);
+  fault_point ("after_retire");
+  rangelock_remove (&v->ranges, &req->range);
+  activity_release (&v->activity, req->first_extent, req->last_extent,
+                    now_ns ());
+  v->nr_requests--;
+  if (v->nr_waiting > 0 || v->stopping)
+    pthread_cond_broadcast (&v->changed);
+}
+
+int
+nbdm_cool (struct nbdm *v, uint32_t idle_ms)
+{
+  uint64_t idle_ns = idle_ms * NS_PER_MS;
+  uint64_t now = now_ns ();
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  if (v->local.state != NBDM_LOCAL_FAILED && !v->failed && !v->stopping) {
+    local_use (v); /* before another disk could be in its place */
+    pthread_mutex_unlock (&v->lock);
+    /* Perhaps no client has asked for what local lost. */
+    if (local_check_size (v) < 0)
+      local_give_up (v);
+    local_leave ();
+    pthread_mutex_lock (&v->lock);
+  }
+  if (v->failed)
+    rc = gate_locked (v);
+  else if (!v->cooling && !v->stopping) {
+    v->cooling = true;
+    rc = cool_relock (v, v->activity.nr_entries,
+                      now > idle_ns ? now - idle_ns : 0);
+    while (rc > 0 && v->activity_writing)
+      pthread_cond_wait (&v->changed, &v->lock);
+    if (rc > 0 && !v->failed) {
+      fault_point ("cool_dropped");
+      activity_forget (&v->activity);
+      rc = write_activity_relock (v);
+      fault_point ("cool_forgotten");
+    }
+    v->cooling = false;
+    pthread_cond_broadcast (&v->changed);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return rc < 0 && rc != -EAGAIN ? rc : 0;
+}

@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Resync: copy to a remote what it misses.  See resync.c. */
+
+#ifndef NBDM_RESYNC_H
+#define NBDM_RESYNC_H
+
+#include "volume/volume.h"
+
+struct nbdm_pace;
+
+/* Within its bounds, and in whole regions. */
+struct resync_pace resync_pace (const struct nbdm *v,
+                                const struct nbdm_pace *pace);
+
+#endif /* NBDM_RESYNC_H */

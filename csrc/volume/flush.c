@@ -1,0 +1,418 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Flushes, shared by the threads that ask at the same time (group commit).
+ *
+ * A remote answers from memory; what it answered since its last flush is in
+ * its *unflushed* set, and becomes dirty if the connection is lost (rule 4).
+ * The set is two maps: answers go into the one that is `filling`, and a flush
+ * turns them over before it is sent, so that its success clears exactly what
+ * was answered before it began.
+ *
+ * The thread that sent a flush may wait for other things before it comes back:
+ * for the local disk, for a takeover, for a remote that is on hold.  Any of
+ * them may wait for that very flush.  So a thread that waits takes its answer
+ * in, and no thread waits for the thread that sent it.
+ *
+ * A flush covers every write answered on any connection of ours, so clients
+ * may be told that several connections see one disk (multi-conn).
+ */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/lock.h"
+#include "logs/bitmap.h"
+#include "logs/layout.h"
+#include "volume/backlog.h"
+#include "volume/flush.h"
+#include "volume/flusher.h"
+#include "volume/local.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/transport.h"
+
+static void
+turn_over_locked (struct remote *r)
+{
+  r->flush_sent = (struct flush_sent){
+    .conn = conn_get (r->conn),
+    .command = { .kind = COMMAND_FLUSH },
+    .waiter = WAITER_INIT,
+    .covers = r->flush.asked,
+    .owned = true,
+    .sleep = r->flush_sent.sleep,
+  };
+  r->flush.running = true;
+  r->filling ^= 1;
+  backlog_flush_begun_locked (r);
+}
+
+static void
+send_flush (struct remote *r)
+{
+  struct flush_sent *sent = &r->flush_sent;
+
+  /* A server without flush admits to no cache: there is nothing to send, and
+   * its answers to writes are all that it can promise.
+   */
+  if (!conn_info (sent->conn)->can_flush)
+    return;
+  if (conn_issue (sent->conn, &sent->command, &sent->waiter) < 0)
+    sent->command.error = ENOTCONN;
+}
+
+/* From here on any thread that waits for it may take its answer in. */
+static void
+disown_locked (struct remote *r)
+{
+  r->flush_sent.owned = false;
+  if (r->flush_sent.sleep > 0)
+    pthread_cond_broadcast (&r->volume->changed);
+}
+
+/* The flush under way was answered, or its connection died: do what that means
+ * for the remote.
+ */
+static void
+apply_answer_locked (struct remote *r)
+{
+  struct conn *conn = r->flush_sent.conn;
+  int error = r->flush_sent.command.error;
+  char why[NBDM_REASON_LEN];
+
+  r->flush_sent.conn = NULL;
+  r->flush_sent.owned = false;
+  r->flush.running = false;
+  if (error == ENOTCONN || error == ESHUTDOWN) {
+    conn_kill (conn, "the server is shutting down");
+    remote_lost_locked (r, conn);
+  }
+  else if (error != 0) {
+    snprintf (why, sizeof why, "it answered a flush with: %s",
+              strerror (error));
+    remote_broken_locked (r, conn, why);
+  }
+  else if (r->conn == conn && !r->volume->failed) {
+    bitmap_clear_all (&r->dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
+    r->flush.done = r->flush_sent.covers;
+    backlog_flushed_locked (r, r->flush_sent.command.answered_ns);
+    flusher_wake_locked (r);
+  }
+  pthread_cond_broadcast (&r->volume->changed);
+  conn_put (conn);
+}
+
+/* Wait for the answer of the flush under way, which no thread owns, and say
+ * what it means.  Drops the lock; bounded by the remote's deadline.
+ */
+static void
+take_answer_relock (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+
+  r->flush_sent.owned = true;
+  pthread_mutex_unlock (&v->lock);
+  conn_wait (r->flush_sent.conn, &r->flush_sent.waiter);
+  fault_point ("flush_answered");
+  pthread_mutex_lock (&v->lock);
+  apply_answer_locked (r);
+  fault_point ("flush_landed");
+}
+
+static bool
+can_take_locked (const struct remote *r)
+{
+  return r->flush.running && !r->flush_sent.owned;
+}
+
+bool
+remote_flush_take_relock (struct remote *r)
+{
+  bool can = can_take_locked (r);
+
+  if (can)
+    take_answer_relock (r);
+  return can;
+}
+
+static bool
+done_locked (const struct remote_flush *flush)
+{
+  return flush->remote->flush.done >= flush->ticket;
+}
+
+/* Is there nothing more to wait for?  `*rc`: as remote_flush_end returns. */
+static bool
+over_locked (const struct remote_flush *flush, int *rc)
+{
+  const struct remote *r = flush->remote;
+  const struct nbdm *v = r->volume;
+
+  *rc = done_locked (flush) ? 0 : -ENOTCONN;
+  return *rc == 0 || !remote_used_locked (r) || v->failed
+         || (flush->conn && flush->conn != r->conn)
+         || (v->drained && !r->admitted);
+}
+
+/* Send one if none is under way.  Drops the lock to send it. */
+static bool
+start_relock (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+
+  if (!r->admitted || r->flush.running)
+    return false;
+  turn_over_locked (r);
+  pthread_mutex_unlock (&v->lock);
+  fault_point ("flush_turned");
+  send_flush (r);
+  pthread_mutex_lock (&v->lock);
+  disown_locked (r);
+  return true;
+}
+
+void
+remote_flush_begin (struct remote *r, struct remote_flush *flush)
+{
+  struct nbdm *v = r->volume;
+
+  flush->remote = r;
+  flush->conn = NULL;
+  pthread_mutex_lock (&v->lock);
+  flush->ticket = ++r->flush.asked;
+  start_relock (r);
+  pthread_mutex_unlock (&v->lock);
+  fault_point ("flush_sent");
+}
+
+int
+remote_flush_end (struct remote_flush *flush)
+{
+  struct remote *r = flush->remote;
+  struct nbdm *v = r->volume;
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  while (!done_locked (flush)) {
+    /* Before all else: it may be the one that we sent. */
+    if (remote_flush_take_relock (r))
+      continue;
+    if (over_locked (flush, &rc))
+      break;
+    if (!start_relock (r)) {
+      r->flush_sent.sleep++;
+      pthread_cond_wait (&v->changed, &v->lock);
+      r->flush_sent.sleep--;
+    }
+  }
+  over_locked (flush, &rc);
+  return rc;
+}
+
+bool
+remote_flush_poll (struct remote_flush *flush, int *rc)
+{
+  struct remote *r = flush->remote;
+  struct nbdm *v = r->volume;
+  bool over;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (can_take_locked (r)
+      && conn_answered_all (r->flush_sent.conn, &r->flush_sent.waiter))
+    take_answer_relock (r);
+  over = over_locked (flush, rc);
+  /* It may be the one that we sent, and its connection is dead. */
+  if (over && *rc < 0 && can_take_locked (r))
+    over = false;
+  if (!over)
+    start_relock (r);
+  return over;
+}
+
+bool
+remote_flush_alone (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+  bool started;
+
+  pthread_mutex_lock (&v->lock);
+  started = r->admitted && !r->flush.running;
+  if (started) {
+    turn_over_locked (r);
+    pthread_mutex_unlock (&v->lock);
+    send_flush (r);
+    pthread_mutex_lock (&v->lock);
+    take_answer_relock (r);
+  }
+  pthread_mutex_unlock (&v->lock);
+  return started;
+}
+
+static void
+flush_local_once_relock (struct nbdm *v)
+{
+  struct flush_group *group = &v->local.flush;
+  uint64_t covers = group->asked;
+  unsigned failures = v->local.failures;
+  int rc;
+
+  group->running = true;
+  local_use (v); /* it is not replaced before its answer was taken in */
+  pthread_mutex_unlock (&v->lock);
+  rc = local_flush (v);
+  pthread_mutex_lock (&v->lock);
+  local_leave ();
+  group->running = false;
+  group->done = covers;
+  /* Not of a disk that has failed meanwhile, and been replaced. */
+  if (rc < 0 && rc != LOCAL_GIVEN_UP && v->local.flush_error == 0
+      && v->local.failures == failures) {
+    /* The kernel has dropped the pages it could not write: another fsync
+     * would succeed and mean nothing (rule 10).
+     */
+    v->local.flush_error = rc;
+    local_note_error_locked (v, rc);
+    atomic_store (&v->local.doubted, true);
+  }
+  pthread_cond_broadcast (&v->changed);
+}
+
+int
+flush_local_group (struct nbdm *v)
+{
+  struct flush_group *group = &v->local.flush;
+  uint64_t ticket;
+  int rc;
+
+  pthread_mutex_lock (&v->lock);
+  ticket = ++group->asked;
+  while (group->done < ticket)
+    if (group->running)
+      pthread_cond_wait (&v->changed, &v->lock);
+    else
+      flush_local_once_relock (v);
+  rc = v->local.flush_error;
+  pthread_mutex_unlock (&v->lock);
+  /* Another thread may have led the flush, or one of long ago failed. */
+  return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
+}
+
+int
+volume_flush (struct nbdm *v)
+{
+  struct remote_flush flushes[NBDM_MAX_REMOTES];
+  bool begun[NBDM_MAX_REMOTES] = { false };
+  bool flushed = false;
+  unsigned failures = v->local.failures;
+  bool replaced;
+  int rc;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    pthread_mutex_lock (&v->lock);
+    /* Once drained nothing waits for a held remote, and it has nothing that
+     * is not dirty already.
+     */
+    begun[i] = remote_used_locked (&v->remotes[i])
+               && (v->remotes[i].admitted || !v->drained);
+    pthread_mutex_unlock (&v->lock);
+    if (begun[i])
+      remote_flush_begin (&v->remotes[i], &flushes[i]);
+  }
+  rc = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
+           ? 0
+           : flush_local_group (v);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (begun[i] && remote_flush_end (&flushes[i]) == 0)
+      flushed = true; /* lost: a state, and not an error while local is ok */
+
+  pthread_mutex_lock (&v->lock);
+  /* Then whatever local said was not of the disk that had the writes. */
+  replaced = v->local.failures != failures;
+  if (rc < 0 && !replaced)
+    rc = local_flush_lost_relock (v);
+  else if ((replaced || v->local.state == NBDM_LOCAL_FAILED) && flushed)
+    rc = 0;
+  else if (replaced || v->local.state == NBDM_LOCAL_FAILED)
+    rc = set_message (-EIO, "the local disk has failed, and no remote that is "
+                            "in sync is connected");
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}
+
+/* Does a remote miss bytes that were answered?  Those of a region that is late
+ * and not lost were sent again, and it is only copied once more.
+ */
+static bool
+any_behind_locked (const struct nbdm *v)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+    if (r->copying || r->dm.lost.nr_set > 0
+        || r->dm.map[MAP_DIRTY].nr_set > r->dm.map[MAP_LATE].nr_set)
+      return true;
+  }
+  return false;
+}
+
+/* Policy stop: what a server lost that was back within the hold is dirty, and
+ * a flush is not answered before it has been copied; bounded.  The ticker
+ * wakes us.
+ */
+static int
+wait_for_both_relock (struct nbdm *v)
+{
+  uint64_t until = now_ns () + v->hold_ms * NS_PER_MS;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    until += 2 * v->remotes[i].deadline_ms * NS_PER_MS;
+  while (v->policy == NBDM_STOP && !v->failed && !v->fenced && !v->stopping
+         && any_behind_locked (v)) {
+    if (now_ns () > until)
+      return set_message (-EIO, "policy stop: a remote is not caught up yet");
+    v->nr_waiting++;
+    pthread_cond_wait (&v->changed, &v->lock);
+    v->nr_waiting--;
+  }
+  if (v->policy == NBDM_STOP && v->stopping && any_behind_locked (v))
+    return set_message (-ESHUTDOWN, "the volume is stopping");
+  return 0;
+}
+
+int
+nbdm_flush (struct nbdm *v)
+{
+  int rc = 0;
+
+  pthread_mutex_lock (&v->lock);
+  if (v->stopping)
+    rc = set_message (-ESHUTDOWN, "the volume is stopping");
+  else
+    v->nr_requests++;
+  pthread_mutex_unlock (&v->lock);
+  if (rc < 0)
+    return rc;
+
+  rc = volume_flush (v);
+
+  fault_point ("flush_before_answer");
+  pthread_mutex_lock (&v->lock);
+  if (rc == 0 && v->policy == NBDM_STOP)
+    rc = wait_for_both_relock (v);
+  v->nr_requests--;
+  v->flushes++;
+  if (v->stopping)
+    pthread_cond_broadcast (&v->changed);
+  /* Policy stop: what the remote did not flush is not safe on both. */
+  if (rc == 0 && (v->failed || v->fenced))
+    rc = set_message (-EIO, "the flush did not reach every leg: %s",
+                      v->failed ? v->reason : "a remote is out of sync");
+  pthread_mutex_unlock (&v->lock);
+  return rc;
+}

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Flushes that no client asked for.  See flusher.c. */
+
+#ifndef NBDM_FLUSHER_H
+#define NBDM_FLUSHER_H
+
+#include <stdint.h>
+
+struct nbdm;
+struct nbdm_params;
+struct remote;
+
+/* The remote answered a write of this range. */
+void unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length);
+void flushers_init (struct nbdm *v, const struct nbdm_params *params);
+int flushers_start (struct nbdm *v);
+void flushers_join (struct nbdm *v); /* while the ticker runs */
+
+/* The flusher need not sleep on: a flush has ended, and another is due. */
+void flusher_wake_locked (struct remote *r);
+
+#endif /* NBDM_FLUSHER_H */

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A local disk that keeps a request for longer than `local_deadline`.
+ *
+ * With that key the disk's system calls are made by threads that may hang in
+ * them (local_io.c).  The guard looks how long the oldest call has not
+ * returned, and has a remote in sync take local's place: then all threads that
+ * wait for the disk are let go.  It is not the ticker, which must never wait
+ * for a remote, and which bounds how long a takeover does.
+ */
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/lock.h"
+#include "volume/local.h"
+#include "volume/local_deadline.h"
+#include "volume/local_io.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+
+#define LOOK_NS (50 * NS_PER_MS) /* how late it may be noticed */
+
+static void
+nap_relock (struct nbdm *v)
+{
+  wait_until (&v->ticking, &v->lock, now_ns () + LOOK_NS);
+}
+
+static void
+say_silent (char *reason, size_t size, uint64_t silent)
+{
+  snprintf (reason, size, "it has not answered for %.1f s",
+            (double)silent / 1e9);
+}
+
+/* Its reason is the disk's only if it has failed. */
+static void
+replace_relock (struct nbdm *v, uint64_t silent)
+{
+  char before[sizeof v->local.reason];
+
+  memcpy (before, v->local.reason, sizeof before);
+  say_silent (v->local.reason, sizeof v->local.reason, silent);
+  if (local_takeover_relock (v) < 0)
+    memcpy (v->local.reason, before, sizeof before);
+}
+
+/* One that was attached and not admitted yet: it is compared with a remote,
+ * and clients' writes wait for the range.
+ */
+static void
+put_away_locked (struct nbdm *v, uint64_t silent)
+{
+  v->local.attached = false;
+  say_silent (v->local.reason, sizeof v->local.reason, silent);
+  v->local.serial++;
+  volume_persist_locked (v);
+  local_io_give_up (v);
+}
+
+static void
+look_relock (struct nbdm *v)
+{
+  uint64_t silent = local_watch (v);
+
+  if (silent < v->local.deadline_ms * NS_PER_MS)
+    return;
+  if (local_may_be_replaced_locked (v))
+    replace_relock (v, silent);
+  else if (v->local.attached && !v->drained)
+    put_away_locked (v, silent);
+}
+
+static void *
+guard (void *opaque)
+{
+  struct nbdm *v = opaque;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  while (!v->local.guard_stop) {
+    look_relock (v);
+    nap_relock (v);
+  }
+  return NULL;
+}
+
+int
+local_guard_start (struct nbdm *v)
+{
+  int rc, err;
+
+  if (v->local.deadline_ms == 0)
+    return 0;
+  rc = local_io_start (v);
+  if (rc < 0)
+    return rc;
+  err = pthread_create (&v->local.guard, NULL, guard, v);
+  if (err)
+    return set_error (-err, "cannot start the local disk's guard");
+  v->local.guard_running = true;
+  return 0;
+}
+
+void
+local_guard_join (struct nbdm *v)
+{
+  if (!v->local.guard_running)
+    return;
+  pthread_mutex_lock (&v->lock);
+  v->local.guard_stop = true;
+  pthread_cond_broadcast (&v->ticking);
+  pthread_mutex_unlock (&v->lock);
+  pthread_join (v->local.guard, NULL);
+  v->local.guard_running = false;
+}

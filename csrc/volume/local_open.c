@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk is opened and locked, so that no other program writes to it.
+ * Whether it is large enough the caller says.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "volume/local_open.h"
+#include "volume/volume.h"
+
+/* One writer a disk.  An open-file-description lock is seen by qemu, which
+ * locks its images this way, as well as by another server of ours; a mounted
+ * or otherwise claimed block device refuses O_EXCL.
+ */
+static int
+lock_disk (int fd, const char *path)
+{
+  struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+  if (fcntl (fd, F_OFD_SETLK, &lock) == 0)
+    return 0;
+  if (errno == EAGAIN || errno == EACCES)
+    return set_message (-EBUSY,
+                        "the local disk %s is in use by another program", path);
+  return set_error (-errno, "cannot lock the local disk %s", path);
+}
+
+/* Which kinds of zeroing the file system can do, tried on a nameless file
+ * beside the disk: trying on the disk would change it.
+ */
+static void
+probe_zeroing (struct local_disk *disk, const char *path)
+{
+  char *copy = strdup (path);
+  int fd
+      = copy ? open (dirname (copy), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600) : -1;
+
+  disk->can_punch = disk->can_zero_range = false;
+  if (fd >= 0 && ftruncate (fd, 4096) == 0) {
+    disk->can_punch
+        = fallocate (fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096)
+          == 0;
+    disk->can_zero_range
+        = fallocate (fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 0, 4096)
+          == 0;
+  }
+  if (fd >= 0)
+    close (fd);
+  free (copy);
+}
+
+static int
+check_kind (struct local_disk *disk, const char *path)
+{
+  struct stat st;
+
+  if (stat (path, &st) < 0)
+    return errno == ENOENT
+               ? set_message (-ENOENT,
+                              "the local disk %s does not exist; if it was "
+                              "lost, an empty one in its place would read as "
+                              "zeroes",
+                              path)
+               : set_error (-errno, "cannot look at the local disk %s", path);
+  if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode))
+    return set_message (-EINVAL,
+                        "the local disk %s is neither a file nor a block "
+                        "device",
+                        path);
+  disk->is_block = S_ISBLK (st.st_mode);
+  return 0;
+}
+
+/* A read-only device may be opened for writing, and then fails each write. */
+static int
+check_writable (const struct local_disk *disk, const char *path)
+{
+  int read_only = 0;
+
+  if (disk->is_block && ioctl (disk->fd, BLKROGET, &read_only) == 0
+      && read_only)
+    return set_message (-EROFS, "the local disk %s is read-only", path);
+  return 0;
+}
+
+int
+local_open (struct local_disk *disk, const char *path, uint64_t *size)
+{
+  off_t end;
+  int rc = check_kind (disk, path);
+
+  if (rc < 0)
+    return rc;
+  disk->fd = open (path, O_RDWR | O_CLOEXEC | (disk->is_block ? O_EXCL : 0));
+  if (disk->fd < 0)
+    return errno == EBUSY
+               ? set_message (-EBUSY,
+                              "the local disk %s is in use (mounted, or part "
+                              "of another device)",
+                              path)
+               : set_error (-errno, "cannot open the local disk %s", path);
+  rc = check_writable (disk, path);
+  if (rc == 0)
+    rc = lock_disk (disk->fd, path);
+  if (rc < 0)
+    return rc;
+  end = lseek (disk->fd, 0, SEEK_END);
+  if (end < 0)
+    return set_error (-errno, "cannot tell the size of %s", path);
+  *size = disk->size = (uint64_t)end;
+  atomic_store (&disk->shrunk, false);
+  if (!disk->is_block)
+    probe_zeroing (disk, path);
+  return 0;
+}

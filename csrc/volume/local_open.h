@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk is opened and measured.  See local_open.c. */
+
+#ifndef NBDM_LOCAL_OPEN_H
+#define NBDM_LOCAL_OPEN_H
+
+#include <stdint.h>
+
+struct local_disk;
+
+/* Open, lock and measure; the caller closes disk->fd, also after an error. */
+int local_open (struct local_disk *disk, const char *path, uint64_t *size);
+
+#endif /* NBDM_LOCAL_OPEN_H */

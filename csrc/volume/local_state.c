@@ -1,0 +1,393 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The local disk fails, and a remote takes its place.
+ *
+ *   event                                       from           to
+ *   a write or flush fails, a remote in sync    ok, resyncing  failed
+ *   it keeps a request for `local_deadline`     ok, resyncing  failed
+ *   the same, no remote in sync                 any            (unchanged)
+ *   a region cannot be read, a remote can       ok             resyncing
+ *   an operator attaches and admits a disk      failed         resyncing
+ *   nothing is missing any more                 resyncing      ok
+ *
+ * What local misses is a set bit in its own dirty map.  The rules it lives by:
+ *
+ * - Every region keeps a source: a region that local misses is not made dirty
+ *   on the last remote that has it (mark_regions_locked).
+ * - A remote that is the only one to have some bytes has them durably: it is
+ *   flushed before local is said to miss anything, and writes ask it for FUA
+ *   from then on.  For if it crashed, nobody could bring back what it lost.
+ * - When local fails, what it answered and did not flush is not to be relied
+ *   on either: so it misses the whole of every active extent, as after lost
+ *   power.
+ *
+ * In a takeover the marks come first, and a superblock that says resyncing,
+ * both durable, and only then the remote is flushed.  A process killed from
+ * there on has a remote that serves what local may have lost; one killed
+ * before has answered nothing by it.  Nobody is answered meanwhile
+ * (`taking_over`).
+ */
+
+#include <endian.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "api.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/lock.h"
+#include "logs/activity.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
+#include "volume/flush.h"
+#include "volume/local.h"
+#include "volume/local_io.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/transport.h"
+
+void
+local_note_error_locked (struct nbdm *v, int rc)
+{
+  if (rc == LOCAL_GIVEN_UP)
+    return;
+  atomic_fetch_add (&v->local.errors, 1);
+  snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+}
+
+void
+local_note_error (struct nbdm *v, int rc)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  local_note_error_locked (v, rc);
+}
+
+uint32_t
+local_persistent_state (const struct nbdm *v)
+{
+  return v->local.taking_over && v->local.state == NBDM_LOCAL_OK
+             ? NBDM_LOCAL_RESYNCING
+             : v->local.state;
+}
+
+void
+local_set_locked (struct nbdm *v, enum nbdm_local_state state)
+{
+  if (v->local.state != state)
+    v->local.since = (int64_t)time (NULL);
+  v->local.repairing = false;
+  atomic_store (&v->local.state, state);
+  v->local.serial++;
+  /* The remotes' policy threads are told as well: what they may do depends on
+   * where they can read from.
+   */
+  pthread_cond_broadcast (&v->events);
+  pthread_cond_broadcast (&v->changed);
+}
+
+bool
+local_doubted (const struct nbdm *v)
+{
+  return atomic_load (&v->local.doubted) || atomic_load (&v->local.taking_over);
+}
+
+bool
+local_believed (const struct nbdm *v)
+{
+  return atomic_load (&v->local.state) == NBDM_LOCAL_OK
+         && !atomic_load (&v->local.disk.shrunk) && !local_doubted (v);
+}
+
+bool
+local_has_locked (const struct nbdm *v, uint64_t region)
+{
+  return v->local.state != NBDM_LOCAL_FAILED
+         && !bitmap_test (&v->local.dm.map[MAP_DIRTY], region);
+}
+
+static bool
+remote_has_locked (const struct remote *r, uint64_t region)
+{
+  return remote_used_locked (r) && !bitmap_test (&r->dm.map[MAP_DIRTY], region);
+}
+
+bool
+range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
+{
+  uint64_t first, count;
+
+  if (v->local.state != NBDM_LOCAL_FAILED
+      && v->local.dm.map[MAP_DIRTY].nr_set == 0)
+    return true;
+  region_span (v, offset, length, &first, &count);
+  for (uint64_t region = first; region < first + count; region++) {
+    bool found = local_has_locked (v, region);
+
+    for (uint32_t i = 0; i < v->nr_remotes && !found; i++)
+      found = remote_has_locked (&v->remotes[i], region);
+    if (!found)
+      return false;
+  }
+  return true;
+}
+
+/* --- what local is made to miss ---------------------------------------- */
+
+/* The takeover that is under way makes local miss it, for good or not. */
+static void
+miss_locked (struct nbdm *v, uint64_t first, uint64_t count)
+{
+  struct dirty_map *dm = &v->local.dm;
+  const struct bitmap *missing = &dm->map[MAP_DIRTY];
+  uint64_t end = first + count, region = first, stop;
+
+  while ((region = bitmap_next_clear (missing, region, end)) < end) {
+    stop = bitmap_next_set (missing, region, end);
+    bitmap_set (&dm->owed, region, stop - region);
+    region = stop;
+  }
+  dirty_map_mark (dm, first, count, false);
+}
+
+static void
+miss_active_locked (struct nbdm *v)
+{
+  uint64_t extents[ACTIVITY_EXTENTS];
+  uint32_t nr = activity_list (&v->activity, extents, ACTIVITY_EXTENTS);
+
+  for (uint32_t i = 0; i < nr; i++) {
+    uint64_t offset = extents[i] * EXTENT_SIZE, first, count;
+    uint64_t length
+        = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
+
+    region_span (v, offset, length, &first, &count);
+    miss_locked (v, first, count);
+  }
+}
+
+/* No remote could take local's place: local misses no more than it did before,
+ * and a remote gets the marks that it was spared.  It gets no others: what
+ * local cannot read would be left without a source.
+ */
+static void
+take_back_locked (struct nbdm *v)
+{
+  struct dirty_map *dm = &v->local.dm;
+  uint64_t nr = v->nr_regions, region = 0;
+
+  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      dirty_map_pay (&v->remotes[i].dm, region);
+    bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
+  }
+  dm->changed = true;
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+    if (r->state == NBDM_IN_SYNC && r->dm.map[MAP_DIRTY].nr_set > 0)
+      remote_set_locked (r, NBDM_RESYNCING, "%s", v->local.reason);
+  }
+}
+
+/* Flush every remote: any of them may become the only one to have something,
+ * when the others are lost.  `durable`: all that it answered before is.  One
+ * that was lost on the way and came back is not, though its flush succeeds:
+ * that was of another connection, and what the first one answered became dirty
+ * where another remote had it, and nowhere else.  Drops the lock.
+ */
+static void
+flush_remotes_relock (struct nbdm *v, bool *durable)
+{
+  struct remote_flush flushes[NBDM_MAX_REMOTES];
+  struct conn *conns[NBDM_MAX_REMOTES];
+  uint32_t nr = v->nr_remotes;
+
+  for (uint32_t i = 0; i < nr; i++)
+    conns[i] = v->remotes[i].admitted ? conn_get (v->remotes[i].conn) : NULL;
+  pthread_mutex_unlock (&v->lock);
+  for (uint32_t i = 0; i < nr; i++)
+    if (conns[i]) {
+      remote_flush_begin (&v->remotes[i], &flushes[i]);
+      flushes[i].conn = conns[i]; /* all requests wait for this: no hold */
+    }
+  for (uint32_t i = 0; i < nr; i++)
+    durable[i] = conns[i] && remote_flush_end (&flushes[i]) == 0;
+  pthread_mutex_lock (&v->lock);
+  for (uint32_t i = 0; i < nr; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    durable[i] = durable[i] && r->admitted && r->conn == conns[i];
+    conn_put (conns[i]);
+  }
+}
+
+void
+local_await_takeover_relock (struct nbdm *v)
+{
+  while (v->local.taking_over)
+    pthread_cond_wait (&v->changed, &v->lock);
+}
+
+/* Durable before those who wait are answered. */
+static void
+end_taking_over_locked (struct nbdm *v)
+{
+  v->local.taking_over = false;
+  remotes_pay_locked (v);
+  dirty_map_forgive (&v->local.dm);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    dirty_map_forgive (&v->remotes[i].dm);
+  volume_persist_locked (v);
+  /* What it missed before may have been copied back meanwhile. */
+  local_update_state_locked (v);
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    local_io_give_up (v);
+  pthread_cond_broadcast (&v->changed);
+}
+
+/* In sync is not enough: a write that both refused alike has made its range
+ * dirty on the remote, to be copied from local again.  `durable`: only of
+ * these; NULL: of all.
+ */
+static bool
+successor_locked (const struct nbdm *v, const bool *durable)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+
+    if (r->admitted && r->state == NBDM_IN_SYNC
+        && r->dm.map[MAP_DIRTY].nr_set == 0 && (!durable || durable[i]))
+      return true;
+  }
+  return false;
+}
+
+/* Requests that came while the remotes were flushed may have activated more
+ * extents, and local has failed under them too.  And what was copied back and
+ * not flushed is lost with the rest.
+ */
+static void
+fail_locked (struct nbdm *v)
+{
+  miss_active_locked (v);
+  /* It may have lost any of its bytes, and be as long again when it is back. */
+  if (atomic_load (&v->local.disk.shrunk))
+    dirty_map_mark (&v->local.dm, 0, v->nr_regions, false);
+  bitmap_clear_all (&v->local.dm.copied);
+  v->local.attached = false;
+  v->local.failures++;
+  /* It may have been switched to meanwhile. */
+  if (v->policy == NBDM_STOP)
+    v->fenced = true;
+  local_set_locked (v, NBDM_LOCAL_FAILED);
+}
+
+bool
+local_may_be_replaced_locked (const struct nbdm *v)
+{
+  return v->local.state != NBDM_LOCAL_FAILED && successor_locked (v, NULL)
+         && v->policy != NBDM_STOP && !v->failed;
+}
+
+int
+local_takeover_relock (struct nbdm *v)
+{
+  bool durable[NBDM_MAX_REMOTES];
+
+  local_await_takeover_relock (v);
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    return 0;
+  if (!local_may_be_replaced_locked (v))
+    return -EIO;
+  v->local.taking_over = true;
+  miss_active_locked (v);
+  volume_persist_locked (v);
+  fault_point ("takeover_marked");
+  flush_remotes_relock (v, durable);
+  if (successor_locked (v, durable) && !v->failed)
+    fail_locked (v);
+  else
+    take_back_locked (v);
+  fault_point ("takeover_done");
+  end_taking_over_locked (v);
+  return v->local.state == NBDM_LOCAL_FAILED && !v->failed ? 0 : -EIO;
+}
+
+void
+local_give_up (struct nbdm *v)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  local_await_takeover_relock (v);
+  /* Once drained the maps are about to be closed, and change no more. */
+  if (v->local.state != NBDM_LOCAL_FAILED && !v->drained) {
+    snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+    local_takeover_relock (v);
+  }
+}
+
+int
+local_flush_lost_relock (struct nbdm *v)
+{
+  int rc = local_takeover_relock (v);
+
+  if (rc < 0)
+    volume_fail_locked (v, v->local.reason);
+  return rc;
+}
+
+/* Is there a remote that has the region and may become its only source? */
+static bool
+kept_locked (const struct nbdm *v, uint64_t region, const bool *durable)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].admitted && remote_has_locked (&v->remotes[i], region)
+        && (!durable || durable[i]))
+      return true;
+  return false;
+}
+
+void
+local_miss_region (struct nbdm *v, uint64_t region)
+{
+  bool durable[NBDM_MAX_REMOTES];
+
+  LOCK_FOR_SCOPE (&v->lock);
+  local_await_takeover_relock (v);
+  /* Once drained the maps are about to be closed, and change no more. */
+  if (kept_locked (v, region, NULL) && !v->failed && !v->drained
+      && local_has_locked (v, region)) {
+    bool was_ok = v->local.state == NBDM_LOCAL_OK;
+
+    v->local.taking_over = true;
+    miss_locked (v, region, 1);
+    volume_persist_locked (v);
+    flush_remotes_relock (v, durable);
+    if (kept_locked (v, region, durable) && !v->failed) {
+      if (was_ok) {
+        local_set_locked (v, NBDM_LOCAL_RESYNCING);
+        v->local.repairing = true;
+      }
+    }
+    else
+      take_back_locked (v);
+    end_taking_over_locked (v);
+  }
+}
+
+void
+local_update_state_locked (struct nbdm *v)
+{
+  if (v->local.state != NBDM_LOCAL_RESYNCING || v->failed
+      || v->local.taking_over || v->local.dm.map[MAP_DIRTY].nr_set > 0)
+    return;
+  v->local.reason[0] = '\0';
+  local_set_locked (v, NBDM_LOCAL_OK);
+  lift_fence_locked (v);
+  volume_persist_locked (v);
+}
+
+/* --- at the start -------------------------------------------------------- */

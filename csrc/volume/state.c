@@ -1,0 +1,493 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Changes of a remote's and the volume's state.
+ *
+ * All of them go through here, so that the order of rules 3, 4 and 7 is written
+ * once: what may differ becomes dirty, the dirty map and then the superblock
+ * become durable, and only then is the lock let go and a request answered.  C
+ * only takes the transitions that I/O forces; when to connect, what to copy and
+ * how fast is policy, and Python's.
+ *
+ *   event                     from                   to
+ *   connection lost           in_sync                holding
+ *   connection lost           resyncing              out_of_sync
+ *   deadline passed           in_sync, resyncing     out_of_sync
+ *   the hold is over          holding                out_of_sync
+ *   error answered            in_sync, resyncing     out_of_sync
+ *   local write failed, and
+ *     no remote replaces it   in_sync                resyncing
+ *   admitted, nothing dirty   holding, out_of_sync   in_sync
+ *   admitted, some dirty      holding, out_of_sync   resyncing
+ *   last region flushed       resyncing              in_sync
+ *   sample differs            any                    failed
+ *   metadata not persisted    (volume)               failed, for good
+ */
+
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "base/file.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/backlog.h"
+#include "volume/local_state.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/transport.h"
+
+void
+region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
+             uint64_t *first, uint64_t *count)
+{
+  *first = offset / v->region_size;
+  *count = (offset + length - 1) / v->region_size - *first + 1;
+}
+
+/* Does any other remote have the region? */
+static bool
+other_has_locked (const struct remote *r, uint64_t region)
+{
+  const struct nbdm *v = r->volume;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *other = &v->remotes[i];
+    if (other != r && !bitmap_test (&other->dm.map[MAP_DIRTY], region))
+      return true;
+  }
+  return false;
+}
+
+/* The remote is the only source of a region, and whatever would have made it
+ * dirty means that it may have old bytes where others have new ones.  So it is
+ * the others that are not equal to it: what was copied from it is copied again.
+ *
+ * In a takeover that is not over the source may turn out to be local, so the
+ * mark is put by.  Until then the region is read from neither (read.c).
+ */
+static void
+keep_source_locked (struct remote *r, uint64_t region, bool late)
+{
+  struct nbdm *v = r->volume;
+
+  if (v->local.taking_over)
+    dirty_map_owe (&r->dm, region, late);
+  bitmap_clear (&v->local.dm.copied, region, 1);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (&v->remotes[i] != r)
+      bitmap_clear (&v->remotes[i].dm.copied, region, 1);
+}
+
+void
+remotes_pay_locked (struct nbdm *v)
+{
+  uint64_t nr = v->nr_regions, region;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *r = &v->remotes[i];
+
+    for (region = 0; (region = bitmap_next_set (&r->dm.owed, region, nr)) < nr;
+         region++)
+      if (other_has_locked (r, region))
+        dirty_map_pay (&r->dm, region);
+    if (r->state == NBDM_IN_SYNC)
+      remote_update_state_locked (r);
+  }
+}
+
+/* Every region keeps a source.  Where local misses it, "may differ from local"
+ * says nothing against the remote it was last written to, and were that one
+ * dirty too, nothing would be left to read or to copy from.
+ */
+void
+mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
+                     bool late)
+{
+  const struct bitmap *missing = &r->volume->local.dm.map[MAP_DIRTY];
+  uint64_t end = first + count;
+
+  if (missing->nr_set == 0) {
+    dirty_map_mark (&r->dm, first, count, late);
+    return;
+  }
+  while (first < end) {
+    uint64_t next = bitmap_next_set (missing, first, end);
+
+    if (next > first)
+      dirty_map_mark (&r->dm, first, next - first, late);
+    first = bitmap_next_clear (missing, next, end);
+    for (; next < first; next++)
+      if (other_has_locked (r, next))
+        dirty_map_mark (&r->dm, next, 1, late);
+      else
+        keep_source_locked (r, next, late);
+  }
+}
+
+void
+unflushed_lost_locked (struct remote *r)
+{
+  uint64_t nr = r->volume->nr_regions, region = 0;
+
+  if (r->volume->local.dm.map[MAP_DIRTY].nr_set > 0)
+    /* In two steps: a kill between them finds the bits in both maps. */
+    for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
+      struct bitmap *map = &r->dm.map[i];
+
+      while ((region = bitmap_next_set (map, region, nr)) < nr) {
+        uint64_t next = bitmap_next_clear (map, region, nr);
+        mark_regions_locked (r, region, next - region, false);
+        dirty_map_mark_lost (&r->dm, region, next - region);
+        region = next;
+      }
+      atomic_signal_fence (memory_order_seq_cst);
+      bitmap_clear_all (map);
+    }
+  dirty_map_lost (&r->dm);
+}
+
+void
+mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
+                   bool late)
+{
+  uint64_t first, count;
+
+  region_span (r->volume, offset, length, &first, &count);
+  mark_regions_locked (r, first, count, late);
+}
+
+void
+remote_bump_locked (struct remote *r)
+{
+  r->serial++;
+  pthread_cond_broadcast (&r->volume->events);
+}
+
+void
+remote_set_locked (struct remote *r, enum nbdm_remote_state state,
+                   const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (r->reason, sizeof r->reason, fmt, args);
+  va_end (args);
+  if (r->state != state)
+    r->since = (int64_t)time (NULL);
+  r->state = state;
+  remote_bump_locked (r);
+  pthread_cond_broadcast (&r->volume->changed);
+}
+
+bool
+remote_used_locked (const struct remote *r)
+{
+  return r->state == NBDM_IN_SYNC || r->state == NBDM_HOLDING
+         || r->state == NBDM_RESYNCING;
+}
+
+/* What a restart may believe.  A connection does not outlive the process, so
+ * holding and resyncing are told by the dirty map.
+ */
+static uint32_t
+persistent_state (const struct remote *r)
+{
+  if (r->state == NBDM_FAILED)
+    return NBDM_FAILED;
+  if (r->state == NBDM_OUT_OF_SYNC || r->dm.map[MAP_DIRTY].nr_set > 0
+      || r->generation != r->volume->generation)
+    return NBDM_OUT_OF_SYNC;
+  return NBDM_IN_SYNC;
+}
+
+static struct disk_remote
+disk_remote (const struct remote *r)
+{
+  struct disk_remote disk = {
+    .state = htole32 (persistent_state (r)),
+    .flags = htole32 ((r->paused ? REMOTE_PAUSED : 0)
+                      | (r->assumed ? REMOTE_ASSUMED : 0)),
+    .generation = htole64 (r->generation),
+    .since = (int64_t)htole64 ((uint64_t)r->since),
+    .address = htole64 (r->address),
+  };
+
+  snprintf (disk.name, sizeof disk.name, "%s", r->name);
+  snprintf (disk.reason, sizeof disk.reason, "%s", r->reason);
+  return disk;
+}
+
+int
+command_gate_locked (const struct nbdm *v)
+{
+  return v->stopping ? set_message (-ESHUTDOWN, "the volume is stopping") : 0;
+}
+
+int
+volume_persist_locked (struct nbdm *v)
+{
+  int rc = 0;
+
+  if (v->failed)
+    return -EIO;
+  if (v->closed)
+    return command_gate_locked (v);
+  rc = dirty_map_persist (&v->local.dm);
+  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
+    rc = dirty_map_persist (&v->remotes[i].dm);
+  if (rc == 0) {
+    memset (v->sb.remotes, 0, sizeof v->sb.remotes);
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      v->sb.remotes[i] = disk_remote (&v->remotes[i]);
+    v->sb.nr_remotes = htole32 (v->nr_remotes);
+    v->sb.generation = htole64 (v->generation);
+    v->sb.local_state = htole32 (local_persistent_state (v));
+    v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.since);
+    snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
+              v->local.reason);
+    v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
+                           | (v->fenced ? SUPERBLOCK_FENCED : 0));
+    rc = superblock_store (v->sb_fd, &v->sb);
+    v->superblock_persists++;
+  }
+  if (rc < 0)
+    volume_fail_locked (v, last_error ());
+  return rc;
+}
+
+/* What the kernel could not write it may have dropped, and our mappings with
+ * it: the next start must not take the page cache for exact, but recover as
+ * after lost power.  No boot has the id 0.  A file says it too: the store may
+ * fail, and the slot it went into may be garbled later.  Best effort both, for
+ * the volume has failed already.
+ */
+static void
+distrust_page_cache (struct nbdm *v)
+{
+  memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
+  /* It may be the store that was to say so which failed. */
+  v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
+  superblock_store (v->sb_fd, &v->sb);
+  volume_distrust (v);
+}
+
+/* Not synced: lost power takes the page cache along. */
+void
+volume_distrust (const struct nbdm *v)
+{
+  int fd
+      = openat (v->dirfd, DISTRUST_FILE, O_WRONLY | O_CREAT | PLAIN_FILE, 0600);
+
+  if (fd >= 0)
+    close (fd);
+}
+
+bool
+volume_distrusted (const struct nbdm *v)
+{
+  return faccessat (v->dirfd, DISTRUST_FILE, F_OK, 0) == 0;
+}
+
+void
+volume_fail_locked (struct nbdm *v, const char *why)
+{
+  size_t length;
+
+  /* After a clean stop there is nothing left that could be lost. */
+  if (v->failed || v->closed)
+    return;
+  v->failed = true;
+  length = strnlen (why, sizeof v->reason - 1);
+  memmove (v->reason, why, length);
+  v->reason[length] = '\0';
+  fault_point ("volume_failing");
+  distrust_page_cache (v);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    remote_bump_locked (&v->remotes[i]);
+  pthread_cond_broadcast (&v->changed);
+}
+
+/* Every admitted request whose answer waits for this remote: the remote may
+ * or may not get it, and if it was sent, it may get it late (rule 12).
+ */
+static void
+strand_requests_locked (struct remote *r)
+{
+  const struct request *req;
+
+  LIST_FOREACH (req, &r->volume->requests, link) {
+    const struct leg *leg = &req->legs[r->index];
+    if (leg->active)
+      mark_dirty_locked (r, req->offset, req->length, leg->sent);
+  }
+}
+
+static bool
+requests_need_locked (const struct remote *r)
+{
+  const struct request *req;
+
+  LIST_FOREACH (req, &r->volume->requests, link)
+    if (req->legs[r->index].active)
+      return true;
+  return false;
+}
+
+void
+generation_advance_locked (struct nbdm *v, struct remote *r)
+{
+  uint64_t next = 0;
+
+  if (r->generation != v->generation)
+    return;
+  while (next == 0 || next == v->generation)
+    if (getrandom (&next, sizeof next, 0) != (ssize_t)sizeof next)
+      next = v->generation + 1;
+  memmove (&v->sb.history[1], &v->sb.history[0],
+           sizeof v->sb.history - sizeof v->sb.history[0]);
+  v->sb.history[0] = htole64 (v->generation);
+  /* The others that are in sync get this write, and are of the new one. */
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct remote *other = &v->remotes[i];
+    if (other != r
+        && (other->state == NBDM_IN_SYNC || other->state == NBDM_HOLDING))
+      other->generation = next;
+  }
+  v->generation = next;
+  fault_point ("generation_new");
+  volume_persist_locked (v);
+}
+
+void
+remote_degrade_locked (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+  bool writes = requests_need_locked (r);
+  char why[NBDM_REASON_LEN];
+
+  snprintf (why, sizeof why, "%s", r->reason);
+  strand_requests_locked (r);
+  remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
+  fault_point ("degrade_marked");
+  if (v->policy == NBDM_STOP)
+    v->fenced = true;
+  if (writes && r->generation == v->generation)
+    generation_advance_locked (v, r); /* persists */
+  else
+    volume_persist_locked (v);
+}
+
+/* The connection is no longer ours; what it answered and did not flush is
+ * not to be relied on, as a server that died may have lost it (rule 4).
+ */
+static void
+detach_locked (struct remote *r)
+{
+  struct conn *conn = r->conn;
+
+  r->commands += conn_report (conn).answered;
+  r->conn = NULL;
+  if (r->admitted) {
+    strand_requests_locked (r);
+    fault_point ("lost_stranded");
+    unflushed_lost_locked (r);
+  }
+  backlog_forget_locked (r);
+  r->admitted = false;
+  conn_put (conn);
+  remote_bump_locked (r);
+  pthread_cond_broadcast (&r->volume->changed);
+}
+
+void
+remote_lost_locked (struct remote *r, struct conn *conn)
+{
+  bool admitted = r->admitted;
+  struct conn_report report;
+
+  if (conn == NULL || r->conn != conn)
+    return;
+  report = conn_report (conn);
+  backlog_lost_locked (r, &report);
+  detach_locked (r);
+  if (!admitted)
+    return;
+  /* With a deadline passed clients have waited enough: no hold on top.  And
+   * once the volume stops no keeper connects again.
+   */
+  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0 && !report.overdue
+      && !r->volume->stopping) {
+    r->hold_until_ns = now_ns () + r->volume->hold_ms * NS_PER_MS;
+    remote_set_locked (r, NBDM_HOLDING, "%s", report.why);
+  }
+  else if (remote_used_locked (r)) {
+    snprintf (r->reason, sizeof r->reason, "%s", report.why);
+    remote_degrade_locked (r);
+  }
+}
+
+void
+remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
+{
+  bool admitted = r->admitted;
+
+  if (r->conn == NULL || r->conn != conn)
+    return;
+  conn_kill (conn, why);
+  detach_locked (r);
+  if (r->state == NBDM_FAILED)
+    return;
+  snprintf (r->reason, sizeof r->reason, "%s", why);
+  /* One that was never admitted does not end the hold it was to save. */
+  if (admitted && remote_used_locked (r))
+    remote_degrade_locked (r);
+}
+
+void
+lift_fence_locked (struct nbdm *v)
+{
+  if (v->local.state != NBDM_LOCAL_OK)
+    return;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_IN_SYNC)
+      return;
+  v->fenced = false;
+}
+
+void
+remote_update_state_locked (struct remote *r)
+{
+  struct nbdm *v = r->volume;
+
+  if (!r->admitted || v->failed)
+    return;
+  if (r->dm.map[MAP_DIRTY].nr_set > 0) {
+    if (r->state != NBDM_RESYNCING) {
+      remote_set_locked (r, NBDM_RESYNCING, "%s", "");
+      volume_persist_locked (v);
+    }
+    return;
+  }
+  if (r->state == NBDM_IN_SYNC)
+    return;
+  r->generation = v->generation;
+  r->leaves_zeroes = false;
+  remote_set_locked (r, NBDM_IN_SYNC, "%s", "");
+  lift_fence_locked (v);
+  fault_point ("settle_in_sync");
+  volume_persist_locked (v);
+}

@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What a volume tells of itself, and what a superblock tells without one. */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/file.h"
+#include "base/latency.h"
+#include "base/lock.h"
+#include "logs/activity.h"
+#include "logs/bitmap.h"
+#include "logs/dirty_map.h"
+#include "logs/inflight.h"
+#include "logs/layout.h"
+#include "logs/superblock.h"
+#include "volume/backlog.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+
+const char *
+nbdm_last_error (void)
+{
+  return last_error ();
+}
+
+int
+nbdm_count_client (struct nbdm *v, int change)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  v->clients += (uint32_t)change;
+  return (int)v->clients;
+}
+
+void
+nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
+{
+  memset (status, 0, sizeof *status);
+  LOCK_FOR_SCOPE (&v->lock);
+  memcpy (status->uuid, v->uuid, sizeof status->uuid);
+  status->size = v->size;
+  status->region_size = v->region_size;
+  status->generation = v->generation;
+  status->session = le64toh (v->sb.session);
+  status->nr_remotes = v->nr_remotes;
+  status->local_state = v->local.state;
+  status->local_attached = v->local.attached;
+  status->local_unproven = v->local.attached && v->identity.unproven;
+  status->local_dirty_regions = v->local.dm.map[MAP_DIRTY].nr_set;
+  status->local_errors = atomic_load (&v->local.errors);
+  status->local_repaired = v->local.repaired;
+  status->local_copied_bytes = v->local.copied_bytes;
+  status->local_serial = v->local.serial;
+  status->local_since = v->local.since;
+  status->local_silent_ms = atomic_load (&v->local.silent_ns) / NS_PER_MS;
+  memcpy (status->local_reason, v->local.reason, sizeof status->local_reason);
+  status->failed = v->failed;
+  status->fenced = v->fenced;
+  status->policy = v->policy;
+  status->fail_fenced_reads = atomic_load (&v->fail_fenced_reads);
+  status->stopping = v->stopping;
+  status->inflight = v->nr_requests;
+  status->active_extents = activity_count (&v->activity);
+  status->extent_size = EXTENT_SIZE;
+  status->clients = v->clients;
+  status->reads = atomic_load (&v->reads);
+  status->writes = v->writes;
+  status->flushes = v->flushes;
+  status->write_ns = atomic_load (&v->write_ns);
+  status->activity_persists = v->activity.persists;
+  status->superblock_persists = v->superblock_persists;
+  status->dirty_persists = v->local.dm.persists;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    status->dirty_persists += v->remotes[i].dm.persists;
+  snprintf (status->reason, sizeof status->reason, "%s", v->reason);
+  memcpy (status->local_note, v->identity.note, sizeof status->local_note);
+}
+
+/* Late, and copied only when the window is over. */
+static uint64_t
+held_back_locked (const struct dirty_map *dm)
+{
+  const struct bitmap *late = &dm->map[MAP_LATE];
+  uint64_t nr = late->nr_set, end = late->nr_bits, region = 0;
+
+  if (nr == 0 || dm->lost.nr_set == 0)
+    return nr;
+  for (; (region = bitmap_next_set (&dm->lost, region, end)) < end; region++)
+    nr -= bitmap_test (late, region);
+  return nr;
+}
+
+int
+nbdm_get_remote_status (struct nbdm *v, uint32_t index,
+                        struct nbdm_remote_status *status)
+{
+  struct conn_report report = { .outstanding = 0 };
+  const struct remote *r;
+
+  if (index >= v->nr_remotes)
+    return set_message (-EINVAL, "there is no remote %u", index);
+  r = &v->remotes[index];
+  memset (status, 0, sizeof *status);
+  LOCK_FOR_SCOPE (&v->lock);
+  if (r->conn)
+    report = conn_report (r->conn);
+  memcpy (status->name, r->name, sizeof status->name);
+  status->state = r->state;
+  if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
+    status->state = NBDM_PAUSED;
+  status->paused = r->paused;
+  status->assumed = r->assumed;
+  status->connected = r->conn != NULL;
+  status->admitted = r->admitted;
+  status->dirty_regions = r->dm.map[MAP_DIRTY].nr_set;
+  status->late_regions = held_back_locked (&r->dm);
+  status->unflushed_regions
+      = r->dm.map[MAP_UNFLUSHED0].nr_set + r->dm.map[MAP_UNFLUSHED1].nr_set;
+  status->flush_bound = r->backlog.bound.bytes[BACKLOG_DATA];
+  status->outstanding = report.outstanding;
+  status->commands = r->commands + report.answered;
+  status->remote_size = r->remote_size;
+  status->copied_bytes = r->copied_bytes;
+  status->answered_bytes = r->answered_bytes;
+  status->answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns;
+  status->since = r->since;
+  status->serial = r->serial;
+  memcpy (status->reason, r->reason, sizeof status->reason);
+  return 0;
+}
+
+void
+nbdm_get_latency (struct nbdm *v, struct nbdm_latency *latency)
+{
+  for (unsigned i = 0; i < NBDM_LATENCY_KINDS * NBDM_LATENCY_BUCKETS; i++) {
+    unsigned kind = i / NBDM_LATENCY_BUCKETS, at = i % NBDM_LATENCY_BUCKETS;
+
+    latency->quiet[i] = atomic_load (&v->latency.counts[kind][false][at]);
+    latency->disturbed[i] = atomic_load (&v->latency.counts[kind][true][at]);
+  }
+}
+
+int
+nbdm_get_active_extents (struct nbdm *v, uint64_t *extents, uint32_t max)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  return (int)activity_list (&v->activity, extents, max);
+}
+
+#define MAX_RECENT 256 /* writes looked at */
+
+static bool
+contains (const uint64_t *regions, uint32_t nr, uint64_t region)
+{
+  for (uint32_t i = 0; i < nr; i++)
+    if (regions[i] == region)
+      return true;
+  return false;
+}
+
+int
+nbdm_get_recent_regions (struct nbdm *v, uint64_t *regions, uint32_t max)
+{
+  uint64_t offsets[MAX_RECENT];
+  uint32_t nr_offsets, nr = 0;
+
+  pthread_mutex_lock (&v->lock);
+  nr_offsets = inflight_recent (&v->inflight, offsets, MAX_RECENT);
+  pthread_mutex_unlock (&v->lock);
+  for (uint32_t i = 0; i < nr_offsets && nr < max; i++) {
+    uint64_t region = offsets[i] / v->region_size;
+
+    /* A slot's words are believed only while it is open; these are hints. */
+    if (region < v->nr_regions && !contains (regions, nr, region))
+      regions[nr++] = region;
+  }
+  return (int)nr;
+}
+
+static void
+peek_remote (const struct disk_remote *disk, struct nbdm_remote_status *status)
+{
+  uint32_t flags = le32toh (disk->flags);
+
+  memset (status, 0, sizeof *status);
+  snprintf (status->name, sizeof status->name, "%.63s", disk->name);
+  snprintf (status->reason, sizeof status->reason, "%.159s", disk->reason);
+  status->state = le32toh (disk->state);
+  if (status->state < NBDM_IN_SYNC || status->state > NBDM_FAILED)
+    status->state = NBDM_OUT_OF_SYNC; /* as a start takes it */
+  status->paused = (flags & REMOTE_PAUSED) != 0;
+  status->assumed = (flags & REMOTE_ASSUMED) != 0;
+  status->since = (int64_t)le64toh ((uint64_t)disk->since);
+}
+
+static void
+peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
+{
+  uint32_t flags = le32toh (sb->flags);
+
+  memset (status, 0, sizeof *status);
+  memcpy (status->uuid, sb->uuid, sizeof status->uuid);
+  status->size = le64toh (sb->size);
+  status->region_size = le32toh (sb->region_size);
+  status->extent_size = le32toh (sb->extent_size);
+  status->generation = le64toh (sb->generation);
+  status->session = le64toh (sb->session);
+  status->nr_remotes = le32toh (sb->nr_remotes);
+  status->local_state = le32toh (sb->local_state);
+  if (status->local_state < NBDM_LOCAL_OK
+      || status->local_state > NBDM_LOCAL_RESYNCING)
+    status->local_state = NBDM_LOCAL_FAILED;
+  status->local_since = (int64_t)le64toh ((uint64_t)sb->local_since);
+  snprintf (status->local_reason, sizeof status->local_reason, "%.159s",
+            sb->local_reason);
+  status->fenced = (flags & SUPERBLOCK_FENCED) != 0;
+  status->clean = (flags & SUPERBLOCK_CLEAN) != 0;
+}
+
+/* It may be another user's, who can write what no engine does: a name is that
+ * of a file in the directory, and of none elsewhere.
+ */
+static bool
+is_plausible (const struct disk_superblock *sb)
+{
+  uint32_t nr = le32toh (sb->nr_remotes);
+
+  if (sb->size == 0 || sb->region_size == 0 || nr > NBDM_MAX_REMOTES)
+    return false;
+  for (uint32_t i = 0; i < nr; i++)
+    if (memchr (sb->remotes[i].name, '/', sizeof sb->remotes[i].name))
+      return false;
+  return true;
+}
+
+int
+nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
+           struct nbdm_remote_status *remotes)
+{
+  struct disk_superblock sb;
+  bool torn;
+  int rc, fd, dirfd = open (state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+  if (dirfd < 0)
+    return set_error (-errno, "cannot open the state directory %s", state_dir);
+  fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
+  rc = fd < 0 ? -errno : 0;
+  close (dirfd);
+  if (rc < 0)
+    return rc == -ENOENT
+               ? set_message (rc, "there is no volume in %s", state_dir)
+               : set_error (rc, "cannot open the superblock in %s", state_dir);
+  rc = superblock_load (fd, &sb, &torn);
+  close (fd);
+  if (rc < 0)
+    return rc;
+  if (!is_plausible (&sb))
+    return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
+  snprintf (name, NBDM_NAME_LEN, "%.63s", sb.name);
+  peek_volume (&sb, status);
+  for (uint32_t i = 0; i < status->nr_remotes; i++)
+    peek_remote (&sb.remotes[i], &remotes[i]);
+  return 0;
+}

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The last step of a volume's end.  See volume_free.c. */
+
+#ifndef NBDM_VOLUME_FREE_H
+#define NBDM_VOLUME_FREE_H
+
+struct nbdm;
+
+/* The last step of nbdm_close: what a carrier may use after the others. */
+void volume_free (struct nbdm *v);
+
+#endif /* NBDM_VOLUME_FREE_H */

@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* One NBD connection to a remote; see conn.c. */
+
+#ifndef NBDM_CONN_H
+#define NBDM_CONN_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+
+#include "api.h"
+
+struct conn;
+struct mailbox;
+
+/* Waits for the answers to commands of one connection: a thread in conn_wait,
+ * or one with a mailbox, to which the waiter is posted.
+ */
+struct waiter {
+  unsigned pending;        /* commands not answered yet; under conn->lock */
+  bool asleep;             /* under conn->lock */
+  struct waiter *next;     /* of those asleep, or posted */
+  atomic_uint wake_reason; /* futex: enum wake_reason in conn.c */
+  struct mailbox *box;     /* or NULL */
+  void *owner;             /* for the thread that reads the box */
+};
+
+#define WAITER_INIT                                                            \
+  {                                                                            \
+    .pending = 0                                                               \
+  }
+
+enum command_kind {
+  COMMAND_READ,
+  COMMAND_WRITE,
+  COMMAND_ZERO, /* never TRIM: a trim promises nothing about what is read */
+  COMMAND_FLUSH
+};
+
+/* How far the plain transport is with it. */
+enum command_sent { COMMAND_QUEUED, COMMAND_LEAVING, COMMAND_SENT };
+
+/* One command of ours; lives as long as its waiter.  What `buf` points to must
+ * stay until the command is answered.
+ */
+struct command {
+  enum command_kind kind;
+  uint64_t offset, length; /* bytes */
+  void *buf;               /* only read from when writing */
+  bool fua;
+  bool may_trim;
+
+  struct waiter *waiter;
+  struct conn *conn;
+  int error; /* once answered: 0, or an errno; ENOTCONN: it never was */
+  uint64_t issued_ns, answered_ns;
+  uint64_t bytes; /* to be moved for it and for what was before it: silence.c */
+  TAILQ_ENTRY (command) link; /* of those outstanding */
+  uint64_t cookie;            /* this and below: the plain transport's */
+  enum command_sent sent;
+  bool replied;  /* the header of its answer has come */
+  bool complete; /* all of the answer, before the request had wholly left */
+};
+
+/* What the server told at the handshake. */
+#define CONN_DESCRIPTION 512 /* bytes, with the NUL */
+
+struct conn_info {
+  uint64_t size; /* bytes */
+  uint32_t min_block;
+  uint32_t max_payload; /* bytes of a read or write */
+  bool read_only;
+  bool can_flush;
+  bool can_fua;
+  bool can_zero;
+  bool can_fast_zero;
+  char description[CONN_DESCRIPTION]; /* the server's words, or empty */
+};
+
+/* Connect; blocks up to timeout_ms (name resolution aside).  -errno with a
+ * message.  The caller owns one reference.
+ */
+int conn_open (const char *uri, uint32_t timeout_ms, struct conn **conn);
+struct conn *conn_get (struct conn *conn);
+/* The last reference closes the connection: no command may be outstanding then,
+ * and none is, as its issuer holds a reference until it is answered.
+ */
+void conn_put (struct conn *conn);
+const struct conn_info *conn_info (const struct conn *conn);
+/* Forget that the server offered to zero; before any other thread has it. */
+void conn_without_zeroes (struct conn *conn);
+
+/* Send a command, now or at the latest with conn_wait, or conn_push if the
+ * waiter has a mailbox; does not block.  -ENOTCONN: not sent, and the waiter
+ * does not wait for it.
+ */
+int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
+/* Block until all of the waiter's commands are answered or the connection is
+ * dead.  Bounded by the ticker's deadline.
+ */
+void conn_wait (struct conn *conn, struct waiter *waiter);
+
+/* Send what conn_issue left, as far as the socket has room. */
+void conn_push (struct conn *conn);
+
+/* A thread that waits in poll for several things at once, this connection among
+ * them.  From conn_before_poll to conn_after_poll it may be the poller.  From
+ * then on it is absent, at work, and takes in no answers: any waiter may become
+ * the poller in its place.
+ * Waiters that already sleep are not woken for that: at the latest the ticker,
+ * 50 ms later, takes the answers in.
+ */
+struct watcher {
+  struct mailbox *box; /* rung when there is no poller */
+  TAILQ_ENTRY (watcher) link;
+  bool listed;  /* under conn->lock */
+  bool polling; /* its own thread's */
+};
+
+/* Can it be watched?  Not where libnbd moves the bytes. */
+bool conn_watchable (const struct conn *conn);
+int conn_fd (const struct conn *conn);
+/* Before a poll: the events to wait for on conn_fd. */
+short conn_before_poll (struct conn *conn, struct watcher *watcher);
+/* After it, with the events that came: send, take in answers, be absent. */
+void conn_after_poll (struct conn *conn, struct watcher *watcher, short events);
+/* It has nothing outstanding there any more. */
+void conn_unwatch (struct conn *conn, struct watcher *watcher);
+
+/* Read it all, in commands as long as the server takes; blocks. */
+int conn_pread (struct conn *conn, uint8_t *buf, uint64_t count,
+                uint64_t offset);
+/* Whether conn_wait would return at once. */
+bool conn_answered_all (struct conn *conn, const struct waiter *waiter);
+
+/* The ticker's part: take in the answers that lie there if no other thread
+ * does, notice a closed connection, kill it if it has been silent for
+ * deadline_ms, ask the server something if it was silent and no command is
+ * under way (silence.c).  From `hurry_ns` on, 0 for never, answers alone count,
+ * as the volume stops.
+ */
+void conn_tick (struct conn *conn, uint32_t deadline_ms, uint64_t hurry_ns);
+/* Whatever is outstanding ends with ENOTCONN; `why` is kept unless it was
+ * dead before.
+ */
+void conn_kill (struct conn *conn, const char *why);
+/* Say goodbye to the server; then kill. */
+void conn_farewell (struct conn *conn);
+bool conn_dead (struct conn *conn);
+
+/* A connection at one moment. */
+struct conn_report {
+  bool dead;
+  bool overdue;              /* it died because a deadline passed */
+  uint64_t outstanding;      /* commands sent and not answered, without asks */
+  uint64_t answered;         /* since it was opened, the same */
+  char why[NBDM_REASON_LEN]; /* it died; else "" */
+};
+
+struct conn_report conn_report (struct conn *conn);
+
+#endif /* NBDM_CONN_H */

@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Bytes from a process that may send open files along.
+ *
+ * On a unix socket any message can carry descriptors (SCM_RIGHTS).  Where the
+ * receiver has no room for them the kernel closes the files, on the thread that
+ * receives, and the last close of a file may wait: that of a TCP socket with
+ * SO_LINGER for as long as its owner has chosen.  So a hostile server could
+ * stop the ticker, and a hostile client a thread that holds a range.  Here the
+ * descriptors are taken, and a thread of their own closes them.
+ *
+ * A socket that is closed closes the files of what nobody has received.  So one
+ * that still has bytes is closed by such a thread too.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "wire/receive.h"
+
+#define MAX_FILES 253 /* in a message: the kernel's SCM_MAX_FD */
+#define STACK_BYTES (64u << 10)
+
+struct files {
+  size_t nr;
+  int fds[MAX_FILES];
+};
+
+static void *
+close_files (void *opaque)
+{
+  struct files *files = opaque;
+
+  for (size_t i = 0; i < files->nr; i++)
+    close (files->fds[i]);
+  free (files);
+  return NULL;
+}
+
+/* False: there is no thread, and the files are open still. */
+static bool
+close_apart (struct files *files)
+{
+  pthread_attr_t attr;
+  pthread_t thread;
+  int err = pthread_attr_init (&attr);
+
+  if (err)
+    return false;
+  pthread_attr_setdetachstate (&attr, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize (&attr, STACK_BYTES);
+  err = pthread_create (&thread, &attr, close_files, files);
+  pthread_attr_destroy (&attr);
+  return err == 0;
+}
+
+/* Without memory or a thread they stay open: better lost than waited for. */
+static void
+give_away (struct msghdr *msg)
+{
+  struct files *files = malloc (sizeof *files);
+
+  if (files == NULL)
+    return;
+  files->nr = 0;
+  for (struct cmsghdr *c = CMSG_FIRSTHDR (msg); c; c = CMSG_NXTHDR (msg, c)) {
+    size_t nr = (c->cmsg_len - CMSG_LEN (0)) / sizeof (int);
+
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS
+        || nr > MAX_FILES - files->nr)
+      continue;
+    memcpy (files->fds + files->nr, CMSG_DATA (c), nr * sizeof (int));
+    files->nr += nr;
+  }
+  if (!close_apart (files))
+    free (files);
+}
+
+ssize_t
+receive_iov (int fd, struct iovec *iov, size_t nr, int flags)
+{
+  union {
+    char room[CMSG_SPACE (MAX_FILES * sizeof (int))];
+    struct cmsghdr align;
+  } control;
+  struct msghdr msg = { .msg_iov = iov,
+                        .msg_iovlen = nr,
+                        .msg_control = control.room,
+                        .msg_controllen = sizeof control.room };
+  ssize_t n = recvmsg (fd, &msg, flags | MSG_CMSG_CLOEXEC);
+
+  if (n < 0 || (msg.msg_controllen == 0 && !(msg.msg_flags & MSG_CTRUNC)))
+    return n;
+  give_away (&msg);
+  errno = EBADMSG;
+  return -1;
+}
+
+ssize_t
+receive (int fd, void *buf, size_t size, int flags)
+{
+  struct iovec iov = { buf, size };
+
+  return receive_iov (fd, &iov, 1, flags);
+}
+
+static bool
+is_unix (int fd)
+{
+  int domain = AF_UNSPEC;
+  socklen_t size = sizeof domain;
+
+  return getsockopt (fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0
+         && domain == AF_UNIX;
+}
+
+void
+close_socket (int fd)
+{
+  struct files *files;
+  int unread = 0;
+
+  if (!is_unix (fd)) {
+    close (fd);
+    return;
+  }
+  (void)shutdown (fd, SHUT_RDWR); /* nothing more can come */
+  files = ioctl (fd, FIONREAD, &unread) == 0 && unread > 0
+              ? malloc (sizeof *files)
+              : NULL;
+  if (files) {
+    *files = (struct files){ .nr = 1, .fds = { fd } };
+    if (close_apart (files))
+      return;
+    free (files);
+  }
+  close (fd);
+}

@@ -1,0 +1,359 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* NBD's transmission phase on a plain socket, after libnbd's handshake.
+ *
+ * libnbd sends a header and its payload with a system call each, reads each
+ * answer with one, polls before both and serialises all of it under a lock
+ * that every thread meets.  Here
+ *
+ *   commands that meet at the socket leave with one sendmsg, headers and
+ *   payloads gathered where they lie;
+ *   answers come in as many as there are with one recv, and without a poll;
+ *   no lock is held over either.
+ *
+ * When a command leaves: at once if the server has nothing to do, or if it is
+ * large; else with the next push, which its issuer makes when it has done its
+ * own part, the local write (as Nagle's algorithm sends: RFC 896).  Meanwhile
+ * others' commands join it.  A server that has work is not kept waiting by it.
+ *
+ * One thread at a time sends, the first that pushes.  It goes on until nothing
+ * is left, so the others need not wait for their turn; but after TURN_NS and
+ * TURN_BATCHES it leaves the rest.  Where others add commands as quickly as it
+ * sends them, it would else never come to its own client or, being the ticker,
+ * to a deadline.  The next thread that adds one goes on, or the poller, or the
+ * ticker.
+ *
+ * No send blocks: a thread that has to wait for room waits in poll, and the end
+ * of the connection, by a deadline or otherwise, ends that.  One thread waits
+ * for room, for all, and leaves once its own commands are answered: on a slow
+ * link others' commands never come to an end, and its client would wait with
+ * it.  The poller sends what is left then.
+ *
+ * An answer may come before sendmsg has returned to the thread that sent the
+ * command.  It is put by, and given to the waiter when the call has returned:
+ * until then command and payload are the kernel's to read.  If the command has
+ * not wholly left by then, no honest server can have answered it, and the
+ * connection is over.  So no command that is answered is still to be sent.
+ *
+ * How it ends: conn_kill shuts the socket down, both calls return, and the
+ * poller, once no sendmsg is under way, ends all that is outstanding.
+ */
+
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <libnbd.h>
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/lock.h"
+#include "wire/conn.h"
+#include "wire/plain.h"
+#include "wire/protocol.h"
+#include "wire/receive.h"
+#include "wire/silence.h"
+#include "wire/transport.h"
+#include "wire/transport_plain.h"
+
+/* --- Taking in answers ------------------------------------------------ */
+
+/* Servers answer about in order, so it is near the oldest. */
+static struct command *
+find_locked (const struct conn *conn, uint64_t cookie)
+{
+  struct command *cmd = TAILQ_FIRST (&conn->commands);
+
+  while (cmd && cmd->cookie != cookie)
+    cmd = TAILQ_NEXT (cmd, link);
+  return cmd;
+}
+
+static void
+answered_locked (struct conn *conn, struct command *cmd, int error,
+                 uint64_t now)
+{
+  if (cmd->sent == COMMAND_LEAVING) {
+    cmd->error = error;
+    cmd->complete = true;
+    atomic_fetch_add (&conn->plain->nr_early, 1);
+  }
+  else
+    conn_answer_locked (conn, cmd, error, now);
+}
+
+/* One header.  NULL, or what is wrong with it. */
+static const char *
+take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
+                   uint64_t now)
+{
+  uint32_t number = be32toh (reply->error);
+  int error = nbd_has_error (number) ? (int)number : EINVAL;
+  struct command *cmd;
+
+  if (reply->magic != htobe32 (NBD_SIMPLE_REPLY_MAGIC))
+    return "it sent an answer without the magic number of one";
+  cmd = find_locked (conn, be64toh (reply->cookie));
+  if (cmd == NULL)
+    return "it sent an answer with the cookie of no command";
+  if (cmd->sent == COMMAND_QUEUED)
+    return "it answered a command before it had it";
+  if (cmd->replied)
+    return "it answered a command twice";
+  cmd->replied = true;
+  if (cmd->kind == COMMAND_READ && error == 0) {
+    conn->plain->filling = cmd;
+    conn->plain->filled = 0;
+  }
+  else
+    answered_locked (conn, cmd, error, now);
+  return NULL;
+}
+
+/* The headers that are in the inbox, up to one with a payload. */
+static const char *
+take_replies (struct conn *conn)
+{
+  struct plain *plain = conn->plain;
+  const char *wrong = NULL;
+  uint64_t now = now_ns ();
+  struct nbd_simple_reply reply;
+
+  LOCK_FOR_SCOPE (&conn->lock);
+  if (conn->dead)
+    wrong = conn->why; /* what it says is not believed any more */
+  while (!wrong && !plain->filling
+         && plain->end - plain->start >= sizeof (struct nbd_simple_reply)) {
+    memcpy (&reply, plain->inbox + plain->start,
+            sizeof (struct nbd_simple_reply));
+    plain->start += sizeof (struct nbd_simple_reply);
+    wrong = take_reply_locked (conn, &reply, now);
+  }
+  return wrong;
+}
+
+/* More of the payload is where it belongs. */
+static void
+filled (struct conn *conn, size_t bytes)
+{
+  struct plain *plain = conn->plain;
+  struct command *cmd = plain->filling;
+
+  plain->filled += bytes;
+  if (plain->filled < cmd->length)
+    return;
+  plain->filling = NULL;
+  LOCK_FOR_SCOPE (&conn->lock);
+  if (!conn->dead) /* else end_all answers it */
+    answered_locked (conn, cmd, 0, now_ns ());
+}
+
+static const char *
+take_in (struct conn *conn)
+{
+  struct plain *plain = conn->plain;
+  const char *wrong = NULL;
+
+  while (wrong == NULL) {
+    size_t size = plain->end - plain->start;
+
+    if (plain->filling && size > 0) {
+      size_t left = plain->filling->length - plain->filled;
+      size_t n = left < size ? left : size;
+
+      memcpy ((char *)plain->filling->buf + plain->filled,
+              plain->inbox + plain->start, n);
+      plain->start += n;
+      filled (conn, n);
+    }
+    else if (!plain->filling && size >= sizeof (struct nbd_simple_reply))
+      wrong = take_replies (conn);
+    else
+      break;
+  }
+  /* What is left is less than a header. */
+  memmove (plain->inbox, plain->inbox + plain->start,
+           plain->end - plain->start);
+  plain->end -= plain->start;
+  plain->start = 0;
+  return wrong;
+}
+
+/* Nothing can come any more.  A sendmsg on a socket that is shut down is about
+ * to return, and reads payloads until then.
+ */
+static void
+end_all (struct conn *conn)
+{
+  struct plain *plain = conn->plain;
+  uint64_t now = now_ns ();
+
+  plain->filling = NULL;
+  plain->start = plain->end = 0;
+  pthread_mutex_lock (&conn->lock);
+  while (plain->sending) {
+    pthread_mutex_unlock (&conn->lock);
+    sched_yield ();
+    pthread_mutex_lock (&conn->lock);
+  }
+  plain->unsent = NULL;
+  atomic_store (&plain->full, false);
+  atomic_store (&plain->nr_early, 0);
+  while (!TAILQ_EMPTY (&conn->commands))
+    conn_answer_locked (conn, TAILQ_FIRST (&conn->commands), ENOTCONN, now);
+  pthread_mutex_unlock (&conn->lock);
+}
+
+static ssize_t
+receive_some (struct conn *conn, int flags)
+{
+  struct plain *plain = conn->plain;
+  struct command *cmd = plain->filling;
+
+  if (cmd) /* the inbox is empty then */
+    return receive (conn->fd, (char *)cmd->buf + plain->filled,
+                    cmd->length - plain->filled, flags);
+  return receive (conn->fd, plain->inbox + plain->end, INBOX_SIZE - plain->end,
+                  flags);
+}
+
+/* The poller's, while the socket is full: the thread that waits for room leaves
+ * once it has its answers, and no thread in a recv would send the rest.
+ */
+static void
+await_either (struct conn *conn)
+{
+  struct pollfd pfd = { .fd = conn->fd, .events = POLLIN };
+
+  pthread_mutex_lock (&conn->lock);
+  if (conn->plain->unsent && !conn->dead)
+    pfd.events |= POLLOUT;
+  pthread_mutex_unlock (&conn->lock);
+  (void)poll (&pfd, 1, -1);
+  if (pfd.revents & POLLOUT)
+    plain_push (conn, NULL);
+}
+
+static bool
+step (struct conn *conn, bool wait)
+{
+  struct plain *plain = conn->plain;
+  /* Answers that were put by come with the end of a sendmsg, from which no
+   * recv would wake us: it is about to return.
+   */
+  bool soon = atomic_load (&plain->nr_early) > 0;
+  bool full = wait && !soon && atomic_load (&plain->full);
+  const char *wrong = NULL;
+  char why[NBDM_REASON_LEN];
+  ssize_t n;
+  int err;
+
+  if (full)
+    await_either (conn);
+  n = receive_some (conn, wait && !soon && !full ? 0 : MSG_DONTWAIT);
+  err = n < 0 ? errno : 0;
+  if (n < 0 && err == EINTR)
+    return true;
+  if (n < 0 && err == EAGAIN) {
+    if (wait)
+      sched_yield ();
+    return false;
+  }
+  if (n > 0)
+    counter_add (&conn->came, (size_t)n);
+  if (n > 0 && plain->filling)
+    filled (conn, (size_t)n);
+  else if (n > 0) {
+    plain->end += (size_t)n;
+    wrong = take_in (conn);
+  }
+  if (n <= 0 || wrong) {
+    if (wrong)
+      snprintf (why, sizeof why, "%s", wrong);
+    else
+      plain_describe_loss (err, why, sizeof why);
+    conn_kill (conn, why); /* before those it strands are woken */
+    end_all (conn);
+  }
+  conn_wake_deferred ();
+  return n > 0 && !wrong;
+}
+
+/* --- Coming and going ------------------------------------------------- */
+
+/* The end of the stream is what makes a recv return. */
+static void
+interrupt (struct conn *conn)
+{
+  (void)conn;
+}
+
+static void
+goodbye (struct conn *conn)
+{
+  struct nbd_request request = { .magic = htobe32 (NBD_REQUEST_MAGIC),
+                                 .type = htobe16 (NBD_CMD_DISC) };
+
+  LOCK_FOR_SCOPE (&conn->lock);
+  if (conn->plain->unsent == NULL) /* not into the middle of a request */
+    (void)send (conn->fd, &request, sizeof request,
+                MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+static void
+plain_close (struct conn *conn)
+{
+  free (conn->plain);
+}
+
+const struct transport plain_transport = {
+  .issue = plain_issue,
+  .push = plain_push,
+  .step = step,
+  .interrupt = interrupt,
+  .goodbye = goodbye,
+  .unsent_of_oldest = plain_unsent_of_oldest,
+  .has_unsent = plain_has_unsent,
+  .close = plain_close,
+};
+
+/* Tests run over both transports. */
+static bool
+tests_force_libnbd (void)
+{
+  const char *name = getenv ("NBDM_TRANSPORT");
+
+  return name && strcmp (name, "libnbd") == 0;
+}
+
+int
+plain_take_over (struct conn *conn)
+{
+  int flags;
+
+  if (tests_force_libnbd () || nbd_get_tls_negotiated (conn->nbd) != 0
+      || nbd_get_structured_replies_negotiated (conn->nbd) != 0)
+    return 1;
+  flags = fcntl (conn->fd, F_GETFL);
+  if (flags < 0 || fcntl (conn->fd, F_SETFL, flags & ~O_NONBLOCK) < 0)
+    return set_error (-errno, "connect: the socket");
+  conn->plain = calloc (1, sizeof *conn->plain);
+  if (conn->plain == NULL)
+    return set_error (-ENOMEM, "connect");
+  /* Ours is a dup, which stays open. */
+  nbd_close (conn->nbd);
+  conn->nbd = NULL;
+  close (conn->kick);
+  conn->kick = -1;
+  conn->transport = &plain_transport;
+  return 0;
+}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Files in a directory that another user may have prepared.
+
+A root who runs `nbd-mirror attach` for a volume of another user works in that user's
+directory. So names are taken in the open directory, links are neither followed nor
+written through, what is no plain file is not waited for, and what is written is a new
+file that takes the old one's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import AccessError
+
+__all__ = ["check_private", "open_plain", "opened_folder", "read_plain", "replace_file"]
+
+# FIFOs are opened without their other end, and refused then.
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[int]:
+    """Give a descriptor of *folder*, for names in it; raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_plain(name: str | Path, flags: int, dir_fd: int | None = None) -> int:
+    """
+    Open a file that must be a plain one, with one name.
+
+    Raises:
+        OSError: ELOOP where it is a link, a FIFO, a device.
+    """
+    fd = os.open(name, flags | _PLAIN, 0o600, dir_fd=dir_fd)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.ELOOP, "is no plain file", os.fspath(name))
+    return fd
+
+
+def read_plain(folder: Path, name: str, most: int) -> tuple[bytes, int]:
+    """
+    Read at most *most* bytes of a plain file in *folder*.
+
+    Returns:
+        What it holds, and the uid of its owner.
+    """
+    with opened_folder(folder) as dir_fd:
+        fd = open_plain(name, os.O_RDONLY, dir_fd)
+        with open(fd, "rb") as file:
+            return file.read(most), os.fstat(fd).st_uid
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Write a new file and give it the name, whatever has the name now."""
+    new = f".{name}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with opened_folder(folder) as dir_fd:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=dir_fd)  # of a process that was killed
+        with open(open_plain(new, flags, dir_fd), "wb") as file:
+            file.write(content)
+        os.rename(new, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+
+def check_private(folder: Path, command: str) -> None:
+    """
+    Check that no other user can put a link or a lock into the state directory.
+
+    Only what a command writes as one user, in a directory of another, can do harm.
+
+    Args:
+        folder: the state directory; one that is not there is judged elsewhere.
+        command: the one that is refused, for the hint.
+    Raises:
+        AccessError: it is another user's, or others may write in it.
+    """
+    try:
+        status = folder.stat()
+    except OSError:
+        return
+    if status.st_uid != os.geteuid():
+        owner, us = _user(status.st_uid), _user(os.geteuid())
+        raise AccessError(
+            f"the state directory {folder} belongs to user {owner}, and this is {us}: "
+            "nothing in it is touched",
+            f"sudo -u {owner} nbd-mirror {command} CONFIG, or, if {us} is to serve the "
+            f"volume, chown -R {us} {folder}",
+        )
+    if status.st_mode & 0o022 and stat.S_ISDIR(status.st_mode):
+        raise AccessError(
+            f"other users may write in the state directory {folder}: its files cannot "
+            "be trusted",
+            f"chmod go-w {folder}",
+        )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Where a volume listens: the `listen` key, and the NBD URI that comes of it.
+
+An address is read once, into its parts, so that binding, attaching and printing
+never take text apart a second time and disagree about it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from urllib.parse import quote, urlencode
+
+from pydantic import BaseModel, ConfigDict
+
+from .unix import MAX_UNIX_PATH
+
+__all__ = ["LISTEN_RULE", "Listen", "parse_listen"]
+
+LISTEN_RULE = (
+    '"unix:/absolute/path" (at most 107 bytes), "tcp:HOST:PORT" or "tcp::PORT"'
+)
+
+
+class Listen(BaseModel):
+    """
+    Where the server listens: a unix socket's *path*, or *host* and *port*.
+
+    An empty *host* stands for every address of this host.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI a client on this host connects to."""
+        if self.path is not None:
+            return "nbd+unix:///?" + urlencode(
+                {"socket": self.path}, safe="/", quote_via=quote
+            )
+        host = f"[{self.client_host}]" if ":" in self.host else self.client_host
+        return f"nbd://{host}:{self.port}"
+
+    @property
+    def client_host(self) -> str:
+        """The host to connect to; of a wildcard address, the loopback one."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "localhost"}  # noqa: S104
+        return loopback.get(self.host, self.host)
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
+        return (
+            f"tcp:[{self.host}]:{self.port}"
+            if ":" in self.host
+            else (f"tcp:{self.host}:{self.port}")
+        )
+
+
+def parse_listen(value: object) -> Listen:
+    """
+    Read a listening address.
+
+    Args:
+        value: "unix:/absolute/path" or "tcp:HOST:PORT", IPv6 in brackets, or
+            "tcp::PORT".
+    Raises:
+        ValueError: it is neither; the text says what is allowed.
+    """
+    if isinstance(value, Listen):
+        return value
+    kind, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind == "unix" and rest.startswith("/") and "\0" not in rest:
+        if len(os.fsencode(rest)) > MAX_UNIX_PATH:
+            raise ValueError(
+                f"the path is {len(os.fsencode(rest))} bytes long, "
+                f"at most {MAX_UNIX_PATH} are possible"
+            )
+        return Listen(path=os.path.normpath(rest))
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and ":" in rest and port.isascii() and port.isdigit():
+        if len(port) > 5 or not 1 <= int(port) <= 65535:
+            shown = port if len(port) <= 5 else f"{port[:5]}..."
+            raise ValueError(f"port {shown} is not from 1 to 65535")
+        return Listen(host=_parse_host(host), port=int(port))
+    raise ValueError(f"must be {LISTEN_RULE}")
+
+
+def _parse_host(host: str) -> str:
+    if not host:
+        return ""
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError:
+            raise ValueError(f"{host} is no IPv6 address") from None
+    if ":" in host:
+        raise ValueError('an IPv6 address stands in brackets: "tcp:[::1]:10809"')
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
+        raise ValueError(f"must be {LISTEN_RULE}")
+    return host

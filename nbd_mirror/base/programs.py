@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Find and run other programs: nbdkit, nbd-client, modprobe.
+
+Most lie in /usr/sbin, which is not on every user's PATH; that must not read as
+"not installed".
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from .errors import UnsupportedError
+
+__all__ = ["clean_environment", "find_program", "run"]
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# Where an empty part, or a relative one, is the folder we stand in.
+_SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+
+
+def clean_environment() -> dict[str, str]:
+    """
+    Return the environment for a program, in which nothing leads to the current folder.
+
+    That folder may be another user's, and hold a program, a library or a module that
+    root must not run.
+    """
+    environment = dict(os.environ)
+    for name in _SEARCHED:
+        if name in environment:
+            environment[name] = _absolute(environment[name])
+            if not environment[name]:
+                del environment[name]
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment
+
+
+def _absolute(path: str) -> str:
+    return ":".join(part for part in path.split(":") if part.startswith("/"))
+
+
+def find_program(name: str, package: str) -> str:
+    """
+    Return the path of a program.
+
+    Args:
+        name: of the program.
+        package: the Debian package to name where it is missing.
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    path = f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"
+    found = shutil.which(name, path=_absolute(path))
+    if found is None:
+        raise UnsupportedError(f"{name} is not installed", f"apt-get install {package}")
+    return found
+
+
+def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
+    """
+    Run a program to its end, without input.
+
+    Returns:
+        Its exit status (124 if it was killed when *timeout_s* was over), and
+        what it said, standard error last, in one line.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=clean_environment(),
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"{command[0]} did not end within {timeout_s:g}s"
+    said = " ".join(f"{done.stdout}\n{done.stderr}".split())
+    return done.returncode, said

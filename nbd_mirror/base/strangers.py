@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Talk to a process that may be another user's.
+
+Over a unix socket it can send open files along. The kernel closes those that nobody
+takes, on the thread that receives or closes the socket, and the last close of a file
+may wait for as long as that user likes (csrc/wire/receive.c). A command takes them, or
+leaves the socket open: at its end the kernel closes all without a wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+import termios
+from collections.abc import Iterator
+
+__all__ = ["close", "closing", "receive"]
+
+MAX_FILES = 253  # in a message: the kernel's SCM_MAX_FD
+
+
+def receive(sock: socket.socket, most: int) -> bytes:
+    """
+    Return at most *most* bytes, as `recv` does.
+
+    Raises:
+        ValueError: open files came with them, which no honest process sends.
+        OSError: as `recv`.
+    """
+    room = socket.CMSG_SPACE(MAX_FILES * struct.calcsize("i"))
+    data, control, flags, _ = sock.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
+    if control or flags & socket.MSG_CTRUNC:
+        raise ValueError("it sent open files")
+    return data
+
+
+def close(sock: socket.socket) -> None:
+    """Close a connected socket, unless it holds bytes that nobody has received."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)  # nothing more comes
+    unread = b"\0" * 4
+    with contextlib.suppress(OSError):
+        unread = fcntl.ioctl(sock, termios.FIONREAD, unread)
+    if any(unread):
+        sock.detach()
+    else:
+        sock.close()
+
+
+@contextlib.contextmanager
+def closing(sock: socket.socket) -> Iterator[socket.socket]:
+    """Give *sock*, and close it at the end, as `close` does."""
+    try:
+        yield sock
+    finally:
+        close(sock)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Unix sockets that a server listens on: for its clients, and for commands.
+
+Only the owner may connect, from the moment that the name is there: the mode is set on
+the descriptor before, so no umask of the whole process need change while other threads
+make files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import strangers
+
+__all__ = ["MAX_UNIX_PATH", "answers", "bind", "short_name", "unix_socket"]
+
+MAX_UNIX_PATH = 107  # bytes; sun_path without its NUL
+
+
+def unix_socket() -> socket.socket:
+    """Make one; no program that is started inherits it."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """
+    Give a name of *path* that fits into a socket address.
+
+    A state directory may lie deeper than the 107 bytes an address holds; its
+    entry under /proc/self/fd never does.
+    """
+    if len(os.fsencode(path)) <= MAX_UNIX_PATH:
+        yield os.fspath(path)
+        return
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
+def bind(path: Path, backlog: int) -> socket.socket:
+    """
+    Listen on *path*, where nothing may be.
+
+    Args:
+        backlog: connections that may wait to be accepted.
+    Raises:
+        OSError: it cannot be made.
+    """
+    sock = unix_socket()
+    try:
+        os.fchmod(sock.fileno(), 0o600)
+        with short_name(path) as name:
+            sock.bind(name)
+        sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def answers(path: Path) -> bool:
+    """Say whether a connect to *path* is taken; raises OSError if it may not be."""
+    with short_name(path) as name, strangers.closing(unix_socket()) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(name)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except (TimeoutError, BlockingIOError):
+            return True  # its queue is full: a server has it open
+        return True

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The arguments and options that commands share: apart, as cli.py is long enough."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from ..base.units import parse_duration
+from ..rules.content import BLOCK_SIZES
+
+__all__ = [
+    "BlockSizeOption",
+    "Config",
+    "Door",
+    "JsonOption",
+    "PolicyArgument",
+    "ReadsOption",
+    "RemoteArgument",
+    "duration",
+]
+
+
+class Door(StrEnum):
+    """What serves clients: our own server, or which plugin nbdkit loads."""
+
+    direct = "direct"
+    native = "native"
+    python = "python"
+
+
+class Policy(StrEnum):
+    """What a lost remote means for clients."""
+
+    degrade = "degrade"
+    stop = "stop"
+
+
+class FencedReads(StrEnum):
+    """What a fenced volume answers reads with."""
+
+    serve = "serve"
+    fail = "fail"
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
+]
+RemoteArgument = Annotated[
+    str | None, typer.Argument(metavar="REMOTE", help="Else all of them.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PolicyArgument = Annotated[
+    Policy | None,
+    typer.Argument(metavar="POLICY", help="degrade or stop; else it is shown."),
+]
+ReadsOption = Annotated[
+    FencedReads | None, typer.Option(help="Of policy stop, while it is fenced.")
+]
+
+
+def block_size(text: str) -> str:
+    """Check what an option gives as a block size: one of the kernel's, or auto."""
+    if text not in ("", "auto", *map(str, BLOCK_SIZES)):
+        allowed = ", ".join(map(str, reversed(BLOCK_SIZES)))
+        raise typer.BadParameter(f"{text}: it must be {allowed}, or auto")
+    return text
+
+
+BlockSizeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N",
+        callback=block_size,
+        help="Else what the content needs. Remembered; auto forgets it.",
+    ),
+]
+
+
+def duration(option: str, text: str) -> float:
+    """Return what an option gives as a time, in seconds."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}", param_hint=option) from None

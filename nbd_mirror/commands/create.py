@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Make a volume's state directory.
+
+The engine formats the logs and holds the lock that keeps two of them apart;
+here is what a person can get wrong before: no local disk, a folder of another
+program, a volume that is being served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Collection
+from pathlib import Path
+
+from ..base.errors import (
+    BusyError,
+    ConfigError,
+    ExistsError,
+    FormatError,
+    MirrorError,
+    MissingError,
+    from_errno,
+)
+from ..base.files import check_private
+from ..base.units import format_size
+from ..rules.state import LocalState
+from ..volume.client import serving_pid
+from ..volume.config import STATE_FILES, VolumeConfig, check_links, to_params
+from ..volume.loops import check_remotes
+from ..volume.offline import load_core, read_superblock
+
+__all__ = ["create_volume"]
+
+_OURS = (*STATE_FILES, ".*")  # in the directory, also of a create that was cut short
+
+
+def create_volume(
+    config: VolumeConfig, assume: Collection[str], *, force: bool
+) -> None:
+    """
+    Format the state directory; no byte of the local disk is touched.
+
+    Args:
+        config: of the volume.
+        assume: names of remotes that are copies already, says the operator.
+        force: overwrite an existing state.
+    Raises:
+        ExistsError: there is a state, or something else in the directory.
+        BusyError: the volume is served. MissingError: no local disk.
+        ConfigError: it has another size, or *assume* names no remote.
+    """
+    params = to_params(config, assume)
+    core = load_core()
+    check_links(config)
+    check_remotes(config)
+    _check_local_is_whole(config)
+    _check_local(config)
+    made = _make_folder(config, force)
+    try:
+        core.create(params, force=force)
+    except MirrorError as error:
+        if made:
+            with contextlib.suppress(OSError):
+                config.state_dir.rmdir()  # fails, rightly, where something is in it
+        if isinstance(error, ExistsError):
+            # By force it is refused where local has failed since we looked.
+            error.hint = _bring_back(config) if force else _FORCE
+        raise
+
+
+_FORCE = "nbd-mirror create CONFIG --force (forgets what the remotes miss: all dirty)"
+
+
+def _check_local_is_whole(config: VolumeConfig) -> None:
+    """
+    Check that local misses nothing that was answered, also with force.
+
+    A new volume takes local as the source: what only the remotes have would be lost.
+    """
+    try:
+        peek = read_superblock(config)
+    except MirrorError:
+        return  # no volume, or none that can be read: judged elsewhere
+    if peek.volume.local.state is not LocalState.OK:
+        raise ExistsError(
+            f"refuses to make {config.local} the source: it misses writes that were "
+            "answered while it had failed, and that only the remotes have",
+            _bring_back(config),
+        )
+
+
+def _bring_back(config: VolumeConfig) -> str:
+    return (
+        "nbd-mirror serve CONFIG, then nbd-mirror resume CONFIG local or "
+        "nbd-mirror invalidate CONFIG local\n"
+        f"or, to throw those writes away: rm {config.state}/superblock"
+    )
+
+
+def _check_local(config: VolumeConfig) -> None:
+    local = Path(config.local)
+    try:
+        status = local.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        size = config.size and format_size(config.size, exact=True).removesuffix("iB")
+        hint = f"truncate -s {size.removesuffix('B')} {local}" if size else ""
+        if (config.state_dir / "superblock").exists():
+            uri = config.remotes[0].uri
+            hint = (
+                f"if it was lost, copy it back first: nbdcopy '{uri}' {local}, then "
+                "nbd-mirror create CONFIG --force"
+            )
+        raise MissingError(f"the local disk {local} is not there", hint) from None
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"{local}: {error.strerror}") from None
+    if local.is_dir():
+        raise ConfigError(f"the local disk {local} is a folder")
+    if not local.is_file() and not local.is_block_device():
+        raise ConfigError(
+            f"the local disk {local} is neither a file nor a block device"
+        )
+    if local.is_file() and status.st_size < max(config.size, 1):
+        raise ConfigError(
+            f"the local disk {local} has {status.st_size} bytes, "
+            f"the volume needs {max(config.size, 1)}",
+            f"truncate -s {config.size} {local}" if config.size else "",
+        )
+
+
+def _make_folder(config: VolumeConfig, force: bool) -> bool:
+    """Make the directory, 0700; say whether it is new. Check an existing one."""
+    folder = config.state_dir
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise from_errno(
+            error.errno or 0,
+            f"the state directory {folder} cannot be made: {error.strerror}",
+        ) from None
+    else:
+        return True
+    if not folder.is_dir():
+        raise ExistsError(f"the state directory's path {folder} is no folder")
+    check_private(folder, "create")
+    pid = serving_pid(config)
+    if pid is not None:
+        raise BusyError(
+            f"volume {config.name} is served by process {pid}; its state is in use",
+            "nbd-mirror stop CONFIG",
+        )
+    _check_owner(config)
+    if not force:
+        _check_contents(folder)
+    return False
+
+
+def _check_owner(config: VolumeConfig) -> None:
+    """Another volume's state is not overwritten, also not by force."""
+    try:
+        read_superblock(config)
+    except FormatError as error:
+        if "is the state of volume" in error.message:
+            raise
+    except MirrorError:
+        pass  # none, or one that cannot be read: what --force is for
+
+
+def _check_contents(folder: Path) -> None:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"{folder}: {error.strerror}") from None
+    if "superblock" in names:
+        raise ExistsError(
+            f"refuses to overwrite the volume in {folder} without --force", _FORCE
+        )
+    foreign = [
+        name for name in names if not any(fnmatch.fnmatch(name, ours) for ours in _OURS)
+    ]
+    if foreign:
+        raise ExistsError(
+            f"refuses to use {folder} without --force: "
+            f"it holds other files, such as {sorted(foreign)[0]}",
+            "an empty folder for `state`, or --force (leaves those files alone)",
+        )

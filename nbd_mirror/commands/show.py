@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+How status and maps look in a terminal.
+
+Every state is shown with its reason and the command that helps: a volume that
+is stuck and does not say why is what people complain of in other mirrors.
+Colours only repeat what the words say.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..base.units import format_duration, format_size
+from ..volume.answers import Policy
+from ..volume.config import VolumeConfig
+from ..volume.mapview import DirtyMaps, picture
+from ..volume.status import Disk, Local, Remote, Resync, Status
+from .output import plain
+
+__all__ = [
+    "can_draw_blocks",
+    "describe_policy",
+    "describe_resync",
+    "map_json",
+    "name_volume",
+    "show_map",
+    "show_status",
+    "state_text",
+]
+
+_STYLES = {
+    "in_sync": "green",
+    "ok": "green",
+    "holding": "yellow",
+    "resyncing": "yellow",
+    "paused": "magenta",
+    "out_of_sync": "bold red",
+    "failed": "bold red",
+    "stopped": "bold",
+}
+_SHADE_STYLE = "red"
+LONGEST_RUNS = 10
+
+
+def state_text(state: str) -> Text:
+    """Return a state's word in its colour."""
+    return Text(plain(state), style=_STYLES.get(state, ""))
+
+
+def name_volume(hint: str, asked: str) -> str:
+    """Put what the user calls the volume where a hint says CONFIG."""
+    return hint.replace("CONFIG", shlex.quote(asked))
+
+
+def describe_resync(resync: Resync | None) -> str:
+    """Say how far a disk's resync is, how fast, how long yet; or "" if none runs."""
+    if resync is None:
+        return ""
+    done, total = resync.done_bytes, resync.total_bytes
+    share = 100.0 * done / total if total else 100.0
+    # Rounded down: 100% is said when all is done, and not before.
+    words = [
+        f"{int(share * 10) / 10:.1f}%",
+        f"{format_size(done)} of {format_size(total)}",
+        f"{format_size(resync.bytes_per_s)}/s",
+    ]
+    if resync.growing:
+        words.append("growing: clients dirty more than is copied")
+    elif resync.eta_s is not None:
+        words.append(f"{format_duration(round(resync.eta_s))} left")
+    return ", ".join(words)
+
+
+def describe_policy(answer: Policy, config: VolumeConfig) -> Iterator[str]:
+    """
+    Give the lines for an operator: what is in force, and what the next start takes.
+
+    A server keeps to what it was told until it ends, so the two may differ.
+
+    Args:
+        answer: the server's.
+        config: the file as it is now.
+    """
+    reads = {"serve": "fenced reads are served", "fail": "fenced reads get EIO"}
+    yield f"policy {answer.policy}, {reads[answer.fenced_reads]}"
+    if answer.fenced:
+        yield "  fenced: a remote is out of sync, writes get EIO until it is in_sync"
+    for key in ("policy", "fenced_reads"):
+        configured = getattr(config, key)
+        if configured != getattr(answer, key):
+            yield (
+                f'  until the server ends: the configuration has {key} = "{configured}"'
+            )
+
+
+def show_status(console: Console, status: Status, asked: str) -> None:
+    """
+    Print a volume's status.
+
+    Args:
+        console: where to.
+        status: the volume's.
+        asked: what the user calls the volume, for the hints.
+    """
+    facts = [format_size(status.size), f"policy {status.policy}"]
+    if status.policy == "stop" and status.fenced_reads == "fail":
+        facts += ["fenced reads fail"]
+    if status.pid is not None:
+        facts += [
+            f"{status.door} door, pid {status.pid}",
+            _clients(status.clients, status.max_clients),
+            f"{status.inflight} in flight",
+            _count(status.active_extents, "active extent"),
+        ]
+    head = Text(f"{status.volume}  ", style="bold")
+    _line(console, head, state_text(status.state), f"  {', '.join(facts)}")
+    # A volume is what its worst remote is; what stands there need not stand twice.
+    said = [f"remote {one.name}: {one.reason}" for one in status.remotes]
+    said.append(f"local: {status.local.reason}")
+    if status.reason not in said:
+        _why(console, status, asked)
+    if status.log_lines_lost:
+        lines = _count(status.log_lines_lost, "line")
+        _line(console, f"  log: {lines} lost: it cannot be written, or was too slow")
+    width = max(len(disk.name) for disk in status.disks)
+    _show_local(console, status.local, asked, width)
+    for remote in status.remotes:
+        _show_remote(console, remote, asked, width)
+
+
+def _show_local(console: Console, local: Local, asked: str, width: int) -> None:
+    words = [local.path]
+    if local.state != "ok":
+        words.append(f"{format_size(local.dirty_bytes)} dirty")
+    if local.errors:
+        words.append(_count(local.errors, "error"))
+    if local.repaired_regions:
+        words.append(f"{_count(local.repaired_regions, 'region')} repaired")
+    if local.state != "ok" and local.since:
+        words.append(f"since {local.since}")
+    _line(
+        console,
+        f"  {'local':{width}}  ",
+        state_text(local.state),
+        f"{' ' * (13 - len(local.state))}{', '.join(words)}",
+    )
+    progress = describe_resync(local.resync)
+    if progress:
+        _line(console, f"    resync: {progress}")
+    _why(console, local, asked)
+    if local.last_error:
+        _line(console, f"    last error: {local.last_error}")
+
+
+def _show_remote(console: Console, remote: Remote, asked: str, width: int) -> None:
+    state = remote.state
+    words = [remote.uri, f"{format_size(remote.dirty_bytes)} dirty"]
+    if remote.late_bytes:
+        words.append(f"{format_size(remote.late_bytes)} late")
+    if remote.unflushed_bytes:
+        words.append(f"{format_size(remote.unflushed_bytes)} unflushed")
+    bound_bytes = remote.flush_bound_bytes
+    if bound_bytes and (remote.resync or remote.unflushed_bytes):
+        bound = format_size(bound_bytes)
+        words.append(f"flushed at least every {bound}")
+    if remote.assumed:
+        words.append("assumed")
+    if remote.paused:
+        words.append("paused by an operator")
+    if remote.since:
+        words.append(f"since {remote.since}")
+    _line(
+        console,
+        f"  {remote.name:{width}}  ",
+        state_text(state),
+        f"{' ' * max(13 - len(state), 1)}{', '.join(words)}",
+    )
+    progress = describe_resync(remote.resync)
+    if progress:
+        _line(console, f"    resync: {progress}")
+    _why(console, remote, asked)
+    error = remote.last_error
+    if error and state != "in_sync" and error not in remote.reason:
+        _line(console, f"    last error: {error}")
+
+
+def _why(console: Console, about: Status | Disk, asked: str) -> None:
+    if about.reason:
+        _line(console, f"    why: {about.reason}")
+    if about.hint:
+        _line(console, f"    try: {name_volume(about.hint, asked)}")
+
+
+def _line(console: Console, *parts: str | Text) -> None:
+    text = Text.assemble(*parts)
+    text.plain = plain(text.plain)
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _clients(count: int, most: int | None) -> str:
+    """Name the limit once it is near: most volumes have few clients."""
+    if most is not None and count * 10 >= most * 9:
+        return f"{count} of {_count(most, 'client')}"
+    return _count(count, "client")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def can_draw_blocks(console: Console) -> bool:
+    """Say whether the output can carry block characters."""
+    return console.encoding.lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
+def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
+    """
+    Print a disk's counts, longest runs and the picture of its dirty map.
+
+    Args:
+        console: where to; its width is the picture's.
+        maps: of the remote, or of the local disk.
+        size: of the volume, in bytes; 0 if unknown.
+    """
+    dirty = maps.dirty_regions
+    share = 100.0 * dirty / maps.nr_regions
+    _line(
+        console,
+        Text(maps.remote, style="bold"),
+        f": {_count(dirty, 'dirty region')} of {maps.nr_regions} "
+        f"({share:.1f}%), {format_size(maps.bytes_of(dirty, size))}; "
+        f"a region is {format_size(maps.region_size, exact=True)}",
+    )
+    for name, count in (
+        ("unflushed", maps.unflushed_regions),
+        ("late", maps.late_regions),
+    ):
+        _line(console, f"  {name}: {format_size(maps.bytes_of(count, size))}")
+    runs, total, all_seen = maps.longest_runs(LONGEST_RUNS)
+    if runs:
+        more = "" if all_seen else ", and more that were not looked at"
+        _line(console, f"  {_count(total, 'run')}{more}; the longest:")
+        for run in runs:
+            _line(console, f"    {run}")
+    plain = not can_draw_blocks(console)
+    *cells, legend = picture(maps, max(console.width - 4, 16), plain=plain)
+    for row in cells:
+        _line(console, "  ", Text(row, style=_SHADE_STYLE if dirty else ""))
+    _line(console, f"  {legend}")
+
+
+def map_json(volume: str, maps: Sequence[DirtyMaps]) -> dict[str, Any]:
+    """Return what `inspect --json` prints: counts and longest runs of each map."""
+    found = [_one_map_json(one) for one in maps]
+    return {
+        "volume": volume,
+        "local": next((one for one in found if one["name"] == "local"), None),
+        "remotes": [one for one in found if one["name"] != "local"],
+    }
+
+
+def _one_map_json(maps: DirtyMaps) -> dict[str, Any]:
+    runs, total, all_seen = maps.longest_runs(LONGEST_RUNS)
+    return {
+        "name": maps.remote,
+        "nr_regions": maps.nr_regions,
+        "region_size": maps.region_size,
+        "clean_stop": maps.clean_stop,
+        "dirty_regions": maps.dirty_regions,
+        "unflushed_regions": maps.unflushed_regions,
+        "late_regions": maps.late_regions,
+        "runs": total,
+        "all_runs_seen": all_seen,
+        "longest_runs": [{"offset": run.offset, "length": run.length} for run in runs],
+    }

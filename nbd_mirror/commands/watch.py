@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+`nbd-mirror wait` and `watch`: look at a volume until something is so.
+
+Both ask the server over and over: a status costs it microseconds, and a client
+that is not connected between two questions cannot hold anything up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..base.errors import MetadataFailedError, NotRunningError, WaitTimeoutError
+from ..base.units import format_duration, format_size
+from ..volume.client import ask_status
+from ..volume.config import VolumeConfig
+from ..volume.offline import stopped_status
+from ..volume.status import Disk, Status
+from .output import plain
+from .show import describe_resync, name_volume, state_text
+
+__all__ = ["reached", "status_of", "wait_for", "watch"]
+
+WAIT_POLL_S = 0.1
+WATCH_POLL_S = 0.25
+LAST_ASK_S = 1.0
+STATE_WIDTH = len("out_of_sync")
+
+
+def status_of(config: VolumeConfig, timeout_s: float = 10.0) -> Status:
+    """
+    Return the server's status, or what the logs say if no server answers.
+
+    Raises:
+        MissingError: the volume was not created. FormatError: see stopped_status.
+    """
+    try:
+        return ask_status(config, timeout_s)
+    except NotRunningError:
+        return stopped_status(config)
+
+
+def reached(status: Status, state: str, remote: str | None) -> bool:
+    """
+    Say whether the remote, or without a name each of them, is in *state*.
+
+    The local disk is asked too where all are to be in_sync, which it is when it is
+    ok; and alone where *remote* is "local". Of a volume that is failed itself, no
+    disk is in any other state.
+    """
+    if _metadata_failed(status):
+        return state == "failed"
+    states = [_word(one) for one in _asked(status, state, remote)]
+    return status.pid is not None and all(one == state for one in states)
+
+
+def _asked(status: Status, state: str, name: str | None) -> list[Disk]:
+    """Give the disks whose states count."""
+    found: list[Disk] = [one for one in status.remotes if name in (None, one.name)]
+    if name == "local" or (name is None and state == "in_sync"):
+        found.append(status.local)
+    return found
+
+
+def _word(disk: Disk) -> str:
+    """Give a disk's state, the local one's in a remote's words."""
+    return "in_sync" if disk.state == "ok" else disk.state
+
+
+def wait_for(
+    config: VolumeConfig,
+    state: str,
+    timeout_s: float,
+    remote: str | None,
+    tell: Callable[[str], None],
+) -> None:
+    """
+    Wait until the remote, or without a name each of them, is in *state*.
+
+    A server that does not answer yet is waited for too.
+
+    Raises:
+        WaitTimeoutError: the time was over; it says the present state and why.
+        NotRunningError: no server answered by then. MetadataFailedError: the
+        volume is failed, which only an operator can change.
+    """
+    deadline = time.monotonic() + timeout_s
+    told = False
+    while True:
+        # Also the last question gets its time: a busy host is no silent server.
+        left = max(deadline - time.monotonic(), LAST_ASK_S)
+        try:
+            status = ask_status(config, min(left, 10.0))
+        except NotRunningError:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                tell("no server answers yet; waiting for it")
+            told = True
+        else:
+            if reached(status, state, remote):
+                return
+            if _metadata_failed(status):
+                raise MetadataFailedError(
+                    f"volume {config.name} is failed: {status.reason}",
+                    status.hint,
+                )
+            if time.monotonic() >= deadline:
+                raise _not_reached(status, state, timeout_s, remote)
+        time.sleep(min(WAIT_POLL_S, max(deadline - time.monotonic(), 0)))
+
+
+def _metadata_failed(status: Status) -> bool:
+    """Say whether the volume itself is failed, and not only a disk of it."""
+    others = [disk.state for disk in status.disks]
+    return status.state == "failed" and "failed" not in others
+
+
+def _not_reached(
+    status: Status, state: str, timeout_s: float, remote: str | None
+) -> WaitTimeoutError:
+    lines, hint = [], ""
+    for one in _asked(status, state, remote):
+        if _word(one) != state:
+            why = f": {one.reason}" if one.reason else ""
+            lines.append(f"{one.name} is {_word(one)}{why}")
+            hint = hint or one.hint
+    return WaitTimeoutError(
+        f"not {state} after {format_duration(timeout_s)}: {'; '.join(lines)}", hint
+    )
+
+
+def watch(
+    config: VolumeConfig, console: Console, asked: str, until: str | None
+) -> None:
+    """
+    Show the volume as it changes, until *until* is reached or for ever.
+
+    On a terminal it is a live picture; elsewhere a line for each change.
+
+    Raises:
+        KeyboardInterrupt: the user has seen enough.
+    """
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for status in _statuses(config, until):
+                live.update(_picture(status, asked), refresh=True)
+        return
+    last: list[str] = []
+    for status in _statuses(config, until):
+        lines = list(_lines(status))
+        for line in lines:
+            if line not in last:
+                console.print(
+                    Text(f"{time.strftime('%H:%M:%S')} {plain(line)}"), soft_wrap=True
+                )
+        last = lines
+
+
+def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
+    while True:
+        status = status_of(config)
+        yield status
+        if until is not None and reached(status, until, None):
+            return
+        time.sleep(WATCH_POLL_S)
+
+
+def _lines(status: Status) -> Iterator[str]:
+    """Give one line a remote, with what is worth a new line when it changes."""
+    if status.pid is None:
+        yield f"{status.volume}: {status.reason}"
+        return
+    for disk in _disks(status):
+        words = [f"{disk.name}: {disk.state}"]
+        if disk.dirty_bytes:
+            words.append(f"{format_size(disk.dirty_bytes)} dirty")
+        total = disk.resync.total_bytes if disk.resync else 0
+        if disk.resync and total:
+            # In steps of a tenth, or a log of it would be endless.
+            tenths = 10 * disk.resync.done_bytes // total
+            words = [words[0], f"{tenths * 10}% of {format_size(total)}"]
+        yield ", ".join(words)
+
+
+def _disks(status: Status) -> Sequence[Disk]:
+    """Give the disks to watch: the remotes, and first local unless it is ok."""
+    return status.remotes if status.local.state == "ok" else status.disks
+
+
+def _picture(status: Status, asked: str) -> Group:
+    head = Text.assemble(
+        Text(f"{status.volume}  ", style="bold"),
+        state_text(status.state),
+        f"  {format_size(status.size)}, {status.inflight} in flight, "
+        f"{status.active_extents} active extents",
+    )
+    lines: list[Text | Table | Padding] = [head]
+    disks = _disks(status)
+    name_width = max((len(plain(disk.name)) for disk in disks), default=0)
+    for disk in disks:
+        lines.append(_disk_line(disk, name_width))
+        # Not in a column: on a narrow terminal there is no room for one.
+        for about in (disk.reason, name_volume(disk.hint, asked)):
+            if about:
+                lines.append(Padding(Text(plain(about), style="dim"), (0, 0, 0, 4)))
+    if status.reason:
+        lines.append(Text(plain(status.reason)))
+    return Group(*lines)
+
+
+def _disk_line(disk: Disk, name_width: int) -> Table:
+    bar: ProgressBar | Text = Text(f"{format_size(disk.dirty_bytes)} dirty")
+    if disk.resync:
+        bar = ProgressBar(
+            total=max(disk.resync.total_bytes, 1),
+            completed=disk.resync.done_bytes,
+            width=32,
+        )
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=name_width)
+    table.add_column(min_width=STATE_WIDTH, no_wrap=True)
+    table.add_row(
+        Text(plain(disk.name), style="bold"),
+        state_text(disk.state),
+        bar,
+        Text(describe_resync(disk.resync)),
+    )
+    return table

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Attach a volume to the kernel's own nbd driver, as /dev/nbdN, and detach it.
+
+The device's blocks are of the size that the content needs (content.py), or that the
+operator asks for; that one is remembered.
+
+The device's time-out is finite and longer than anything the server may make a
+request wait for (the hold, eight of the longest deadlines, and 30 s more): a
+lost remote never makes the kernel give up, a lost server never hangs a mount
+for ever.
+
+A server that was started again takes its device back: it gives the kernel a new
+connection, which the requests wait for, and what was not answered is sent again. The
+old server is dead by then, so nothing is carried out twice. nbd-client's `-persist` is
+not used: it would connect again to whatever listens on the address by that time, and
+the kernel fails what is under way.
+
+One connection, unless more are asked for. With more the kernel sends a request that
+timed out again, on another; a server that was frozen may carry out the first sending
+after that, and over a newer write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import math
+import os
+import re
+import time
+
+from ..base.errors import (
+    AccessError,
+    BusyError,
+    ConfigError,
+    MirrorError,
+    MirrorIOError,
+    MissingError,
+    NotRunningError,
+    UnsupportedError,
+)
+from ..base.programs import find_program, run
+from ..rules.content import Choice, Need, choose, need_of
+from ..volume.client import serving_pid
+from ..volume.config import STARVED_DEADLINES, VolumeConfig
+from . import attached, devices, netlink
+from .attached import Attached
+from .handshake import Connection
+
+__all__ = [
+    "attach",
+    "attached_device",
+    "block_size",
+    "check_kernel",
+    "detach",
+    "fails_after_s",
+    "let_go",
+    "take_back",
+    "timeout_s",
+]
+
+# How long requests wait for the server to be started again, seconds.
+RECONNECT_S = 120
+# The time-out of requests that a server which is being stopped may leave unanswered,
+# seconds: the kernel sends them again only when it is over.
+LEFT_S = 2
+TAKE_BACK_S = 10.0  # for the kernel to notice that the old connection is lost
+
+
+def timeout_s(config: VolumeConfig) -> int:
+    """Return the device's time-out for one request, in seconds."""
+    deadline = max(remote.deadline for remote in config.remotes)
+    return 30 + math.ceil(config.hold + STARVED_DEADLINES * deadline)
+
+
+def block_size(size: int, need: Need | None = None) -> int:
+    """
+    Return the device's block size for a volume of *size* bytes.
+
+    4096, unless the content needs others, or that would cut off the volume's end: the
+    kernel rounds down.
+    """
+    return choose(size, 1, need).block
+
+
+def fails_after_s(config: VolumeConfig, connections: int) -> int:
+    """
+    Return the most a request may take before the kernel fails it, in seconds.
+
+    A request that times out on one connection is sent again on the next (Linux,
+    nbd_xmit_timeout in drivers/block/nbd.c), and waits as long there; after the last
+    one it waits for a new connection.
+    """
+    return connections * timeout_s(config) + RECONNECT_S
+
+
+def attach(
+    config: VolumeConfig,
+    size: int,
+    device: str = "",
+    *,
+    connections: int = 1,
+    asked: str = "",
+) -> tuple[str, Choice]:
+    """
+    Attach the volume, and note the device in the state directory.
+
+    One that is attached already stays so; if its server was started anew since, it is
+    given a new connection.
+
+    Args:
+        config: of a volume that is served.
+        size: of the volume, in bytes.
+        device: such as /dev/nbd0; empty: the first free one.
+        connections: from the kernel to the server.
+        asked: block size in bytes; "auto": forget one that was asked for earlier.
+    Returns:
+        The device, as /dev/nbdN, and its block size.
+    Raises:
+        UnsupportedError: the kernel has no nbd, or nbd-client is missing.
+        BusyError: the device is in use, none is free, or the volume is attached
+        otherwise.
+        MissingError: no such device. ConfigError: *asked* cannot be used.
+        MirrorIOError: nbd-client failed.
+    """
+    check_kernel(config)
+    client = find_program("nbd-client", "nbd-client")
+    already = attached_device(config)
+    if already and not asked and device in ("", already):
+        take_back(config)
+        return already, Choice(attached.load(config.state_dir).block_size, "as before")
+    if already:
+        raise BusyError(
+            f"volume {config.name} is attached already, as {already}",
+            "nbd-mirror detach CONFIG",
+        )
+    choice, by_operator = _choose(config, size, asked)
+    name = devices.check_free(device) if device else devices.first_free()
+    rc, said = run(client, *_arguments(config, name, choice.block, connections))
+    if rc:
+        raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
+    devices.set_limits(name)
+    _note(config, name, choice.block, asked=by_operator, connections=connections)
+    _await_servers(name)
+    return f"/dev/{name}", choice
+
+
+def _choose(config: VolumeConfig, size: int, asked: str) -> tuple[Choice, bool]:
+    """Return the block size, and whether an operator asked for it."""
+    before = attached.load(config.state_dir)
+    wanted = int(asked) if asked not in ("", "auto") else None
+    if not asked and before.asked:
+        wanted = before.block_size
+    need, smallest = None, 1
+    try:
+        with Connection(config) as connection:
+            smallest = connection.smallest
+            need = need_of(connection.read, size)
+    except MirrorIOError as error:
+        if wanted is None:
+            raise MirrorIOError(
+                f"{error.message}; the block size cannot be read from the content",
+                "nbd-mirror attach CONFIG --block-size 512",
+            ) from None
+    try:
+        choice = choose(
+            size, smallest, need, asked=wanted, before=before.block_size or None
+        )
+    except ValueError as error:
+        hint = "nbd-mirror attach CONFIG --block-size auto" if wanted else ""
+        raise ConfigError(f"volume {config.name}: {error}", hint) from None
+    return choice, wanted is not None
+
+
+def _arguments(
+    config: VolumeConfig, name: str, block: int, connections: int
+) -> list[str]:
+    if config.listen.path is not None:
+        server = ["-unix", config.listen.path]
+    else:
+        server = [config.listen.client_host, str(config.listen.port)]
+    options = ["-b", str(block), "-t", str(timeout_s(config))]
+    return [*server, f"/dev/{name}", *options, "-C", str(connections)]
+
+
+def _index(device: str) -> int:
+    return int(devices.name_of(device).removeprefix("nbd"))
+
+
+def _await_servers(name: str) -> None:
+    """Have requests wait for a server that is started again, and show partitions."""
+    # A kernel or an nbd-client without netlink: a lost server is an error as before.
+    with contextlib.suppress(OSError):
+        netlink.wait_for_new_socket(_index(name), RECONNECT_S)
+    # The kernel reads the table of partitions at the first open.
+    with contextlib.suppress(OSError):
+        os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC))
+
+
+def let_go(config: VolumeConfig) -> None:
+    """
+    Prepare the volume's device for the end of its server, which is about to be stopped.
+
+    What the kernel sends while the connection ends is lost, and sent again to the next
+    server once its time-out is over. Until then the old server has ended, so the
+    time-out may be short.
+    """
+    device = attached_device(config)
+    if device:
+        with contextlib.suppress(OSError):
+            netlink.set_timeout(_index(device), LEFT_S)
+
+
+def take_back(config: VolumeConfig) -> bool:
+    """
+    Give the volume's device a connection to the server, if that was started anew.
+
+    Returns:
+        False: there is no such device, or it has this very server. A server that goes
+        on could still carry out what the kernel would send again.
+    Raises:
+        MirrorError: the device cannot be given a connection.
+    """
+    if not attached_device(config):
+        return False
+    noted = attached.load(config.state_dir)
+    server = attached.process_identity(serving_pid(config) or 0)
+    if server in ("", noted.server):
+        return False
+    for _ in range(noted.connections):
+        if not _give(config, noted.device, server):
+            return False
+    with contextlib.suppress(OSError):
+        netlink.set_timeout(_index(noted.device), timeout_s(config))
+    attached.save(config.state_dir, dataclasses.replace(noted, server=server))
+    return True
+
+
+def _give(config: VolumeConfig, name: str, server: str) -> bool:
+    """Give a device a connection; False if another process did that for *server*."""
+    with Connection(config) as connection:
+        if connection.size >> 9 != devices.size_of(name):
+            raise MirrorIOError(f"/dev/{name} is of another size than the volume")
+        connection.socket.settimeout(None)
+        until = time.monotonic() + TAKE_BACK_S
+        while attached.load(config.state_dir).server != server:
+            try:
+                netlink.give_socket(_index(name), connection.socket)
+                return True
+            except OSError as error:
+                # The kernel has yet to notice that the old one is lost.
+                if error.errno != errno.ENOSPC or time.monotonic() > until:
+                    raise MirrorIOError(
+                        f"/dev/{name} takes no new connection: {error.strerror}"
+                    ) from None
+            time.sleep(0.05)
+    return False
+
+
+# --- devices -------------------------------------------------------------
+
+
+def check_kernel(config: VolumeConfig) -> None:
+    """
+    Load the kernel's nbd driver if it is not there.
+
+    Raises:
+        UnsupportedError: the kernel has none; the hint shows the other ways.
+        AccessError: not root.
+    """
+    if os.geteuid() != 0:
+        raise AccessError(
+            "only root may attach a device", "sudo nbd-mirror attach CONFIG"
+        )
+    if (devices.SYS_BLOCK / "nbd0").exists():
+        return
+    said = "modprobe is not installed"
+    with contextlib.suppress(UnsupportedError):
+        _, said = run(find_program("modprobe", "kmod"), "nbd")
+    if not (devices.SYS_BLOCK / "nbd0").exists():
+        raise UnsupportedError(
+            f"this kernel has no nbd driver ({said or 'modprobe nbd made no device'}); "
+            "the volume can be used without it",
+            other_ways(config),
+        )
+
+
+def other_ways(config: VolumeConfig) -> str:
+    """Return the commands that use a volume without the kernel's nbd."""
+    uri, folder = config.listen.uri, f"/run/nbd-mirror/{config.name}.fuse"
+    if config.listen.path is not None:
+        server = f"server.type=unix,server.path={config.listen.path}"
+    else:
+        server = (
+            f"server.type=inet,server.host={config.listen.client_host},"
+            f"server.port={config.listen.port}"
+        )
+    node = re.sub(r"[^A-Za-z0-9-]", "-", config.name)[:31]
+    return "\n".join(
+        [
+            "with FUSE and a loop device (packages libnbd-bin, fuse3):",
+            f"  mkdir -p {folder}",
+            f"  nbdfuse {folder} '{uri}' &",
+            f"  until [ -e {folder}/nbd ]; do sleep 0.1; done",
+            f"  mount -o loop {folder}/nbd /mnt    # undo: umount /mnt {folder}",
+            "or give it to QEMU as a disk:",
+            f"  -drive 'file={uri},format=raw,if=virtio,cache=none'",
+            f"  -blockdev driver=nbd,node-name={node},{server} "
+            f"-device virtio-blk-pci,drive={node}",
+        ]
+    )
+
+
+def _note(
+    config: VolumeConfig,
+    name: str,
+    block: int = 0,
+    *,
+    asked: bool = False,
+    connections: int = 1,
+) -> None:
+    server = attached.process_identity(serving_pid(config) or 0)
+    what = Attached(
+        *(
+            block,
+            asked,
+            name,
+            attached.boot_id(),
+            devices.pid_of(name),
+            server,
+            connections,
+        )
+    )
+    try:
+        attached.save(config.state_dir, what)
+    except MirrorIOError as error:
+        raise MirrorIOError(
+            f"/dev/{name} is attached, but {error.message}",
+            f"nbd-mirror detach /dev/{name}",
+        ) from None
+
+
+def attached_device(config: VolumeConfig) -> str:
+    """Return the device the volume is attached to, as /dev/nbdN, or ""."""
+    noted = attached.load(config.state_dir)
+    try:
+        name = devices.name_of(noted.device)
+        # After a reboot, or a detach by hand, the device may be another's.
+        same = (noted.boot_id, noted.pid) == (attached.boot_id(), devices.pid_of(name))
+    except (OSError, MirrorError):
+        return ""
+    return f"/dev/{name}" if same else ""
+
+
+# --- detach --------------------------------------------------------------
+
+
+def detach(config: VolumeConfig | None, device: str = "") -> str:
+    """
+    Detach a volume, or a device by its name.
+
+    Args:
+        config: of the volume; or None, and *device* says which.
+        device: such as /dev/nbd0.
+    Returns:
+        The device, as /dev/nbdN.
+    Raises:
+        BusyError: it is mounted or in other use. NotRunningError: nothing is
+        attached. MirrorIOError: nbd-client failed.
+    """
+    device = attached_device(config) if config is not None else device
+    if not device:
+        assert config is not None
+        raise NotRunningError(f"volume {config.name} is attached to no device")
+    name = devices.name_of(device)
+    if not (devices.SYS_BLOCK / name).exists():
+        raise MissingError(f"there is no device /dev/{name}")
+    if devices.is_free(name):
+        raise NotRunningError(f"/dev/{name} is not attached")
+    user = devices.user_of(name)
+    if user:
+        raise BusyError(f"/dev/{name} is in use: {user}", "umount or release it first")
+    rc, said = run(find_program("nbd-client", "nbd-client"), "-d", f"/dev/{name}")
+    if rc:
+        raise MirrorIOError(f"nbd-client could not detach /dev/{name}: {said}")
+    if config is not None:
+        noted = attached.load(config.state_dir)
+        attached.save(config.state_dir, noted.detached())
+    return f"/dev/{name}"

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The devices of the kernel's nbd driver, as /sys/block shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from pathlib import Path
+
+from ..base.errors import BusyError, MissingError
+
+__all__ = [
+    "check_free",
+    "first_free",
+    "is_free",
+    "name_of",
+    "pid_of",
+    "set_limits",
+    "size_of",
+    "user_of",
+]
+
+SYS_BLOCK = Path("/sys/block")
+MOUNTINFO = Path("/proc/self/mountinfo")
+SWAPS = Path("/proc/swaps")
+
+MAX_SECTORS_KB = 1024  # longest read or write the kernel sends, KiB
+# Longest trim, bytes: the kernel's own 4 GiB may take a slow disk longer than the
+# time-out.
+MAX_TRIM = 32 << 20
+_DEVICE = re.compile(r"(?:/dev/)?(nbd[0-9]{1,4})", re.ASCII)
+
+
+def size_of(name: str) -> int:
+    """Return sectors; 0 is a device without a connection."""
+    try:
+        return int((SYS_BLOCK / name / "size").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def is_free(name: str) -> bool:
+    """Tell whether the device has no connection and is getting none."""
+    return size_of(name) == 0 and not (SYS_BLOCK / name / "pid").exists()
+
+
+def first_free() -> str:
+    """
+    Return the name of the first free device.
+
+    Raises:
+        BusyError: there is none.
+    """
+    names = [
+        path.name for path in SYS_BLOCK.glob("nbd*") if _DEVICE.fullmatch(path.name)
+    ]
+    for name in sorted(names, key=lambda name: int(name[3:])):
+        if is_free(name):
+            return name
+    raise BusyError(
+        f"all {len(names)} nbd devices are in use",
+        "detach one, or load the driver with more: modprobe nbd nbds_max=64",
+    )
+
+
+def check_free(device: str) -> str:
+    """
+    Return the name of *device*, which must be free.
+
+    Raises:
+        MissingError: there is no such device. BusyError: it is in use.
+    """
+    name = name_of(device)
+    if not (SYS_BLOCK / name).exists():
+        raise MissingError(f"there is no device /dev/{name}")
+    if not is_free(name):
+        raise BusyError(
+            f"/dev/{name} is in use", "nbd-mirror attach CONFIG (picks one)"
+        )
+    return name
+
+
+def name_of(device: str) -> str:
+    """
+    Return nbdN for /dev/nbdN.
+
+    Raises:
+        MissingError: it is no name of a whole nbd device.
+    """
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise MissingError(f"{device} is no nbd device; they are called /dev/nbdN")
+    return match[1]
+
+
+def pid_of(name: str) -> str:
+    """Return the process that connected the device, as the kernel has it."""
+    return (SYS_BLOCK / name / "pid").read_text().strip()
+
+
+def set_limits(name: str) -> None:
+    """Bound the longest request that the kernel sends."""
+    queue = SYS_BLOCK / name / "queue"
+    for limit, hardware, wanted in (
+        ("max_sectors_kb", "max_hw_sectors_kb", MAX_SECTORS_KB),
+        ("discard_max_bytes", "discard_max_hw_bytes", MAX_TRIM),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            most = int((queue / hardware).read_text())
+            (queue / limit).write_text(str(min(wanted, most)))
+
+
+def user_of(name: str) -> str:
+    """Say what uses the device or a partition of it: a mount, swap, md, LVM; or ""."""
+    block = SYS_BLOCK / name
+    parts = [block, *(path.parent for path in block.glob(f"{name}p*/dev"))]
+    numbers = {(path / "dev").read_text().strip() for path in parts}
+    for line in MOUNTINFO.read_text().splitlines():
+        fields = line.split()
+        if fields[2] in numbers:
+            where = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+            return f"it is mounted on {where}"
+    for line in SWAPS.read_text().splitlines()[1:]:
+        with contextlib.suppress(OSError):
+            status = Path(line.split()[0]).stat()
+            number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+            if stat.S_ISBLK(status.st_mode) and number in numbers:
+                return "it is used as swap"
+    for part in parts:
+        for holder in sorted((part / "holders").glob("*")):
+            return f"{holder.name} is built on it"
+    return ""

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+How fast resync may go: pure rules, without I/O, clock or thread.
+
+While clients are idle it goes as fast as the link takes it: twice its bandwidth-delay
+product is under way, and no more, or a client that comes back waits behind it. On a
+slow link that is one copy of 64 KiB: two seconds at 256 kbit/s.
+
+While they are not, clients come first without a knob. The engine counts each request as
+disturbed by copying or quiet. `Pace` compares a high percentile of the two, kind by
+kind: what resync does to a mean is nothing against what it does to the slow ones, and
+the mean even falls, as writes of dirty regions have no remote to wait for. It goes up
+and down a ladder of steps, each about twice as much as the one below. A step that was
+too much is not tried again for a while, and longer each time: or the tries alone would
+be the slow requests. Copying takes turns with rests, in which the quiet ones are
+measured. The lowest step copies a sixteenth of the time, so that a resync ends under
+any load.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Counts", "Latency", "Pace", "Plan", "Window", "quantile"]
+
+KIB, MIB = 1 << 10, 1 << 20
+
+Counts = Sequence[int]  # requests by what they took; a bucket is 1/4 of an octave
+_FIRST_NS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """What the engine has counted since its start: a histogram for each kind."""
+
+    quiet: Sequence[Counts]
+    disturbed: Sequence[Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Copies in flight, bytes of each, and the turns of copying and rest (seconds)."""
+
+    depth: int
+    copy_bytes: int
+    burst_s: float = 0.0
+    rest_s: float = 0.0
+
+
+def _bound_s(bucket: float) -> float:
+    """Give the lower bound of a bucket, or a point within."""
+    octave, quarter = divmod(bucket, 4)
+    return float(_FIRST_NS * 2.0**octave * (1 + quarter / 4) / 1e9)
+
+
+def quantile(counts: Sequence[float], share: float) -> float:
+    """Give the seconds that *share* of the requests took at most; 0 for none."""
+    rank, below = share * sum(counts), 0.0
+    for bucket, count in enumerate(counts):
+        if count > 0 and below + count >= rank:
+            return _bound_s(bucket + (rank - below) / count)
+        below += count
+    return 0.0
+
+
+class Window:
+    """
+    How many bytes to have under way on a link without other users.
+
+    It finds a link's rate as BBR does (Cardwell and others, "BBR: Congestion-Based
+    Congestion Control", 2016). At first the window bounds the rate, and the link stands
+    idle. So the window grows by what is answered, which doubles it in each round, until
+    the rate stands still for some rounds. From then on it follows the best of the last
+    rates: answers come in bursts, and a flush or a busy machine holds them up, so that
+    one low rate says nothing of the link.
+
+    With one copy under way a long way looks like a slow link: its answer takes as long
+    on either. So two are tried now and then. Else a link that was slow for a while
+    would never be filled again.
+    """
+
+    FIRST = MIB  # 8 s at 1 Mbit/s
+    LEAST, MOST = 64 * KIB, 64 * MIB
+    LEAST_COPY = 64 * KIB
+    # So long for one copy: the link is slow, and what was sent at first is too much.
+    SLOW_S = 1.0
+    # On a short way more than the product: what the far side takes in a moment keeps
+    # it busy while we are not scheduled.
+    MOMENT_S, MOMENT_MOST = 0.02, 2 * MIB
+    GROWTH = 1.25  # of the rate in a round: the link is not full yet
+    FULL_ROUNDS = 3  # without such growth: it is
+    PERIODS = 4  # times of an answer that a rate is measured over once it is full
+    RATES = 4  # the last ones, of which the best counts
+    LONE_RATES = 8  # with one copy under way, before two are tried
+
+    def __init__(self) -> None:
+        """Begin with little, as the link may be slow."""
+        self.bytes = self.FIRST
+        self._full = False
+        self._stood = 0  # rounds in which the rate stood still
+        self._rates: deque[float] = deque(maxlen=self.RATES)
+        self._lone = 0  # rates in a row that asked for one copy
+        self._opened = self.FIRST  # what `bytes` was when the rate began
+        self._grown_by = 0  # answered bytes that the window has grown by
+        self._since: tuple[float, int] | None = None
+        self._answer_s = 0.0
+
+    def restart(self) -> None:
+        """
+        Forget when the last rate began: copying was interrupted.
+
+        And by what the window has grown since: nothing tells whether the link took it.
+        """
+        if self._since is not None and not self._full:
+            self.bytes = min(self.bytes, self._opened)
+        self._since = None
+
+    def update(self, now: float, answered_bytes: int, answer_s: float) -> None:
+        """
+        Take the running count of bytes answered and the shortest time of a copy.
+
+        Args:
+            answer_s: in the present call, seconds; 0 if none was answered yet.
+        """
+        if answer_s <= 0:
+            return
+        if self._since is None or answered_bytes < self._since[1]:
+            self._since, self._answer_s = (now, answered_bytes), answer_s
+            self._grown_by, self._opened = answered_bytes, self.bytes
+            if answer_s > self.SLOW_S:
+                self.bytes = self.LEAST
+            return
+        # A new call begins with an empty link and measures anew, so only grow slowly.
+        self._answer_s = min(answer_s, self._answer_s * 1.1)
+        if not self._full:
+            self.bytes = min(self.bytes + answered_bytes - self._grown_by, self.MOST)
+            self._grown_by = answered_bytes
+        then, before = self._since
+        periods = self.PERIODS if self._full else 1
+        if now - then < periods * self._answer_s or answered_bytes == before:
+            return
+        self._take_rate((answered_bytes - before) / (now - then))
+        self._since, self._opened = (now, answered_bytes), self.bytes
+
+    def _take_rate(self, rate: float) -> None:
+        """Judge by one more rate (bytes per second) whether the window is right."""
+        if not self._full:
+            grew = not self._rates or rate >= self.GROWTH * max(self._rates)
+            self._stood = 0 if grew else self._stood + 1
+            self._full = self._stood >= self.FULL_ROUNDS
+        self._rates.append(rate)
+        if self._full:
+            self.bytes = self._wanted(max(self._rates))
+            self._try_two()
+
+    def _try_two(self) -> None:
+        """Have two copies under way for a rate, where one has been for some rates."""
+        self._lone = self._lone + 1 if self.bytes == self.LEAST else 0
+        # On a slow link a client that comes back would wait for the second one.
+        if self._lone >= self.LONE_RATES and self._answer_s < self.SLOW_S:
+            self.bytes, self._lone = 2 * self.LEAST_COPY, 0
+
+    def _wanted(self, rate: float) -> int:
+        """Give twice the bytes under way at *rate*, in whole copies."""
+        moment = min(rate * self.MOMENT_S, self.MOMENT_MOST)
+        # The time of the copy's own bytes is no way: on a slow link it is nearly all,
+        # and what is under way is what a client waits behind.
+        way_s = max(self._answer_s - self.LEAST_COPY / rate, 0.0)
+        wanted = max(2 * rate * way_s + self.LEAST_COPY, moment)
+        copies = round(wanted / self.LEAST_COPY)
+        return min(max(copies * self.LEAST_COPY, self.LEAST), self.MOST)
+
+
+class _Baseline:
+    """The last quiet requests of one kind, as a histogram; older ones weigh less."""
+
+    MOST = 2000  # requests remembered
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = [0.0] * len(counts)
+        self.total = 0.0
+        self.add(counts)
+
+    def add(self, counts: Counts) -> None:
+        old = self.counts
+        total = self.total + sum(counts)
+        keep = min(self.MOST / total, 1.0) if total > 0 else 1.0
+        self.counts = [(a + b) * keep for a, b in zip(old, counts, strict=True)]
+        self.total = total * keep
+
+
+class Pace:
+    """How much to copy at once, given how clients' requests fare."""
+
+    SLOWDOWN = 1.4  # what a high percentile may grow by
+    IDLE_S = 0.5  # without a request: no client is at work
+    LEAST_COPY, MOST_COPY = 64 * KIB, MIB
+    SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the time: the ladder's lowest steps
+    BUSY_SHARE = 0.9  # of all above
+    FIRST_STEP = len(SHARES)
+    LEAST_REST_S, MOST_REST_S = 0.01, 0.25
+    REST_TIMES = 4  # of a request, so that some lie wholly within a rest
+    # What a client's request takes outside the engine: sockets and wake-ups.  Beside
+    # it, that a read from memory takes 20 us in the place of 5 is nothing.
+    OUTSIDE_S = 100e-6
+    ENOUGH, FEW, FEWEST = 400, 40, 3  # of a kind to judge by: at once,
+    FEW_S, FEWEST_S = 0.5, 2.0  # after so long, and after this
+    RETRY_S, MOST_RETRY_S = 1.0, 16.0
+
+    def __init__(self) -> None:
+        """Begin as if a client were there: one turn of `judge` tells."""
+        self.window = Window()
+        self._seen: Latency | None = None
+        self._request_at: float | None = None  # when one was seen last
+        self._baselines: list[_Baseline] = []
+        self._pool: list[list[int]] = []  # disturbed ones on this step
+        self._pooled_since: float | None = None
+        self._step = self.FIRST_STEP
+        self._ceiling: int | None = None  # a step that was too much
+        self._retry_at, self._retry_s = 0.0, self.RETRY_S
+        self._busy = True
+
+    @property
+    def plan(self) -> Plan:
+        """What to do until `judge` is asked again."""
+        if self._busy:
+            return self._busy_plan()
+        return self.sized(self.window.bytes, 8)
+
+    def judge(
+        self, now: float, latency: Latency, answered_bytes: int, answer_s: float
+    ) -> Plan:
+        """
+        Take what the engine has counted by *now*, and plan on.
+
+        Args:
+            latency: counted since the start.
+            answered_bytes, answer_s: as for `Window.update`.
+        """
+        requests = self._take(latency)
+        if self._request_at is None or requests:
+            self._request_at = now if requests else now - self.IDLE_S
+        was_busy, self._busy = self._busy, now - self._request_at < self.IDLE_S
+        if self._busy:
+            self.window.restart()
+            if not was_busy:
+                self._start_over(now)
+            self._climb(now)
+        else:
+            self.window.update(now, answered_bytes, answer_s)
+        return self.plan
+
+    def _take(self, latency: Latency) -> bool:
+        """Put what is new where it belongs; says whether there was anything."""
+        seen, self._seen = self._seen, latency
+        if seen is None:
+            # What was quiet before the resync began tells most of all.
+            self._baselines = [_Baseline(one) for one in latency.quiet]
+            self._pool = [[0] * len(one) for one in latency.disturbed]
+            return False
+        new = False
+        for kind, baseline in enumerate(self._baselines):
+            quiet = _grown(seen.quiet[kind], latency.quiet[kind])
+            disturbed = _grown(seen.disturbed[kind], latency.disturbed[kind])
+            if any(quiet):
+                baseline.add(quiet)
+            pool = self._pool[kind]
+            self._pool[kind] = [a + b for a, b in zip(pool, disturbed, strict=True)]
+            new = new or any(quiet) or any(disturbed)
+        return new
+
+    def _start_over(self, now: float) -> None:
+        """Judge the step only by what comes from now on."""
+        self._pool = [[0] * len(one) for one in self._pool]
+        self._pooled_since = now
+
+    def _climb(self, now: float) -> None:
+        """Go a step up or down, once enough is known of the present one."""
+        if self._pooled_since is None:
+            self._pooled_since = now
+        slowdown = self._slowdown(now - self._pooled_since)
+        if slowdown is None:
+            return
+        self._start_over(now)
+        if slowdown > self.SLOWDOWN:
+            self._ceiling = self._step
+            self._retry_at = now + self._retry_s
+            self._retry_s = min(2 * self._retry_s, self.MOST_RETRY_S)
+            self._step = max(self._step - (2 if slowdown > 2 else 1), 0)
+            return
+        if self._ceiling is not None and self._step >= self._ceiling:
+            # It is all right now: the load has changed.
+            self._ceiling, self._retry_s = None, self.RETRY_S
+        known = self._ceiling is None or self._step + 1 < self._ceiling
+        if known or now >= self._retry_at:
+            self._step = min(self._step + 1, self._top)
+
+    def _slowdown(self, elapsed_s: float) -> float | None:
+        """
+        Say by what factor slow requests became slower, of the kind that suffers most.
+
+        The percentile is as high as the number of requests lets it be: the two worst
+        ones prove nothing. None: not enough is known.
+        """
+        worst = None
+        enough = self.ENOUGH
+        if elapsed_s >= self.FEW_S:
+            enough = self.FEWEST if elapsed_s >= self.FEWEST_S else self.FEW
+        for baseline, pool in zip(self._baselines, self._pool, strict=True):
+            number = min(sum(pool), baseline.total)
+            if number < enough:
+                if any(pool) and elapsed_s < self.FEW_S:
+                    return None  # this kind may be the one that suffers
+                continue
+            share = 1 - max(0.01, 2 / number)
+            quiet_s = quantile(baseline.counts, share) + self.OUTSIDE_S
+            factor = (quantile(pool, share) + self.OUTSIDE_S) / quiet_s
+            worst = factor if worst is None else max(worst, factor)
+        return worst
+
+    # --- steps ---
+
+    @property
+    def _top(self) -> int:
+        sizes = max(self.window.bytes // self.LEAST_COPY, 1).bit_length()
+        return len(self.SHARES) + sizes - 1
+
+    def _busy_plan(self) -> Plan:
+        step = min(self._step, self._top)
+        size, share = self.LEAST_COPY, self.BUSY_SHARE
+        if step < len(self.SHARES):
+            share = self.SHARES[step]
+        else:
+            size <<= step - len(self.SHARES)
+        sized = self.sized(size, 2)
+        rest_s = self._rest_s()
+        burst_s = rest_s * share / (1 - share)
+        if burst_s < self.LEAST_REST_S:
+            burst_s = self.LEAST_REST_S
+            rest_s = burst_s * (1 - share) / share
+        return Plan(sized.depth, sized.copy_bytes, burst_s, rest_s)
+
+    def _rest_s(self) -> float:
+        """Give a rest that is long enough to hold whole requests."""
+        took_s = max(
+            (quantile(one.counts, 0.5) for one in self._baselines if one.total > 0),
+            default=max((quantile(one, 0.5) for one in self._pool), default=0.0),
+        )
+        return min(max(self.REST_TIMES * took_s, self.LEAST_REST_S), self.MOST_REST_S)
+
+    @classmethod
+    def sized(cls, under_way: int, depth: int) -> Plan:
+        """Cut what is to be under way into about *depth* copies."""
+        copy_bytes = cls.LEAST_COPY
+        while copy_bytes < cls.MOST_COPY and copy_bytes * depth < under_way:
+            copy_bytes *= 2
+        return Plan(max(under_way // copy_bytes, 1), copy_bytes)
+
+
+def _grown(before: Counts, now: Counts) -> list[int]:
+    """Subtract two readings of counters; they are not of one instant."""
+    return [max(b - a, 0) for a, b in itertools.zip_longest(before, now, fillvalue=0)]

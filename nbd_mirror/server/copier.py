@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+One resync's copying: where it is, and how fast it goes on.
+
+The engine copies in calls of many seconds, because the end of each leaves the link idle
+for a while. `Pace` decides meanwhile, in a thread of its own, and the engine takes the
+new pace from the next copy on; this carries the figures between the three.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..rules.pace import Latency, Pace, Plan
+from ..volume.model import Batch
+
+__all__ = ["Copier", "Copying"]
+
+CALL_S = 10.0  # a call at most: what else its thread has to do waits so long
+TICK_S = 0.05  # between two looks at how clients fare
+FIRST_TICK_S = 0.02
+MAX_BYTES = 1 << 62  # a call ends by time
+BUSY_FIRST_S, BUSY_LAST_S = 0.05, 1.0  # rests while clients hold all dirty regions
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """
+    How a disk's dirty regions are copied: methods of the engine for that disk.
+
+    Args:
+        copy: from a region on, at most so many bytes and seconds, at a pace.
+        set_pace: of the call that is under way.
+        answered: bytes copied since the start, the shortest time of a copy (seconds).
+        latency: of clients' requests, since the start.
+    """
+
+    copy: Callable[[int, int, float, Plan], Batch]
+    set_pace: Callable[[Plan], None]
+    answered: Callable[[], tuple[int, float]]
+    latency: Callable[[], Latency]
+
+
+class Copier:
+    """Copies a disk's dirty regions, a call after the other, round and round."""
+
+    def __init__(self, copying: Copying, clock: Callable[[], float]) -> None:
+        self._copying = copying
+        self._clock = clock
+        self._pace = Pace()  # a call's thread uses it while the call is under way
+        self._next_region = 0
+        self._empty_rounds = 0
+
+    def copy(self) -> tuple[Batch, float]:
+        """
+        Copy until there is no more to do, or for some seconds. Blocks.
+
+        Returns:
+            What was done, and the seconds to wait before the next call.
+        """
+        first = self._next_region
+        # Before the call, which would else begin as if a client were there.
+        plan = self._judge()
+        with self._keep_pace():
+            batch = self._copying.copy(first, MAX_BYTES, CALL_S, plan)
+        self._next_region = batch.next_region
+        return batch, self._rest_s(first, batch.copied_bytes)
+
+    @contextlib.contextmanager
+    def _keep_pace(self) -> Iterator[None]:
+        """Change the pace of the call that is made meanwhile, as `Pace` says."""
+        over, at_work = threading.Event(), threading.Lock()
+        # Not by threading.Thread, whose start() waits for the thread for ever if that
+        # dies at once, as it may when memory is out. Without one the call goes on as it
+        # began, which is gently.
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(self._drive, (over, at_work))
+        try:
+            yield
+        finally:
+            over.set()
+            with at_work:
+                pass
+
+    def _drive(self, over: threading.Event, at_work: threading.Lock) -> None:
+        tick_s = FIRST_TICK_S
+        with at_work, contextlib.suppress(MemoryError):
+            while not over.wait(tick_s):
+                # Also if it is what it was: the call may have begun only now.
+                self._copying.set_pace(self._judge())
+                tick_s = TICK_S
+
+    def _judge(self) -> Plan:
+        latency, answered = self._copying.latency(), self._copying.answered()
+        return self._pace.judge(self._clock(), latency, *answered)
+
+    def _rest_s(self, first: int, copied_bytes: int) -> float:
+        """
+        Give no rest, but after an empty round.
+
+        A call from the first region on that copied nothing found them all clean,
+        which ends the resync, or held by clients: asking again at once would spin.
+        """
+        if copied_bytes > 0:
+            self._empty_rounds = 0
+        elif first == 0:
+            self._empty_rounds += 1
+        if self._empty_rounds == 0:
+            return 0.0
+        return min(BUSY_FIRST_S * 2.0 ** (self._empty_rounds - 1), BUSY_LAST_S)

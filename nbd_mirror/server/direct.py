@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The direct door's process: `python -m nbd_mirror.server.direct CONFIG`.
+
+`serve` execs it. The listening sockets are handed to it as descriptors 3, 4 ...
+Clients are served in C (csrc/doors/direct_server.c), while the main thread waits
+there; Python keeps the volume.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..base.errors import MetadataFailedError
+from ..volume.core import Server, start_log
+from .process import log, or_exit
+from .volume import Volume
+
+__all__ = ["main"]
+
+_LISTEN_FD = 3
+_DRAIN_S = 1.0  # for requests that wait for a remote: the engine's stop ends that
+
+
+def main(path: str) -> None:
+    """Serve the volume of the configuration at *path* until it is told to end."""
+    or_exit(start_log)
+    ended: list[Server] = []
+
+    def shutdown() -> None:
+        for server in ended:
+            server.end()
+
+    def drain() -> None:
+        for server in ended:
+            server.drain(_DRAIN_S)
+
+    volume = or_exit(lambda: Volume.open(path, "direct", shutdown, drain))
+    server = or_exit(lambda: _make_server(volume))
+    ended.append(server)
+    or_exit(volume.serve)
+    or_exit(server.run)
+    clean = volume.stop()  # a late `end` may still come, so nothing is freed
+    sys.exit(0 if clean else MetadataFailedError.exit_code)
+
+
+def _make_server(volume: Volume) -> Server:
+    config = volume.config
+    server = Server(
+        volume.engine,
+        range(_LISTEN_FD, _LISTEN_FD + int(os.environ.get("LISTEN_FDS", "1"))),
+        max_clients=config.max_clients,
+        max_memory=config.max_memory,
+    )
+    volume.max_clients = server.max_clients
+    if server.max_clients < config.max_clients:
+        log(
+            "warning",
+            f"volume {config.name}: max_clients is {config.max_clients}, but the limit "
+            f"of open files leaves room for {server.max_clients} clients",
+        )
+    return server
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

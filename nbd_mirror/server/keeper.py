@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The keeper: the thread that keeps one remote connected and brings it up to date.
+
+It reads the facts, asks `state.next_step` what to do, does it, and begins again. All
+waiting is done in the engine's `wait_event`, without the GIL, which ends at any change
+of the remote: so operator commands go straight to the engine and need no queue here.
+The keeper is the only one that connects, compares, admits and copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import random as _random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..base.errors import MirrorError
+from ..rules.state import (
+    Action,
+    Facts,
+    RemoteState,
+    Step,
+    backoff_s,
+    describe,
+    hold_retry_s,
+    next_step,
+)
+from ..volume.model import RemoteStatus
+from ..volume.report import RemoteView
+from .copier import Copying
+from .disk_keeper import DiskKeeper, Log
+
+if TYPE_CHECKING:
+    from ..volume.core import Engine
+
+__all__ = ["Keeper", "RemotePolicy"]
+
+SAMPLE_S = 5.0  # for the sample, but no longer than requests are held
+MIN_CONNECT_S = 0.2
+STEADY_S = 1.0  # a connection lost sooner counts as a failed attempt
+
+_LEVELS = {
+    RemoteState.IN_SYNC: "info",
+    RemoteState.RESYNCING: "info",
+    RemoteState.PAUSED: "info",
+    RemoteState.HOLDING: "warning",
+    RemoteState.OUT_OF_SYNC: "warning",
+    RemoteState.FAILED: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePolicy:
+    """What the configuration says of a remote, as far as its keeper is concerned."""
+
+    name: str
+    uri: str
+    deadline_s: float
+    hold_s: float
+    late_window_s: float
+
+
+class Keeper(DiskKeeper):
+    """
+    Keeps the remote of index *remote*.
+
+    Args:
+        refuse: says why a uri must not be connected to, or "".
+        clock: gives seconds, monotonic.
+        random: gives numbers in [0, 1).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        remote: int,
+        policy: RemotePolicy,
+        log: Log,
+        *,
+        refuse: Callable[[str], str] = lambda _: "",
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        super().__init__(
+            engine,
+            f"remote {policy.name}",
+            f"keeper {policy.name}",
+            log,
+            clock=clock,
+            random=random,
+        )
+        self._remote = remote
+        self._policy = policy
+        self._refuse_uri = refuse
+        # Only the thread uses these.
+        self._seen: RemoteStatus | None = None  # at the last turn
+        self._attempt = 0  # failed ones since the last progress
+        self._admitted_at = 0.0
+        self._progressed = False  # on this connection
+        self._explained = ""
+        # The lock guards what status reads beside the thread.
+        self._uri = policy.uri
+        self._retry_at = clock()
+        self._late_until = 0.0
+        self._last_error = ""  # the last one ever
+        self._connecting = False
+        self._asked = False  # to try at once, since the attempt under way began
+        self._in_use = False  # admitted, and not noticed lost since
+
+    def retry_now(self, uri: str) -> None:
+        """Try *uri* at once; the caller makes the engine wake the thread."""
+        with self._lock:
+            self._uri = uri
+        self.forget_error()
+
+    def forget_error(self) -> None:
+        """Try at once, and give no old reason; the caller wakes the thread."""
+        with self._lock:
+            self._retry_at = self._clock()
+            self._error = ""
+            self._asked = True
+
+    def view(self) -> RemoteView:
+        """Report the remote as it is now. Does not block on I/O."""
+        status = self._engine.remote_status(self._remote)
+        with self._lock:
+            facts = self._facts(status)
+            last_error = self._last_error or self._error
+            return RemoteView(facts, status, self._uri, self._progress, last_error)
+
+    # --- the loop ---
+
+    def _look_and_act(self) -> None:
+        status = self._engine.remote_status(self._remote)
+        self._observe(status)
+        with self._lock:
+            facts = self._facts(status)
+        self._act(next_step(facts), status)
+
+    def _recover(self, words: str) -> None:
+        self._note_failure(words)
+        wait_s = max(self._retry_at - self._clock(), 0.0)
+        serial = self._engine.remote_status(self._remote).serial
+        self._engine.wait_event(self._remote, serial, wait_s)
+
+    def _act(self, step: Step, status: RemoteStatus) -> None:
+        if step.action is Action.CONNECT:
+            self._connect(status)
+        elif step.action is Action.RELEASE_LATE:
+            self._engine.release_late(self._remote)
+        elif step.action is Action.RESYNC:
+            self._resync()
+            return
+        else:
+            self._engine.wait_event(self._remote, status.serial, step.wait_s)
+        # What was waited for knowingly is no stall.
+        with self._lock:
+            if self._progress is not None and not self._error:
+                self._progress.waited(self._clock())
+
+    def _facts(self, status: RemoteStatus) -> Facts:
+        """Put together what is known; the lock is held."""
+        now = self._clock()
+        volume = self._engine.status()
+        dirty = volume.bytes_of(status.dirty_regions)
+        return Facts(
+            name=status.name,
+            state=status.state,
+            paused=status.paused,
+            assumed=status.assumed,
+            admitted=status.admitted,
+            dirty_bytes=dirty,
+            late_bytes=volume.bytes_of(status.late_regions),
+            outstanding=status.outstanding,
+            reason=status.reason,
+            last_error=self._error,
+            connecting=self._connecting,
+            retry_s=max(self._retry_at - now, 0.0),
+            late_s=max(self._late_until - now, 0.0),
+            stalled_s=self._update_progress(dirty, status.copied_bytes),
+            volume_failed=volume.failed,
+        )
+
+    # --- what changed ---
+
+    def _observe(self, status: RemoteStatus) -> None:
+        """Take notice of what changed since the last turn, and say so."""
+        seen, self._seen = self._seen, status
+        # Not by what was seen last: it may have come and gone in between.
+        if self._in_use and not status.admitted:
+            self._in_use = False
+            self._lost(status)
+        if status.admitted and status.state is RemoteState.IN_SYNC:
+            self._note_progress()
+        with self._lock:
+            facts = self._facts(status)
+        under_way = status.state in (RemoteState.RESYNCING, RemoteState.PAUSED)
+        self._follow_resync(
+            facts.dirty_bytes,
+            status.copied_bytes,
+            copying=status.admitted and under_way,
+            in_sync=status.state is RemoteState.IN_SYNC,
+        )
+        if seen is None or seen.state is not status.state:
+            reason, _ = describe(facts)
+            before = f"{seen.state.value} -> " if seen is not None else ""
+            because = f": {reason}" if reason else ""
+            line = f"{self._title}: {before}{status.state.value}{because}"
+            self._log(_LEVELS[status.state], line)
+
+    def _lost(self, status: RemoteStatus) -> None:
+        """
+        Plan the next attempt after a connection was lost.
+
+        At once if it had been of use for a while. Else the back-off goes on growing:
+        a server may take connections and no data, or close each once it is in use. An
+        operator may have asked for an attempt since it was lost: that counts.
+        """
+        words = status.reason or "the connection was lost"
+        self._log("warning", f"{self._title}: disconnect: {words}")
+        now = self._clock()
+        if self._progressed and now - self._admitted_at >= STEADY_S:
+            self._attempt, wait_s = 0, 0.0
+        else:
+            self._attempt += 1
+            wait_s = backoff_s(self._attempt, self._random())
+            if status.state is RemoteState.HOLDING:
+                # Requests wait for it, and the hold is not to pass without an attempt.
+                wait_s = min(wait_s, self._policy.hold_s / 2)
+        self._plan_retry(words, wait_s)
+
+    def _plan_retry(self, words: str, wait_s: float) -> None:
+        """Remember why it does not work; the next attempt may be made in *wait_s*."""
+        with self._lock:
+            if self._asked:  # perhaps at another uri than the one that failed
+                self._asked, wait_s = False, 0.0
+            self._error = self._last_error = words
+            self._retry_at = self._clock() + wait_s
+
+    def _copying(self) -> Copying:
+        engine, remote = self._engine, self._remote
+
+        def answered() -> tuple[int, float]:
+            status = engine.remote_status(remote)
+            return status.answered_bytes, status.answer_s
+
+        return Copying(
+            copy=functools.partial(engine.resync, remote),
+            set_pace=functools.partial(engine.resync_pace, remote),
+            answered=answered,
+            latency=engine.latency,
+        )
+
+    def _note_progress(self) -> None:
+        self._progressed = True
+        with self._lock:
+            self._error = ""
+
+    def _note_failure(self, words: str) -> None:
+        """Remember why an attempt failed, and when the next may be made."""
+        state = self._engine.remote_status(self._remote).state
+        if state is RemoteState.HOLDING:
+            wait_s = hold_retry_s(self._random())
+        else:
+            self._attempt += 1
+            wait_s = backoff_s(self._attempt, self._random())
+        self._say_failure(words)
+        self._plan_retry(words, wait_s)
+
+    # --- connecting ---
+
+    def _connect(self, status: RemoteStatus) -> None:
+        with self._lock:
+            uri, self._connecting, self._asked = self._uri, True, False
+        try:
+            self._connect_to(uri, status)
+        finally:
+            with self._lock:
+                self._connecting = False
+
+    def _connect_to(self, uri: str, status: RemoteStatus) -> None:
+        why = self._refuse_uri(uri)
+        if why:
+            self._explain(f"{uri}: {why}")
+            return
+        timeout_s, sample_s = self._policy.deadline_s, SAMPLE_S
+        if status.state is RemoteState.HOLDING:
+            # An attempt that outlasts the hold is of no use to the requests that wait.
+            timeout_s = max(min(timeout_s, self._policy.hold_s), MIN_CONNECT_S)
+            sample_s = self._policy.hold_s / 2
+        try:
+            self._engine.connect(self._remote, uri, timeout_s)
+        except MirrorError as error:
+            self._explain(f"{uri}: {error}")
+            return
+        try:
+            self._check_and_admit(uri, sample_s)
+        except MirrorError as error:
+            words = f"{uri}: connected, but not usable: {error}"
+            self._engine.drop(self._remote, words)
+            self._explain(words)
+        except Exception as error:
+            # A bug of ours must not leave a connection that no thread uses or ends.
+            self._engine.drop(self._remote, f"internal error: {error!r}")
+            raise
+
+    def _check_and_admit(self, uri: str, budget_s: float) -> None:
+        sample = self._sample(self._remote, budget_s)
+        if sample.differs is None:
+            self._admit(uri, sample.same)
+        else:
+            self._refuse(uri, sample.differs)
+
+    def _explain(self, words: str) -> None:
+        self._note_failure(words)
+        if words != self._explained:
+            self._explained = words
+            self._engine.explain(self._remote, words)
+
+    def _refuse(self, uri: str, region: int) -> None:
+        """Make the remote failed: one of the two is not what it was; write nothing."""
+        offset = region * self._engine.status().region_size
+        where = f"region {region} (offset {offset}) differs; nothing was written to it"
+        # The address comes last: it may be longer than the engine keeps.
+        words = f"this is not the disk that was left, or local is not: {where}: {uri}"
+        with self._lock:
+            self._error = self._last_error = words
+        self._engine.fail(self._remote, words)
+        with self._lock:
+            asked = self._asked
+        if asked:
+            # An operator said meanwhile that it may be used again, perhaps elsewhere:
+            # what counts is an attempt that begins after that. One that comes after
+            # this look finds the remote failed, and resets it.
+            self._engine.reset(self._remote)
+            self._plan_retry(words, 0.0)
+
+    def _admit(self, uri: str, same: int) -> None:
+        now = self._clock()
+        self._admitted_at, self._progressed, self._explained = now, False, ""
+        with self._lock:
+            # Before it is admitted: held requests are sent at once, and what the
+            # lost connection still carries counts from now on.
+            self._late_until = now + self._policy.late_window_s
+        self._engine.admit(self._remote)
+        self._in_use = True
+        with self._lock:
+            # Its last error stays the reason until something was copied.
+            self._retry_at = now
+        self._log("info", f"{self._title}: connect: {uri}, {same} regions compared")
+
+    # --- copying ---
+
+    def _resync(self) -> None:
+        """Copy for a while; a remote lost over it is dealt with at the next turn."""
+        assert self._copier is not None
+        batch, wait_s = self._copier.copy()
+        if batch.copied_bytes > 0:
+            self._attempt = 0  # even if it is lost soon: something was made clean
+            self._note_progress()
+        if batch.error is None:
+            with self._lock:
+                self._retry_at = self._clock() + wait_s
+        elif self._engine.remote_status(self._remote).admitted:
+            self._note_failure(str(batch.error))

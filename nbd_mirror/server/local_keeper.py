@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The local keeper: the thread that copies back what the local disk misses.
+
+After an error that a remote makes up for, the engine goes on without the local disk and
+keeps a map of what it misses. Whether it may be used again is for an operator to say
+(`resume`: the same disk works again; `invalidate`: it was replaced); then this thread
+copies back, as it does by itself for a single sector that could not be read. All
+waiting is done in the engine, without the GIL. The operator's two commands run in the
+control socket's thread, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import random as _random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ..base.errors import BusyError, RemoteError, WrongDiskError
+from ..rules.progress import Progress
+from ..rules.state import LocalFacts, LocalState, describe_local
+from ..volume.model import LocalStatus, VolumeStatus
+from ..volume.report import LocalView
+from .copier import Copying
+from .disk_keeper import DiskKeeper, Log
+
+if TYPE_CHECKING:
+    from ..volume.core import Engine
+
+__all__ = ["LocalKeeper"]
+
+RETRY_S = 1.0  # until the next batch, where nothing tells that it would work
+SAID_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
+SAMPLE_S = 5.0
+COMMAND_S = 5.0  # that an operator's command waits for another one to end
+_REPLACED = (
+    "correct `local`; or, if it was replaced, nbd-mirror invalidate CONFIG local "
+    "(overwrites it with a full copy)"
+)
+
+
+class LocalKeeper(DiskKeeper):
+    """
+    Keeps the local disk, at *path* as far as is known.
+
+    Args:
+        nr_remotes: how many there are to copy from.
+        asked: what the operator calls the volume, for the log's hints.
+        clock: gives seconds, monotonic.
+        random: gives numbers in [0, 1).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        path: str,
+        nr_remotes: int,
+        log: Log,
+        *,
+        asked: str = "CONFIG",
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        super().__init__(
+            engine, "local", "keeper local", log, clock=clock, random=random
+        )
+        self._nr_remotes = nr_remotes
+        self._asked = asked
+        self._command = threading.Lock()  # one operator's command at a time
+        # Only the thread uses these.
+        self._seen: LocalStatus | None = None  # at the last turn
+        self._repairing = False  # it was ok: this is a sector, not a whole disk
+        self._admitted = False  # by an operator, and not ok since
+        self._say_progress_at = 0.0  # again
+        self._say_repairs_at = 0.0
+        self._repairs_said = 0
+        self._path = path  # guarded by the lock
+
+    def view(self) -> LocalView:
+        """Report the local disk as it is now. Does not block on I/O."""
+        volume = self._engine.status()
+        with self._lock:
+            facts = self._facts(volume)
+            return LocalView(facts, volume.local, self._path, self._progress)
+
+    def why_not_used(self) -> str:
+        """
+        Say at a start why the local disk is not used, and what helps; "" if it is.
+
+        No remote is connected yet, and that is no news.
+        """
+        facts = dataclasses.replace(self.view().facts, sources=1)
+        return self._why(facts) if facts.state is LocalState.FAILED else ""
+
+    def _why(self, facts: LocalFacts) -> str:
+        reason, hint = describe_local(facts, self._asked)
+        return f"{reason}; try: {hint}"
+
+    # --- an operator's commands ---
+
+    def resume(self, path: str) -> None:
+        """
+        Use the same disk again, once a sample has shown that it is the same.
+
+        Blocks for as long as the sample takes.
+
+        Raises:
+            BusyError: it has not failed, or the disk is in use. WrongDiskError: it
+            is not the disk that was left. RemoteError: there is none to compare it
+            with. MissingError, MirrorIOError: it does not work yet.
+        """
+        with self._only_command():
+            self._attach(path)
+            try:
+                self._check_is_the_same(path)
+            except BaseException as error:
+                self._engine.local_drop(str(error))
+                raise
+            self._admit(path)
+
+    @contextlib.contextmanager
+    def _only_command(self) -> Iterator[None]:
+        """
+        Keep other commands out, and do not wait for one that a hanging disk keeps.
+
+        Each holds a thread of the control socket, which has few.
+        """
+        if not self._command.acquire(timeout=COMMAND_S):
+            raise BusyError(
+                "an earlier command waits for the local disk, which does not answer",
+                "nbd-mirror status CONFIG",
+            )
+        try:
+            yield
+        finally:
+            self._command.release()
+
+    def _attach(self, path: str) -> None:
+        try:
+            self._engine.local_attach(path, replaced=False)
+        except WrongDiskError as error:
+            error.hint = _REPLACED
+            raise
+
+    def replace(self, path: str) -> None:
+        """
+        Use another disk in its place: all of it is overwritten.
+
+        Raises:
+            MirrorError: as `resume`, but for the sample.
+        """
+        with self._only_command():
+            self._engine.local_attach(path, replaced=True)
+            self._admit(path)
+
+    def _admit(self, path: str) -> None:
+        with self._lock:
+            self._path = path
+            self._error = ""
+        self._admitted = True
+        self._engine.local_admit()
+
+    def _check_is_the_same(self, path: str) -> None:
+        compared = False
+        for remote in range(self._nr_remotes):
+            if not self._engine.remote_status(remote).admitted:
+                continue
+            compared = True
+            sample = self._sample(remote, SAMPLE_S)
+            if sample.differs is not None:
+                raise self._another_disk(path, sample.differs)
+            if sample.same > 0:
+                return
+        # With every region dirty there is nothing to prove: all of it is copied.
+        if compared and self._engine.status().local.unproven:
+            raise WrongDiskError(
+                f"this may not be the disk that was left: it is another device, and "
+                f"none of its content could be compared; nothing was written to it: "
+                f"{path}",
+                _REPLACED,
+            )
+        if not compared:
+            raise RemoteError(
+                "no remote is connected: nothing tells whether this is the disk that "
+                f"was left: {path}",
+                "nbd-mirror resume CONFIG, then nbd-mirror resume CONFIG local",
+            )
+
+    def _another_disk(self, path: str, region: int) -> WrongDiskError:
+        offset = region * self._engine.status().region_size
+        return WrongDiskError(
+            f"this is not the disk that was left: region {region} (offset {offset}) "
+            f"differs; nothing was written to it: {path}",
+            _REPLACED,
+        )
+
+    # --- the loop ---
+
+    def _look_and_act(self) -> None:
+        volume = self._engine.status()
+        self._observe(volume)
+        self._act(volume)
+
+    def _act(self, volume: VolumeStatus) -> None:
+        """Copy a batch back, or wait until there is something to copy."""
+        if volume.failed or self._copier is None:
+            self._engine.wait_local(volume.local.serial, None)
+            return
+        batch, wait_s = self._copier.copy()
+        if batch.copied_bytes > 0 or batch.error is None:
+            # What could be copied was: go on, also where a part was refused.
+            with self._lock:
+                self._error = ""
+            if wait_s > 0:
+                self._wait(wait_s)
+        elif batch.error.errno == errno.ENOTCONN:
+            self._wait_for_remote(str(batch.error))
+        else:
+            self._recover(str(batch.error))
+
+    def _wait(self, wait_s: float) -> None:
+        local = self._engine.status().local
+        if local.state is LocalState.RESYNCING:
+            self._engine.wait_local(local.serial, wait_s)
+
+    def _wait_for_remote(self, words: str) -> None:
+        """Wait until a remote that is away is back, or for a while."""
+        self._note(words)
+        for remote in range(self._nr_remotes):
+            status = self._engine.remote_status(remote)
+            if not status.admitted:
+                self._engine.wait_event(remote, status.serial, RETRY_S)
+                return
+        self._wait(RETRY_S)
+
+    def _recover(self, words: str) -> None:
+        self._note(words)
+        # In whatever state: what fails at once would fail again at once.
+        self._engine.wait_local(self._engine.status().local.serial, RETRY_S)
+
+    def _note(self, words: str) -> None:
+        """Remember why copying does not work, and say it once."""
+        self._say_failure(words)
+        with self._lock:
+            self._error = words
+
+    def _facts(self, volume: VolumeStatus) -> LocalFacts:
+        """Put together what is known; the lock is held."""
+        local = volume.local
+        dirty = volume.bytes_of(local.dirty_regions)
+        remotes = map(self._engine.remote_status, range(self._nr_remotes))
+        return LocalFacts(
+            state=local.state,
+            dirty_bytes=dirty,
+            sources=sum(one.admitted for one in remotes),
+            reason=local.reason,
+            last_error=self._error,
+            stalled_s=self._update_progress(dirty, local.copied_bytes),
+            silent_s=local.silent_s,
+        )
+
+    # --- what changed ---
+
+    def _observe(self, volume: VolumeStatus) -> None:
+        """Take notice of what changed since the last turn, and say so."""
+        seen, self._seen = self._seen, volume.local
+        before = LocalState.OK if seen is None else seen.state
+        state = volume.local.state
+        with self._lock:
+            facts = self._facts(volume)
+        if before is not state and state is LocalState.RESYNCING:
+            came_from_ok = before is LocalState.OK and seen is not None
+            self._repairing = came_from_ok and not self._admitted
+        elif before is not state:
+            self._admitted = False
+            if state is LocalState.FAILED and seen is not None:
+                self._log("error", f"local_failed: {self._why(facts)}")
+        under_way = self._progress is not None
+        self._follow_resync(
+            facts.dirty_bytes,
+            volume.local.copied_bytes,
+            copying=state is LocalState.RESYNCING,
+            in_sync=state is LocalState.OK,
+        )
+        self._say_progress(facts.dirty_bytes, went_on=under_way)
+        self._say_repairs(volume.local)
+
+    def _say_progress(self, dirty_bytes: int, *, went_on: bool) -> None:
+        """Say now and then how far a resync is."""
+        if self._progress is None:
+            return
+        if went_on and self._clock() < self._say_progress_at:
+            return
+        self._say_progress_at = self._clock() + SAID_EVERY_S
+        if went_on:
+            rate = f"{self._progress.bytes_per_s:.0f}/s"
+            self._log(
+                "info", f"local: resync_progress: {dirty_bytes} bytes left, {rate}"
+            )
+
+    @staticmethod
+    def _done(progress: Progress) -> str:
+        rate = progress.done_bytes / max(progress.elapsed_s, 1e-3)
+        return f"{DiskKeeper._done(progress)}, {rate:.0f} bytes/s"
+
+    def _copying(self) -> Copying:
+        engine = self._engine
+        return Copying(
+            copy=engine.local_resync,
+            set_pace=engine.local_resync_pace,
+            # A copy at a time: there is no link to fill.
+            answered=lambda: (0, 0.0),
+            latency=engine.latency,
+        )
+
+    def _say_resync(self, text: str) -> None:
+        """Say it of a disk that is copied back; a sector is counted instead."""
+        if not self._repairing:
+            super()._say_resync(text)
+
+    def _say_repairs(self, local: LocalStatus) -> None:
+        new = local.repaired - self._repairs_said
+        if new > 0 and self._clock() >= self._say_repairs_at:
+            self._say_repairs_at = self._clock() + SAID_EVERY_S
+            self._repairs_said = local.repaired
+            self._log(
+                "warning",
+                f"local: bad sectors: {new} regions could not be read, and were "
+                f"rewritten from a remote; {local.repaired} since the start",
+            )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Open a volume's engine: with what an operator says of its local disk, and with the help
+that fits where it cannot be opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+
+from ..base.errors import MirrorError
+from ..volume import config as _config
+from ..volume.core import Engine
+
+__all__ = ["open_engine"]
+
+_OTHER = (
+    "correct `local`; or, if a remote has the right content, nbd-mirror serve CONFIG "
+    "--without-local\n"
+    "or, if this disk has it, nbd-mirror serve CONFIG --force (every remote is "
+    "overwritten with a full copy of it)"
+)
+_LOST = (
+    "correct `local`; or, if the disk is lost and a remote was in sync, nbd-mirror "
+    "serve CONFIG --without-local, then nbd-mirror invalidate CONFIG local"
+)
+_NO_SYNC = "bring back the local disk; its state still tells what the remotes miss"
+
+
+def open_engine(config: _config.VolumeConfig) -> Engine:
+    """
+    Open the engine.
+
+    Raises:
+        MirrorError: of any class, with a hint where something helps.
+    """
+    choice = os.environ.pop(_config.CHOICE_VARIABLE, "")
+    params = dataclasses.replace(_config.to_params(config), local_choice=choice)
+    try:
+        return Engine(params)
+    except MirrorError as error:
+        error.hint = error.hint or _hint(error, config)
+        raise
+
+
+def _hint(error: MirrorError, config: _config.VolumeConfig) -> str:
+    match error.errno:
+        case errno.EMEDIUMTYPE:
+            return _OTHER
+        case errno.ENOMEDIUM:
+            return _LOST
+        case errno.ENOENT if not os.path.exists(config.local):  # noqa: PTH110
+            return _LOST
+        case errno.ENOTCONN:
+            return _NO_SYNC
+        case errno.EROFS:
+            return (
+                "find out why it is read-only: a failing disk often becomes so; then "
+                "remount its file system, or blockdev --setrw its device"
+            )
+    return ""

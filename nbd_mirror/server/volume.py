@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The volume a server serves: the one control object behind all doors.
+
+It ties the engine to a keeper a disk, the control socket and a maintenance thread,
+and brings them up and down in the one order that is safe. A door only opens it before
+any fork, starts it after, and stops it at the end; requests never pass here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..base.errors import (
+    ConfigError,
+    MetadataFailedError,
+    MirrorError,
+    UnsupportedError,
+)
+from ..base.threads import begin, keep_going
+from ..device.attach import RECONNECT_S, attached_device, let_go, take_back
+from ..volume import config as _config
+from ..volume.control import ControlServer, control_path
+from ..volume.core import bound_log, log_counts, start_log
+from ..volume.loops import own_address
+from ..volume.model import VolumeStatus
+from ..volume.report import Server, report
+from ..volume.status import Status
+from .keeper import Keeper, RemotePolicy
+from .local_keeper import LocalKeeper
+from .opening import open_engine
+from .policy import switch_policy
+from .process import End, log, on_signal
+
+__all__ = ["Volume"]
+
+MAINTENANCE_S = 2.0
+COOL_S = 60.0  # an extent idle for longer goes cold
+SAMPLE_S = 60.0  # between two looks at whether local can be known again
+SAMPLES = 32  # that a start can compare, of 64
+JOIN_S = 10.0  # beyond two deadlines
+GRACE_S = 2.0  # for clients to go away once everything is stopped
+MAX_SAID = 100  # texts that maintenance remembers having said
+LOCAL = "local"  # the local disk's name where else a remote's stands
+
+
+class Volume:
+    """
+    An open volume. Made by `open`; `serve` after any fork; `stop` ends it.
+
+    Args:
+        config: the volume's.
+        door: "direct", "native" or "python", for status.
+        shutdown: asks the server to end; called from a thread of ours.
+        drain: has it answer its clients and disconnect them, before the engine refuses
+            requests; called from a thread of ours, and must be bounded.
+    """
+
+    def __init__(
+        self,
+        config: _config.VolumeConfig,
+        door: str,
+        shutdown: Callable[[], None],
+        drain: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._door = door
+        self._shutdown = shutdown
+        self._drain = drain
+        self.max_clients: int | None = None  # of the direct door
+        self.engine = open_engine(config)
+        self._said: set[str] = set()  # what was said once
+        self._local = self._make_local_keeper()
+        self._keepers = self._make_keepers()
+        self._control = ControlServer(control_path(config.state), self.handle, log=log)
+        self._ending = threading.Event()
+        self._exit = End(config.name, config.stop_limit_s, GRACE_S)
+        self._rest_s = 0.0  # before the next turn of maintenance
+        self._sample_at = 0.0  # when local is looked at again, for the next start
+        self._maintenance = threading.Thread(
+            target=self._maintain, name="maintenance", daemon=True
+        )
+        self._halt_lock = threading.Lock()  # guards _clean and the order of the end
+        self._clean: bool | None = None  # None: not halted yet
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        door: str,
+        shutdown: Callable[[], None],
+        drain: Callable[[], object] = lambda: None,
+    ) -> Volume:
+        """
+        Read the configuration at *path*, lock and load the volume; start no thread.
+
+        Raises:
+            MirrorError: of any class; the volume is not served, and nothing is lost.
+        """
+        return cls(_config.load(path), door, shutdown, drain)
+
+    @property
+    def config(self) -> _config.VolumeConfig:
+        """What it was opened with."""
+        return self._config
+
+    def _make_local_keeper(self) -> LocalKeeper:
+        config = self._config
+        keeper = LocalKeeper(
+            self.engine,
+            config.local,
+            len(config.remotes),
+            log,
+            asked=shlex.quote(os.fspath(config.source)),
+        )
+        note = self.engine.status().local.note
+        if note:
+            log("warning", f"volume {config.name}: {note}")
+        why = keeper.why_not_used()
+        if why:
+            # `serve` repeats a start's warnings to the operator.
+            text = f"the local disk is not used: {why}"
+            log("warning", f"volume {config.name}: {text}")
+        return keeper
+
+    def _make_keepers(self) -> list[Keeper]:
+        self._tell(self.engine.status())
+        return [
+            Keeper(
+                self.engine,
+                index,
+                RemotePolicy(
+                    name=remote.name,
+                    uri=remote.uri,
+                    deadline_s=remote.deadline,
+                    hold_s=self._config.hold,
+                    late_window_s=self._config.late_write_window,
+                ),
+                log,
+                refuse=lambda uri: own_address(uri, self._config.listen),
+            )
+            for index, remote in enumerate(self._config.remotes)
+        ]
+
+    def serve(self) -> None:
+        """
+        Start every thread and answer commands; signals stop the volume from now on.
+
+        Must be called on the process's main thread, before it has others.
+
+        Raises:
+            MirrorError: a thread or the control socket could not be made.
+        """
+        start_log()
+        bound_log(self._config.state)
+        on_signal(self._end)
+        self._exit.start()
+        self.engine.start()
+        self._control.start()
+        for keeper in self._threads():
+            keeper.start()
+        begin(self._maintenance)
+        log("info", f"volume {self._config.name}: served, {self._door} door")
+        # Waits for the door, so not here; no thread has to wait for it at the end.
+        begin(threading.Thread(target=self._take_back, name="device", daemon=True))
+
+    def _take_back(self) -> None:
+        """Serve the kernel device again that an earlier server of the volume had."""
+        try:
+            if os.geteuid() == 0 and take_back(self._config):
+                log("info", f"{attached_device(self._config)} has this server now")
+        except MirrorError as error:
+            text = f"{error}; what uses the device gets errors in {RECONNECT_S} s"
+            log("warning", f"volume {self._config.name}: {text}")
+
+    def _threads(self) -> list[Keeper | LocalKeeper]:
+        return [self._local, *self._keepers]
+
+    def stop(self) -> bool:
+        """
+        Stop cleanly and close everything. Blocks, bounded by the deadlines.
+
+        Again: no effect.
+
+        Returns:
+            Whether the next start has nothing to recover.
+        """
+        clean = self._halt()
+        self._control.close()  # joins its threads: one may still send an answer
+        threads_ended = all(keeper.join(0) for keeper in self._threads())
+        if threads_ended and not self._maintenance.is_alive():
+            self.engine.close()
+        self._exit.closed()
+        return clean
+
+    def _end(self) -> bool:
+        """Stop cleanly, and have nbdkit end; clients that stay do not keep us."""
+        clean = self._halt()
+        self._shutdown()
+        return clean
+
+    def _halt(self) -> bool:
+        """End the policy threads, then the engine; requests are refused from then."""
+        self._exit.begin()
+        with self._halt_lock:
+            if self._clean is None:
+                self._ending.set()
+                for keeper in self._threads():
+                    keeper.end()
+                self.engine.wake()
+                self._join()
+                self._clean = self._stop_engine()
+            self._exit.stopped(0 if self._clean else MetadataFailedError.exit_code)
+            return self._clean
+
+    def _join(self) -> None:
+        timeout_s = 2 * max(r.deadline for r in self._config.remotes) + JOIN_S
+        timeout_s += self._config.local_deadline
+        for keeper in self._threads():
+            self._exit.doing = f"the thread {keeper.name} is at work"
+            if not keeper.join(timeout_s):
+                log("error", "a keeper does not end; the engine is stopped without it")
+        if self._maintenance.ident is not None:
+            self._maintenance.join(timeout_s)
+
+    def _stop_engine(self) -> bool:
+        name = self._config.name
+        self._exit.doing = "requests are finished, disks flushed and logs closed"
+        if os.geteuid() == 0:
+            let_go(self._config)
+        self._drain()
+        try:
+            self.engine.stop()
+        except MirrorError as error:
+            log("error", f"volume {name}: {error}; the next start recovers")
+            return False
+        log("info", f"volume {name}: stopped cleanly")
+        return True
+
+    # --- maintenance ---
+
+    def _maintain(self) -> None:
+        keep_going(
+            self._look_after,
+            self._nap,
+            self._say_once,
+            "maintenance",
+        )
+
+    def _nap(self) -> bool:
+        """Rest, but not before the first turn; says whether the end has come."""
+        rest_s, self._rest_s = self._rest_s, MAINTENANCE_S
+        return self._ending.wait(rest_s)
+
+    def _look_after(self) -> None:
+        try:
+            status = self.engine.status()
+            self._tell(status)
+            if not status.failed:
+                self.engine.cool(COOL_S)
+            if time.monotonic() >= self._sample_at:
+                self._sample_at = time.monotonic() + SAMPLE_S
+                self.engine.local_sample(SAMPLES)
+        except MirrorError as error:
+            self._say_once("warning", f"volume {self._config.name}: {error}")
+
+    def _tell(self, status: VolumeStatus) -> None:
+        name = self._config.name
+        if status.failed:
+            text = f"volume {name}: failed: {status.reason}"
+            self._say_once("error", f"{text}; writes get EIO until it is served anew")
+        elif status.reason:
+            # The status shows it until the server ends; the log keeps it.
+            self._say_once("warning", f"volume {name}: {status.reason}")
+
+    def _say_once(self, level: str, text: str) -> None:
+        if text not in self._said:
+            if len(self._said) >= MAX_SAID:
+                self._said.clear()
+            self._said.add(text)
+            log(level, text)
+
+    # --- commands ---
+
+    def handle(self, command: str, args: Mapping[str, Any]) -> object:
+        """
+        Carry out a command of the control socket.
+
+        Raises:
+            MirrorError: it cannot be done, or is not known.
+        """
+        match command:
+            case "ping":
+                return {"volume": self._config.name, "pid": os.getpid()}
+            case "status":
+                return self.status().dump()
+            case "pause":
+                return self._each(args, self._pause)
+            case "resume":
+                return self._resume(args)
+            case "invalidate":
+                return self._invalidate(args)
+            case "policy":
+                return switch_policy(self.engine, args, self._config.name)
+            case "stop":
+                return self._stop_command()
+        raise UnsupportedError(f'the server does not know the command "{command}"')
+
+    def _each(self, args: Mapping[str, Any], act: Callable[[int], None]) -> object:
+        """Do it to the remote that *args* names, else to all."""
+        name = args.get("remote")
+        if name is not None:
+            self._config.remote(name)  # raises if there is none
+        names = [remote.name for remote in self._config.remotes]
+        chosen = [i for i, one in enumerate(names) if name in (None, one)]
+        for index in chosen:
+            act(index)
+        return {"remotes": [names[i] for i in chosen]}
+
+    def _invalidate(self, args: Mapping[str, Any]) -> object:
+        """Overwrite a remote, or with the name "local" a replaced local disk."""
+        if not args.get("remote"):
+            raise ConfigError("invalidate needs the name of a remote, or local")
+        if args["remote"] == LOCAL:
+            self._local.replace(_config.load(self._config.source).local)
+            return {"remotes": [LOCAL]}
+
+        def invalidate(index: int) -> None:
+            # The operator has seen why it did not work: what counts is what comes now.
+            keeper = self._keepers[index]
+            keeper.forget_error()
+            self.engine.invalidate(index)
+            # An attempt that began since may have found a difference before.
+            keeper.forget_error()
+            self.engine.reset(index)
+
+        return self._each(args, invalidate)
+
+    def _pause(self, index: int) -> None:
+        self.engine.pause(index, paused=True)
+
+    def _resume(self, args: Mapping[str, Any]) -> object:
+        """
+        Lift the pause and check a failed disk again, where it is by now.
+
+        The configuration is read again, so that correcting a uri, or the path of the
+        local disk, needs no restart.
+        """
+        found = _config.load(self._config.source)
+        if args.get("remote") == LOCAL:
+            self._local.resume(found.local)
+            return {"remotes": [LOCAL]}
+        uris = {one.name: one.uri for one in found.remotes}
+
+        def resume(index: int) -> None:
+            remote = self._config.remotes[index]
+            self._keepers[index].retry_now(uris.get(remote.name, remote.uri))
+            self.engine.reset(index)
+            self.engine.pause(index, paused=False)  # also wakes the keeper
+
+        return self._each(args, resume)
+
+    def _stop_command(self) -> object:
+        # The answer still reaches the client: `stop` joins this thread first.
+        if not self._end():
+            raise MetadataFailedError(
+                f"volume {self._config.name} was stopped, but not all of its logs "
+                "could be persisted: the next start recovers as after a crash"
+            )
+        return {"clean": True}
+
+    # --- status ---
+
+    def status(self) -> Status:
+        """Report everything."""
+        return report(
+            self._config,
+            self.engine.status(),
+            self._local.view(),
+            [keeper.view() for keeper in self._keepers],
+            server=Server(self._door, os.getpid(), self.max_clients, *log_counts()),
+        )

@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+A volume's configuration: one TOML file, checked as a whole before use.
+
+The models are the list of keys there is; a key more or less is an error.  Every
+message names the file, the key, the value as it stands there and what is
+allowed, one line each, because a wrong file is usually wrong in one place and
+the reader has it open.  Values are kept in base units: bytes and seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+)
+
+from ..base.errors import AccessError, ConfigError, MissingError
+from ..base.listen import LISTEN_RULE, Listen, parse_listen
+from ..base.units import parse_duration, parse_size
+from ..base.unix import MAX_UNIX_PATH
+from .model import Params, RemoteParams
+
+__all__ = [
+    "CHOICE_VARIABLE",
+    "CONFIG_DIR_ENV",
+    "STARVED_DEADLINES",
+    "STATE_FILES",
+    "RemoteConfig",
+    "VolumeConfig",
+    "check_links",
+    "config_dir",
+    "find",
+    "load",
+    "to_params",
+]
+
+CONFIG_DIR_ENV = "NBD_MIRROR_CONFIG_DIR"
+# How `serve` hands --force and --without-local on to the server it starts, whose
+# command line is nbdkit's where that one serves.
+CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
+DEFAULT_CONFIG_DIR = Path("/etc/nbd-mirror")
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SIZE = 1 << 50  # 1 PiB
+MIN_REGION, MAX_REGION = 4 << 10, 4 << 20
+MAX_REMOTES = 8  # NBDM_MAX_REMOTES
+# NBDM_STARVED_DEADLINES: the engine's bound on a command that starves while others
+# are answered.
+STARVED_DEADLINES = 8
+STOP_S = 60.0  # of a stop, beside a starved command and the hold
+MAX_CLIENTS = 1 << 16
+MIN_MEMORY, MAX_MEMORY = 64 << 20, 1 << 40  # one of the largest requests must fit
+
+# Shorter than NBDM_NAME_LEN.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+# Names in the state directory that we give, as patterns.
+STATE_FILES = (
+    "superblock*",
+    "activity*",
+    "inflight*",
+    "dirty.*",
+    "lock*",
+    "failed",
+    "control",
+    "attached",
+    "serve.log*",
+)
+# What the engine adds to the name of a log: while it makes one, and where it puts one
+# that cannot be believed.
+_FILE_ENDS = (".new", ".bad")
+_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+
+_NAME_RULE = (
+    "1 to 63 letters, digits, '_', '.' or '-', beginning with a letter or a digit"
+)
+_URI_RULE = (
+    "an NBD URI: nbd://HOST/NAME, nbds://HOST/NAME, "
+    "nbd+unix:///NAME?socket=/PATH or nbds+unix:///NAME?socket=/PATH"
+)
+
+# What is allowed, by key: used where a value is of the wrong type altogether.
+_RULES = {
+    "name": _NAME_RULE,
+    "size": 'a size above 0 and at most 1PiB, as in "10GiB", or "adopt"',
+    "local": "the path of a file or a block device",
+    "state": "the path of a directory for the logs",
+    "listen": LISTEN_RULE,
+    "region_size": "a power of two from 4KiB to 4MiB",
+    "policy": '"degrade" or "stop"',
+    "fenced_reads": '"serve" or "fail"',
+    "hold": "a time from 0s to 5min",
+    "local_deadline": '"off", or a time from 1s to 10min',
+    "late_write_window": "a time from 0s to 1h",
+    "max_clients": "a whole number from 1 to 65536",
+    "max_memory": "a size from 64MiB to 1TiB, or 0",
+    "remote": f"1 to {MAX_REMOTES} [[remote]] tables",
+    "uri": _URI_RULE,
+    "deadline": "a time from 100ms to 10min",
+}
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"must be {_NAME_RULE}")
+    return value
+
+
+def _check_remote_name(value: str) -> str:
+    if value == "local":
+        raise ValueError('"local" is the local disk\'s name; choose another')
+    return _check_name(value)
+
+
+def _parse_volume_size(value: object) -> int:
+    """Return bytes; 0 stands for "adopt"."""
+    if value == "adopt":
+        return 0
+    size = parse_size(value)
+    if not 0 < size <= MAX_SIZE:
+        raise ValueError(f"must be {_RULES['size']}")
+    return size
+
+
+def _parse_region_size(value: object) -> int:
+    size = parse_size(value)
+    if size & (size - 1) or not MIN_REGION <= size <= MAX_REGION:
+        raise ValueError(f"must be {_RULES['region_size']}")
+    return size
+
+
+def _check_max_clients(value: int) -> int:
+    if not 1 <= value <= MAX_CLIENTS:
+        raise ValueError(f"must be {_RULES['max_clients']}")
+    return value
+
+
+def _parse_max_memory(value: object) -> int:
+    size = parse_size(value)
+    if size and not MIN_MEMORY <= size <= MAX_MEMORY:
+        raise ValueError(f"must be {_RULES['max_memory']}")
+    return size
+
+
+def _parse_local_deadline(value: object) -> float:
+    seconds = 0.0 if value == "off" else parse_duration(value)
+    if value != "off" and not 1 <= seconds <= 600:
+        raise ValueError(f"must be {_RULES['local_deadline']}")
+    return seconds
+
+
+def _between(key: str, least_s: float, most_s: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        seconds = parse_duration(value)
+        if not least_s <= seconds <= most_s:
+            raise ValueError(f"must be {_RULES[key]}")
+        return seconds
+
+    return BeforeValidator(check)
+
+
+def _check_uri(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"must be {_URI_RULE}") from None
+    # C ends it at a NUL, and urlsplit passes over a line's end: not the same address.
+    if parts.scheme not in _SCHEMES or not value.isprintable():
+        raise ValueError(f"must be {_URI_RULE}")
+    sockets = parse_qs(parts.query).get("socket", [])
+    if parts.scheme.endswith("+unix"):
+        if len(sockets) != 1 or sockets[0][:1] != "/" or "\0" in sockets[0]:
+            raise ValueError("needs ?socket=/absolute/path of the server's socket")
+        if len(os.fsencode(sockets[0])) > MAX_UNIX_PATH:
+            raise ValueError(f"the socket's path is over {MAX_UNIX_PATH} bytes")
+    elif not parts.hostname or port == 0:
+        raise ValueError(f"has no host; must be {_URI_RULE}")
+    if parts.fragment:
+        raise ValueError("an NBD URI has no '#' part")
+    return value
+
+
+def _check_path(value: str, info: ValidationInfo) -> str:
+    """Make it absolute; a relative one is relative to the file's folder."""
+    if not value or "\0" in value:
+        raise ValueError(f"must be {_RULES[info.field_name or 'local']}")
+    return os.path.normpath(Path((info.context or {}).get("folder", "/"), value))
+
+
+def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...]:
+    if not 1 <= len(remotes) <= MAX_REMOTES:
+        raise ValueError(f"must be {_RULES['remote']}, not {len(remotes)}")
+    names = [remote.name for remote in remotes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'two remotes are called "{name}"; names must differ')
+    for name in ("local", *names):
+        for end in _FILE_ENDS:
+            if name + end in names:
+                raise ValueError(
+                    f'no remote can be called "{name}{end}" beside "{name}": '
+                    f"dirty.{name}{end} is a file of either; give one of them "
+                    "another name, by which it is a new remote and copied anew"
+                )
+    return remotes
+
+
+_AnyPath = Annotated[str, AfterValidator(_check_path)]
+
+
+class RemoteConfig(BaseModel):
+    """One [[remote]] table: *name*, *uri*, and a command's *deadline* in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, AfterValidator(_check_remote_name)]
+    uri: Annotated[str, AfterValidator(_check_uri)]
+    deadline: Annotated[float, _between("deadline", 0.1, 600)] = 5.0
+
+
+class VolumeConfig(BaseModel):
+    """
+    A whole file: sizes in bytes, times in seconds, paths absolute.
+
+    *size* is 0 for "adopt"; *max_memory* 0 for the smaller of 1 GiB and a quarter of
+    the memory there is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    size: Annotated[int, BeforeValidator(_parse_volume_size)]
+    local: _AnyPath
+    state: _AnyPath
+    listen: Annotated[Listen, BeforeValidator(parse_listen)]
+    region_size: Annotated[int, BeforeValidator(_parse_region_size)] = 64 << 10
+    policy: Literal["degrade", "stop"] = "degrade"
+    fenced_reads: Literal["serve", "fail"] = "serve"
+    hold: Annotated[float, _between("hold", 0, 300)] = 2.0
+    local_deadline: Annotated[float, BeforeValidator(_parse_local_deadline)] = 0.0
+    late_write_window: Annotated[float, _between("late_write_window", 0, 3600)] = 30.0
+    max_clients: Annotated[int, AfterValidator(_check_max_clients)] = 1024
+    max_memory: Annotated[int, BeforeValidator(_parse_max_memory)] = 0
+    remotes: Annotated[
+        tuple[RemoteConfig, ...],
+        Field(alias="remote", strict=False),
+        AfterValidator(_check_remotes),
+    ]
+    _source: Path = PrivateAttr(default=Path())
+
+    @property
+    def source(self) -> Path:
+        """The file this was read from, absolute."""
+        return self._source
+
+    @property
+    def state_dir(self) -> Path:
+        """The directory of the logs."""
+        return Path(self.state)
+
+    @property
+    def stop_limit_s(self) -> float:
+        """How long a stop may take before the server ends all the same."""
+        deadline = max(remote.deadline for remote in self.remotes)
+        limit = STOP_S + STARVED_DEADLINES * deadline + self.hold
+        return limit + self.local_deadline
+
+    def remote(self, name: str) -> RemoteConfig:
+        """
+        Return the remote called *name*.
+
+        Raises:
+            ConfigError: there is none; the message lists those there are.
+        """
+        for remote in self.remotes:
+            if remote.name == name:
+                return remote
+        names = ", ".join(remote.name for remote in self.remotes)
+        raise ConfigError(f'volume {self.name} has no remote "{name}"; it has: {names}')
+
+
+def config_dir() -> Path:
+    """Return the folder where volumes are looked up by name."""
+    return Path(os.environ.get(CONFIG_DIR_ENV) or DEFAULT_CONFIG_DIR)
+
+
+def find(path_or_name: str) -> Path:
+    """
+    Return the file a user means, absolute, whether or not it exists.
+
+    Args:
+        path_or_name: with a slash, or ending in ".toml", or "." or "..": a path;
+            else a volume's name, looked up in config_dir().
+    Raises:
+        MissingError: it is relative to a folder that was removed.
+    """
+    is_folder = path_or_name in (".", "..")
+    is_path = is_folder or "/" in path_or_name or path_or_name.endswith(".toml")
+    path = Path(path_or_name) if is_path else config_dir() / f"{path_or_name}.toml"
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise MissingError(
+            f"there is no configuration {path}: the current folder was removed",
+            "the file's whole path, or cd to a folder that is there",
+        ) from None
+
+
+def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
+    """
+    Read and check a volume's configuration.
+
+    Args:
+        path_or_name: a path, or a volume's name; see find().
+    Raises:
+        MissingError: there is no such file. AccessError: it may not be read.
+        ConfigError: it is wrong; one line for each mistake.
+    """
+    source = find(os.fspath(path_or_name))
+    text = _read(source, os.fspath(path_or_name))
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers without end
+        raise ConfigError(f"{source.name}: not valid TOML: {error}") from None
+    try:
+        config = VolumeConfig.model_validate(data, context={"folder": source.parent})
+    except ValidationError as error:
+        lines = _explain(data, error)
+        text = "\n".join(f"{source.name}: {_plain(line)}" for line in lines)
+        raise ConfigError(text) from None
+    config._source = source
+    _check_paths(config, os.path.normpath)
+    return config
+
+
+def _read(source: Path, asked: str) -> str:
+    try:
+        with source.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "create the file; the README shows one"
+        if asked != os.fspath(source) and Path(f"{asked}.toml").exists():
+            hint = f"name the file with its folder: ./{asked}.toml"
+        raise MissingError(f"there is no configuration {source}", hint) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{source} is a folder, not a configuration file") from None
+    except PermissionError:
+        raise AccessError(f"{source} may not be read by this user") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{source.name}: over 1MiB long, so no configuration file")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{source.name}: is UTF-16 text", "save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")  # editors of other systems put a mark first
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{source.name}: line {line} is not UTF-8 text") from None
+
+
+def check_links(config: VolumeConfig, *, uses_local: bool = True) -> None:
+    """
+    Check that no link makes a log of the state the disk, or the listening socket.
+
+    Not done by `load`: a disk that hangs must not keep a command that only asks.
+
+    Args:
+        config: of the volume.
+        uses_local: False: the local disk has failed, and is not looked at.
+    Raises:
+        ConfigError: one does.
+    """
+    _check_paths(config, os.path.realpath, uses_local=uses_local)
+
+
+def _check_paths(
+    config: VolumeConfig, resolve: Callable[[str], str], *, uses_local: bool = True
+) -> None:
+    resolve_local = resolve if uses_local else os.path.normpath
+    local = Path(resolve_local(config.local))
+    state = Path(resolve(config.state))
+    folder, name = os.path.split(config.listen.path or "")
+    wrong = ""
+    if local == state:
+        wrong = f"local and state are the same path, {config.local}"
+    elif state in local.parents:
+        wrong = f'local = "{config.local}": must not lie in the state directory'
+    elif folder and Path(resolve(folder)) == state and _is_state_file(name):
+        wrong = f'listen = "{config.listen}": that is the name of a file of the state'
+    if wrong:
+        raise ConfigError(f"{config.source.name}: {_plain(wrong)}")
+
+
+def _is_state_file(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in STATE_FILES)
+
+
+def _explain(data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
+    """Turn pydantic's errors into lines: the key, the value, what is allowed."""
+    for item in error.errors(include_url=False):
+        *where, key = item["loc"]
+        table = data
+        prefix = ""
+        model: type[BaseModel] = VolumeConfig
+        if where or isinstance(key, int):
+            index = next(part for part in item["loc"] if isinstance(part, int))
+            entry = data["remote"][index]
+            name = entry.get("name") if isinstance(entry, dict) else None
+            prefix = f'remote "{name}": ' if name else f"remote {index + 1}: "
+            if isinstance(key, int):
+                yield f"{prefix}must be a [[remote]] table"
+                continue
+            table, model = entry, RemoteConfig
+        yield prefix + _explain_key(str(key), table, model, item)
+
+
+def _explain_key(
+    key: str, table: Mapping[str, Any], model: type[BaseModel], item: Any
+) -> str:
+    if item["type"] == "extra_forbidden":
+        fields = model.model_fields.items()
+        return _explain_unknown(key, [field.alias or name for name, field in fields])
+    if item["type"] == "missing":
+        return f"{key}: is missing; it must be {_RULES[key]}"
+    cause = item.get("ctx", {}).get("error")
+    rule = str(cause) if item["type"] == "value_error" else f"must be {_RULES[key]}"
+    value = table[key]
+    if isinstance(value, list | dict):
+        return f"{key}: {rule}"
+    return f"{key} = {_toml(value)}: {rule}"
+
+
+def _explain_unknown(key: str, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    if key == "deadline":
+        near = []  # a remote's, and not a misspelt local_deadline
+    # A key of the other kind of table is most often one put after [[remote]].
+    if near:
+        return f"{key}: unknown key; did you mean {near[0]}?"
+    if key in _RULES:
+        place = (
+            "in a [[remote]] table"
+            if key in ("uri", "deadline")
+            else ("before the first [[remote]]")
+        )
+        return f"{key}: unknown key here; it stands {place}"
+    return f"{key}: unknown key; allowed are {', '.join(allowed)}"
+
+
+def _toml(value: object) -> str:
+    """Write a value as it stands in the file, shortened."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return "a number of over 120 digits"  # Python does not print any
+    known = isinstance(value, str | bool | int | float)
+    text = json.dumps(value, ensure_ascii=False) if known else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _plain(line: str) -> str:
+    """Keep a line one line, whatever was quoted in it."""
+    line = line if len(line) <= 500 else f"{line[:497]}..."
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in line
+    )
+
+
+def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
+    """
+    Make what the engine is told.
+
+    Args:
+        config: the volume.
+        assume: names of remotes the operator says are copies already.
+    Raises:
+        ConfigError: *assume* names no remote of this volume.
+    """
+    for name in assume:
+        config.remote(name)
+    return Params(
+        name=config.name,
+        local=config.local,
+        state_dir=config.state,
+        size=config.size,
+        region_size=config.region_size,
+        policy=config.policy,
+        fenced_reads=config.fenced_reads,
+        hold_ms=round(config.hold * 1000),
+        local_deadline_ms=round(config.local_deadline * 1000),
+        remotes=tuple(
+            RemoteParams(
+                name=remote.name,
+                deadline_ms=round(remote.deadline * 1000),
+                assume_in_sync=remote.name in assume,
+            )
+            for remote in config.remotes
+        ),
+    )

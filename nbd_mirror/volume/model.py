@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What the engine is told and what it reports, as plain values.
+
+They mirror the structs of csrc/nbdm.h, in Python's units: seconds and bytes. Apart
+from core.py so that rules and tests can be read and run without the C code.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.errors import MirrorError
+from ..rules.state import LocalState, RemoteState
+
+__all__ = [
+    "Batch",
+    "Extent",
+    "LocalStatus",
+    "Params",
+    "Peek",
+    "RemoteParams",
+    "RemoteStatus",
+    "Verdict",
+    "VolumeStatus",
+    "remote_status",
+    "volume_status",
+]
+
+POLICY_NAMES = ("", "degrade", "stop")  # by enum nbdm_policy
+HOLE = 3  # NBDM_EXTENT_HOLE: a hole that reads as zeroes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteParams:
+    """A remote as create and open need it; *deadline_ms* is of each command to it."""
+
+    name: str
+    deadline_ms: int
+    assume_in_sync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """
+    A volume as create and open need it.
+
+    *size* is in bytes, 0 adopts the local disk's own; *region_size* in bytes;
+    *policy* is "degrade" or "stop", *fenced_reads* "serve" or "fail".
+    """
+
+    name: str
+    local: str
+    state_dir: str
+    size: int
+    region_size: int
+    policy: str
+    hold_ms: int
+    remotes: tuple[RemoteParams, ...]
+    fenced_reads: str = "serve"
+    local_deadline_ms: int = 0  # 0: local may keep a request for ever
+    local_choice: str = ""  # of an operator, at a start: "forced" or "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStatus:
+    """
+    What the engine reports of the local disk; counts are since the start.
+
+    *dirty_regions* is what it misses, *repaired* the regions rewritten from a remote
+    after a read failed; *serial* is what `Engine.wait_local` takes; *silent_s* is how
+    long the disk has owed a request its answer.
+    """
+
+    state: LocalState
+    attached: bool  # failed, and opened again: not used before it is admitted
+    dirty_regions: int
+    errors: int
+    repaired: int
+    copied_bytes: int
+    since: int
+    serial: int
+    reason: str
+    silent_s: float = 0.0
+    unproven: bool = False  # attached; another device, and nothing was compared
+    note: str = ""  # how it has changed since the last session
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """What the engine reports of the volume; times are seconds."""
+
+    uuid: str
+    size: int
+    region_size: int
+    generation: int
+    session: int
+    nr_remotes: int
+    local: LocalStatus
+    failed: bool
+    fenced: bool
+    policy: str  # in force now; of a peek: ""
+    fenced_reads: str
+    stopping: bool
+    clean: bool  # of a peek: stopped cleanly
+    clients: int
+    inflight: int
+    active_extents: int
+    extent_size: int
+    reads: int
+    writes: int
+    flushes: int
+    write_s: float
+    activity_persists: int
+    superblock_persists: int
+    dirty_persists: int
+    reason: str
+
+    def bytes_of(self, regions: int) -> int:
+        """Return the bytes of so many regions; the last one may be cut off."""
+        return min(regions * self.region_size, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStatus:
+    """
+    What the engine reports of a remote.
+
+    *since* is in seconds since 1970; *serial* is what `Engine.wait_event` takes.
+    """
+
+    name: str
+    state: RemoteState
+    paused: bool
+    assumed: bool
+    connected: bool
+    admitted: bool
+    dirty_regions: int
+    late_regions: int
+    unflushed_regions: int
+    flush_bound: int  # bytes that may be unflushed, as measured
+    outstanding: int
+    remote_size: int
+    commands: int
+    copied_bytes: int
+    answered_bytes: int  # the same, made clean or not yet
+    answer_s: float  # shortest time of a copy in the last call; 0: none
+    since: int
+    serial: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What a superblock tells without a server."""
+
+    name: str
+    volume: VolumeStatus
+    remotes: tuple[RemoteStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """
+    What one resync call did.
+
+    *next_region* is where the next call goes on; *copied_bytes* were made clean,
+    *zero_bytes* of them sent as zeroes; *error* is what ended it early.
+    """
+
+    next_region: int
+    copied_bytes: int
+    zero_bytes: int
+    error: MirrorError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of the local disk, in bytes; *type* is NBD's own number."""
+
+    offset: int
+    length: int
+    type: int
+
+
+class Verdict:
+    """What comparing a region says; the last ones mean: take another region."""
+
+    SAME = 0
+    DIFFERENT = 1
+    BUSY = -errno.EBUSY  # a request holds it
+    DIRTY = -errno.EAGAIN
+    UNREADABLE = -errno.ENODATA  # by local
+
+
+def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
+    """Translate struct nbdm_status; *text* decodes a C string."""
+    return VolumeStatus(
+        uuid=str(uuid.UUID(bytes=bytes(c.uuid))),
+        size=c.size,
+        region_size=c.region_size,
+        generation=c.generation,
+        session=c.session,
+        nr_remotes=c.nr_remotes,
+        local=_local_status(c, text),
+        failed=bool(c.failed),
+        fenced=bool(c.fenced),
+        policy=POLICY_NAMES[c.policy],
+        fenced_reads="fail" if c.fail_fenced_reads else "serve",
+        stopping=bool(c.stopping),
+        clean=bool(c.clean),
+        clients=c.clients,
+        inflight=c.inflight,
+        active_extents=c.active_extents,
+        extent_size=c.extent_size,
+        reads=c.reads,
+        writes=c.writes,
+        flushes=c.flushes,
+        write_s=c.write_ns / 1e9,
+        activity_persists=c.activity_persists,
+        superblock_persists=c.superblock_persists,
+        dirty_persists=c.dirty_persists,
+        reason=text(c.reason),
+    )
+
+
+def _local_status(c: Any, text: Callable[[Any], str]) -> LocalStatus:
+    return LocalStatus(
+        state=LocalState.from_c(c.local_state),
+        attached=bool(c.local_attached),
+        dirty_regions=c.local_dirty_regions,
+        errors=c.local_errors,
+        repaired=c.local_repaired,
+        copied_bytes=c.local_copied_bytes,
+        since=c.local_since,
+        serial=c.local_serial,
+        reason=text(c.local_reason),
+        silent_s=c.local_silent_ms / 1e3,
+        unproven=bool(c.local_unproven),
+        note=text(c.local_note),
+    )
+
+
+def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
+    """Translate struct nbdm_remote_status; *text* decodes a C string."""
+    return RemoteStatus(
+        name=text(c.name),
+        state=RemoteState.from_c(c.state),
+        paused=bool(c.paused),
+        assumed=bool(c.assumed),
+        connected=bool(c.connected),
+        admitted=bool(c.admitted),
+        dirty_regions=c.dirty_regions,
+        late_regions=c.late_regions,
+        unflushed_regions=c.unflushed_regions,
+        flush_bound=c.flush_bound,
+        outstanding=c.outstanding,
+        remote_size=c.remote_size,
+        commands=c.commands,
+        copied_bytes=c.copied_bytes,
+        answered_bytes=c.answered_bytes,
+        answer_s=c.answer_ns / 1e9,
+        since=c.since,
+        serial=c.serial,
+        reason=text(c.reason),
+    )

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What the logs say of a volume that no server runs.
+
+The same facts as a server's make the same status of them, which says "stopped" and
+never more than is stored: after a crash the dirty bytes on disk are a lower bound, and
+the reason says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import FormatError, MirrorError, MissingError, UnsupportedError
+from ..base.files import read_plain
+from ..rules.state import Facts, LocalFacts, LocalState
+from .config import VolumeConfig
+from .mapview import DirtyMaps, open_map
+from .model import Peek, RemoteStatus, VolumeStatus
+from .report import LocalView, RemoteView, report
+from .status import Status
+
+__all__ = [
+    "load_core",
+    "lock_holder",
+    "mapped_disks",
+    "open_disk_map",
+    "read_superblock",
+    "silent_server",
+    "stopped_status",
+]
+
+LOCKS = Path("/proc/locks")
+_ALL = 1 << 64  # regions: more than there are
+
+
+def load_core() -> Any:
+    """
+    Import the engine's wrapper, which needs the compiled C code.
+
+    Raises:
+        UnsupportedError: it was not built for this Python.
+    """
+    try:
+        from . import core
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the engine's C code cannot be loaded: {error}", "scripts/setup"
+        ) from None
+    return core
+
+
+def lock_holder(state_dir: Path) -> int | None:
+    """
+    Return the process that holds the volume's lock, or None.
+
+    It is asked of the kernel: to try the lock would keep a server from starting.
+    """
+    try:
+        content, _ = read_plain(state_dir, "lock", 32)
+        pid, lock = int(content), (state_dir / "lock").lstat()
+        lines = LOCKS.read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    # Not by the device's number: some file systems show another one there. The file's
+    # word alone is its owner's, who may not be root's friend.
+    held = any(
+        fields[1] == "FLOCK"
+        and fields[4] == str(pid)
+        and fields[5].rpartition(":")[2] == str(lock.st_ino)
+        for fields in map(str.split, lines)
+        if len(fields) > 5
+    )
+    return pid if held and _has_open(pid, lock) else None
+
+
+def _has_open(pid: int, lock: os.stat_result) -> bool:
+    """
+    Say whether the process has the lock's file open.
+
+    It may hold a lock of another file system, on a file with the same number.
+    """
+    try:
+        # Its first thread has none once it has ended, though another hangs in a disk.
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return any(_thread_has_open(task, lock) for task in tasks)
+    except PermissionError:
+        return True  # another user's, which this one cannot kill either
+    except OSError:
+        return False  # it has ended
+
+
+def _thread_has_open(task: Path, lock: os.stat_result) -> bool:
+    fds: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # it ends just now
+        fds = list((task / "fd").iterdir())
+    for fd in fds:
+        with contextlib.suppress(FileNotFoundError):  # it is closed just now
+            # Others are not looked at: a disk may hang.
+            if fd.readlink().name == "lock":
+                found = fd.stat()
+                if (found.st_dev, found.st_ino) == (lock.st_dev, lock.st_ino):
+                    return True
+    return False
+
+
+def silent_server(state_dir: Path) -> tuple[str, str] | None:
+    """Say why a server that holds the volume may not answer, and what helps."""
+    pid = lock_holder(state_dir)
+    if pid is None:
+        return None
+    return (
+        f"process {pid} holds the volume, but does not answer on {state_dir}/control: "
+        "it starts or ends just now, or the socket was removed",
+        f"wait a moment; if it stays so, kill -TERM {pid} (a clean stop), then "
+        "nbd-mirror serve CONFIG",
+    )
+
+
+def mapped_disks(config: VolumeConfig) -> list[str]:
+    """Return the disks that have a dirty map: local first, then the remotes."""
+    remotes = [remote.name for remote in config.remotes]
+    # A volume that an earlier version made has none before it is served again.
+    return ["local", *remotes] if _map_path(config, "local").exists() else remotes
+
+
+def _map_path(config: VolumeConfig, disk: str) -> Path:
+    return config.state_dir / f"dirty.{disk}"
+
+
+def read_superblock(config: VolumeConfig) -> Peek:
+    """
+    Read the volume's superblock, without a lock.
+
+    Raises:
+        MissingError: it was not created. FormatError: the superblock is garbled,
+        or of another volume.
+    """
+    try:
+        peek: Peek = load_core().peek(config.state)
+    except MissingError:
+        raise MissingError(
+            f"volume {config.name} has no state in {config.state}: "
+            "it was not created yet",
+            "nbd-mirror create CONFIG",
+        ) from None
+    if peek.name != config.name:
+        raise FormatError(
+            f"{config.state} is the state of volume {peek.name}, not of {config.name}",
+            "correct `state` or `name` in the configuration",
+        )
+    return peek
+
+
+def stopped_status(config: VolumeConfig) -> Status:
+    """
+    Return the status of a volume without a server, from its superblock and maps.
+
+    Raises:
+        MissingError, FormatError: see read_superblock.
+    """
+    peek = read_superblock(config)
+    volume = dataclasses.replace(
+        peek.volume, policy=config.policy, fenced_reads=config.fenced_reads
+    )
+    state, silent = "no_answer", silent_server(config.state_dir)
+    if silent is None:
+        state, reason = "stopped", "no server runs for this volume"
+        if not volume.clean:
+            reason += (
+                "; the last one did not stop cleanly: the next one recovers, "
+                "and may find more dirty than is shown"
+            )
+        silent = reason, "nbd-mirror serve CONFIG"
+    remotes = [_remote(config, one, volume) for one in peek.remotes]
+    verdict = (state, *silent)
+    return report(config, volume, _local(config, volume), remotes, verdict=verdict)
+
+
+@contextlib.contextmanager
+def open_disk_map(
+    config: VolumeConfig, disk: str, volume: VolumeStatus
+) -> Iterator[DirtyMaps]:
+    """
+    Open a disk's map.
+
+    Raises:
+        FormatError: it is of another volume or disk: a start would not believe it.
+        Others: see open_map.
+    """
+    with open_map(_map_path(config, disk)) as maps:
+        regions = -(-volume.size // volume.region_size)
+        found = (str(uuid.UUID(bytes=maps.uuid)), maps.remote)
+        shape = (maps.nr_regions, maps.region_size)
+        if found != (volume.uuid, disk) or shape != (regions, volume.region_size):
+            raise FormatError(f"{maps.path} is the map of another volume or disk")
+        yield maps
+
+
+def _local(config: VolumeConfig, volume: VolumeStatus) -> LocalView:
+    status = volume.local
+    dirty, reason = 0, status.reason
+    if status.state is not LocalState.OK:
+        try:
+            with open_disk_map(config, "local", volume) as maps:
+                dirty = maps.dirty_regions
+        except MirrorError as error:
+            dirty, reason = _ALL, f"{error}; the next start takes all as missed"
+    # As if a remote was there: without a server it is not known.
+    facts = LocalFacts(status.state, volume.bytes_of(dirty), sources=1, reason=reason)
+    return LocalView(facts, status, config.local)
+
+
+def _remote(
+    config: VolumeConfig, remote: RemoteStatus, volume: VolumeStatus
+) -> RemoteView:
+    counts, reason = (_ALL, 0, 0), remote.reason
+    try:
+        with open_disk_map(config, remote.name, volume) as maps:
+            counts = maps.dirty_regions, maps.late_regions, maps.unflushed_regions
+    except MirrorError as error:
+        # Rule 9: a map that cannot be trusted means all dirty, and saying so.
+        reason = f"{error}; the next start takes all of it as dirty"
+    dirty, late, unflushed = counts
+    facts = Facts(
+        remote.name,
+        remote.state,
+        assumed=remote.assumed,
+        dirty_bytes=volume.bytes_of(dirty),
+        late_bytes=volume.bytes_of(late),
+        reason=reason,
+    )
+    uri = ""
+    with contextlib.suppress(MirrorError):
+        uri = config.remote(remote.name).uri
+    status = dataclasses.replace(remote, unflushed_regions=unflushed)
+    return RemoteView(facts, status, uri)

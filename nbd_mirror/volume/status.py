@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+A volume's status: what `nbd-mirror status --json` prints, and all commands read.
+
+The models are the list of keys there is, in their order, and the manual's tables have
+their descriptions. report.py makes a status of facts, with a server and without one; a
+command gets it over the control socket, where `answers.read` checks it. A key with a
+default is one that a server of an earlier version does not say.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from .answers import Answer, Flag, Number, Text, Unit, Whole
+
+__all__ = ["Disk", "Local", "Persists", "Remote", "Resync", "Status"]
+
+Bytes = Annotated[Whole, Unit("bytes")]
+Count = Annotated[Whole, Unit("count")]
+Id = Annotated[Whole, Unit("number")]
+Seconds = Annotated[Number, Unit("seconds")]
+Rate = Annotated[Whole, Unit("bytes per second")]
+Time = Annotated[Text, Unit("ISO 8601")]
+
+
+class Resync(Answer):
+    """How far the copying to a disk is."""
+
+    done_bytes: Bytes = Field(description="copied since this resync began")
+    total_bytes: Bytes = Field(description="that, and what is left by now")
+    bytes_per_s: Rate = Field(description="at present; 0: nothing moves")
+    eta_s: Seconds | None = Field(description="left at this rate; null: nothing moves")
+    growing: Flag = Field(False, description="clients dirty more than is copied")
+
+
+class Persists(Answer):
+    """How often logs were made durable."""
+
+    activity: Count = Field(description="of the activity log")
+    superblock: Count = Field(description="of the superblock")
+    dirty: Count = Field(description="of the dirty maps")
+
+
+class Local(Answer):
+    """The local disk."""
+
+    path: Text = Field(description="where it is")
+    state: Text = Field(description="`ok`, `silent`, `failed` or `resyncing`")
+    reason: Text = Field("", description="why it is in this state; may be empty")
+    hint: Text = Field("", description="which command helps; may be empty")
+    dirty_bytes: Bytes = Field(0, description="what it misses, in whole regions")
+    silent_s: Seconds = Field(0.0, description="how long it has owed an answer")
+    errors: Count = Field(0, description="requests that it failed since the start")
+    repaired_regions: Count = Field(
+        0, description="regions it could not read, written anew since the start"
+    )
+    copied_bytes: Bytes = Field(0, description="copied back since the start, those too")
+    resync: Resync | None = Field(None, description="null: nothing is to be copied")
+    last_error: Text = Field(
+        "", description="while it is `ok`: what it last could not do, or empty"
+    )
+    since: Time = Field("", description="when its state last changed; empty: never")
+
+    @property
+    def name(self) -> str:
+        """What commands call it."""
+        return "local"
+
+
+class Remote(Answer):
+    """A remote."""
+
+    name: Text = Field(description="what commands call it")
+    uri: Text = Field(description="where it is")
+    state: Text = Field(description="see STATES")
+    reason: Text = Field(description="why it is in this state; may be empty")
+    hint: Text = Field(description="which command helps; may be empty")
+    connected: Flag = Field(description="connected and in use")
+    dirty_bytes: Bytes = Field(description="what it misses, in whole regions")
+    late_bytes: Bytes = Field(description="of these, held back for late writes")
+    unflushed_bytes: Bytes = Field(description="answered and not flushed yet")
+    flush_bound_bytes: Bytes | None = Field(
+        None,
+        description="how much it may have unflushed: measured, so that a flush fits "
+        "its deadline; null without a server",
+    )
+    assumed: Flag = Field(description="in sync on an operator's word, not proven")
+    paused: Flag = Field(description="by an operator")
+    resync: Resync | None = Field(description="null: nothing is to be copied")
+    last_error: Text = Field(description="the last one there was, or empty")
+    since: Time = Field(description="when the state was entered")
+
+
+Disk = Local | Remote
+
+
+class Status(Answer):
+    """A volume."""
+
+    volume: Text = Field(description="its name")
+    uuid: Text = Field(description="given by `create`")
+    size: Bytes = Field(description="of the volume")
+    state: Text = Field(description="see STATES; that of its worst disk")
+    reason: Text = Field(description="why it is in this state; may be empty")
+    hint: Text = Field(description="which command helps; may be empty")
+    local: Local = Field(description="the local disk")
+    door: Text | None = Field(
+        description="`direct`, `native` or `python`; null without a server"
+    )
+    pid: Id | None = Field(description="of the server; null without one")
+    clients: Count = Field(description="connections of clients")
+    max_clients: Count | None = Field(
+        None,
+        description="how many the direct door takes: `max_clients`, or fewer where "
+        "the limit of open files is lower; null without it",
+    )
+    inflight: Count = Field(description="requests under way")
+    active_extents: Count = Field(description="extents in the activity log")
+    persists: Persists | None = Field(
+        None,
+        description="how often logs were made durable since the start; under a steady "
+        "load none of them grows",
+    )
+    policy: Text = Field(
+        description="what is in force; without a server, what the configuration has"
+    )
+    fenced_reads: Text = Field("serve", description="as `policy`")
+    region_size: Bytes = Field(description="of a region of the dirty maps")
+    generation: Id = Field(description="of 64 bits")
+    log_lines_lost: Count | None = Field(
+        None,
+        description="lines of the log that could not be written since the start, or "
+        "not as fast as they came",
+    )
+    log_lines_left_out: Count | None = Field(
+        None,
+        description="lines about clients that were not written, as there were too many",
+    )
+    clean_stop: Flag | None = Field(
+        None,
+        description="left out while a server runs: whether the last one stopped "
+        "cleanly",
+    )
+    remotes: tuple[Remote, ...] = Field(description="the remotes")
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The local disk, then the remotes."""
+        return (self.local, *self.remotes)
+
+    def dump(self) -> dict[str, Any]:
+        """Return it as JSON carries it."""
+        return self.model_dump(
+            exclude={"clean_stop"} if self.clean_stop is None else None
+        )

@@ -1,0 +1,681 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A remote that breaks the protocol, at each byte of it: answers that are cut,
+ * garbled, early, sent twice or of nothing that was asked; requests that are no
+ * longer read.  Whatever it does, every command ends, those it has not answered
+ * as lost, and no thread touches a command after its end.
+ */
+
+#define _GNU_SOURCE
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "volume/volume.h"
+#include "wire/conn.h"
+#include "wire/protocol.h"
+#include "wire/transport.h"
+#include "villain.h"
+
+#include <poll.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#define DEADLINE_MS 200u
+#define SECTOR 512u
+#define REPLY sizeof (struct wire_reply)
+#define ERRANDS 4u
+#define LONG_MS 60000u
+
+static bool is_libnbd;
+static struct villain v;
+
+/* --- what is asked -------------------------------------------------------- */
+
+static struct errand *errands[ERRANDS];
+static const enum command_kind kinds[ERRANDS]
+    = { COMMAND_READ, COMMAND_WRITE, COMMAND_FLUSH, COMMAND_READ };
+
+static void
+issue_all (void)
+{
+  for (unsigned i = 0; i < ERRANDS; i++) {
+    errands[i] = errand_make (kinds[i], SECTOR);
+    memset (errands[i]->data, 0xaa, kinds[i] == COMMAND_FLUSH ? 0 : SECTOR);
+    assert (conn_issue (v.conn, &errands[i]->cmd, &errands[i]->waiter) == 0);
+  }
+  conn_push (v.conn);
+}
+
+/* Ticks alone, with no deadline worth the name: what the server did must be
+ * enough.
+ */
+static void
+let_end (void)
+{
+  for (unsigned i = 0; i < ERRANDS; i++)
+    for (unsigned n = 0; !errand_done (&v, errands[i]); n++) {
+      assert (n < 10000);
+      conn_tick (v.conn, LONG_MS, 0);
+    }
+}
+
+static void
+free_all (void)
+{
+  for (unsigned i = 0; i < ERRANDS; i++)
+    free (errands[i]);
+}
+
+/* --- answers, byte by byte ------------------------------------------------ */
+
+static uint8_t answers[ERRANDS * (REPLY + SECTOR)];
+static size_t ends[ERRANDS + 1]; /* of each answer, in these bytes */
+
+/* Take in all requests, and write down what an honest server would say. */
+static void
+prepare_answers (void)
+{
+  uint8_t payload[SECTOR];
+  size_t at = 0;
+
+  for (unsigned i = 0; i < ERRANDS; i++) {
+    const struct wire_request request = villain_request (&v);
+    const struct wire_reply reply
+        = { .magic = htobe32 (REPLY_MAGIC), .cookie = request.cookie };
+
+    memcpy (answers + at, &reply, REPLY);
+    at += REPLY;
+    if (kinds[i] == COMMAND_WRITE)
+      assert (wire_receive (v.fd, payload, SECTOR));
+    if (kinds[i] == COMMAND_READ) {
+      memset (answers + at, 0x11, SECTOR);
+      at += SECTOR;
+    }
+    ends[i + 1] = at;
+  }
+}
+
+static size_t
+header_end (unsigned i)
+{
+  return ends[i] + REPLY;
+}
+
+/* A bit of a payload, or of the error of what has none: the client cannot tell.
+ */
+static bool
+is_plausible (size_t at)
+{
+  for (unsigned i = 0; i < ERRANDS; i++)
+    if ((at >= header_end (i) && at < ends[i + 1])
+        || (kinds[i] != COMMAND_READ && at >= ends[i] + 4 && at < ends[i] + 8))
+      return true;
+  return false;
+}
+
+/* Nothing but `whole` bytes of the answers were honest. */
+static void
+judge (size_t whole)
+{
+  for (unsigned i = 0; i < ERRANDS; i++) {
+    const struct errand *e = errands[i];
+
+    if (ends[i + 1] <= whole)
+      assert (e->cmd.error == 0);
+    /* A payload may be anything; a header may not. */
+    if (e->cmd.error == 0)
+      assert (header_end (i) <= whole);
+    if (e->cmd.error == 0 && kinds[i] == COMMAND_READ)
+      for (size_t n = 0; n < SECTOR; n++)
+        assert (header_end (i) + n >= whole || e->data[n] == 0x11);
+  }
+}
+
+enum harm {
+  CUT,     /* the connection ends */
+  GARBLED, /* all bits from here on are turned over */
+  FLIPPED, /* one bit is */
+  MORE,    /* bytes too many, before what follows */
+  PIECES,  /* none: but each byte comes by itself */
+  NR_HARMS
+};
+
+static void
+send_bytes (const uint8_t *bytes, size_t size)
+{
+  for (size_t i = 0; i < size; i++) {
+    assert (send (v.fd, bytes + i, 1, MSG_NOSIGNAL) == 1);
+    if (i % 7 == 0)
+      conn_tick (v.conn, LONG_MS, 0);
+  }
+}
+
+static void
+do_harm (enum harm harm, size_t at)
+{
+  static const uint8_t more[3] = { 0xf1, 0xf2, 0xf3 };
+  size_t size = ends[ERRANDS];
+  ssize_t n;
+
+  if (harm == GARBLED)
+    for (size_t i = at; i < size; i++)
+      answers[i] ^= 0xff;
+  if (harm == FLIPPED)
+    answers[at] ^= 0x20;
+  if (harm == PIECES) {
+    send_bytes (answers, at);
+    conn_tick (v.conn, LONG_MS, 0);
+    send_bytes (answers + at, size - at);
+    return;
+  }
+  if (at > 0)
+    assert (wire_transmit (v.fd, answers, at));
+  if (at % 2) /* it may see the two parts apart */
+    conn_tick (v.conn, LONG_MS, 0);
+  if (harm == MORE)
+    n = send (v.fd, more, sizeof more, MSG_NOSIGNAL);
+  if (harm != CUT)
+    n = send (v.fd, answers + at, size - at, MSG_NOSIGNAL);
+  (void)n;
+}
+
+static void
+harm_answers (enum harm harm, size_t at)
+{
+  villain_connect (&v);
+  issue_all ();
+  prepare_answers ();
+  do_harm (harm, at);
+  if (harm != PIECES)
+    villain_hang_up (&v);
+  let_end ();
+  if (harm == PIECES)
+    assert (!conn_dead (v.conn));
+  if (harm != FLIPPED || !is_plausible (at))
+    judge (harm == PIECES ? ends[ERRANDS] : at);
+  villain_end (&v);
+  free_all ();
+}
+
+static void
+test_answers (void)
+{
+  size_t size;
+
+  harm_answers (PIECES, 1);
+  size = ends[ERRANDS];
+  for (enum harm harm = 0; harm < NR_HARMS; harm++)
+    for (size_t at = 0; at < size; at++) {
+      bool header = false;
+
+      for (unsigned i = 0; i < ERRANDS; i++)
+        header = header || (at + 1 >= ends[i] && at <= header_end (i) + 1);
+      if (header || at % 61 == 0)
+        harm_answers (harm, at);
+    }
+}
+
+/* One that was asked for nothing, one twice, one of the future. */
+static void
+test_answers_to_nothing (void)
+{
+  for (unsigned way = 0; way < 3; way++) {
+    villain_connect (&v);
+    issue_all ();
+    prepare_answers ();
+    if (way == 0)
+      villain_reply (&v, htobe64 (77777), 0);
+    else
+      assert (wire_transmit (v.fd, answers + ends[1], ends[2] - ends[1]));
+    if (way == 1)
+      assert (wire_transmit (v.fd, answers + ends[1], ends[2] - ends[1]));
+    if (way == 2) {
+      uint64_t cookie;
+
+      memcpy (&cookie, answers + ends[3] + 8, sizeof cookie);
+      villain_reply (&v, htobe64 (be64toh (cookie) + 1), 0);
+    }
+    let_end ();
+    assert (conn_dead (v.conn));
+    assert (strlen (conn_report (v.conn).why) > 0);
+    for (unsigned i = 0; i < ERRANDS; i++)
+      assert (errands[i]->cmd.error == (i == 1 && way > 0 ? 0 : ENOTCONN));
+    villain_end (&v);
+    free_all ();
+  }
+}
+
+/* --- answers before the request has left -----------------------------------
+ */
+
+/* What a sendmsg does, and what the server says meanwhile. */
+enum outcome { ALL, SHORT, FULL, INTERRUPTED, NR_OUTCOMES };
+
+static bool intercept;
+static enum outcome outcome;
+static struct errand *early;
+static bool with_payload;
+
+ssize_t __real_conn_sendmsg (int fd, const struct msghdr *msg, int flags);
+ssize_t __wrap_conn_sendmsg (int fd, const struct msghdr *msg, int flags);
+
+static unsigned nr_crowd;   /* commands that others add, one at each sendmsg */
+static unsigned nr_sendmsg; /* since the last of them was wanted */
+static void join_crowd (void);
+
+static void
+answer_early (void)
+{
+  static const uint8_t payload[SECTOR];
+
+  villain_reply (&v, htobe64 (1), 0); /* it guesses the first cookie */
+  if (early->cmd.kind == COMMAND_READ && with_payload)
+    assert (wire_transmit (v.fd, payload, SECTOR));
+  conn_tick (v.conn, LONG_MS, 0);
+  conn_tick (v.conn, LONG_MS, 0);
+}
+
+ssize_t
+__wrap_conn_sendmsg (int fd, const struct msghdr *msg, int flags)
+{
+  struct iovec part = { msg->msg_iov[0].iov_base, 5 };
+  struct msghdr shorter = { .msg_iov = &part, .msg_iovlen = 1 };
+  ssize_t n;
+
+  if (nr_crowd > 0) {
+    join_crowd ();
+    poll (NULL, 0, 1); /* it is a long command */
+    do {               /* this server reads as quickly as it is sent to */
+      struct pollfd pfd = { .fd = fd, .events = POLLOUT };
+
+      poll (&pfd, 1, -1);
+      n = __real_conn_sendmsg (fd, msg, flags);
+    } while (n < 0 && errno == EAGAIN);
+    return n;
+  }
+  if (!intercept)
+    return __real_conn_sendmsg (fd, msg, flags);
+  intercept = false;
+  switch (outcome) {
+  case ALL:
+    n = __real_conn_sendmsg (fd, msg, flags);
+    answer_early ();
+    return n;
+  case SHORT:
+    n = __real_conn_sendmsg (fd, &shorter, flags);
+    answer_early ();
+    return n;
+  default:
+    answer_early ();
+    errno = outcome == FULL ? EAGAIN : EINTR;
+    return -1;
+  }
+}
+
+static void
+be_early (enum command_kind kind)
+{
+  bool honest = outcome == ALL;
+  struct errand *next;
+
+  villain_connect (&v);
+  early = errand_make (kind, SECTOR);
+  intercept = true;
+  assert (conn_issue (v.conn, &early->cmd, &early->waiter) == 0);
+  assert (!intercept);
+  if (honest && kind == COMMAND_READ && !with_payload) {
+    uint8_t payload[SECTOR] = { 0 };
+
+    assert (!errand_done (&v, early));
+    assert (wire_transmit (v.fd, payload, SECTOR));
+  }
+  for (int i = 0; i < 5; i++)
+    conn_tick (v.conn, LONG_MS, 0);
+  assert (errand_done (&v, early));
+  assert (early->cmd.error == (honest ? 0 : ENOTCONN));
+  assert (conn_dead (v.conn) == !honest);
+  if (!honest)
+    assert (strstr (conn_report (v.conn).why,
+                    "it answered a command before it had it"));
+  free (early);
+  next = errand_make (COMMAND_FLUSH, 0);
+  assert (conn_issue (v.conn, &next->cmd, &next->waiter)
+          == (honest ? 0 : -ENOTCONN));
+  villain_end (&v);
+  free (next);
+}
+
+static void
+test_early_answers (void)
+{
+  if (is_libnbd)
+    return; /* it knows by itself: see below */
+  for (outcome = 0; outcome < NR_OUTCOMES; outcome++)
+    for (unsigned i = 0; i < ERRANDS; i++) {
+      with_payload = i == 3;
+      be_early (kinds[i]);
+    }
+}
+
+/* The same with nothing in the way: of a large write only some has left. */
+static void
+test_early_answer_to_a_large_write (void)
+{
+  static const size_t taken[] = { 0, 1, 4096, 1u << 20, 3u << 20 };
+  uint8_t *buf = malloc (4u << 20);
+
+  for (unsigned i = 0; i < sizeof taken / sizeof *taken; i++) {
+    struct errand *e = errand_make (COMMAND_WRITE, 4u << 20);
+    size_t got = 0;
+    ssize_t n;
+
+    villain_connect (&v);
+    assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+    uint64_t cookie = villain_request (&v).cookie;
+    while (got < taken[i]) {
+      conn_tick (v.conn, LONG_MS, 0);
+      n = recv (v.fd, buf, taken[i] - got, MSG_DONTWAIT);
+      got += n > 0 ? (size_t)n : 0;
+    }
+    villain_reply (&v, cookie, 0);
+    for (n = 0; !errand_done (&v, e); n++) {
+      assert (n < 1000);
+      conn_tick (v.conn, LONG_MS, 0);
+    }
+    assert (conn_dead (v.conn) && e->cmd.error == ENOTCONN);
+    villain_end (&v);
+    free (e);
+  }
+  free (buf);
+}
+
+/* --- a server that reads no more, and threads that wait ---------------------
+ */
+
+static atomic_bool over;
+
+static void *
+tick_all_the_time (void *opaque)
+{
+  (void)opaque;
+  while (!over) {
+    conn_tick (v.conn, DEADLINE_MS, 0);
+    poll (NULL, 0, 5);
+  }
+  return NULL;
+}
+
+static void *
+write_and_wait (void *opaque)
+{
+  struct errand *e = errand_make (COMMAND_WRITE, 1u << 20);
+
+  (void)opaque;
+  if (conn_issue (v.conn, &e->cmd, &e->waiter) == 0) {
+    conn_wait (v.conn, &e->waiter);
+    assert (e->cmd.error == ENOTCONN || e->cmd.error == 0);
+  }
+  free (e);
+  return NULL;
+}
+
+/* `at` bytes are read, then none; with `answer` the first is answered then. */
+static void
+stop_reading (size_t at, bool answer)
+{
+  uint8_t *buf = malloc (at + 1);
+  pthread_t ticker, writers[3];
+  uint64_t start = now_ns ();
+  uint64_t cookie = 0;
+
+  over = false;
+  villain_connect (&v);
+  for (unsigned i = 0; i < 3; i++)
+    assert (pthread_create (&writers[i], NULL, write_and_wait, NULL) == 0);
+  assert (pthread_create (&ticker, NULL, tick_all_the_time, NULL) == 0);
+  if (at > 0)
+    assert (wire_receive (v.fd, buf, at));
+  if (at >= sizeof (struct wire_request))
+    cookie = ((struct wire_request *)buf)->cookie;
+  if (answer)
+    villain_reply (&v, cookie, 0);
+  for (unsigned i = 0; i < 3; i++)
+    pthread_join (writers[i], NULL);
+  assert (now_ns () - start < 50 * DEADLINE_MS * UINT64_C (1000000));
+  assert (conn_dead (v.conn));
+  over = true;
+  pthread_join (ticker, NULL);
+  villain_end (&v);
+  free (buf);
+}
+
+static void
+test_stops_reading (void)
+{
+  static const size_t places[] = { 0, 1, 27, 28, 29, 100000, (1u << 20) + 28 };
+
+  for (unsigned i = 0; i < sizeof places / sizeof *places; i++) {
+    stop_reading (places[i], false);
+    if (places[i] >= 28)
+      stop_reading (places[i], true);
+  }
+}
+
+/* --- threads that are answered, and one that is not yet ---------------------
+ */
+
+#define HUGE (4u << 20) /* more than any socket takes */
+
+static void *
+write_huge (void *opaque)
+{
+  struct waiting *w = opaque;
+  struct errand *e = errand_make (COMMAND_WRITE, HUGE);
+
+  assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+  conn_wait (v.conn, &e->waiter);
+  assert (e->cmd.error == 0);
+  free (e);
+  w->over = true;
+  return NULL;
+}
+
+/* A thread that waits for room in the socket has its answer: it leaves what
+ * another one has still to send to that one.  No thread ticks.
+ */
+static void
+test_answered_thread_sends_for_no_other (void)
+{
+  static uint8_t buf[HUGE];
+  struct waiting first = { .over = false }, second = { .over = false };
+  uint64_t cookie;
+
+  villain_connect (&v);
+  assert (pthread_create (&first.thread, NULL, write_huge, &first) == 0);
+  cookie = villain_request (&v).cookie;
+  assert (wire_receive (v.fd, buf, HUGE / 2));
+  assert (pthread_create (&second.thread, NULL, write_huge, &second) == 0);
+  for (unsigned ms = 0; conn_report (v.conn).outstanding < 2; ms++) {
+    assert (ms < PATIENCE_MS);
+    poll (NULL, 0, 1);
+  }
+  assert (wire_receive (v.fd, buf, HUGE / 2));
+  villain_reply (&v, cookie, 0);
+  assert_over (&first);
+  cookie = villain_request (&v).cookie;
+  assert (wire_receive (v.fd, buf, HUGE));
+  villain_reply (&v, cookie, 0);
+  assert_over (&second);
+  villain_end (&v);
+}
+
+/* --- others that never stop to send ------------------------------------------
+ */
+
+#define CROWD                                                                  \
+  4000u /* commands; so a thread sends for all, as long as it may              \
+         */
+#define FEW 500u
+
+static struct errand *crowd[CROWD];
+static uint64_t first_cookie;
+
+/* While a thread is in sendmsg another client's adds a command.  The first one
+ * is answered meanwhile, as the ticker sees.
+ */
+static void
+join_crowd (void)
+{
+  struct errand *e = errand_make (COMMAND_WRITE, SECTOR);
+  unsigned n = nr_crowd++;
+
+  nr_sendmsg++;
+  assert (n < CROWD);
+  if (n == CROWD - 1)
+    nr_crowd = 0; /* it ends: or a thread that sends for all never would */
+  crowd[n] = e;
+  assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+  if (n == 2) {
+    villain_reply (&v, first_cookie, 0);
+    conn_tick (v.conn, LONG_MS, 0);
+  }
+}
+
+static void *
+read_all (void *opaque)
+{
+  static uint8_t buf[65536];
+
+  (void)opaque;
+  while (recv (v.fd, buf, sizeof buf, 0) > 0)
+    ;
+  return NULL;
+}
+
+enum sender { SESSION, TICKER, WAITER, NR_SENDERS };
+
+/* A thread sends for others, but not for as long as they add commands. */
+static void
+test_crowd_keeps_no_thread (void)
+{
+  if (is_libnbd)
+    return; /* there each thread sends its own */
+  for (enum sender sender = 0; sender < NR_SENDERS; sender++) {
+    struct errand *e = errand_make (COMMAND_WRITE, SECTOR);
+    pthread_t reader;
+
+    villain_connect (&v);
+    first_cookie = htobe64 (2);
+    crowd[0] = errand_make (COMMAND_WRITE, SECTOR);
+    assert (conn_issue (v.conn, &crowd[0]->cmd, &crowd[0]->waiter) == 0);
+    assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+    assert (pthread_create (&reader, NULL, read_all, NULL) == 0);
+    nr_crowd = 1;
+    nr_sendmsg = 0;
+    if (sender == SESSION)
+      conn_push (v.conn);
+    else if (sender == TICKER)
+      conn_tick (v.conn, LONG_MS, 0);
+    else
+      conn_wait (v.conn, &e->waiter);
+    assert (nr_sendmsg > 0 && nr_sendmsg < FEW);
+    nr_crowd = 0;
+    shutdown (v.fd, SHUT_RDWR);
+    pthread_join (reader, NULL);
+    villain_end (&v);
+    free (e);
+    for (unsigned i = 0; i < CROWD && crowd[i]; i++) {
+      free (crowd[i]);
+      crowd[i] = NULL;
+    }
+  }
+}
+
+/* --- a handshake without an end ----------------------------------------------
+ */
+
+static char flood_uri[160];
+
+/* Tells of the export, again and again. */
+static void *
+flood (void *opaque)
+{
+  static struct __attribute__ ((packed)) {
+    struct nbd_option_reply reply;
+    uint16_t info;
+    char words[2];
+  } infos[4096];
+  const int much = 64 << 20;
+  const struct nbd_greeting greeting = { .magic = htobe64 (NBD_MAGIC),
+                                         .option = htobe64 (NBD_OPTION),
+                                         .flags = htobe16 (3) };
+
+  (void)opaque;
+  for (unsigned i = 0; i < 4096; i++) {
+    infos[i].reply.magic = htobe64 (NBD_OPTION_REPLY);
+    infos[i].reply.option = htobe32 (NBD_OPT_GO);
+    infos[i].reply.type = htobe32 (NBD_REP_INFO);
+    infos[i].reply.length = htobe32 (4);
+    infos[i].info = htobe16 (i % 2 ? NBD_INFO_DESCRIPTION : 4711);
+    memcpy (infos[i].words, "hi", 2);
+  }
+  v.fd = accept4 (v.listener, NULL, NULL, SOCK_CLOEXEC);
+  assert (v.fd >= 0);
+  /* So much on the way that it is never all read; only root may. */
+  (void)setsockopt (v.fd, SOL_SOCKET, SO_SNDBUFFORCE, &much, sizeof much);
+  if (wire_transmit (v.fd, &greeting, sizeof greeting))
+    while (wire_transmit (v.fd, infos, sizeof infos))
+      ;
+  villain_hang_up (&v);
+  return NULL;
+}
+
+static void *
+connect_to_flood (void *opaque)
+{
+  struct waiting *w = opaque;
+  struct conn *conn;
+
+  assert (conn_open (flood_uri, 300, &conn) == -ETIMEDOUT);
+  assert (strstr (last_error (), "no answer within 300 ms"));
+  w->over = true;
+  return NULL;
+}
+
+static void
+test_handshake_without_end (void)
+{
+  for (unsigned tcp = 0; tcp < 2; tcp++) {
+    struct waiting w = { .over = false };
+
+    v.tcp = tcp;
+    villain_listen (&v, flood_uri, sizeof flood_uri);
+    assert (pthread_create (&v.thread, NULL, flood, NULL) == 0);
+    assert (pthread_create (&w.thread, NULL, connect_to_flood, &w) == 0);
+    assert_over (&w);
+    pthread_join (v.thread, NULL);
+    close (v.listener);
+    if (!tcp)
+      unlink (strchr (flood_uri, '=') + 1);
+  }
+  v.tcp = false;
+}
+
+int
+main (void)
+{
+  const char *transport = getenv ("NBDM_TRANSPORT");
+
+  alarm (150); /* nothing here may hang */
+  is_libnbd = transport && strcmp (transport, "libnbd") == 0;
+  RUN (test_answers);
+  RUN (test_answers_to_nothing);
+  RUN (test_early_answers);
+  RUN (test_early_answer_to_a_large_write);
+  RUN (test_stops_reading);
+  RUN (test_answered_thread_sends_for_no_other);
+  RUN (test_crowd_keeps_no_thread);
+  RUN (test_handshake_without_end);
+  return 0;
+}

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What lies on the local disk, and not yet on its medium, when it is taken into
+ * use: at a start after a kill, and when an operator brings it back.
+ *
+ * The kernel says once that it could not write a page, and takes it for clean
+ * from then on.  So a start whose flush fails is not the last to know of it;
+ * and a disk that was not flushed is not used.
+ */
+
+#include "api.h"
+#include "base/file.h"
+#include "volume/flush.h"
+#include "interrupted.h"
+
+static struct bench bench;
+static struct left created;
+
+static unsigned nr_local_syncs;
+static int local_sync_error; /* errno of the next ones; 0: none */
+
+int __real_fdatasync (int fd);
+int __wrap_fdatasync (int fd);
+
+int
+__wrap_fdatasync (int fd)
+{
+  struct stat st, local;
+
+  if (fstat (fd, &st) == 0 && stat (bench.local, &local) == 0
+      && st.st_ino == local.st_ino && st.st_dev == local.st_dev) {
+    nr_local_syncs++;
+    if (local_sync_error) {
+      errno = local_sync_error;
+      return -1;
+    }
+  }
+  return __real_fdatasync (fd);
+}
+
+static void
+mends (void *opaque)
+{
+  (void)opaque;
+  bench_open_and_mend (&bench);
+}
+
+/* The kernel could not write what was answered and not flushed: the local disk
+ * has what it had before, which is what counts from now on.
+ */
+static void
+lose (unsigned region, uint8_t value)
+{
+  uint8_t buf[512];
+  int fd = open (bench.local, O_RDWR | O_CLOEXEC);
+
+  memset (buf, value, sizeof buf);
+  assert (fd >= 0);
+  assert (full_pwrite (fd, buf, sizeof buf, region * BENCH_REGION) == 0);
+  close (fd);
+  bench.board->answered[region] = value;
+}
+
+/* --- at a start ----------------------------------------------------------- */
+
+/* As the engine does where no client flushes: the remotes, and not local. */
+static void
+flush_remotes_alone (void)
+{
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    assert (remote_flush_alone (&bench.volume->remotes[i]));
+}
+
+/* Each ends as if killed. */
+static void
+writes (void *opaque)
+{
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_connect_all (&bench);
+  bench_write (&bench, 3, 1, 1);
+  assert (nbdm_flush (bench.volume) == 0);
+  bench_write (&bench, 3, 1, 2);
+  flush_remotes_alone ();
+}
+
+static void
+copies_back (void *opaque)
+{
+  struct nbdm_resync batch
+      = { .max_bytes = 5 * BENCH_REGION, .pace.copy_bytes = BENCH_REGION };
+
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_connect_all (&bench);
+  bench_write (&bench, 7, 1, 1);
+  assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
+  assert (nbdm_local_admit (bench.volume) == 0);
+  assert (nbdm_local_resync (bench.volume, &batch) == 0);
+  bench_write (&bench, 3, 1, 1);
+  assert (nbdm_flush (bench.volume) == 0);
+  bench_write (&bench, 3, 1, 2);
+  flush_remotes_alone ();
+}
+
+static void
+opens (void *opaque)
+{
+  (void)opaque;
+  (void)bench_open (&bench);
+}
+
+static void
+is_refused (void *opaque)
+{
+  (void)opaque;
+  assert (bench_open (&bench) == -EIO);
+  ASSERT_SAYS ("failed to flush");
+}
+
+static void
+test_failed_flush_of_a_start_is_not_forgotten (void)
+{
+  bench_put (&bench, &created);
+  bench_session (NULL, writes);
+  lose (3, 1);
+  bench_session ("local_flush:1=error", is_refused);
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
+/* A disk that is being caught up has failed again, and no start has said so
+ * yet.
+ */
+static void
+test_failed_flush_of_a_start_that_is_killed_is_not_forgotten (void)
+{
+  bench_put (&bench, &created);
+  bench_session ("local_write:1=error", copies_back);
+  lose (3, 1);
+  assert (killed (
+      in_child ("local_flush:1=error,open_local_flushed=kill", opens, NULL)));
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
+/* --- when it is brought back ---------------------------------------------- */
+
+static void
+brings_it_back (void *opaque)
+{
+  unsigned before;
+
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_connect_all (&bench);
+  bench_write (&bench, 7, 1, 1);
+  local_sync_error = EIO;
+  assert (nbdm_local_attach (bench.volume, bench.local, 0) == -EIO);
+  ASSERT_SAYS ("cannot make durable");
+  assert (nbdm_local_admit (bench.volume) == -ENODEV);
+  local_sync_error = 0;
+  before = nr_local_syncs;
+  assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
+  assert (nr_local_syncs > before);
+  assert (nbdm_local_admit (bench.volume) == 0);
+  bench_mend (&bench);
+}
+
+/* What is not copied back is believed as soon as the disk is admitted. */
+static void
+test_disk_that_is_brought_back_is_flushed_first (void)
+{
+  bench_put (&bench, &created);
+  bench_session ("local_write:1=error", brings_it_back);
+  bench_check_disks (&bench);
+}
+
+int
+main (void)
+{
+  alarm (60); /* nothing here may hang */
+  bench_make (&bench);
+  bench_take (&bench, &created);
+  RUN (test_failed_flush_of_a_start_is_not_forgotten);
+  RUN (test_failed_flush_of_a_start_that_is_killed_is_not_forgotten);
+  RUN (test_disk_that_is_brought_back_is_flushed_first);
+  bench_free (&created);
+  bench_remove (&bench);
+  return 0;
+}

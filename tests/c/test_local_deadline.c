@@ -1,0 +1,746 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A local disk that keeps a request, and a deadline for it: a fault point in
+ * the midst of the disk's call waits for a file.  What was asked for is
+ * answered while the call is still under way, and what the call does in the end
+ * counts for nothing.
+ */
+
+#define _GNU_SOURCE
+#include "api.h"
+#include "logs/layout.h"
+#include "wire/protocol.h"
+#include "schedules.h"
+#include "door.h"
+#include "nbd_client.h"
+
+#include <poll.h>
+
+#define DEADLINE_MS 300u
+#define MAX_CALLS 128 /* under way at a time: see local_io.c */
+#define SOON_S 20 /* less than a fault point waits, and the volume's limits */
+
+static void
+bring_up_with_deadline (uint32_t deadline_ms)
+{
+  make_volume (SIZE, REGION, 1, 300);
+  site.params.local_deadline_ms = deadline_ms;
+  open_volume ();
+}
+
+/* What a start would find in the superblock. */
+static uint32_t
+durable_local_state (void)
+{
+  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_status status;
+  char name[NBDM_NAME_LEN];
+
+  assert (nbdm_peek (site.state, name, &status, remotes) == 0);
+  return status.local_state;
+}
+
+static bool
+exists (const char *name)
+{
+  return access (name, F_OK) == 0;
+}
+
+static int
+do_zero (struct job *job)
+{
+  return nbdm_zero (site.volume, REGION, job->offset, 0);
+}
+
+/* --- the disk lets go --------------------------------------------------- */
+
+static void
+assert_failed (void)
+{
+  struct nbdm_status status = volume_status ();
+
+  assert (status.local_state == NBDM_LOCAL_FAILED);
+  assert (strstr (status.local_reason, "has not answered for"));
+  assert (status.local_errors == 0);
+}
+
+/* No disk is attached before the call has ended; then this one is, and all that
+ * the volume has is copied to it, whatever the call did.
+ */
+static void
+copy_back_after_the_call (void)
+{
+  struct nbdm_resync batch = { .max_bytes = 64u << 20 };
+
+  assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
+  open_gate ();
+  WAIT_FOR (nbdm_local_attach (site.volume, site.local, 0) == 0);
+  assert (nbdm_local_admit (site.volume) == 0);
+  WAIT_FOR (nbdm_local_resync (site.volume, &batch) == 0
+            && volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
+}
+
+/* --- a call is kept ----------------------------------------------------- */
+
+/* The asker is answered while the disk still keeps the call. */
+static struct job
+keep_and_answer (int (*run) (struct job *job), int expected)
+{
+  struct job kept = { .offset = 7 * REGION, .value = 9 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0 && write_at (7 * REGION, 4) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  start (&kept, run);
+  wait_at_gate ();
+  assert (end (&kept) == expected);
+  assert_failed ();
+  assert (durable_local_state () == NBDM_LOCAL_FAILED);
+  assert (read_at (3 * REGION) == 5);
+  assert (write_at (200 * REGION, 2) == 0 && read_at (200 * REGION) == 2);
+  assert (nbdm_flush (site.volume) == 0);
+  return kept;
+}
+
+static void
+keeps_a_write (void)
+{
+  keep_and_answer (do_write, 0);
+  assert (read_at (7 * REGION) == 9);
+  copy_back_after_the_call ();
+  assert (site.image[7 * REGION] == 9);
+}
+
+static void
+keeps_a_write_with_fua (void)
+{
+  keep_and_answer (do_write_fua, 0);
+  assert (read_at (7 * REGION) == 9);
+  copy_back_after_the_call ();
+}
+
+static void
+keeps_a_zero (void)
+{
+  keep_and_answer (do_zero, 0);
+  assert (read_at (7 * REGION) == 0);
+  copy_back_after_the_call ();
+}
+
+static void
+keeps_a_read (void)
+{
+  keep_and_answer (do_read, 4);
+  copy_back_after_the_call ();
+}
+
+static void
+keeps_a_flush (void)
+{
+  keep_and_answer (do_flush, 0);
+  copy_back_after_the_call ();
+}
+
+/* Those that wait for the range go on, and it is theirs that stays: the late
+ * call writes to the disk that failed, and no client reads what it leaves
+ * there.
+ */
+static void
+writes_of_the_same_range (void)
+{
+  struct job kept = { .offset = 7 * REGION, .value = 9 };
+  struct job second = { .offset = 7 * REGION, .value = 6 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0);
+  start (&kept, do_write);
+  wait_at_gate ();
+  start (&second, do_write);
+  assert (end (&kept) == 0 && end (&second) == 0);
+  assert (read_at (7 * REGION) == 6);
+  open_gate ();
+  WAIT_FOR (site.image[7 * REGION] == 9); /* late */
+  assert (read_at (7 * REGION) == 6);
+  WAIT_FOR (nbdm_local_attach (site.volume, site.local, 0) == 0);
+  assert (nbdm_local_admit (site.volume) == 0);
+  assert (read_at (7 * REGION) == 6);
+  assert (nbdm_flush (site.volume) == 0);
+}
+
+/* The slot of the log, and the range, are held until the superblock says that
+ * local has failed.
+ */
+static void
+slot_outlives_the_state (void)
+{
+  struct job kept = { .offset = 7 * REGION, .value = 9 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0);
+  start (&kept, do_write);
+  wait_at ("retire");
+  assert (durable_local_state () == NBDM_LOCAL_FAILED);
+  open_at ("retire");
+  assert (end (&kept) == 0);
+  copy_back_after_the_call ();
+}
+
+/* More of them than calls may be under way at a time. */
+static void
+keeps_all (void)
+{
+  static struct job jobs[160];
+  unsigned nr = sizeof jobs / sizeof jobs[0];
+
+  bring_up_with_deadline (DEADLINE_MS);
+  for (unsigned i = 0; i < nr; i++) {
+    jobs[i] = (struct job){ .offset = i * REGION, .value = 9 };
+    start (&jobs[i], do_write);
+  }
+  for (unsigned i = 0; i < nr; i++)
+    assert (end (&jobs[i]) == 0);
+  assert_failed ();
+  for (unsigned i = 0; i < nr; i++)
+    assert (read_at (i * REGION) == 9);
+  copy_back_after_the_call ();
+}
+
+/* --- no remote may take its place -------------------------------------------
+ */
+
+/* The count of the status is 0 again once the disk has answered. */
+static void
+answers_late (void)
+{
+  struct job reader = { .offset = 3 * REGION };
+
+  bring_up (1, 300);
+  assert (volume_status ().local_silent_ms == 0);
+  start (&reader, do_read);
+  wait_at_gate ();
+  WAIT_FOR (volume_status ().local_silent_ms >= DEADLINE_MS);
+  open_gate ();
+  assert (end (&reader) == 0);
+  WAIT_FOR (volume_status ().local_silent_ms == 0);
+}
+
+/* The request waits for the disk, and succeeds. */
+static void
+wait_on (void)
+{
+  struct job kept = { .offset = 7 * REGION, .value = 9 };
+
+  start (&kept, do_write);
+  wait_at_gate ();
+  WAIT_FOR (volume_status ().local_silent_ms >= 2 * DEADLINE_MS);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK && !kept.over);
+  open_gate ();
+  assert (end (&kept) == 0 && read_at (7 * REGION) == 9);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+}
+
+static void
+keeps_a_write_alone (void)
+{
+  bring_up_with_deadline (DEADLINE_MS);
+  lose (0);
+  wait_on ();
+}
+
+static void
+keeps_a_write_under_stop (void)
+{
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  wait_on ();
+}
+
+/* --- a connection of the direct door ------------------------------------- */
+
+static struct door door;
+static struct client client;
+
+static void
+connect_client (void)
+{
+  char path[96];
+
+  snprintf (path, sizeof path, "%s/direct", site.dir);
+  door_open (&door, site.volume, path);
+  client = client_open (path, false);
+}
+
+static void
+disconnect_client (void)
+{
+  client_leave (&client);
+  door_close (&door);
+}
+
+static void
+ask (uint16_t type, uint64_t cookie, uint64_t offset, uint8_t value)
+{
+  uint8_t buf[SECTOR];
+
+  memset (buf, value, sizeof buf);
+  assert (client_request (&client, type, 0, cookie, offset, SECTOR, buf));
+}
+
+/* The next answer is this one's; a read's first byte. */
+static int
+answered (uint64_t cookie, bool reads)
+{
+  uint8_t buf[SECTOR] = { 0 };
+  struct answer answer;
+  bool simple;
+
+  assert (client_answer (&client, &answer, buf, sizeof buf, &simple));
+  assert (answer.cookie == cookie && answer.error == 0);
+  if (reads)
+    assert (client_receive (&client, buf, sizeof buf));
+  return buf[0];
+}
+
+/* While the disk keeps a small request all others of the connection go on. */
+static void
+small_write_of_a_connection (void)
+{
+  bring_up_with_deadline (5000);
+  connect_client ();
+  ask (NBD_CMD_WRITE, 1, 3 * REGION, 5);
+  answered (1, false);
+  ask (NBD_CMD_WRITE, 2, 7 * REGION, 9);
+  wait_at_gate ();
+  ask (NBD_CMD_READ, 3, 3 * REGION, 0);
+  assert (answered (3, true) == 5);
+  ask (NBD_CMD_WRITE, 4, 3 * REGION, 6);
+  answered (4, false);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  answered (2, false);
+  assert_failed ();
+  ask (NBD_CMD_READ, 5, 7 * REGION, 0);
+  assert (answered (5, true) == 9);
+  disconnect_client ();
+  copy_back_after_the_call ();
+}
+
+static void
+small_read_of_a_connection (void)
+{
+  bring_up_with_deadline (5000);
+  connect_client ();
+  ask (NBD_CMD_WRITE, 1, 3 * REGION, 5);
+  answered (1, false);
+  ask (NBD_CMD_READ, 2, 3 * REGION, 0);
+  wait_at_gate ();
+  ask (NBD_CMD_WRITE, 3, 7 * REGION, 9);
+  answered (3, false);
+  ask (NBD_CMD_READ, 4, 7 * REGION, 0);
+  assert (answered (4, true) == 9);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (answered (2, true) == 5);
+  assert_failed ();
+  disconnect_client ();
+  copy_back_after_the_call ();
+}
+
+/* --- a disk that is attached ---------------------------------------------- */
+
+/* Neither this one, by whatever name, nor another. */
+static void
+refused_while_a_call_is_kept (void)
+{
+  char link_path[100], other[100];
+  int fd;
+
+  keep_and_answer (do_write, 0);
+  snprintf (link_path, sizeof link_path, "%s/link", site.dir);
+  snprintf (other, sizeof other, "%s/other", site.dir);
+  assert (link (site.local, link_path) == 0);
+  fd = open (other, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  assert (fd >= 0 && ftruncate (fd, SIZE) == 0);
+  close (fd);
+  assert (nbdm_local_attach (site.volume, link_path, 0) == -EBUSY);
+  ASSERT_SAYS ("a request to the failed disk has not ended yet");
+  assert (nbdm_local_attach (site.volume, link_path, 1) == -EBUSY);
+  assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
+  open_gate ();
+  WAIT_FOR (nbdm_local_attach (site.volume, link_path, 0) == 0);
+  assert (nbdm_local_admit (site.volume) == 0);
+  assert (read_at (7 * REGION) == 9);
+}
+
+static int
+do_compare (struct job *job)
+{
+  return nbdm_remote_compare (site.volume, 0, job->offset / REGION);
+}
+
+/* It hangs while it is compared: the range is let go, and it is not admitted.
+ */
+static void
+attached_disk_hangs (void)
+{
+  struct job compare = { .offset = 100 * REGION };
+  struct job write = { .offset = 100 * REGION, .value = 3 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0); /* local fails */
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
+  start (&compare, do_compare);
+  wait_at_gate ();
+  start (&write, do_write);
+  assert (end (&compare) == -ENODATA && end (&write) == 0);
+  assert (nbdm_local_admit (site.volume) == -ENODEV);
+  assert (strstr (volume_status ().local_reason, "has not answered for"));
+  copy_back_after_the_call ();
+}
+
+/* No remote may take local's place: the range is let go all the same, and the
+ * remote's keeper goes on.
+ */
+static void
+compared_disk_hangs (void)
+{
+  struct job compare = { .offset = 100 * REGION };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  start (&compare, do_compare);
+  wait_at_gate ();
+  assert (end (&compare) == -ENODATA);
+  assert (write_at (100 * REGION, 3) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (nbdm_remote_compare (site.volume, 0, 100) == -ENODATA);
+  assert (volume_status ().local_errors == 0);
+  open_gate ();
+  WAIT_FOR (nbdm_remote_compare (site.volume, 0, 100) == 0);
+}
+
+/* The same where it keeps as many calls as may be under way, and no request has
+ * given one up.
+ */
+static void
+compared_while_all_are_kept (void)
+{
+  static struct job writes[MAX_CALLS];
+  struct job compare = { .offset = 200 * REGION };
+  struct stat st;
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  for (unsigned i = 0; i < MAX_CALLS; i++) {
+    writes[i] = (struct job){ .offset = i * REGION, .value = 9 };
+    start (&writes[i], do_write);
+  }
+  WAIT_FOR (stat ("gate.reached", &st) == 0 && st.st_size == MAX_CALLS);
+  start (&compare, do_compare);
+  assert (end (&compare) == -ENODATA);
+  assert (volume_status ().local_errors == 0);
+  open_gate ();
+  for (unsigned i = 0; i < MAX_CALLS; i++)
+    assert (end (&writes[i]) == 0);
+  assert (nbdm_remote_compare (site.volume, 0, 200) == 0);
+}
+
+/* It hangs while it is copied back to: failed again, and no request waits. */
+static void
+copy_back_hangs (void)
+{
+  struct job back = { 0 }, write = { .offset = 3 * REGION, .value = 8 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0); /* local fails */
+  attach_and_admit ();
+  start (&back, do_copy_back);
+  wait_at_gate ();
+  start (&write, do_write);
+  assert (end (&back) == -EIO && end (&write) == 0);
+  assert (strstr (volume_status ().local_reason, "has not answered for"));
+  assert (read_at (3 * REGION) == 8);
+  copy_back_after_the_call ();
+}
+
+/* --- only useful -----------------------------------------------------------
+ */
+
+static atomic_bool hold_sizes; /* by the wrapped fstat */
+
+int __real_fstat (int fd, struct stat *st);
+int __wrap_fstat (int fd, struct stat *st);
+int
+__wrap_fstat (int fd, struct stat *st)
+{
+  if (atomic_exchange (&hold_sizes, false)) {
+    stand_at ("gate");
+  }
+  return __real_fstat (fd, st);
+}
+
+static int
+do_extents (struct job *job)
+{
+  struct nbdm_extent extent;
+
+  assert (nbdm_extents (site.volume, REGION, job->offset, &extent, 1) == 1);
+  return extent.type == NBDM_EXTENT_HOLE;
+}
+
+/* The disk tells of a hole and keeps the question that has to follow.  A keeper
+ * asks too, which is to go on.
+ */
+static void
+hole_whose_size_hangs (void)
+{
+  struct job extents = { .offset = 100 * REGION };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  assert (do_extents (&extents) == 1);
+  hold_sizes = true;
+  start (&extents, do_extents);
+  wait_at_gate ();
+  assert (end (&extents) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (volume_status ().local_errors == 0);
+  open_gate ();
+  WAIT_FOR (do_extents (&extents) == 1);
+}
+
+/* --- a stop --------------------------------------------------------------- */
+
+static atomic_bool hold_samples; /* by the wrapped pread */
+
+ssize_t __real_pread (int fd, void *buf, size_t count, off_t offset);
+ssize_t __wrap_pread (int fd, void *buf, size_t count, off_t offset);
+ssize_t
+__wrap_pread (int fd, void *buf, size_t count, off_t offset)
+{
+  if (hold_samples && count == SAMPLE_BLOCK && !exists ("gate")) {
+    stand_at ("gate");
+  }
+  return __real_pread (fd, buf, count, offset);
+}
+
+/* `kept`: a request that began before, or NULL. */
+static void
+stop_soon (struct job *kept)
+{
+  time_t until = time (NULL) + SOON_S;
+
+  assert (nbdm_stop (site.volume) == 0);
+  assert (kept == NULL || end (kept) == 0);
+  nbdm_close (site.volume);
+  assert (time (NULL) < until);
+  assert (exists ("gate.reached") && !exists ("gate"));
+}
+
+static int
+do_attach (struct job *job)
+{
+  (void)job;
+  return nbdm_local_attach (site.volume, site.local, 0);
+}
+
+/* An operator brings the failed disk back, and it hangs while it is opened: the
+ * command ends, no other disk is taken before the disk lets go, and then this
+ * one is.
+ */
+static void
+fail_and_attach (void)
+{
+  struct job attach = { 0 };
+
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (nbdm_local_sample (site.volume, 8) > 0);
+  assert (write_at (3 * REGION, 5) == 0); /* local fails */
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  hold_samples = true;
+  start (&attach, do_attach);
+  wait_at_gate ();
+  assert (end (&attach) == -EIO);
+  assert (!volume_status ().local_attached);
+  assert (do_attach (NULL) == -EBUSY);
+  assert (write_at (7 * REGION, 6) == 0 && read_at (3 * REGION) == 5);
+}
+
+static void
+opened_disk_hangs (void)
+{
+  fail_and_attach ();
+  copy_back_after_the_call ();
+}
+
+/* The volume ends before the disk lets go: the thread in it has the last
+ * reference to what it looks at.
+ */
+static void
+opened_disk_hangs_in_a_stop (void)
+{
+  fail_and_attach ();
+  stop_soon (NULL);
+  open_gate ();
+  WAIT_FOR (nbdm_open (&site.params, &site.volume) == 0);
+  assert (nbdm_start (site.volume) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  WAIT_FOR (do_attach (NULL) == 0);
+}
+
+/* Clean, though the disk still has the call; and a volume that opens the disk
+ * next is kept away from it until the call has ended.
+ */
+static void
+stop_after_the_takeover (void)
+{
+  keep_and_answer (do_write, 0);
+  stop_soon (NULL);
+  site_open (&site);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  site_connect (&site, 0);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert (read_at (7 * REGION) == 9 && read_at (200 * REGION) == 2);
+  copy_back_after_the_call ();
+}
+
+/* The stop begins while requests wait for the disk, and its own flush may. */
+static void
+stop_before_the_takeover (void)
+{
+  struct job kept = { .offset = 7 * REGION, .value = 9 };
+
+  bring_up_with_deadline (2 * DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0);
+  start (&kept, do_write);
+  wait_at_gate ();
+  stop_soon (&kept);
+  assert (durable_local_state () == NBDM_LOCAL_FAILED);
+  open_gate ();
+  site_open (&site);
+}
+
+static void
+stop_whose_flush_hangs (void)
+{
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0);
+  stop_soon (NULL);
+  assert (durable_local_state () == NBDM_LOCAL_FAILED);
+  open_gate ();
+  site_open (&site);
+}
+
+/* Everything is flushed by then: it is known by less, and that is all. */
+static void
+stop_whose_samples_hang (void)
+{
+  bring_up_with_deadline (DEADLINE_MS);
+  assert (write_at (3 * REGION, 5) == 0);
+  hold_samples = true;
+  stop_soon (NULL);
+  assert (durable_local_state () == NBDM_LOCAL_OK);
+  open_gate ();
+  WAIT_FOR (nbdm_open (&site.params, &site.volume) == 0);
+  assert (nbdm_start (site.volume) == 0);
+  assert (read_at (3 * REGION) == 5);
+}
+
+/* --- a disk that is well ---------------------------------------------------
+ */
+
+/* Of any length, and where a call's buffer ends. */
+static void
+all_kinds_and_lengths (void)
+{
+  static const uint32_t lengths[]
+      = { SECTOR, REGION, 1u << 20, (1u << 20) + SECTOR, 5u << 20 };
+  static uint8_t buf[5u << 20], back[5u << 20];
+  struct nbdm_extent extents[4];
+
+  bring_up_with_deadline (60000);
+  for (unsigned i = 0; i < sizeof lengths / sizeof lengths[0]; i++)
+    for (uint64_t offset = 0; offset <= 2u << 20;
+         offset += (1u << 20) - SECTOR) {
+      for (uint32_t at = 0; at < lengths[i]; at++)
+        buf[at] = (uint8_t)(at / 251 + i + offset);
+      assert (nbdm_pwrite (site.volume, buf, lengths[i], offset, i % 2) == 0);
+      memset (back, 0, lengths[i]);
+      assert (nbdm_pread (site.volume, back, lengths[i], offset) == 0);
+      assert (memcmp (buf, back, lengths[i]) == 0);
+      assert (memcmp (buf, site.image + offset, lengths[i]) == 0);
+    }
+  assert (nbdm_cache (site.volume, 5u << 20, 0) == 0);
+  assert (nbdm_zero (site.volume, 3u << 20, SECTOR, 0) == 0);
+  assert (nbdm_trim (site.volume, 1u << 20, 4u << 20, 0) == 0);
+  assert (nbdm_extents (site.volume, SIZE, 0, extents, 4) > 1);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (nbdm_local_sample (site.volume, 8) >= 0);
+  assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
+  assert (volume_status ().local_errors == 0);
+}
+
+static void
+errors_are_the_disks (void)
+{
+  bring_up_with_deadline (60000);
+  lose (0);
+  assert (write_at (3 * REGION, 5) == -ENOSPC);
+  ASSERT_SAYS ("the local disk failed to write at 196608");
+  assert (volume_status ().local_errors == 1);
+  assert (write_at (3 * REGION, 5) == 0);
+}
+
+static const struct schedule schedules[] = {
+  { "keeps_a_write", "local_write:3=wait:gate", keeps_a_write },
+  { "keeps_a_write_with_fua", "local_flush:3=wait:gate",
+    keeps_a_write_with_fua },
+  { "keeps_a_zero", "local_write:3=wait:gate", keeps_a_zero },
+  { "keeps_a_read", "local_read:1=wait:gate", keeps_a_read },
+  { "keeps_a_flush", "local_flush:3=wait:gate", keeps_a_flush },
+  { "writes_of_the_same_range", "local_write:2=wait:gate",
+    writes_of_the_same_range },
+  { "slot_outlives_the_state",
+    "local_write:2=wait:gate,before_retire:2=wait:retire",
+    slot_outlives_the_state },
+  { "keeps_all", "local_write=wait:gate", keeps_all },
+  { "answers_late", "local_read:1=wait:gate", answers_late },
+  { "keeps_a_write_alone", "local_write:1=wait:gate", keeps_a_write_alone },
+  { "keeps_a_write_under_stop", "local_write:1=wait:gate",
+    keeps_a_write_under_stop },
+  { "small_write_of_a_connection", "local_write:2=wait:gate",
+    small_write_of_a_connection },
+  { "small_read_of_a_connection", "local_read:1=wait:gate",
+    small_read_of_a_connection },
+  { "refused_while_a_call_is_kept", "local_write:3=wait:gate",
+    refused_while_a_call_is_kept },
+  { "attached_disk_hangs", "local_write:1=error,local_read:1=wait:gate",
+    attached_disk_hangs },
+  { "compared_disk_hangs", "local_read:1=wait:gate", compared_disk_hangs },
+  { "compared_while_all_are_kept", "local_write=wait:gate",
+    compared_while_all_are_kept },
+  { "opened_disk_hangs", "local_write:1=error", opened_disk_hangs },
+  { "opened_disk_hangs_in_a_stop", "local_write:1=error",
+    opened_disk_hangs_in_a_stop },
+  { "copy_back_hangs", "local_write:1=error,local_write:2=wait:gate",
+    copy_back_hangs },
+  { "hole_whose_size_hangs", NULL, hole_whose_size_hangs },
+  { "stop_after_the_takeover", "local_write:3=wait:gate",
+    stop_after_the_takeover },
+  { "stop_before_the_takeover", "local_write:2=wait:gate",
+    stop_before_the_takeover },
+  { "stop_whose_flush_hangs", "local_flush:2=wait:gate",
+    stop_whose_flush_hangs },
+  { "stop_whose_samples_hang", NULL, stop_whose_samples_hang },
+  { "all_kinds_and_lengths", NULL, all_kinds_and_lengths },
+  { "errors_are_the_disks", "local_write:1=error:ENOSPC",
+    errors_are_the_disks },
+};
+
+int
+main (int argc, char *argv[])
+{
+  return run_schedules (schedules, sizeof schedules / sizeof schedules[0], argc,
+                        argv);
+}

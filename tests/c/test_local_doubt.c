@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A disk that may have lost what it answered is not believed. */
+
+#define _GNU_SOURCE
+#include "api.h"
+#include "schedules.h"
+
+/* A flush of local has failed, and its page cache has lost a write.  What is a
+ * hole on local now is taken for one neither in a copy to a remote that is
+ * under way nor in an answer to a client.
+ */
+static void
+hole_of_a_doubted_disk (void)
+{
+  struct nbdm_extent extent;
+  struct job flush = { 0 }, copy = { 0 };
+
+  bring_up (2, 100);
+  lose (1);
+  assert (write_at (5 * REGION, 7) == 0);
+  punch_local (5 * REGION);
+  shut_flush_gate (true);
+  start (&flush, do_flush);
+  wait_for_flush ();
+  WAIT_FOR (volume_status ().local_errors > 0);
+  assert (nbdm_extents (site.volume, REGION, 5 * REGION, &extent, 1) == 1
+          && extent.type == NBDM_EXTENT_DATA);
+  site_connect (&site, 1);
+  start (&copy, do_resync_second);
+  /* Give a copy that takes the hole for one time to be answered. */
+  poll (NULL, 0, 100);
+  shut_flush_gate (false);
+  assert (end (&flush) == 0);
+  assert (end (&copy) == 0);
+  site_resync_to_end (&site, 1);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (read_at (5 * REGION) == 7);
+  lose (0);
+  assert (read_at (5 * REGION) == 7);
+}
+
+/* The second remote was copied from the first, the only one that has the
+ * region; then the first alone misses a write of it.  The copy is made again.
+ */
+static void
+source_refuses_after_a_copy (void)
+{
+  struct job copy = { 0 }, failing = { .offset = 5 * REGION, .value = 8 };
+
+  site.peer.shuffle = true;
+  make_volume (SIZE, REGION, 2, 300);
+  open_volume ();
+  lose (1);
+  assert (write_at (5 * REGION, 7) == 0); /* local fails */
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  site_connect (&site, 1);
+  peer_hold_flushes (site.peers[1], true);
+  start (&copy, do_resync_second);
+  WAIT_FOR (site_status (&site, 1).late_regions == 0
+            && site_status (&site, 1).answered_bytes > 0
+            && site_status (&site, 1).outstanding > 0);
+  peer_hold (site.peers[0], PEER_HOLD_ALL);
+  start (&failing, do_write);
+  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  peer_cut (site.peers[0], false);
+  peer_hold (site.peers[0], PEER_GO);
+  assert (end (&failing) == -EIO);
+  peer_hold_flushes (site.peers[1], false);
+  peer_answer_flush (site.peers[1]);
+  end (&copy);
+  site_connect (&site, 0);
+  site_resync_to_end (&site, 1);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (memcmp (peer_image (site.peers[0]), peer_image (site.peers[1]), SIZE)
+          == 0);
+}
+
+/* A flush of local has failed, and what it may have lost only the remote has:
+ * an operator's command may not make that dirty before the remote takes its
+ * place.
+ */
+static void
+invalidate_beside_a_doubted_disk (void)
+{
+  struct job flush = { 0 };
+
+  bring_up (1, 300);
+  assert (write_at (5 * REGION, 7) == 0);
+  shut_flush_gate (true);
+  start (&flush, do_flush);
+  wait_for_flush ();
+  WAIT_FOR (volume_status ().local_errors > 0);
+  assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
+  shut_flush_gate (false);
+  assert (end (&flush) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert (read_at (5 * REGION) == 7);
+}
+
+/* Under policy stop nothing takes the place of a disk that was cut: it stays in
+ * use, and the remote alone has what it lost.
+ */
+static void
+invalidate_beside_a_cut_disk (void)
+{
+  bring_up (1, 300);
+  assert (write_at (200 * REGION, 7) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  assert (truncate (site.local, SIZE / 2) == 0);
+  assert (read_at (200 * REGION) == 7);
+  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
+  assert (read_at (200 * REGION) == 7);
+}
+
+/* The remote that is to take local's place comes back at another one's address:
+ * it may not be made to miss what the other one missed, as local may have lost
+ * that.
+ */
+static void
+addresses_beside_a_doubted_disk (void)
+{
+  struct job flush = { 0 };
+
+  bring_up (2, 1000 * SITE_DEADLINE_S);
+  nbdm_remote_drop (site.volume, 1, "for the test");
+  assert (write_at (5 * REGION, 7) == 0);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  start (&flush, do_flush);
+  WAIT_FOR (volume_status ().local_errors > 0);
+  assert (connect_at (0, 1) == -EINVAL);
+  site_connect (&site, 0);
+  end (&flush);
+  assert (site_status (&site, 1).dirty_regions == 1);
+}
+
+static const struct schedule schedules[] = {
+  { "invalidate_beside_a_doubted_disk", "local_flush:2=error",
+    invalidate_beside_a_doubted_disk },
+  { "invalidate_beside_a_cut_disk", NULL, invalidate_beside_a_cut_disk },
+  { "addresses_beside_a_doubted_disk", "local_flush:2=error",
+    addresses_beside_a_doubted_disk },
+  { "hole_of_a_doubted_disk", "local_flush:2=error", hole_of_a_doubted_disk },
+  { "source_refuses_after_a_copy", "local_write:1=error",
+    source_refuses_after_a_copy },
+};
+
+int
+main (int argc, char *argv[])
+{
+  return run_schedules (schedules, sizeof schedules / sizeof schedules[0], argc,
+                        argv);
+}

@@ -1,0 +1,335 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* No disk takes the place of a failed one while a request or a copy is still at
+ * the failed one.
+ */
+
+#include "api.h"
+#include "schedules.h"
+
+struct nbdm;
+
+/* A disk full of 0x55 beside the one that was left. */
+static const char *
+make_other_disk (void)
+{
+  static char path[100];
+  static uint8_t buf[1 << 20];
+  int fd;
+
+  snprintf (path, sizeof path, "%s/other", site.dir);
+  fd = open (path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  memset (buf, 0x55, sizeof buf);
+  for (unsigned at = 0; at < SIZE; at += sizeof buf)
+    assert (pwrite (fd, buf, sizeof buf, at) == (ssize_t)sizeof buf);
+  close (fd);
+  return path;
+}
+
+static void
+assert_untouched (const char *path)
+{
+  static uint8_t buf[1 << 20];
+  int fd = open (path, O_RDONLY | O_CLOEXEC);
+
+  for (unsigned at = 0; at < SIZE; at += sizeof buf) {
+    assert (pread (fd, buf, sizeof buf, at) == (ssize_t)sizeof buf);
+    for (unsigned i = 0; i < sizeof buf; i++)
+      assert (buf[i] == 0x55);
+  }
+  close (fd);
+}
+
+/* A client's read is at the failed disk. */
+static void
+read_of_a_replaced_disk (void)
+{
+  struct job reader = { .offset = 3 * REGION };
+  const char *other;
+
+  bring_up (1, 300);
+  assert (write_at (3 * REGION, 11) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  start (&reader, do_read);
+  wait_at_gate ();
+  assert (write_at (7 * REGION, 1) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  other = make_other_disk ();
+  assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
+  open_gate ();
+  assert (end (&reader) == 11);
+  assert (nbdm_local_attach (site.volume, other, 1) == 0);
+  assert (read_at (3 * REGION) == 11);
+}
+
+static atomic_bool hold_reads; /* by the wrapped local_pread */
+
+int __real_local_pread (struct nbdm *v, void *buf, uint64_t count,
+                        uint64_t offset);
+int __wrap_local_pread (struct nbdm *v, void *buf, uint64_t count,
+                        uint64_t offset);
+int
+__wrap_local_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
+{
+  if (atomic_exchange (&hold_reads, false))
+    stand_at ("gate");
+  return __real_local_pread (v, buf, count, offset);
+}
+
+/* A client's read has found the disk good, and is not at it yet: it would read
+ * what the disk in its place had before anything was copied to it, and find
+ * that one good.
+ */
+static void
+read_that_found_the_disk_good (void)
+{
+  struct job reader = { .offset = 7 * REGION };
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  hold_reads = true;
+  start (&reader, do_read);
+  wait_at_gate ();
+  assert (write_at (7 * REGION, 2) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
+  open_gate ();
+  assert (end (&reader) == 2);
+  assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
+}
+
+/* A copy to the second remote reads from the failed disk. */
+static void
+copy_from_a_replaced_disk (void)
+{
+  struct job copy = { 0 };
+  const char *other;
+
+  bring_up (2, 300);
+  lose (1);
+  assert (write_at (5 * REGION, 7) == 0);
+  site_connect (&site, 1);
+  start (&copy, do_resync_second);
+  wait_at_gate ();
+  assert (write_at (100 * REGION, 8) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  other = make_other_disk ();
+  assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
+  open_gate ();
+  assert (end (&copy) == 0);
+  assert (nbdm_local_attach (site.volume, other, 1) == 0);
+  site_resync_to_end (&site, 1);
+  assert (peer_image (site.peers[1])[5 * REGION] == 7);
+}
+
+/* A copy back has read from the remote: what it read is not written to a disk
+ * that no sample has shown to be the right one.
+ */
+static void
+copy_back_to_a_replaced_disk (void)
+{
+  struct job back = { 0 };
+  const char *other;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  start (&back, do_copy_back);
+  wait_at_gate ();
+  assert (write_at (40 * REGION, 2) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  other = make_other_disk ();
+  assert (nbdm_local_attach (site.volume, other, 0) == -EBUSY);
+  open_gate ();
+  end (&back);
+  assert (nbdm_local_attach (site.volume, other, 0) == 0);
+  assert_untouched (other);
+}
+
+static atomic_uint hold_flushes; /* by the wrapped local_flush: 2 of them */
+
+int __real_local_flush (struct nbdm *v);
+int __wrap_local_flush (struct nbdm *v);
+int
+__wrap_local_flush (struct nbdm *v)
+{
+  unsigned left = hold_flushes;
+  int rc;
+
+  if (left > 0)
+    hold_flushes = left - 1;
+  if (left == 2)
+    stand_at ("gate");
+  rc = __real_local_flush (v);
+  if (left == 1)
+    stand_at ("second");
+  return rc;
+}
+
+static uint64_t
+flushes_asked (void)
+{
+  uint64_t asked;
+
+  pthread_mutex_lock (&site.volume->lock);
+  asked = site.volume->local.flush.asked;
+  pthread_mutex_unlock (&site.volume->lock);
+  return asked;
+}
+
+/* A flush began on a disk that had failed, as a client asked for it before that
+ * and waited for another one.  Its error is not the new disk's, which is not
+ * there before the error was taken in.
+ */
+static void
+flush_that_begins_on_a_failed_disk (void)
+{
+  struct job first = { 0 }, second = { 0 };
+  uint64_t asked;
+
+  bring_up (1, 300);
+  assert (write_at (3 * REGION, 1) == 0);
+  asked = flushes_asked ();
+  hold_flushes = 2;
+  start (&first, do_flush);
+  wait_at_gate ();
+  start (&second, do_flush);
+  WAIT_FOR (flushes_asked () == asked + 2);
+  assert (write_at (7 * REGION, 2) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  open_gate ();
+  wait_at ("second");
+  assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
+  open_at ("second");
+  assert (end (&first) == 0 && end (&second) == 0);
+  attach_and_admit ();
+  assert (nbdm_flush (site.volume) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+}
+
+/* --- a disk that hangs when it is admitted -------------------------------- */
+
+static atomic_bool hold_describe; /* by the wrapped device_describe */
+
+void __real_device_describe (int fd, char *text, size_t size);
+void __wrap_device_describe (int fd, char *text, size_t size);
+void
+__wrap_device_describe (int fd, char *text, size_t size)
+{
+  if (atomic_exchange (&hold_describe, false))
+    stand_at ("gate");
+  __real_device_describe (fd, text, size);
+}
+
+static int
+do_admit (struct job *job)
+{
+  (void)job;
+  return nbdm_local_admit (site.volume);
+}
+
+/* Whatever asks for the volume's lock goes on meanwhile. */
+static void
+admitted_disk_hangs (void)
+{
+  struct job admit = { 0 }, write = { .offset = 3 * REGION, .value = 8 };
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
+  hold_describe = true;
+  start (&admit, do_admit);
+  wait_at_gate ();
+  start (&write, do_write);
+  WAIT_FOR (write.over);
+  assert (end (&write) == 0 && read_at (3 * REGION) == 8);
+  open_gate ();
+  assert (end (&admit) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+}
+
+/* A flush of what was copied back hangs, in a thread that has flushed before.
+ * The status tells that the disk is silent.
+ */
+static void
+flush_of_a_replaced_disk (void)
+{
+  struct job back = { 0 };
+  const char *other;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  start (&back, do_copy_back_one);
+  wait_at_gate ();
+  WAIT_FOR (volume_status ().local_silent_ms >= 100);
+  assert (write_at (40 * REGION, 2) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  other = make_other_disk ();
+  assert (nbdm_local_attach (site.volume, other, 0) == -EBUSY);
+  open_gate ();
+  end (&back);
+  assert (nbdm_local_attach (site.volume, other, 0) == 0);
+}
+
+/* The disk was brought back, took a write that the remote missed, and cannot be
+ * opened at the next start: it has the only copy, which another disk in its
+ * place would give up.
+ */
+static void
+disk_with_the_only_copy (void)
+{
+  const char *other;
+  char away[100];
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0); /* local fails */
+  attach_and_admit ();
+  lose (0);
+  assert (write_at (200 * REGION, 5) == 0);
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+  snprintf (away, sizeof away, "%s/away", site.dir);
+  assert (rename (site.local, away) == 0);
+  site_open (&site);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  site_connect (&site, 0);
+  assert (read_at (200 * REGION) == -EIO);
+  other = make_other_disk ();
+  assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
+  assert_untouched (other);
+  ASSERT_SAYS ("has the only copy of something");
+  assert (rename (away, site.local) == 0);
+  attach_and_admit ();
+  assert (read_at (200 * REGION) == 5 && read_at (7 * REGION) == 1);
+}
+
+static const struct schedule schedules[] = {
+  { "disk_with_the_only_copy", "local_write:1=error", disk_with_the_only_copy },
+  { "read_of_a_replaced_disk", "local_write:2=error,local_read:1=wait:gate",
+    read_of_a_replaced_disk },
+  { "read_that_found_the_disk_good", "local_write:2=error",
+    read_that_found_the_disk_good },
+  { "copy_from_a_replaced_disk", "local_write:2=error,local_read:1=wait:gate",
+    copy_from_a_replaced_disk },
+  { "copy_back_to_a_replaced_disk",
+    "local_write:1=error,local_write:2=error,"
+    "local_resync_after_read:1=wait:gate",
+    copy_back_to_a_replaced_disk },
+  { "flush_that_begins_on_a_failed_disk",
+    "local_write:2=error,local_flush:3=error",
+    flush_that_begins_on_a_failed_disk },
+  { "admitted_disk_hangs", "local_write:1=error", admitted_disk_hangs },
+  { "flush_of_a_replaced_disk",
+    "local_write:1=error,local_write:3=error,local_flush:3=wait:gate",
+    flush_of_a_replaced_disk },
+};
+
+int
+main (int argc, char *argv[])
+{
+  return run_schedules (schedules, sizeof schedules / sizeof schedules[0], argc,
+                        argv);
+}

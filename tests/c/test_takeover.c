@@ -1,0 +1,626 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A remote is about to take local's place, and is lost over the flush that is
+ * to make it the only source.  It may have lost what it answered, or a command
+ * to it may still come late, or it may have the only copy that can be read: so
+ * what local and the remote are said to miss afterwards has to be exact.
+ */
+
+#define _GNU_SOURCE
+#include "api.h"
+#include "schedules.h"
+
+#include <poll.h>
+
+static uint32_t
+local_state (void)
+{
+  return volume_status ().local_state;
+}
+
+static void
+wait_outstanding (uint32_t remote, uint32_t nr)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+
+  while (site_status (&site, remote).outstanding < nr) {
+    assert (time (NULL) < until);
+    poll (NULL, 0, 1);
+  }
+}
+
+/* By the remote's flusher, without local. */
+static void
+wait_flushed (uint32_t remote)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+
+  while (site_status (&site, remote).unflushed_regions > 0) {
+    assert (time (NULL) < until);
+    poll (NULL, 0, 1);
+  }
+}
+
+static void
+wait_local_error (void)
+{
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+
+  while (volume_status ().local_errors == 0) {
+    assert (time (NULL) < until);
+    poll (NULL, 0, 1);
+  }
+}
+
+/* --- the schedules ----------------------------------------------------- */
+
+/* Of the only remote; the request waits until `open_gate`. */
+static void
+lose_over_the_flush (enum nbdm_remote_state state)
+{
+  wait_at_gate ();
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, state);
+}
+
+/* Copy what may be copied now: not what is late. */
+static void
+resync_what_is_not_late (void)
+{
+  struct nbdm_resync batch = { .max_bytes = 64u << 20, .pace.depth = 4 };
+  struct nbdm_remote_status s = site_status (&site, 0);
+
+  for (; s.state == NBDM_RESYNCING && s.dirty_regions > s.late_regions;
+       s = site_status (&site, 0)) {
+    assert (nbdm_resync (site.volume, 0, &batch) == 0);
+    batch.first_region = batch.next_region;
+  }
+}
+
+/* A write is sent and not answered when the connection is lost, and sent again
+ * on the next: the first one may still be carried out.
+ */
+static void
+late_write_stays_late (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+  struct job second = { .offset = 7 * REGION, .value = 2 };
+
+  site.peer.shuffle = true; /* or nothing is kept that comes late */
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  start (&failing, do_write);
+  wait_at_gate ();
+  peer_hold (site.peers[0], PEER_HOLD_ALL);
+  start (&second, do_write);
+  wait_outstanding (0, 1);
+  open_gate (); /* the takeover's flush is held as well */
+  wait_outstanding (0, 2);
+  peer_cut (site.peers[0], true);
+  peer_hold (site.peers[0], PEER_GO);
+  site_connect (&site, 0);
+  assert (end (&failing) == -EIO && end (&second) == 0);
+  assert (write_at (7 * REGION, 3) == 0);
+  resync_what_is_not_late ();
+  assert (peer_apply_late (site.peers[0]) > 0);
+  site_resync_to_end (&site, 0);
+  assert (peer_image (site.peers[0])[7 * REGION] == 3);
+  assert (memcmp (peer_image (site.peers[0]), site.image, SIZE) == 0);
+}
+
+/* Local has a bad sector, and the remote has the only copy of it. */
+static void
+bad_sector_keeps_its_copy (void)
+{
+  struct job reader = { .offset = 5 * REGION };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  start (&reader, do_read);
+  lose_over_the_flush (NBDM_HOLDING);
+  open_gate ();
+  site_connect (&site, 0);
+  assert (end (&reader) == 7);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert (read_at (5 * REGION) == 7);
+}
+
+static int
+do_look (struct job *job)
+{
+  (void)job;
+  return nbdm_cool (site.volume, 60000);
+}
+
+/* Local has lost bytes, and the remote alone has anything: the next look has it
+ * take local's place.
+ */
+static void
+cut_disk_leaves_the_remote_well (void)
+{
+  struct job look = { 0 };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (truncate (site.local, SIZE / 2) == 0);
+  start (&look, do_look);
+  lose_over_the_flush (NBDM_HOLDING);
+  open_gate ();
+  site_connect (&site, 0);
+  assert (end (&look) == 0 && local_state () == NBDM_LOCAL_OK);
+  assert (nbdm_cool (site.volume, 60000) == 0);
+  assert (local_state () == NBDM_LOCAL_FAILED && read_at (5 * REGION) == 7);
+}
+
+/* Local is being mended, and has all but one region.  It is the source of them
+ * for as long as no remote has taken its place.
+ */
+static void
+mended_disk_keeps_what_it_has (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+
+  bring_up (1, 100);
+  assert (write_at (5 * REGION, 7) == 0 && write_at (9 * REGION, 9) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (read_at (9 * REGION) == 9);
+  assert (local_state () == NBDM_LOCAL_RESYNCING);
+  start (&failing, do_write);
+  lose_over_the_flush (NBDM_OUT_OF_SYNC);
+  open_gate ();
+  assert (end (&failing) == -EIO);
+  assert (local_state () == NBDM_LOCAL_RESYNCING);
+  assert (read_at (5 * REGION) == 7 && read_at (9 * REGION) == -EIO);
+  assert (write_at (5 * REGION, 8) == 0 && read_at (5 * REGION) == 8);
+  site_connect (&site, 0);
+  assert (read_at (9 * REGION) == 9);
+}
+
+/* The first remote misses a region, and is long at the flush of the takeover;
+ * the second one is lost meanwhile.
+ */
+static void
+begin_a_long_takeover (struct job *failing)
+{
+  nbdm_remote_drop (site.volume, 0, "for the test");
+  assert (write_at (5 * REGION, 7) == 0);
+  site_connect (&site, 0);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  start (failing, do_write);
+  wait_at_gate ();
+  shut_flush_gate (true);
+  peer_hold (site.peers[1], PEER_HOLD_ALL);
+  open_gate ();
+  wait_for_flush ();
+  wait_outstanding (1, 1);
+  peer_lose_power (site.peers[1], PEER_LOSE_ALL);
+  peer_hold (site.peers[1], PEER_GO);
+}
+
+static void
+end_a_long_takeover (struct job *failing)
+{
+  shut_flush_gate (false);
+  assert (end (failing) == -EIO);
+  assert (local_state () == NBDM_LOCAL_OK);
+}
+
+static void
+assert_all_equal (void)
+{
+  for (uint32_t i = 0; i < site.nr_peers; i++) {
+    site_resync_to_end (&site, i);
+    assert (memcmp (peer_image (site.peers[i]), site.image, SIZE) == 0);
+  }
+}
+
+/* It is back, without what it had answered: no read goes to it. */
+static void
+successor_that_lost_its_cache (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+  struct job reader = { .offset = 5 * REGION };
+
+  bring_up (2, 1000 * SITE_DEADLINE_S);
+  begin_a_long_takeover (&failing);
+  site_wait_state (&site, 1, NBDM_HOLDING);
+  site_connect (&site, 1);
+  start (&reader, do_read);
+  for (unsigned i = 0; i < 300 && !reader.over; i++)
+    poll (NULL, 0, 1);
+  end_a_long_takeover (&failing);
+  assert (end (&reader) == 7);
+  assert_all_equal ();
+}
+
+/* It stays away: reads and writes wait for what comes of the takeover, and then
+ * local has all of it.
+ */
+static void
+successor_that_stays_away (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+  struct job reader = { .offset = 5 * REGION };
+  struct job writer = { .offset = 5 * REGION + SECTOR, .value = 8 };
+
+  bring_up (2, 100);
+  begin_a_long_takeover (&failing);
+  site_wait_state (&site, 1, NBDM_OUT_OF_SYNC);
+  start (&reader, do_read);
+  start (&writer, do_write);
+  for (unsigned i = 0; i < 300 && !(reader.over && writer.over); i++)
+    poll (NULL, 0, 1);
+  end_a_long_takeover (&failing);
+  assert (end (&reader) == 7);
+  assert (end (&writer) == 0);
+  site_connect (&site, 1);
+  assert_all_equal ();
+}
+
+/* What was on the remote's lost connection is nobody's to wait for: local goes
+ * on at once, not when the remote's hold is over.
+ */
+static void
+takeover_waits_for_no_hold (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S * 2);
+  assert (write_at (5 * REGION, 7) == 0);
+  start (&failing, do_write);
+  lose_over_the_flush (NBDM_HOLDING);
+  open_gate ();
+  assert (end (&failing) == -EIO);
+  assert (site_status (&site, 0).state == NBDM_HOLDING);
+  assert (local_state () == NBDM_LOCAL_OK && read_at (5 * REGION) == 7);
+  site_connect (&site, 0);
+  assert_all_equal ();
+}
+
+/* The remote has taken local's place, and is lost over the flush of a write
+ * that it was sent before that was known; it is back within its hold.
+ */
+static void
+write_is_sent_again (void)
+{
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  start (&failing, do_write);
+  wait_at_gate ();
+  assert (local_state () == NBDM_LOCAL_FAILED);
+  peer_lose_power (site.peers[0], PEER_LOSE_ALL);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  open_gate ();
+  site_connect (&site, 0);
+  assert (end (&failing) == 0);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  peer_lose_power (site.peers[0], PEER_LOSE_ALL);
+  assert (peer_image (site.peers[0])[40 * REGION] == 1);
+}
+
+/* A flush of local has failed, and its page cache has lost a write: that local
+ * differs from a remote is no proof that the remote is another disk.
+ */
+static void
+sample_of_a_doubted_disk (void)
+{
+  struct job flush = { 0 };
+
+  make_volume (SIZE, REGION, 2, 100);
+  site.params.flush_ms = 10;
+  open_volume ();
+  assert (write_at (5 * REGION, 7) == 0);
+  wait_flushed (1);
+  nbdm_remote_drop (site.volume, 1, "for the test");
+  punch_local (5 * REGION);
+  shut_flush_gate (true);
+  start (&flush, do_flush);
+  wait_for_flush ();
+  wait_local_error ();
+  assert (connect_at (1, 1) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 9) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
+  shut_flush_gate (false);
+  assert (end (&flush) == 0);
+  assert (local_state () == NBDM_LOCAL_FAILED);
+  assert (nbdm_remote_admit (site.volume, 1) == 0);
+  assert (site_status (&site, 1).state == NBDM_IN_SYNC);
+  assert (read_at (5 * REGION) == 7);
+}
+
+/* Local fails again while it is copied back, behind the last request of a stop:
+ * its map is about to be closed, and a bit set later would make the next start
+ * disbelieve it.
+ */
+static void
+copy_back_behind_a_stop (void)
+{
+  struct job back = { 0 }, stop = { 0 };
+  uint64_t missing;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  missing = volume_status ().local_dirty_regions;
+  assert (write_at (100 * REGION, 2) == 0);
+  start (&back, do_copy_back);
+  wait_at ("copy");
+  start (&stop, do_stop);
+  wait_at ("stopped");
+  open_at ("copy");
+  over_soon (&back);
+  open_at ("stopped");
+  assert (end (&stop) == 0);
+  open_gate ();
+  end (&back);
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (local_state () == NBDM_LOCAL_RESYNCING);
+  assert (volume_status ().local_dirty_regions == missing);
+}
+
+static _Thread_local bool wakes_late; /* behind the last request of a stop */
+static atomic_bool awaits;
+
+int __real_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
+int __wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
+int
+__wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex)
+{
+  int rc;
+
+  if (wakes_late)
+    awaits = true;
+  rc = __real_pthread_cond_wait (cond, mutex);
+  if (wakes_late) {
+    pthread_mutex_unlock (mutex);
+    wait_at ("stopped");
+    pthread_mutex_lock (mutex);
+  }
+  return rc;
+}
+
+static int
+do_copy_back_and_wake_late (struct job *job)
+{
+  wakes_late = true;
+  return do_copy_back (job);
+}
+
+/* The same where the copy's thread waits for another takeover, and the stop
+ * ends behind that before the thread goes on.
+ */
+static void
+copy_back_waits_past_a_stop (void)
+{
+  struct job back = { 0 }, stop = { 0 }, reader = { .offset = 100 * REGION };
+  uint64_t missing;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  missing = volume_status ().local_dirty_regions;
+  assert (write_at (100 * REGION, 2) == 0);
+  start (&back, do_copy_back_and_wake_late);
+  wait_at ("copy");
+  start (&reader, do_read);
+  wait_at_gate ();
+  open_at ("copy");
+  WAIT_FOR (awaits);
+  start (&stop, do_stop);
+  WAIT_FOR (volume_status ().stopping);
+  open_gate ();
+  assert (end (&reader) == 2);
+  wait_at ("stopped");
+  over_soon (&back);
+  open_at ("stopped");
+  assert (end (&stop) == 0);
+  open_at ("late");
+  end (&back);
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (local_state () == NBDM_LOCAL_RESYNCING);
+  assert (volume_status ().local_dirty_regions == missing + 1);
+}
+
+/* A write is flushed on the remote when local fails again, and that remote is
+ * lost: the write is local's, which the takeover calls missing for as long as
+ * the other remote is flushed.
+ */
+static void
+write_of_a_mended_disk (void)
+{
+  struct job writer = { .offset = 5 * REGION, .value = 7 };
+  struct job failing = { .offset = 40 * REGION, .value = 1 };
+
+  bring_up (2, 100);
+  nbdm_remote_drop (site.volume, 0, "for the test");
+  start (&writer, do_write);
+  wait_at_gate ();
+  assert (read_at (9 * REGION) == 0);
+  assert (local_state () == NBDM_LOCAL_RESYNCING);
+  site_connect (&site, 0);
+  start (&failing, do_write);
+  wait_at ("failing");
+  shut_flush_gate (true);
+  peer_hold (site.peers[1], PEER_HOLD_ALL);
+  open_gate ();
+  wait_outstanding (1, 1); /* the writer's flush */
+  open_at ("failing");
+  wait_for_flush ();
+  peer_cut (site.peers[1], false);
+  peer_hold (site.peers[1], PEER_GO);
+  site_wait_state (&site, 1, NBDM_OUT_OF_SYNC);
+  for (unsigned i = 0; i < 300 && !writer.over; i++)
+    poll (NULL, 0, 1);
+  shut_flush_gate (false);
+  assert (end (&failing) == -EIO);
+  assert (end (&writer) == 0);
+  assert (read_at (5 * REGION) == 7);
+}
+
+/* The first remote alone has a region beside local, and loses it with its
+ * cache.  The second one is copied it meanwhile, and takes local's place.
+ */
+static void
+other_successor_than_was_asked (void)
+{
+  struct job copy = { 0 }, failing = { .offset = 40 * REGION, .value = 1 };
+
+  bring_up (3, 1000 * SITE_DEADLINE_S);
+  nbdm_remote_drop (site.volume, 1, "for the test");
+  nbdm_remote_drop (site.volume, 2, "for the test");
+  assert (write_at (5 * REGION, 7) == 0);
+  site_connect (&site, 1);
+  site_connect (&site, 2);
+  start (&copy, do_resync_second);
+  wait_at ("copy");
+  start (&failing, do_write);
+  wait_at_gate ();
+  peer_hold (site.peers[0], PEER_HOLD_ALL);
+  peer_hold (site.peers[2], PEER_HOLD_ALL);
+  open_gate ();
+  wait_outstanding (0, 1);
+  wait_outstanding (2, 1);
+  peer_lose_power (site.peers[0], PEER_LOSE_ALL);
+  peer_hold (site.peers[0], PEER_GO);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  open_at ("copy");
+  assert (end (&copy) == 0);
+  site_wait_state (&site, 1, NBDM_IN_SYNC);
+  peer_hold (site.peers[2], PEER_GO);
+  WAIT_FOR (local_state () == NBDM_LOCAL_FAILED);
+  site_connect (&site, 0);
+  assert (end (&failing) == 0);
+  site_resync_to_end (&site, 0);
+  assert (memcmp (peer_image (site.peers[0]), peer_image (site.peers[1]), SIZE)
+          == 0);
+}
+
+static void
+fill_local (uint8_t value)
+{
+  static uint8_t buf[SIZE];
+  int fd = open (site.local, O_WRONLY | O_CLOEXEC);
+
+  memset (buf, value, sizeof buf);
+  assert (pwrite (fd, buf, sizeof buf, 0) == (ssize_t)sizeof buf);
+  close (fd);
+}
+
+static int
+do_zero (struct job *job)
+{
+  return nbdm_zero (site.volume, REGION, job->offset, 0);
+}
+
+/* A flush of local has failed and a remote has taken its place.  A request that
+ * both had refused before is answered after that: its client gets an error, and
+ * the volume goes on once the remote is back.
+ */
+static void
+request_that_both_refuse (void)
+{
+  struct job zero = { .offset = 7 * REGION };
+
+  site.peer.refuse_zeroes = ENOSPC;
+  make_volume (SIZE, REGION, 1, 300);
+  fill_local (7); /* a copy of zeroes is refused */
+  open_volume ();
+  start (&zero, do_zero);
+  wait_at_gate ();
+  assert (nbdm_flush (site.volume) == 0);
+  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  open_gate ();
+  assert (end (&zero) < 0);
+  assert (!volume_status ().failed);
+  site_connect (&site, 0);
+  assert (write_at (7 * REGION, 3) == 0 && read_at (7 * REGION) == 3);
+  assert (nbdm_flush (site.volume) == 0);
+}
+
+/* The other way round: the request that both refuse is answered between the
+ * failed flush and the takeover.  It may not cost the volume its only
+ * successor.
+ */
+static void
+refused_beside_a_failed_flush (void)
+{
+  struct job flush = { 0 }, zero = { .offset = 7 * REGION };
+
+  site.peer.refuse_zeroes = ENOSPC;
+  site.peer.shuffle = true;
+  make_volume (SIZE, REGION, 1, 300);
+  fill_local (7);
+  open_volume ();
+  peer_hold_flushes (site.peers[0], true);
+  start (&flush, do_flush);
+  WAIT_FOR (volume_status ().local_errors > 0);
+  start (&zero, do_zero);
+  for (unsigned i = 0; i < 300 && !zero.over; i++)
+    poll (NULL, 0, 1);
+  peer_hold_flushes (site.peers[0], false);
+  peer_answer_flush (site.peers[0]);
+  assert (end (&zero) < 0);
+  end (&flush);
+  assert (!volume_status ().failed && local_state () == NBDM_LOCAL_FAILED);
+}
+
+static const struct schedule schedules[] = {
+  { "refused_beside_a_failed_flush", "local_write:1=error,local_flush:2=error",
+    refused_beside_a_failed_flush },
+  { "request_that_both_refuse",
+    "local_write:1=error,after_local:1=wait:gate,local_flush:2=error",
+    request_that_both_refuse },
+  { "write_of_a_mended_disk",
+    "local_read:1=error,local_read:2=error,local_write:2=error,"
+    "after_remote:2=wait:failing,after_remote:1=wait:gate",
+    write_of_a_mended_disk },
+  { "other_successor_than_was_asked",
+    "resync_after_read:1=wait:copy,local_write:2=error,"
+    "after_remote:2=wait:gate",
+    other_successor_than_was_asked },
+  { "late_write_stays_late", "local_write:1=error,after_remote:1=wait:gate",
+    late_write_stays_late },
+  { "bad_sector_keeps_its_copy",
+    "local_read:1=error,local_read:2=error,local_read:3=error,"
+    "local_read:4=error,flush_answered:4=wait:gate",
+    bad_sector_keeps_its_copy },
+  { "cut_disk_leaves_the_remote_well", "flush_answered:4=wait:gate",
+    cut_disk_leaves_the_remote_well },
+  { "mended_disk_keeps_what_it_has",
+    "local_read:1=error,local_read:2=error,local_write:3=error,"
+    "flush_answered:5=wait:gate",
+    mended_disk_keeps_what_it_has },
+  { "successor_that_lost_its_cache",
+    "local_write:2=error,after_remote:2=wait:gate",
+    successor_that_lost_its_cache },
+  { "successor_that_stays_away", "local_write:2=error,after_remote:2=wait:gate",
+    successor_that_stays_away },
+  { "copy_back_behind_a_stop",
+    "local_write:1=error,local_write:3=error,"
+    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
+    "flush_answered:6=wait:gate",
+    copy_back_behind_a_stop },
+  { "copy_back_waits_past_a_stop",
+    "local_write:1=error,local_write:3=error,local_read:1=error,"
+    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
+    "flush_answered:5=wait:gate,flush_answered:7=wait:late",
+    copy_back_waits_past_a_stop },
+  { "takeover_waits_for_no_hold",
+    "local_write:2=error,flush_answered:3=wait:gate",
+    takeover_waits_for_no_hold },
+  { "write_is_sent_again", "local_write:1=error,flush_answered:4=wait:gate",
+    write_is_sent_again },
+  { "sample_of_a_doubted_disk", "local_flush:2=error",
+    sample_of_a_doubted_disk },
+};
+
+int
+main (int argc, char *argv[])
+{
+  return run_schedules (schedules, sizeof schedules / sizeof schedules[0], argc,
+                        argv);
+}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Links that are slow or dead: bytes that move keep a connection, silence ends it.
+
+Everything takes several deadlines here, which are a second.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import support
+from e2e.lib.links import LinkSite
+
+pytestmark = pytest.mark.slow
+
+KIB = 1024
+DEADLINE_S = 1.0
+Links = Callable[..., LinkSite]
+
+
+@pytest.fixture
+def new_link(
+    run_dir: os.PathLike[str], processes: support.Processes, netns_prefix: str
+) -> Links:
+    """Give a maker of this test's site; takes what LinkSite takes."""
+
+    def make(**options: object) -> LinkSite:
+        return LinkSite(run_dir, processes, netns_prefix, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+def served(site: LinkSite) -> LinkSite:
+    """Start both servers; the rest is the link's."""
+    site.serve_far()
+    site.create()
+    site.serve()
+    return site
+
+
+def test_region_that_takes_longer_than_the_deadline(new_link: Links) -> None:
+    """A copy's bytes are on their way for several deadlines: it is not begun again."""
+    site = new_link(size=128 * KIB, region_size="128KiB")
+    site.local.write_bytes(os.urandom(128 * KIB))
+    site.link.shape("256kbit")
+    served(site)
+    started = time.monotonic()
+    site.wait_in_sync(timeout_s=30)
+    assert time.monotonic() - started > 2 * DEADLINE_S
+    assert "disconnect" not in site.log
+    site.link.shape("1gbit")
+    site.stop()
+    site.assert_equal()
+
+
+def test_one_large_write(new_link: Links) -> None:
+    """Policy stop: a write that the link needs four deadlines for is answered, ok."""
+    site = new_link(size=512 * KIB, policy="stop")
+    served(site).wait_in_sync()
+    site.link.shape("1mbit")
+    content = os.urandom(512 * KIB)
+    started = time.monotonic()
+    site.client().pwrite(content, 0)
+    assert time.monotonic() - started > 2 * DEADLINE_S
+    assert site.remote()["state"] == "in_sync"
+    assert "disconnect" not in site.log
+    site.link.shape("1gbit")
+    site.stop()
+    assert site.on_both(0, len(content)) == content
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_cable_pulled_while_nobody_writes(new_link: Links, paused: bool) -> None:
+    """The server is asked, and a dead connection is noticed without a client."""
+    site = new_link(size=512 * KIB)
+    served(site).wait_in_sync()
+    if paused:
+        site.tell("pause")
+    site.link.cut()
+    found = site.wait_remote(
+        lambda one: not one["connected"] and one["state"] != "in_sync",
+        "the dead connection to be noticed",
+        timeout_s=10,
+    )
+    assert found["reason"]
+    site.wait_log("the server has not answered for")
+    waited = site.cli(
+        *("wait", str(site.config), "--for", "in_sync", "--timeout", "1s"), check=False
+    )
+    assert waited.returncode == 11
+    site.link.mend()
+    if paused:
+        site.tell("resume")
+    site.wait_in_sync(timeout_s=30)
+    site.stop()
+
+
+def test_stop_does_not_wait_for_a_slow_link(new_link: Links) -> None:
+    """A copy that would take a minute is left, and the stop is clean."""
+    site = new_link(size=2048 * KIB, region_size="2MiB")
+    site.local.write_bytes(os.urandom(2048 * KIB))
+    site.link.shape("256kbit")
+    served(site).wait_state("resyncing")
+    site.wait_remote(lambda one: one["late_bytes"], "a copy to be under way")
+    started = time.monotonic()
+    site.stop()
+    assert time.monotonic() - started < 10
