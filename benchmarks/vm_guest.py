@@ -49,16 +49,17 @@ def serve_copy(folder: Path, size: int) -> tuple[Path, subprocess.Popen[bytes]]:
     """Serve a new image by nbdkit's file plugin; return its socket."""
     folder.mkdir(parents=True)
     image, socket = folder / "disk.img", folder / "disk.sock"
+    listens = folder / "nbdkit.pid"  # written once it takes connections
     with image.open("wb") as file:
         file.truncate(size)
     with (folder / "nbdkit.log").open("wb") as log:
         server = subprocess.Popen(
-            ["nbdkit", "-f", "-U", str(socket), "file", str(image)],
+            ["nbdkit", "-f", "-P", listens, "-U", socket, "file", image],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
-    wait_until(socket.exists, f"{socket} to be there")
+    wait_until(listens.exists, f"a server on {socket}")
     return socket, server
 
 

@@ -85,6 +85,23 @@ def wait_until(
         time.sleep(interval_s)
 
 
+def listens(path: Path) -> bool:
+    """
+    Tell whether a server listens on the unix socket *path*.
+
+    A socket has its name from bind() on and refuses connections until listen(), so
+    the name alone tells nothing; a connection made to find out would be a client more.
+    """
+    flag, listening = 3, "00010000"  # the column of flags; __SO_ACCEPTCON
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(row[-1] == str(path) and row[flag] == listening for row in rows)
+
+
+def wait_listening(path: Path, what: str) -> None:
+    """Return once a server listens on *path*; *what* completes "waited for"."""
+    wait_until(lambda: listens(path), what)
+
+
 def become_subreaper() -> None:
     """Make this process the parent of those its descendants leave behind."""
     libc = ctypes.CDLL(None, use_errno=True)

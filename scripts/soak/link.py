@@ -143,10 +143,14 @@ def main() -> None:
     listen, target, speed = sys.argv[1:]
     if "/" in listen:
         Path(listen).unlink(missing_ok=True)
-    listener, address = open_socket(listen)
+    # Under another name until it listens: it is there once it takes connections.
+    early = f"{listen}.new" if "/" in listen else listen
+    listener, address = open_socket(early)
     with listener:
         listener.bind(address)
         listener.listen(64)
+        if early != listen:
+            Path(early).rename(listen)
         while True:
             client, _ = listener.accept()
             threading.Thread(

@@ -61,7 +61,7 @@ def test_connection_to_another_server_is_one_clear_line(
     ]
     support.requires_program("socat")
     site.processes.start(words)
-    support.wait_until(site.socket.exists, "socat")
+    support.wait_listening(site.socket, "socat")
     with pytest.raises(MirrorIOError, match=r"the server at \S+ (is no|ended)"):
         Connection(volume)
 

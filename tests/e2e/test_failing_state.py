@@ -45,7 +45,7 @@ class FailingDisk:
         words = ["nbdkit", "-f", "-U", sock, "--filter=error", "file", disk]
         errors = ["pwrite=EIO", "pwrite-rate=1", f"pwrite-file={self._switch}"]
         processes.start([*words, *(f"error-{word}" for word in errors)])
-        support.wait_until(sock.exists, "the failing disk")
+        support.wait_listening(sock, "the failing disk")
         self.point.mkdir()
         self._window.touch()
         processes.start(["nbdfuse", self._window, f"nbd+unix:///?socket={sock}"])

@@ -230,7 +230,7 @@ def test_remote_that_leads_back_is_refused(site: Site, door: str) -> None:
     site.processes.start(
         ["socat", f"UNIX-LISTEN:{proxy},fork", f"UNIX-CONNECT:{site.socket}"]
     )
-    support.wait_until(proxy.is_socket, "the proxy to listen")
+    support.wait_listening(proxy, "the proxy to listen")
     text = site.config.read_text()
     site.config.write_text(text.replace(str(site.dr.socket), str(proxy)))
     site.dr.kill()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from support import Processes, wait_until
+from support import Processes, wait_listening
 
 from nbd_mirror.volume import core
 
@@ -53,7 +53,7 @@ class Remote:
         self.process = self._processes.start(
             ["nbdkit", "-f", "-U", self._socket, *filters, *plugin]
         )
-        wait_until(self._socket.exists, "the remote's socket")
+        wait_listening(self._socket, "the remote")
 
     def kill(self) -> None:
         """End it as a crash would."""

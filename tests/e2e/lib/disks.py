@@ -68,7 +68,7 @@ class FuseDisk:
         self._nbdkit = self._processes.start(
             [*words, f"image={self._site.local}", f"switch={self._switch}"]
         )
-        support.wait_until(self._socket.exists, "the disk's nbdkit")
+        support.wait_listening(self._socket, "the disk's nbdkit")
         uri = f"nbd+unix:///?socket={self._socket}"
         self._nbdfuse = self._processes.start(["nbdfuse", self._mount, uri])
         support.wait_until(self.path.exists, "nbdfuse's file")
