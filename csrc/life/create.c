@@ -114,7 +114,7 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
 static int
 measure_local (const struct nbdm_params *params, uint64_t *size)
 {
-  struct local_disk disk = { .fd = -1 };
+  struct local_file disk = { .fd = -1 };
   uint64_t local_size = 0;
   int rc = local_open (&disk, params->local, &local_size);
 

@@ -174,12 +174,13 @@ identity_take_by_force (struct nbdm *v)
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
-    dirty_map_mark (&r->dm, 0, v->nr_regions, true);
+    dirty_map_mark (&r->disk.dm, 0, v->nr_regions, true);
     r->assumed = false;
     if (r->state == NBDM_IN_SYNC)
       r->state = NBDM_OUT_OF_SYNC;
-    snprintf (r->reason, sizeof r->reason,
-              "the local disk was taken by force: all of it is copied");
+    disk_explain_locked (&r->disk,
+                         "the local disk was taken by force: all of it is "
+                         "copied");
   }
   snprintf (v->reason, sizeof v->reason,
             "the local disk is not the one that was left, and was taken by "
@@ -216,7 +217,7 @@ note_instance (struct nbdm *v, const struct comparison *c)
   static const uint64_t unknown[3];
   uint64_t now[3];
 
-  device_instance (v->local.disk.fd, now);
+  device_instance (v->local.file.fd, now);
   for (unsigned i = 0; i < 3; i++)
     now[i] = htole64 (now[i]);
   v->identity.cache_lost
@@ -232,9 +233,9 @@ check_believed (struct nbdm *v, const struct nbdm_params *params,
   struct comparison c = { 0 };
   int rc;
 
-  if (!v->local.map_lost) /* else all of it may be missing there */
+  if (!v->local.disk.map_lost) /* else all of it may be missing there */
     choose_samples_locked (v, &c);
-  rc = compare (v, v->local.disk.fd, &c);
+  rc = compare (v, v->local.file.fd, &c);
   if (rc == 0)
     rc = judge (v, params->local, &c);
   if (rc == -EMEDIUMTYPE && params->local_choice == NBDM_LOCAL_FORCED) {
@@ -318,7 +319,7 @@ identity_choose_locked (const struct nbdm *v, struct attached_check *check)
 
 int
 identity_check_attached (const struct nbdm *v, struct attached_check *check,
-                         const struct local_disk *disk, const char *path)
+                         const struct local_file *disk, const char *path)
 {
   struct comparison c = { .nr = check->nr };
   int rc;
@@ -335,7 +336,8 @@ static bool
 has_everything (const struct nbdm *v, const struct remote *r)
 {
   return r->state == NBDM_IN_SYNC && r->generation == v->generation
-         && !r->map_lost && r->dm.mapping && r->dm.map[MAP_DIRTY].nr_set == 0;
+         && !r->disk.map_lost && r->disk.dm.mapping
+         && r->disk.dm.map[MAP_DIRTY].nr_set == 0;
 }
 
 /* Its map goes before the superblock says that it has failed: a start that ends
@@ -345,8 +347,8 @@ has_everything (const struct nbdm *v, const struct remote *r)
 static int
 forget_local_map (struct nbdm *v)
 {
-  dirty_map_close (&v->local.dm);
-  v->local.map_lost = true; /* a new one says that it misses everything */
+  dirty_map_close (&v->local.disk.dm);
+  v->local.disk.map_lost = true; /* a new one says that it misses everything */
   if (unlinkat (v->dirfd, "dirty." LOCAL_NAME, 0) < 0 && errno != ENOENT)
     return set_error (-errno, "cannot remove dirty." LOCAL_NAME);
   if (fsync (v->dirfd) < 0)

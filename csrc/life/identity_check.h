@@ -10,7 +10,7 @@
 
 #include "logs/layout.h"
 
-struct local_disk;
+struct local_file;
 struct nbdm;
 struct nbdm_params;
 
@@ -33,7 +33,7 @@ struct attached_check {
 void identity_choose_locked (const struct nbdm *v,
                              struct attached_check *check);
 int identity_check_attached (const struct nbdm *v, struct attached_check *check,
-                             const struct local_disk *disk, const char *path);
+                             const struct local_file *disk, const char *path);
 /* -ENOMEDIUM with a message if the volume does not fit on it. */
 int identity_check_size (const struct nbdm *v, const char *path,
                          uint64_t local_size);

@@ -142,9 +142,9 @@ persist_clean (struct nbdm *v)
   int rc = 0;
 
   LOCK_FOR_SCOPE (&v->lock);
-  rc = dirty_map_finish (&v->local.dm);
-  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    rc = dirty_map_finish (&v->remotes[i].dm);
+  FOR_EACH_DISK (d, v)
+    if (rc == 0)
+      rc = dirty_map_finish (&d->dm);
   fault_point ("stop_maps_finished");
   if (rc == 0)
     rc = inflight_finish (&v->inflight);
@@ -196,11 +196,9 @@ nbdm_close (struct nbdm *v)
   local_guard_join (v);
   flushers_join (v);
   ticker_join (v);
-  if (v->nr_remotes <= NBDM_MAX_REMOTES)
-    disconnect_all (v);
-  dirty_map_close (&v->local.dm);
-  for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)
-    dirty_map_close (&v->remotes[i].dm);
+  disconnect_all (v);
+  FOR_EACH_DISK (d, v)
+    dirty_map_close (&d->dm);
   inflight_close (&v->inflight);
   activity_close (&v->activity);
   if (v->sb_fd >= 0)

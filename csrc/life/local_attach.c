@@ -42,10 +42,10 @@ release_disk (struct nbdm *v, void *unused)
   const struct flock unlock = { .l_type = F_UNLCK, .l_whence = SEEK_SET };
 
   (void)unused;
-  if (v->local.disk.fd < 0)
+  if (v->local.file.fd < 0)
     return 0;
-  (void)fcntl (v->local.disk.fd, F_OFD_SETLK, &unlock);
-  if (dup3 (v->dirfd, v->local.disk.fd, O_CLOEXEC) < 0)
+  (void)fcntl (v->local.file.fd, F_OFD_SETLK, &unlock);
+  if (dup3 (v->dirfd, v->local.file.fd, O_CLOEXEC) < 0)
     return set_error (-errno, "cannot close the failed local disk");
   return 0;
 }
@@ -54,19 +54,19 @@ release_disk (struct nbdm *v, void *unused)
  * for the disk.
  */
 static int
-install_disk_locked (struct nbdm *v, struct local_disk *disk)
+install_disk_locked (struct nbdm *v, struct local_file *disk)
 {
-  if (v->local.disk.fd >= 0) {
+  if (v->local.file.fd >= 0) {
     int fd = disk->fd;
 
-    if (dup3 (fd, v->local.disk.fd, O_CLOEXEC) < 0)
+    if (dup3 (fd, v->local.file.fd, O_CLOEXEC) < 0)
       return set_error (-errno, "cannot use the local disk");
-    disk->fd = v->local.disk.fd;
-    v->local.disk = *disk;
+    disk->fd = v->local.file.fd;
+    v->local.file = *disk;
     disk->fd = fd;
   }
   else {
-    v->local.disk = *disk;
+    v->local.file = *disk;
     disk->fd = -1;
   }
   v->local.attached = true;
@@ -125,10 +125,11 @@ only_copy_locked (const struct nbdm *v)
 
   do {
     before = region;
-    region = bitmap_next_clear (&v->local.dm.map[MAP_DIRTY], region, nr);
+    region = bitmap_next_clear (&v->local.disk.dm.map[MAP_DIRTY], region, nr);
     for (uint32_t i = 0; i < v->nr_remotes; i++)
       if (v->remotes[i].state != NBDM_FAILED)
-        region = bitmap_next_set (&v->remotes[i].dm.map[MAP_DIRTY], region, nr);
+        region = bitmap_next_set (&v->remotes[i].disk.dm.map[MAP_DIRTY], region,
+                                  nr);
   } while (region != before);
   return region;
 }
@@ -165,7 +166,7 @@ struct opening {
   char path[PATH_MAX];
   bool replaced;
   struct attached_check check;
-  struct local_disk disk;
+  struct local_file disk;
 };
 
 /* Open it, and see whether it may be the disk that was left.  What another
@@ -240,7 +241,7 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
   int rc = opened;
 
   if (rc == -EMEDIUMTYPE) {
-    snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+    disk_explain_locked (&v->local.disk, "%s", last_error ());
     volume_persist_locked (v);
   }
   if (rc == 0)
@@ -251,10 +252,10 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
     v->identity.unproven = o->check.unproven;
   if (rc == 0 && o->replaced) {
     identity_forget_locked (v);
-    dirty_map_mark (&v->local.dm, 0, v->nr_regions, false);
+    dirty_map_mark (&v->local.disk.dm, 0, v->nr_regions, false);
     rc = volume_persist_locked (v);
   }
-  v->local.serial++;
+  disk_bump_locked (&v->local.disk);
   return rc;
 }
 
@@ -326,8 +327,7 @@ admit_locked (struct nbdm *v, const struct described_disk *disk)
 
   v->local.attached = false;
   identity_adopt_locked (v, disk);
-  snprintf (v->local.reason, sizeof v->local.reason,
-            "an operator brought it back");
+  disk_explain_locked (&v->local.disk, "an operator brought it back");
   local_set_locked (v, NBDM_LOCAL_RESYNCING);
   rc = volume_persist_locked (v);
   local_update_state_locked (v);
@@ -364,8 +364,8 @@ nbdm_local_drop (struct nbdm *v, const char *reason)
     rc = command_gate_locked (v);
   else if (v->local.state == NBDM_LOCAL_FAILED && v->local.attached) {
     v->local.attached = false;
-    snprintf (v->local.reason, sizeof v->local.reason, "%s", reason);
-    v->local.serial++;
+    disk_explain_locked (&v->local.disk, "%s", reason);
+    disk_bump_locked (&v->local.disk);
     rc = volume_persist_locked (v);
     local_io_give_up (v);
   }

@@ -20,7 +20,7 @@ static bool
 any_remote_clean (const struct nbdm *v, uint64_t region)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (!bitmap_test (&v->remotes[i].dm.map[MAP_DIRTY], region))
+    if (!bitmap_test (&v->remotes[i].disk.dm.map[MAP_DIRTY], region))
       return true;
   return false;
 }
@@ -30,7 +30,7 @@ miss_where_remote_has (struct nbdm *v, uint64_t first, uint64_t count)
 {
   for (uint64_t region = first; region < first + count; region++)
     if (any_remote_clean (v, region))
-      dirty_map_mark (&v->local.dm, region, 1, false);
+      dirty_map_mark (&v->local.disk.dm, region, 1, false);
 }
 
 void
@@ -42,47 +42,26 @@ local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
   miss_where_remote_has (v, first, count);
 }
 
-static int
-make_map (struct nbdm *v)
-{
-  uint64_t session = le64toh (v->sb.session);
-  bool clean;
-  int rc = dirty_map_create (v->dirfd, LOCAL_NAME, v->uuid, session,
-                             v->nr_regions, v->region_size,
-                             v->local.map_lost ? NEW_MAP_RENEWED : 0);
-
-  if (rc == 0)
-    rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid, session,
-                         v->nr_regions, v->region_size, &clean);
-  return rc;
-}
-
 /* While the superblock says ok nothing is missing, by rule 7, whatever the map
  * says: so a lost one is no loss, and a volume of an earlier version has none.
  */
 int
 local_map_open (struct nbdm *v)
 {
-  bool clean, ok = v->local.state == NBDM_LOCAL_OK;
-  int rc = dirty_map_open (&v->local.dm, v->dirfd, LOCAL_NAME, v->uuid,
-                           le64toh (v->sb.session), v->nr_regions,
-                           v->region_size, &clean);
+  struct disk *d = &v->local.disk;
+  bool ok = v->local.state == NBDM_LOCAL_OK;
+  int rc = disk_map_open (d);
 
-  if (rc == 0 && ok && v->local.dm.map[MAP_DIRTY].nr_set > 0) {
-    dirty_map_close (&v->local.dm);
+  if (rc == 0 && ok && d->dm.map[MAP_DIRTY].nr_set > 0) {
+    dirty_map_close (&d->dm);
     return 0;
   }
-  if (rc == 0) {
-    rc = volume_check_log (v, "dirty.local", &v->local.dm.header);
-    if (rc < 0)
-      dirty_map_close (&v->local.dm);
-  }
-  if (rc == 0 && le32toh (v->local.dm.header.flags) & LOG_RENEWED)
-    rc = set_message (-EUCLEAN, "dirty.local was lost");
+  if (rc == 0)
+    rc = volume_check_map (d);
   if (rc != -ENOENT && rc != -EUCLEAN)
     return rc;
   if (!ok) {
-    v->local.map_lost = true;
+    d->map_lost = true;
     snprintf (v->reason, sizeof v->reason,
               "%s: everything is copied to the local disk again",
               last_error ());
@@ -93,7 +72,7 @@ local_map_open (struct nbdm *v)
 int
 local_map_renew (struct nbdm *v)
 {
-  return v->local.dm.mapping ? 0 : make_map (v);
+  return v->local.disk.dm.mapping ? 0 : disk_map_make (&v->local.disk, 0);
 }
 
 /* A region that local misses, and that every remote's map calls dirty: local
@@ -103,12 +82,12 @@ local_map_renew (struct nbdm *v)
 static void
 find_lost_sources (struct nbdm *v)
 {
-  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
   uint64_t nr = v->nr_regions, region = 0;
   struct remote *lost = NULL;
 
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].map_lost) {
+    if (v->remotes[i].disk.map_lost) {
       if (lost)
         return;
       lost = &v->remotes[i];
@@ -117,15 +96,15 @@ find_lost_sources (struct nbdm *v)
     return;
   for (; (region = bitmap_next_set (missing, region, nr)) < nr; region++)
     if (!any_remote_clean (v, region)) {
-      bitmap_clear (&lost->dm.map[MAP_DIRTY], region, 1);
-      bitmap_clear (&lost->dm.map[MAP_LATE], region, 1);
+      bitmap_clear (&lost->disk.dm.map[MAP_DIRTY], region, 1);
+      bitmap_clear (&lost->disk.dm.map[MAP_LATE], region, 1);
     }
 }
 
 void
 local_map_recover (struct nbdm *v)
 {
-  if (v->local.map_lost)
+  if (v->local.disk.map_lost)
     miss_where_remote_has (v, 0, v->nr_regions);
   else
     find_lost_sources (v);

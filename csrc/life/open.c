@@ -149,11 +149,10 @@ stamp_logs (struct nbdm *v, uint64_t session)
 
   if (rc == 0)
     rc = inflight_begin (&v->inflight, session);
-  if (rc == 0)
-    rc = dirty_map_begin (&v->local.dm, session);
   fault_point ("begin_slots");
-  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    rc = dirty_map_begin (&v->remotes[i].dm, session);
+  FOR_EACH_DISK (d, v)
+    if (rc == 0)
+      rc = dirty_map_begin (&d->dm, session);
   fault_point ("begin_maps");
   /* The names as well: a start before this one may have failed to make a new
    * log's durable, and believed it all the same.
@@ -230,7 +229,7 @@ check_params (const struct nbdm *v, const struct nbdm_params *params,
                         "region_size is %u, but the volume was made with %u "
                         "bytes",
                         params->region_size, v->region_size);
-  return v->local.disk.fd < 0
+  return v->local.file.fd < 0
              ? 0
              : identity_check_size (v, params->local, local_size);
 }
@@ -273,9 +272,8 @@ load_superblock (struct nbdm *v, const char *state_dir)
   v->local.state = le32toh (v->sb.local_state);
   if (v->local.state < NBDM_LOCAL_OK || v->local.state > NBDM_LOCAL_RESYNCING)
     v->local.state = NBDM_LOCAL_FAILED;
-  v->local.since = (int64_t)le64toh ((uint64_t)v->sb.local_since);
-  snprintf (v->local.reason, sizeof v->local.reason, "%.159s",
-            v->sb.local_reason);
+  v->local.disk.since = (int64_t)le64toh ((uint64_t)v->sb.local_since);
+  disk_explain_locked (&v->local.disk, "%.159s", v->sb.local_reason);
   return superblock_identity (v->dirfd, v->boot_id, v->mount_id);
 }
 
@@ -307,7 +305,7 @@ begin_states (struct nbdm *v)
     }
     r->state = NBDM_HOLDING;
     r->hold_until_ns = now_ns () + v->hold_ms * NS_PER_MS;
-    snprintf (r->reason, sizeof r->reason, "not connected yet");
+    disk_explain_locked (&r->disk, "not connected yet");
   }
 }
 
@@ -327,7 +325,7 @@ flush_what_was_left (struct nbdm *v)
     /* Pages that could not be written count as clean: read what the disk has,
      * as they go sooner or later, and reads would change by themselves.
      */
-    (void)posix_fadvise (v->local.disk.fd, 0, 0, POSIX_FADV_DONTNEED);
+    (void)posix_fadvise (v->local.file.fd, 0, 0, POSIX_FADV_DONTNEED);
   return rc;
 }
 
@@ -345,12 +343,11 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
   if (params->local_choice == NBDM_LOCAL_LOST) {
     v->identity.given_up = true;
     v->local.state = NBDM_LOCAL_FAILED;
-    v->local.since = (int64_t)time (NULL);
-    snprintf (v->local.reason, sizeof v->local.reason,
-              "an operator gave it up");
+    v->local.disk.since = (int64_t)time (NULL);
+    disk_explain_locked (&v->local.disk, "an operator gave it up");
     return 0;
   }
-  rc = local_open (&v->local.disk, path, size);
+  rc = local_open (&v->local.file, path, size);
   if (rc == 0 && *size < v->size && v->local.state != NBDM_LOCAL_OK)
     rc = set_message (-ENOMEDIUM, "the local disk %s has become too small",
                       path);
@@ -358,11 +355,11 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
     rc = flush_what_was_left (v);
   if (rc == 0 || rc == -EBUSY || v->local.state == NBDM_LOCAL_OK)
     return rc;
-  if (v->local.disk.fd >= 0)
-    close (v->local.disk.fd);
-  v->local.disk.fd = -1;
+  if (v->local.file.fd >= 0)
+    close (v->local.file.fd);
+  v->local.file.fd = -1;
   v->local.state = NBDM_LOCAL_FAILED;
-  snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+  disk_explain_locked (&v->local.disk, "%s", last_error ());
   return 0;
 }
 
@@ -447,22 +444,24 @@ nbdm_open (const struct nbdm_params *params, struct nbdm **volume)
   fault_init ();
   if (v == NULL)
     return set_error (-ENOMEM, "open");
-  v->dirfd = v->lock_fd = v->sb_fd = v->local.disk.fd = v->local.dm.fd = -1;
+  if (params->nr_remotes > NBDM_MAX_REMOTES) {
+    free (v);
+    return set_message (-EINVAL, "at most %d remotes", NBDM_MAX_REMOTES);
+  }
+  v->dirfd = v->lock_fd = v->sb_fd = v->local.file.fd = -1;
   v->activity.fd = v->inflight.fd = -1;
   v->policy = params->policy;
   v->fail_fenced_reads = params->fail_fenced_reads != 0;
   v->hold_ms = params->hold_ms;
   v->local.deadline_ms = params->local_deadline_ms;
   v->nr_remotes = params->nr_remotes;
-  for (uint32_t i = 0; i < NBDM_MAX_REMOTES; i++)
-    v->remotes[i] = (struct remote){ .volume = v, .dm.fd = -1 };
+  disk_init (&v->local.disk, v, 0, LOCAL_NAME);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    disk_init (&v->remotes[i].disk, v, i + 1, params->remotes[i].name);
   snprintf (v->name, sizeof v->name, "%s", params->name);
   init_sync (v);
   flushers_init (v, params);
-  if (params->nr_remotes > NBDM_MAX_REMOTES)
-    rc = set_message (-EINVAL, "at most %d remotes", NBDM_MAX_REMOTES);
-  else
-    rc = load (v, params);
+  rc = load (v, params);
   if (rc < 0) {
     nbdm_close (v);
     return rc;

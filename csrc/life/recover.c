@@ -125,13 +125,28 @@ volume_check_log (struct nbdm *v, const char *file,
   return 0;
 }
 
+int
+volume_check_map (struct disk *d)
+{
+  char file[80];
+  int rc;
+
+  snprintf (file, sizeof file, "dirty.%s", d->name);
+  rc = volume_check_log (d->volume, file, &d->dm.header);
+  if (rc < 0)
+    dirty_map_close (&d->dm);
+  else if (le32toh (d->dm.header.flags) & LOG_RENEWED)
+    rc = set_message (-EUCLEAN, "%s was lost", file);
+  return rc;
+}
+
 /* All dirty, and late as well, as what was under way is not known.  What an
  * operator assumed no longer holds.
  */
 static void
 mark_all_dirty_and_late (struct remote *r)
 {
-  mark_regions_locked (r, 0, r->volume->nr_regions, true);
+  mark_regions_locked (r, 0, r->disk.volume->nr_regions, true);
   r->assumed = false;
 }
 
@@ -153,10 +168,10 @@ forget_log (struct nbdm *v, const char *file)
       mark_all_dirty_and_late (&v->remotes[i]);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++) {
     mark_all_dirty_and_late (&v->remotes[i]);
-    rc = dirty_map_persist (&v->remotes[i].dm);
+    rc = dirty_map_persist (&v->remotes[i].disk.dm);
   }
   if (rc == 0)
-    rc = dirty_map_persist (&v->local.dm);
+    rc = dirty_map_persist (&v->local.disk.dm);
   fault_point ("forget_persisted");
   if (rc < 0)
     return rc;
@@ -277,57 +292,30 @@ bool
 volume_has_remote (const struct nbdm *v, const char *name)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (strcmp (v->remotes[i].name, name) == 0)
+    if (strcmp (v->remotes[i].disk.name, name) == 0)
       return true;
   return false;
-}
-
-/* All dirty, and all late: commands of an earlier process may be under way to
- * the same disk, whatever it was called then.
- */
-static int
-make_dirty_map (struct nbdm *v, struct remote *r)
-{
-  uint64_t session = le64toh (v->sb.session);
-  bool clean;
-  int rc = dirty_map_create (
-      v->dirfd, r->name, v->uuid, session, v->nr_regions, v->region_size,
-      NEW_MAP_DIRTY | NEW_MAP_LATE | (r->map_lost ? NEW_MAP_RENEWED : 0));
-
-  if (rc == 0)
-    rc = dirty_map_open (&r->dm, v->dirfd, r->name, v->uuid, session,
-                         v->nr_regions, v->region_size, &clean);
-  return rc;
 }
 
 static int
 open_dirty_map (struct nbdm *v, struct remote *r)
 {
-  char file[80];
-  bool clean;
-  int rc = dirty_map_open (&r->dm, v->dirfd, r->name, v->uuid,
-                           le64toh (v->sb.session), v->nr_regions,
-                           v->region_size, &clean);
+  int rc = disk_map_open (&r->disk);
 
-  snprintf (file, sizeof file, "dirty.%s", r->name);
-  if (rc == 0) {
-    rc = volume_check_log (v, file, &r->dm.header);
-    if (rc < 0)
-      dirty_map_close (&r->dm);
-  }
-  if (rc == 0 && le32toh (r->dm.header.flags) & LOG_RENEWED)
-    rc = set_message (-EUCLEAN, "%s was lost", file);
+  if (rc == 0)
+    rc = volume_check_map (&r->disk);
   if (!log_is_lost (rc))
     return rc;
   say_copied_again (v, last_error ());
   r->assumed = false;
-  r->map_lost = true;
+  r->disk.map_lost = true;
   return 0;
 }
 
 /* A map of a remote that is new in the configuration, or in the place of a lost
  * one.  One that an earlier start made is there already, and may lack bits by
- * now.
+ * now.  All dirty, and all late: commands of an earlier process may be under
+ * way to the same disk, whatever it was called then.
  */
 static int
 renew_dirty_map (struct nbdm *v, struct remote *r)
@@ -335,12 +323,12 @@ renew_dirty_map (struct nbdm *v, struct remote *r)
   char file[80];
   int rc = 0;
 
-  if (r->dm.mapping)
+  if (r->disk.dm.mapping)
     return 0;
-  snprintf (file, sizeof file, "dirty.%s", r->name);
-  if (r->map_lost)
+  snprintf (file, sizeof file, "dirty.%s", r->disk.name);
+  if (r->disk.map_lost)
     rc = put_away (v, file);
-  return rc == 0 ? make_dirty_map (v, r) : rc;
+  return rc == 0 ? disk_map_make (&r->disk, NEW_MAP_DIRTY | NEW_MAP_LATE) : rc;
 }
 
 int
@@ -350,13 +338,11 @@ remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
   struct remote *r = &v->remotes[index];
   const struct disk_remote *disk = find_stored (v, params->name);
 
-  r->index = index;
   r->deadline_ms = params->deadline_ms;
   flush_bound_init (&r->backlog.bound, params->deadline_ms);
-  r->since = (int64_t)time (NULL);
+  r->disk.since = (int64_t)time (NULL);
   r->state = NBDM_OUT_OF_SYNC;
-  snprintf (r->name, sizeof r->name, "%s", params->name);
-  snprintf (r->reason, sizeof r->reason, "never copied yet");
+  disk_explain_locked (&r->disk, "never copied yet");
   if (disk) {
     uint32_t flags = le32toh (disk->flags);
     uint32_t state = le32toh (disk->state);
@@ -367,8 +353,8 @@ remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
     r->assumed = flags & REMOTE_ASSUMED;
     r->generation = le64toh (disk->generation);
     r->address = le64toh (disk->address);
-    r->since = (int64_t)le64toh ((uint64_t)disk->since);
-    snprintf (r->reason, sizeof r->reason, "%.159s", disk->reason);
+    r->disk.since = (int64_t)le64toh ((uint64_t)disk->since);
+    disk_explain_locked (&r->disk, "%.159s", disk->reason);
   }
   return disk ? open_dirty_map (v, r) : 0;
 }
@@ -399,8 +385,8 @@ known_clean (const struct nbdm *v, uint64_t region)
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     const struct remote *r = &v->remotes[i];
 
-    if (!r->map_lost && r->dm.mapping
-        && !bitmap_test (&r->dm.map[MAP_DIRTY], region))
+    if (!r->disk.map_lost && r->disk.dm.mapping
+        && !bitmap_test (&r->disk.dm.map[MAP_DIRTY], region))
       return true;
   }
   return false;
@@ -408,18 +394,18 @@ known_clean (const struct nbdm *v, uint64_t region)
 
 /* See the table above. */
 static bool
-sources_known (const struct nbdm *v)
+sources_known (struct nbdm *v)
 {
-  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
   uint64_t nr = v->nr_regions, region = 0;
-  unsigned lost = v->local.map_lost;
+  unsigned lost = 0;
 
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    lost += v->remotes[i].map_lost;
+  FOR_EACH_DISK (d, v)
+    lost += d->map_lost;
   if (lost < 2)
     return true;
   for (; region < nr; region++) {
-    if (!v->local.map_lost)
+    if (!v->local.disk.map_lost)
       region = bitmap_next_set (missing, region, nr);
     if (region < nr && !known_clean (v, region))
       return false;
@@ -458,14 +444,13 @@ prepare_maps (struct nbdm *v)
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
     rc = renew_dirty_map (v, &v->remotes[i]);
   fault_point ("maps_renewed");
-  if (rc == 0)
-    rc = dirty_map_unseal (&v->local.dm, session);
-  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    rc = dirty_map_unseal (&v->remotes[i].dm, session);
+  FOR_EACH_DISK (d, v)
+    if (rc == 0)
+      rc = dirty_map_unseal (&d->dm, session);
   fault_point ("maps_unsealed");
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    if (v->remotes[i].map_lost)
-      dirty_map_mark (&v->remotes[i].dm, 0, v->nr_regions, true);
+    if (v->remotes[i].disk.map_lost)
+      dirty_map_mark (&v->remotes[i].disk.dm, 0, v->nr_regions, true);
   return rc;
 }
 
@@ -481,7 +466,7 @@ check_generation (struct nbdm *v, struct remote *r)
   snprintf (v->reason, sizeof v->reason,
             "%s was in sync with another generation: everything is copied "
             "again",
-            r->name);
+            r->disk.name);
 }
 
 static void
@@ -532,8 +517,8 @@ static void
 make_all_late (struct nbdm *v)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    bitmap_merge (&v->remotes[i].dm.map[MAP_LATE],
-                  &v->remotes[i].dm.map[MAP_DIRTY]);
+    bitmap_merge (&v->remotes[i].disk.dm.map[MAP_LATE],
+                  &v->remotes[i].disk.dm.map[MAP_DIRTY]);
 }
 
 int

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+struct disk;
 struct disk_log_header;
 struct nbdm;
 struct nbdm_remote_params;
@@ -23,6 +24,10 @@ bool volume_has_remote (const struct nbdm *v, const char *name);
  */
 int volume_check_log (struct nbdm *v, const char *file,
                       const struct disk_log_header *header);
+/* The same of a dirty map that was opened, which is closed if it does not fit.
+ * -EUCLEAN: or it stands in for one that was lost.
+ */
+int volume_check_map (struct disk *d);
 /* With all dirty maps loaded: may the volume be served?  -EINVAL: a remote that
  * may be the only one to have something is not in the configuration;
  * -ENOTRECOVERABLE: local is not ok, and nothing says which disk has the newest

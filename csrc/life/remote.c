@@ -147,8 +147,9 @@ nbdm_remote_connect (struct nbdm *v, uint32_t index, const char *uri,
 static bool
 comparable_locked (const struct remote *r, uint64_t region)
 {
-  return !bitmap_test (&r->dm.map[MAP_DIRTY], region)
-         && !bitmap_test (&r->volume->local.dm.map[MAP_DIRTY], region);
+  return !bitmap_test (&r->disk.dm.map[MAP_DIRTY], region)
+         && !bitmap_test (&r->disk.volume->local.disk.dm.map[MAP_DIRTY],
+                          region);
 }
 
 static bool
@@ -162,7 +163,7 @@ static int
 compare_begin (struct remote *r, uint64_t region, struct range *range,
                struct conn **conn)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   LOCK_FOR_SCOPE (&v->lock);
   if (r->conn == NULL)
@@ -224,7 +225,7 @@ compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
 static void
 hear (struct remote *r, uint64_t offset, uint64_t length, uint8_t *buf)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   struct conn *conn;
 
   pthread_mutex_lock (&v->lock);
@@ -280,12 +281,12 @@ nbdm_remote_comparable (struct nbdm *v, uint32_t index, uint64_t region)
   if (r == NULL)
     return v->nr_regions;
   LOCK_FOR_SCOPE (&v->lock);
-  dirty = &r->dm.map[MAP_DIRTY];
+  dirty = &r->disk.dm.map[MAP_DIRTY];
   if (!local_is_open_locked (v))
     region = v->nr_regions;
   while (region < v->nr_regions && !comparable_locked (r, region)) {
     region = bitmap_next_clear (dirty, region, v->nr_regions);
-    region = bitmap_next_clear (&v->local.dm.map[MAP_DIRTY], region,
+    region = bitmap_next_clear (&v->local.disk.dm.map[MAP_DIRTY], region,
                                 v->nr_regions);
   }
   return region;
@@ -302,16 +303,16 @@ nbdm_remote_admit (struct nbdm *v, uint32_t index)
   if (r->conn == NULL || conn_dead (r->conn))
     return set_message (-ENOTCONN, "the connection was lost");
   if (r->state == NBDM_FAILED)
-    return set_message (-EPERM, "the remote has failed: %s", r->reason);
+    return set_message (-EPERM, "the remote has failed: %s", r->disk.reason);
   if (v->failed)
     return set_message (-EIO, "the volume has failed: %s", v->reason);
   r->admitted = true;
   r->address = r->connected_at;
-  r->flush.done = r->flush.asked; /* unflushed became dirty meanwhile */
+  r->disk.flush.done
+      = r->disk.flush.asked; /* unflushed became dirty meanwhile */
   fault_point ("admitted");
   remote_update_state_locked (r);
-  remote_bump_locked (r);
-  pthread_cond_broadcast (&v->changed);
+  disk_changed_locked (&r->disk, false);
   return 0;
 }
 
@@ -333,7 +334,7 @@ nbdm_remote_explain (struct nbdm *v, uint32_t index, const char *reason)
 
   LOCK_FOR_SCOPE (&v->lock);
   if (!r->admitted && r->state != NBDM_FAILED)
-    snprintf (r->reason, sizeof r->reason, "%s", reason);
+    disk_explain_locked (&r->disk, "%s", reason);
   return 0;
 }
 
@@ -347,7 +348,7 @@ nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
   rc = command_gate_locked (v);
   if (rc == 0) {
     remote_broken_locked (r, r->conn, reason);
-    snprintf (r->reason, sizeof r->reason, "%s", reason);
+    disk_explain_locked (&r->disk, "%s", reason);
     if (remote_used_locked (r))
       remote_degrade_locked (r); /* it was holding: end that, by the rules */
     remote_set_locked (r, NBDM_FAILED, "%s", reason);
@@ -382,7 +383,7 @@ nbdm_remote_pause (struct nbdm *v, uint32_t index, int paused)
   rc = command_gate_locked (v);
   if (rc == 0) {
     r->paused = paused;
-    remote_bump_locked (r);
+    disk_bump_locked (&r->disk);
     rc = volume_persist_locked (v);
   }
   return rc;
@@ -395,14 +396,14 @@ static int
 invalidate_locked (struct remote *r)
 {
   static const char why[] = "an operator made every region dirty";
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   if (!local_believed (v))
     return set_message (-EBUSY,
                         "the local disk is not ok: %s may be the only copy of "
                         "what it misses",
-                        r->name);
-  dirty_map_mark (&r->dm, 0, v->nr_regions, false);
+                        r->disk.name);
+  dirty_map_mark (&r->disk.dm, 0, v->nr_regions, false);
   fault_point ("invalidate_marked");
   r->assumed = false;
   if (r->admitted)
@@ -434,9 +435,9 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   LOCK_FOR_SCOPE (&v->lock);
   /* Not if it was lost meanwhile: what is late now is late from then on. */
   if (r->admitted && !v->stopping)
-    bitmap_clear_all (&r->dm.map[MAP_LATE]);
+    bitmap_clear_all (&r->disk.dm.map[MAP_LATE]);
   fault_point ("late_released");
-  remote_bump_locked (r);
+  disk_bump_locked (&r->disk);
   return 0;
 }
 
@@ -459,13 +460,13 @@ nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
 {
   struct remote *r = find (v, index);
 
-  return r ? wait_serial (v, &r->serial, seen, timeout_ms) : 0;
+  return r ? wait_serial (v, &r->disk.serial, seen, timeout_ms) : 0;
 }
 
 uint64_t
 nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
 {
-  return wait_serial (v, &v->local.serial, seen, timeout_ms);
+  return wait_serial (v, &v->local.disk.serial, seen, timeout_ms);
 }
 
 void

@@ -53,7 +53,7 @@ hash (const char *uri)
 static struct remote *
 find_other (const struct remote *r, uint64_t address)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (&v->remotes[i] != r && v->remotes[i].address == address)
@@ -98,24 +98,24 @@ note_left_out (struct nbdm *v, uint64_t address)
 static bool
 local_has_all_locked (const struct nbdm *v)
 {
-  return local_believed (v) && v->local.dm.map[MAP_DIRTY].nr_set == 0;
+  return local_believed (v) && v->local.disk.dm.map[MAP_DIRTY].nr_set == 0;
 }
 
 static uint64_t
 nr_missed (const struct remote *r)
 {
-  return r->dm.map[MAP_DIRTY].nr_set;
+  return r->disk.dm.map[MAP_DIRTY].nr_set;
 }
 
 /* What is unflushed became dirty when the connections were lost. */
 static void
 miss_also (struct remote *r, const struct remote *other)
 {
-  bitmap_merge (&r->dm.map[MAP_DIRTY], &other->dm.map[MAP_DIRTY]);
-  bitmap_merge (&r->dm.map[MAP_LATE], &other->dm.map[MAP_LATE]);
-  bitmap_clear_all (&r->dm.copied);
-  dirty_map_mark_lost (&r->dm, 0, r->volume->nr_regions);
-  r->dm.changed = true;
+  bitmap_merge (&r->disk.dm.map[MAP_DIRTY], &other->disk.dm.map[MAP_DIRTY]);
+  bitmap_merge (&r->disk.dm.map[MAP_LATE], &other->disk.dm.map[MAP_LATE]);
+  bitmap_clear_all (&r->disk.dm.copied);
+  dirty_map_mark_lost (&r->disk.dm, 0, r->disk.volume->nr_regions);
+  r->disk.dm.changed = true;
 }
 
 static int
@@ -124,13 +124,13 @@ refuse (const struct remote *other, const char *why)
   return set_message (-EINVAL,
                       "this is the address of remote \"%s\", %s: exchange the "
                       "addresses back",
-                      other->name, why);
+                      other->disk.name, why);
 }
 
 static int
 exchange_locked (struct remote *r, struct remote *other, uint64_t address)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   bool alike = nr_missed (r) == 0 && nr_missed (other) == 0;
 
   if (other->conn)
@@ -145,31 +145,31 @@ exchange_locked (struct remote *r, struct remote *other, uint64_t address)
     snprintf (v->reason, sizeof v->reason,
               "%.50s is connected where %.50s was: what either missed is "
               "copied",
-              r->name, other->name);
+              r->disk.name, other->disk.name);
   }
   other->address = r->address;
   r->address = address;
   r->assumed = other->assumed = r->assumed || other->assumed;
-  remote_bump_locked (other);
+  disk_bump_locked (&other->disk);
   return volume_persist_locked (v);
 }
 
 static int
 take_over_locked (struct remote *r, uint64_t address)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   if (nr_missed (r) < v->nr_regions) {
     if (!local_has_all_locked (v))
       return set_message (-EINVAL,
                           "this is the address of a remote that has left the "
                           "configuration, and the local disk is not ok");
-    dirty_map_mark (&r->dm, 0, v->nr_regions, true);
-    dirty_map_mark_lost (&r->dm, 0, v->nr_regions);
+    dirty_map_mark (&r->disk.dm, 0, v->nr_regions, true);
+    dirty_map_mark_lost (&r->disk.dm, 0, v->nr_regions);
     snprintf (v->reason, sizeof v->reason,
               "%.63s is connected where a remote was that has left the "
               "configuration: everything is copied to it",
-              r->name);
+              r->disk.name);
   }
   r->assumed = false;
   r->address = address; /* in its own entry from now on */
@@ -186,7 +186,7 @@ remote_address_locked (struct remote *r, const char *uri)
 
   if (r->address != address && other)
     rc = exchange_locked (r, other, address);
-  else if (r->address != address && was_left_out (r->volume, address))
+  else if (r->address != address && was_left_out (r->disk.volume, address))
     rc = take_over_locked (r, address);
   if (rc == 0)
     r->connected_at = address;

@@ -25,7 +25,7 @@
 static void
 tick_remote (struct remote *r, uint64_t hurry_ns)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   struct conn *conn;
 
   pthread_mutex_lock (&v->lock);

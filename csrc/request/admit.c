@@ -126,9 +126,9 @@ cool_relock (struct nbdm *v, uint32_t max, uint64_t before_ns)
   pthread_mutex_lock (&v->lock);
   if (rc < 0) /* failed, or only the remotes are left and none flushed */
     return v->failed ? rc : -EAGAIN;
-  rc = dirty_map_persist (&v->local.dm);
+  rc = dirty_map_persist (&v->local.disk.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    rc = dirty_map_persist (&v->remotes[i].dm);
+    rc = dirty_map_persist (&v->remotes[i].disk.dm);
   if (rc == 0) {
     fault_point ("cool_persisted");
     rc = identity_cool_locked (v);
@@ -214,7 +214,7 @@ leg_kind (const struct request *req, const struct leg *leg)
 void
 leg_plan_locked (struct request *req, struct leg *leg)
 {
-  struct nbdm *v = leg->remote->volume;
+  struct nbdm *v = leg->remote->disk.volume;
   const struct conn_info *info;
   uint64_t end = req->offset + req->length;
   uint64_t max, room;
@@ -231,8 +231,8 @@ leg_plan_locked (struct request *req, struct leg *leg)
   while (leg->nr < LEG_WINDOW && leg->cursor < end) {
     struct command *cmd = &leg->commands[leg->nr];
 
-    if (!classify_next (&leg->remote->dm, v->region_size, leg->cursor, end, max,
-                        v->policy == NBDM_STOP, &piece)) {
+    if (!classify_next (&leg->remote->disk.dm, v->region_size, leg->cursor, end,
+                        max, v->policy == NBDM_STOP, &piece)) {
       leg->cursor = end;
       break;
     }
@@ -290,7 +290,7 @@ classify_local_locked (struct nbdm *v, struct request *req)
   req->remote_fua = (req->flags & NBDM_FUA) || v->local.state != NBDM_LOCAL_OK;
   if (!req->on_local) {
     region_span (v, req->offset, req->length, &first, &count);
-    dirty_map_mark (&v->local.dm, first, count, false);
+    dirty_map_mark (&v->local.disk.dm, first, count, false);
   }
 }
 
@@ -302,12 +302,13 @@ classify_local_locked (struct nbdm *v, struct request *req)
 void
 remote_miss_locked (struct remote *r, const struct request *req)
 {
-  struct nbdm *v = r->volume;
-  uint64_t before = r->dm.map[MAP_DIRTY].nr_set;
+  struct nbdm *v = r->disk.volume;
+  uint64_t before = r->disk.dm.map[MAP_DIRTY].nr_set;
 
   generation_advance_locked (v, r);
   mark_dirty_locked (r, req->offset, req->length, false);
-  if (v->local.state != NBDM_LOCAL_OK && r->dm.map[MAP_DIRTY].nr_set > before)
+  if (v->local.state != NBDM_LOCAL_OK
+      && r->disk.dm.map[MAP_DIRTY].nr_set > before)
     volume_persist_locked (v);
 }
 

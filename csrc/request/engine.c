@@ -101,7 +101,7 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
   uint64_t first, count;
 
   region_span (v, req->offset, req->length, &first, &count);
-  bitmap_clear (&v->local.dm.copied, first, count);
+  bitmap_clear (&v->local.disk.dm.copied, first, count);
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
@@ -129,7 +129,7 @@ covered_locked (const struct nbdm *v, const struct request *req, bool on_local)
     for (uint32_t i = 0; i < v->nr_remotes && !covered; i++) {
       const struct leg *leg = &req->legs[i];
       covered = leg->active && leg->result == 0
-                && !bitmap_test (&leg->remote->dm.map[MAP_DIRTY], region);
+                && !bitmap_test (&leg->remote->disk.dm.map[MAP_DIRTY], region);
     }
     if (!covered)
       return false;

@@ -64,7 +64,7 @@ static int
 leg_hold (struct request *req, struct leg *leg, bool hope)
 {
   struct remote *r = leg->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   int rc = LEG_LOST;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -90,7 +90,7 @@ static int
 leg_next (struct request *req, struct leg *leg)
 {
   struct remote *r = leg->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   uint64_t end = req->offset + req->length;
   int rc = 0;
 
@@ -119,7 +119,7 @@ leg_next (struct request *req, struct leg *leg)
 static void
 leg_answered (const struct request *req, struct leg *leg)
 {
-  struct nbdm *v = leg->remote->volume;
+  struct nbdm *v = leg->remote->disk.volume;
 
   if (v->nr_remotes == 1)
     return; /* leg_account_locked does it */
@@ -131,7 +131,7 @@ leg_answered (const struct request *req, struct leg *leg)
 static int
 leg_flush (struct leg *leg)
 {
-  struct nbdm *v = leg->remote->volume;
+  struct nbdm *v = leg->remote->disk.volume;
   struct remote_flush flush;
   int rc;
 

@@ -28,7 +28,7 @@
 static bool
 may_leave_locked (const struct request *req, const struct remote *r)
 {
-  const struct nbdm *v = r->volume;
+  const struct nbdm *v = r->disk.volume;
 
   return req->long_zero && r->admitted && v->policy == NBDM_DEGRADE
          && local_believed (v);
@@ -40,7 +40,7 @@ long_zero_leave_locked (const struct request *req, struct remote *r,
 {
   if (!may_leave_locked (req, r))
     return false;
-  waited_ns += req->long_zero->waited_ns[r->index];
+  waited_ns += req->long_zero->waited_ns[remote_index (r)];
   if (waited_ns < r->deadline_ms * NS_PER_MS
       && !(r->leaves_zeroes && req->length >= LONG_BYTES))
     return false;
@@ -51,7 +51,7 @@ long_zero_leave_locked (const struct request *req, struct remote *r,
                        "it took longer than %g s to zero what a client "
                        "trimmed or zeroed: the rest is copied",
                        r->deadline_ms / 1000.0);
-    volume_persist_locked (r->volume);
+    volume_persist_locked (r->disk.volume);
   }
   return true;
 }

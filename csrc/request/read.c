@@ -42,7 +42,7 @@ any_set (const struct remote *r, const struct bitmap *map, uint64_t count,
 {
   uint64_t first, nr;
 
-  region_span (r->volume, offset, count, &first, &nr);
+  region_span (r->disk.volume, offset, count, &first, &nr);
   return bitmap_next_set (map, first, first + nr) < first + nr;
 }
 
@@ -64,9 +64,9 @@ find_source (struct nbdm *v, const struct remote *except, uint64_t count,
     for (uint32_t i = 0; i < v->nr_remotes && found == NULL; i++) {
       struct remote *r = &v->remotes[i];
 
-      if (r == except || any_set (r, &r->dm.map[MAP_DIRTY], count, offset))
+      if (r == except || any_set (r, &r->disk.dm.map[MAP_DIRTY], count, offset))
         continue;
-      if (any_set (r, &r->dm.owed, count, offset)) {
+      if (any_set (r, &r->disk.dm.owed, count, offset)) {
         held = true; /* the end of the takeover tells which disk has it */
         continue;
       }

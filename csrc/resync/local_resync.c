@@ -61,8 +61,8 @@ static bool
 find_run_locked (const struct copy_back *b, uint64_t *first, uint64_t *count)
 {
   const struct nbdm *v = b->volume;
-  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
-  const struct bitmap *copied = &v->local.dm.copied;
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
+  const struct bitmap *copied = &v->local.disk.dm.copied;
   uint64_t nr = v->nr_regions, region = b->cursor, end;
 
   for (;;) {
@@ -166,7 +166,7 @@ copy_run (struct copy_back *b)
   /* It may have failed and been replaced while we wrote: to the old one. */
   if (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING
       && v->local.failures == failures)
-    bitmap_set (&v->local.dm.copied, first, count);
+    bitmap_set (&v->local.disk.dm.copied, first, count);
   rangelock_remove (&v->ranges, &range);
   pthread_mutex_unlock (&v->lock);
   local_leave ();
@@ -204,14 +204,14 @@ flush_and_clean (struct copy_back *b)
     rc = local_flush_lost_relock (v) < 0 ? rc : -EIO;
   else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed && !v->drained
            && identity_copied_back_locked (v) == 0) {
-    cleaned = dirty_map_clean (&v->local.dm, 0, v->nr_regions);
+    cleaned = dirty_map_clean (&v->local.disk.dm, 0, v->nr_regions);
     /* Durable before local alone takes a write of it: after lost power the
      * remote would else count as its source.
      */
     if (cleaned > 0)
       volume_persist_locked (v);
     b->cleaned_bytes += cleaned * v->region_size;
-    v->local.copied_bytes += cleaned * v->region_size;
+    v->local.disk.copied_bytes += cleaned * v->region_size;
     if (v->local.repairing)
       v->local.repaired += cleaned;
     local_update_state_locked (v);
@@ -243,7 +243,7 @@ call_over (struct copy_back *b)
   struct nbdm *v = b->volume;
 
   LOCK_FOR_SCOPE (&v->lock);
-  b->pace = v->local.pace;
+  b->pace = v->local.disk.pace;
   return v->waking || b->bytes >= b->max_bytes || now_ns () >= b->until_ns;
 }
 
@@ -261,7 +261,7 @@ rest_if_due (struct copy_back *b)
   latency_copying (&v->latency, false);
   pthread_mutex_lock (&v->lock);
   while (resting && v->local.state == NBDM_LOCAL_RESYNCING && !v->waking
-         && !v->stopping && v->local.pace.rest_us > 0)
+         && !v->stopping && v->local.disk.pace.rest_us > 0)
     resting = wait_until (&v->events, &v->lock, until_ns);
   pthread_mutex_unlock (&v->lock);
   latency_copying (&v->latency, true);
@@ -293,9 +293,9 @@ void
 nbdm_local_resync_pace (struct nbdm *v, const struct nbdm_pace *pace)
 {
   LOCK_FOR_SCOPE (&v->lock);
-  if (v->local.pace.rest_us > 0 && pace->rest_us == 0)
+  if (v->local.disk.pace.rest_us > 0 && pace->rest_us == 0)
     pthread_cond_broadcast (&v->events); /* ends the rest */
-  v->local.pace = resync_pace (v, pace);
+  v->local.disk.pace = resync_pace (v, pace);
 }
 
 int

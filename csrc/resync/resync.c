@@ -78,7 +78,7 @@ bytes_of (const struct batch *b, const struct runs *runs)
 
   for (size_t i = 0; i < runs->nr; i++)
     count += runs->list[i].count;
-  return count * b->remote->volume->region_size;
+  return count * b->remote->disk.volume->region_size;
 }
 
 static int
@@ -130,14 +130,14 @@ static void
 clean (struct batch *b)
 {
   struct remote *r = b->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   uint64_t cleaned = 0;
 
   fault_point ("resync_before_clean");
   pthread_mutex_lock (&v->lock);
   if (!v->failed && r->conn == b->conn)
     for (size_t i = 0; i < b->flushing.nr; i++)
-      cleaned += dirty_map_clean (&r->dm, b->flushing.list[i].first,
+      cleaned += dirty_map_clean (&r->disk.dm, b->flushing.list[i].first,
                                   b->flushing.list[i].count);
   /* It may be the only one to have what is written next: see remote_miss_locked
    * in admit.c.
@@ -146,7 +146,7 @@ clean (struct batch *b)
     volume_persist_locked (v);
   fault_point ("resync_after_clean");
   b->cleaned_bytes += cleaned * v->region_size;
-  r->copied_bytes += cleaned * v->region_size;
+  r->disk.copied_bytes += cleaned * v->region_size;
   pthread_mutex_unlock (&v->lock);
   b->flushing.nr = 0;
 }
@@ -172,7 +172,7 @@ end_flush (struct batch *b, bool wait)
 static bool
 is_pressed (const struct batch *b)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
 
   LOCK_FOR_SCOPE (&v->lock);
   return backlog_pressed_locked (b->remote);
@@ -186,7 +186,7 @@ drive_flush (struct batch *b)
     return end_flush (b, false);
   if (b->copied.nr > 0
       && (now_ns () - b->flush_ended_ns >= FLUSH_NS
-          || bytes_of (b, &b->copied) >= b->remote->volume->flush_bytes
+          || bytes_of (b, &b->copied) >= b->remote->disk.volume->flush_bytes
           || is_pressed (b)))
     begin_flush (b);
   return 0;
@@ -224,7 +224,7 @@ resync_try_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   struct remote *r = b->remote;
   uint64_t room = wanted;
 
-  LOCK_FOR_SCOPE (&r->volume->lock);
+  LOCK_FOR_SCOPE (&r->disk.volume->lock);
   if (r->conn == b->conn)
     room = backlog_room_locked (r, kind, wanted, false);
   r->backlog.sent[kind] += room;
@@ -238,7 +238,7 @@ wait_for_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   struct remote *r = b->remote;
   uint64_t room = wanted;
 
-  LOCK_FOR_SCOPE (&r->volume->lock);
+  LOCK_FOR_SCOPE (&r->disk.volume->lock);
   backlog_enter_relock (r, b->conn, kind);
   if (r->conn == b->conn)
     room = backlog_room_locked (r, kind, wanted, true);
@@ -267,7 +267,7 @@ resync_take_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
 static int
 make_room (struct batch *b)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   bool full;
 
   pthread_mutex_lock (&v->lock);
@@ -321,7 +321,7 @@ static int
 start_copy (struct batch *b)
 {
   struct remote *r = b->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   struct copy *copy;
   struct run run;
   bool found;
@@ -355,10 +355,10 @@ static bool
 call_over (struct batch *b)
 {
   struct remote *r = b->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   LOCK_FOR_SCOPE (&v->lock);
-  b->pace = r->pace;
+  b->pace = r->disk.pace;
   return r->paused || v->waking || b->issued_bytes >= b->max_bytes
          || now_ns () >= b->until_ns;
 }
@@ -368,13 +368,13 @@ static void
 rest (struct batch *b, uint64_t rest_ns)
 {
   struct remote *r = b->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   uint64_t until_ns = now_ns () + rest_ns;
   bool resting = true;
 
   LOCK_FOR_SCOPE (&v->lock);
   while (resting && r->conn == b->conn && !r->paused && !v->waking
-         && !v->stopping && r->pace.rest_us > 0)
+         && !v->stopping && r->disk.pace.rest_us > 0)
     resting = wait_until (&v->events, &v->lock, until_ns);
 }
 
@@ -401,9 +401,9 @@ rest_if_due (struct batch *b)
       rest_ns = (uint64_t)longer;
   }
   if (rc == 0) {
-    latency_copying (&b->remote->volume->latency, false);
+    latency_copying (&b->remote->disk.volume->latency, false);
     rest (b, rest_ns);
-    latency_copying (&b->remote->volume->latency, true);
+    latency_copying (&b->remote->disk.volume->latency, true);
   }
   b->burst_ns = now_ns ();
   return rc;
@@ -412,7 +412,7 @@ rest_if_due (struct batch *b)
 static int
 run_batch (struct batch *b, struct nbdm_resync *io)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   int rc = 1, end_rc;
 
   while (rc == 1 && !call_over (b)) {
@@ -445,7 +445,7 @@ run_batch (struct batch *b, struct nbdm_resync *io)
 static int
 allocate (struct batch *b)
 {
-  const struct nbdm *v = b->remote->volume;
+  const struct nbdm *v = b->remote->disk.volume;
 
   TAILQ_INIT (&b->idle);
   TAILQ_INIT (&b->busy);
@@ -507,9 +507,9 @@ nbdm_resync_pace (struct nbdm *v, uint32_t index, const struct nbdm_pace *pace)
     return set_message (-EINVAL, "there is no remote %u", index);
   r = &v->remotes[index];
   LOCK_FOR_SCOPE (&v->lock);
-  if (r->pace.rest_us > 0 && pace->rest_us == 0)
+  if (r->disk.pace.rest_us > 0 && pace->rest_us == 0)
     pthread_cond_broadcast (&v->events); /* ends the rest */
-  r->pace = resync_pace (v, pace);
+  r->disk.pace = resync_pace (v, pace);
   return 0;
 }
 
@@ -538,8 +538,8 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
     rc = set_message (-ENOTCONN, "the remote is not connected");
   else {
     b.conn = conn_get (r->conn);
-    r->copying = true;
-    r->pace = resync_pace (v, &io->pace);
+    r->disk.copying = true;
+    r->disk.pace = resync_pace (v, &io->pace);
     r->answer_ns = UINT64_MAX;
   }
   pthread_mutex_unlock (&v->lock);
@@ -552,7 +552,7 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
     latency_copying (&v->latency, false);
   }
   pthread_mutex_lock (&v->lock);
-  r->copying = false;
+  r->disk.copying = false;
   pthread_mutex_unlock (&v->lock);
   release (&b);
   return rc;

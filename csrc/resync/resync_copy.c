@@ -34,10 +34,10 @@ bool
 resync_find_run_locked (struct batch *b, struct run *run)
 {
   const struct remote *r = b->remote;
-  const struct nbdm *v = r->volume;
-  const struct bitmap *dirty = &r->dm.map[MAP_DIRTY];
-  const struct bitmap *late = &r->dm.map[MAP_LATE];
-  const struct bitmap *lost = &r->dm.lost;
+  const struct nbdm *v = r->disk.volume;
+  const struct bitmap *dirty = &r->disk.dm.map[MAP_DIRTY];
+  const struct bitmap *late = &r->disk.dm.map[MAP_LATE];
+  const struct bitmap *lost = &r->disk.dm.lost;
   uint64_t nr = v->nr_regions, first = b->cursor, end;
   bool was_late = false;
 
@@ -55,7 +55,7 @@ resync_find_run_locked (struct batch *b, struct run *run)
       next = bitmap_next_set (lost, first, next);
     }
     if (next == first)
-      next = bitmap_next_clear (&r->dm.copied, first, nr);
+      next = bitmap_next_clear (&r->disk.dm.copied, first, nr);
     if (next == first)
       break;
     first = next;
@@ -68,7 +68,7 @@ resync_find_run_locked (struct batch *b, struct run *run)
   }
   else
     end = bitmap_next_set (late, first, end);
-  end = bitmap_next_set (&r->dm.copied, first, end);
+  end = bitmap_next_set (&r->disk.dm.copied, first, end);
   *run = (struct run){ first, end - first };
   return true;
 }
@@ -76,7 +76,7 @@ resync_find_run_locked (struct batch *b, struct run *run)
 void
 resync_size_copy (struct batch *b, struct copy *copy, struct run *run)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   uint64_t offset = run->first * v->region_size;
   uint64_t end = offset + run->count * v->region_size;
   uint64_t hole_end;
@@ -102,15 +102,15 @@ any_late_locked (const struct remote *r, const struct range *range)
 {
   uint64_t first, count;
 
-  region_span (r->volume, range->offset, range->length, &first, &count);
-  return bitmap_next_set (&r->dm.map[MAP_LATE], first, first + count)
+  region_span (r->disk.volume, range->offset, range->length, &first, &count);
+  return bitmap_next_set (&r->disk.dm.map[MAP_LATE], first, first + count)
          < first + count;
 }
 
 int
 resync_lock_copy (struct batch *b, struct copy *copy)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   int rc = 1;
 
   pthread_mutex_lock (&v->lock);
@@ -174,7 +174,7 @@ next_length (struct batch *b, struct copy *copy, bool zero, uint64_t wanted)
   unsigned max = copy->range.length > b->pace.command_bytes && !copy->hole
                      ? b->pace.window
                      : RESYNC_COPY_COMMANDS;
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   uint64_t room = 0;
 
   if (copy->nr < max)
@@ -250,16 +250,16 @@ clear_late_locked (struct remote *r, const struct copy *copy)
 
   if (copy->was_late)
     return;
-  region_span (r->volume, copy->range.offset, copy->range.length, &first,
+  region_span (r->disk.volume, copy->range.offset, copy->range.length, &first,
                &count);
-  bitmap_clear (&r->dm.map[MAP_LATE], first, count);
+  bitmap_clear (&r->disk.dm.map[MAP_LATE], first, count);
 }
 
 /* Give a range back of which nothing was sent. */
 static void
 unlock_copy (struct batch *b, struct copy *copy)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
 
   LOCK_FOR_SCOPE (&v->lock);
   if (b->remote->conn == b->conn)
@@ -270,7 +270,7 @@ unlock_copy (struct batch *b, struct copy *copy)
 int
 resync_send_copy (struct batch *b, struct copy *copy)
 {
-  struct nbdm *v = b->remote->volume;
+  struct nbdm *v = b->remote->disk.volume;
   uint64_t offset = copy->range.offset, length = copy->range.length;
   int rc;
 
@@ -347,7 +347,7 @@ int
 resync_end_copy (struct batch *b, struct copy *copy)
 {
   struct remote *r = b->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   char why[NBDM_REASON_LEN];
   struct run run;
   int rc;
@@ -374,7 +374,7 @@ resync_end_copy (struct batch *b, struct copy *copy)
                  &run.count);
     rc = remember_run (&b->copied, &run);
     if (rc == 0)
-      bitmap_set (&r->dm.copied, run.first, run.count);
+      bitmap_set (&r->disk.dm.copied, run.first, run.count);
     measure_locked (b, copy);
     fault_point ("resync_copied");
   }

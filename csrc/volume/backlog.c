@@ -191,7 +191,7 @@ backlog_room_locked (const struct remote *r, enum backlog_kind kind,
   const struct backlog *log = &r->backlog;
   uint64_t used[BACKLOG_KINDS];
 
-  if (r->volume->failed)
+  if (r->disk.volume->failed)
     return wanted;
   if (!first && log->tickets != log->turn)
     return 0;
@@ -210,7 +210,7 @@ backlog_answer_locked (struct remote *r, const struct conn *conn,
   if (unflushed && r->conn == conn)
     log->answered[kind] += bytes;
   if (log->tickets != log->turn)
-    pthread_cond_broadcast (&r->volume->changed);
+    pthread_cond_broadcast (&r->disk.volume->changed);
 }
 
 static bool
@@ -225,11 +225,11 @@ backlog_enter_relock (struct remote *r, const struct conn *conn,
                       enum backlog_kind kind)
 {
   struct backlog *log = &r->backlog;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   uint64_t ticket = log->tickets++;
 
   while (log->turn != ticket || !can_go_locked (r, conn, kind)) {
-    if (log->turn == ticket && !r->flush.running
+    if (log->turn == ticket && !r->disk.flush.running
         && log->answered[BACKLOG_DATA] + log->answered[BACKLOG_ZEROES] > 0) {
       pthread_mutex_unlock (&v->lock);
       remote_flush_alone (r);
@@ -249,13 +249,13 @@ backlog_leave_locked (struct remote *r)
 {
   r->backlog.turn++;
   if (r->backlog.tickets != r->backlog.turn)
-    pthread_cond_broadcast (&r->volume->changed);
+    pthread_cond_broadcast (&r->disk.volume->changed);
 }
 
 bool
 backlog_pressed_locked (const struct remote *r)
 {
-  return !r->flush.running
+  return !r->disk.flush.running
          && flush_bound_half (&r->backlog.bound, r->backlog.answered);
 }
 

@@ -45,11 +45,11 @@ turn_over_locked (struct remote *r)
     .conn = conn_get (r->conn),
     .command = { .kind = COMMAND_FLUSH },
     .waiter = WAITER_INIT,
-    .covers = r->flush.asked,
+    .covers = r->disk.flush.asked,
     .owned = true,
     .sleep = r->flush_sent.sleep,
   };
-  r->flush.running = true;
+  r->disk.flush.running = true;
   r->filling ^= 1;
   backlog_flush_begun_locked (r);
 }
@@ -74,7 +74,7 @@ disown_locked (struct remote *r)
 {
   r->flush_sent.owned = false;
   if (r->flush_sent.sleep > 0)
-    pthread_cond_broadcast (&r->volume->changed);
+    pthread_cond_broadcast (&r->disk.volume->changed);
 }
 
 /* The flush under way was answered, or its connection died: do what that means
@@ -89,7 +89,7 @@ apply_answer_locked (struct remote *r)
 
   r->flush_sent.conn = NULL;
   r->flush_sent.owned = false;
-  r->flush.running = false;
+  r->disk.flush.running = false;
   if (error == ENOTCONN || error == ESHUTDOWN) {
     conn_kill (conn, "the server is shutting down");
     remote_lost_locked (r, conn);
@@ -99,13 +99,13 @@ apply_answer_locked (struct remote *r)
               strerror (error));
     remote_broken_locked (r, conn, why);
   }
-  else if (r->conn == conn && !r->volume->failed) {
-    bitmap_clear_all (&r->dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
-    r->flush.done = r->flush_sent.covers;
+  else if (r->conn == conn && !r->disk.volume->failed) {
+    bitmap_clear_all (&r->disk.dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
+    r->disk.flush.done = r->flush_sent.covers;
     backlog_flushed_locked (r, r->flush_sent.command.answered_ns);
     flusher_wake_locked (r);
   }
-  pthread_cond_broadcast (&r->volume->changed);
+  pthread_cond_broadcast (&r->disk.volume->changed);
   conn_put (conn);
 }
 
@@ -115,7 +115,7 @@ apply_answer_locked (struct remote *r)
 static void
 take_answer_relock (struct remote *r)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   r->flush_sent.owned = true;
   pthread_mutex_unlock (&v->lock);
@@ -129,7 +129,7 @@ take_answer_relock (struct remote *r)
 static bool
 can_take_locked (const struct remote *r)
 {
-  return r->flush.running && !r->flush_sent.owned;
+  return r->disk.flush.running && !r->flush_sent.owned;
 }
 
 bool
@@ -145,7 +145,7 @@ remote_flush_take_relock (struct remote *r)
 static bool
 done_locked (const struct remote_flush *flush)
 {
-  return flush->remote->flush.done >= flush->ticket;
+  return flush->remote->disk.flush.done >= flush->ticket;
 }
 
 /* Is there nothing more to wait for?  `*rc`: as remote_flush_end returns. */
@@ -153,7 +153,7 @@ static bool
 over_locked (const struct remote_flush *flush, int *rc)
 {
   const struct remote *r = flush->remote;
-  const struct nbdm *v = r->volume;
+  const struct nbdm *v = r->disk.volume;
 
   *rc = done_locked (flush) ? 0 : -ENOTCONN;
   return *rc == 0 || !remote_used_locked (r) || v->failed
@@ -165,9 +165,9 @@ over_locked (const struct remote_flush *flush, int *rc)
 static bool
 start_relock (struct remote *r)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
-  if (!r->admitted || r->flush.running)
+  if (!r->admitted || r->disk.flush.running)
     return false;
   turn_over_locked (r);
   pthread_mutex_unlock (&v->lock);
@@ -181,12 +181,12 @@ start_relock (struct remote *r)
 void
 remote_flush_begin (struct remote *r, struct remote_flush *flush)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   flush->remote = r;
   flush->conn = NULL;
   pthread_mutex_lock (&v->lock);
-  flush->ticket = ++r->flush.asked;
+  flush->ticket = ++r->disk.flush.asked;
   start_relock (r);
   pthread_mutex_unlock (&v->lock);
   fault_point ("flush_sent");
@@ -196,7 +196,7 @@ int
 remote_flush_end (struct remote_flush *flush)
 {
   struct remote *r = flush->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -220,7 +220,7 @@ bool
 remote_flush_poll (struct remote_flush *flush, int *rc)
 {
   struct remote *r = flush->remote;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   bool over;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -239,11 +239,11 @@ remote_flush_poll (struct remote_flush *flush, int *rc)
 bool
 remote_flush_alone (struct remote *r)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   bool started;
 
   pthread_mutex_lock (&v->lock);
-  started = r->admitted && !r->flush.running;
+  started = r->admitted && !r->disk.flush.running;
   if (started) {
     turn_over_locked (r);
     pthread_mutex_unlock (&v->lock);
@@ -258,7 +258,7 @@ remote_flush_alone (struct remote *r)
 static void
 flush_local_once_relock (struct nbdm *v)
 {
-  struct flush_group *group = &v->local.flush;
+  struct flush_group *group = &v->local.disk.flush;
   uint64_t covers = group->asked;
   unsigned failures = v->local.failures;
   int rc;
@@ -287,7 +287,7 @@ flush_local_once_relock (struct nbdm *v)
 int
 flush_local_group (struct nbdm *v)
 {
-  struct flush_group *group = &v->local.flush;
+  struct flush_group *group = &v->local.disk.flush;
   uint64_t ticket;
   int rc;
 
@@ -354,8 +354,8 @@ any_behind_locked (const struct nbdm *v)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     const struct remote *r = &v->remotes[i];
-    if (r->copying || r->dm.lost.nr_set > 0
-        || r->dm.map[MAP_DIRTY].nr_set > r->dm.map[MAP_LATE].nr_set)
+    if (r->disk.copying || r->disk.dm.lost.nr_set > 0
+        || r->disk.dm.map[MAP_DIRTY].nr_set > r->disk.dm.map[MAP_LATE].nr_set)
       return true;
   }
   return false;

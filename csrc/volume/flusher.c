@@ -39,9 +39,9 @@
 static bool
 enough_unflushed_locked (const struct remote *r)
 {
-  const struct nbdm *v = r->volume;
+  const struct nbdm *v = r->disk.volume;
 
-  return r->dm.map[MAP_UNFLUSHED0 + r->filling].nr_set * v->region_size
+  return r->disk.dm.map[MAP_UNFLUSHED0 + r->filling].nr_set * v->region_size
          >= v->flush_bytes;
 }
 
@@ -51,11 +51,11 @@ enough_unflushed_locked (const struct remote *r)
 static uint64_t
 next_flush_locked (const struct remote *r, uint64_t rest_until)
 {
-  const struct nbdm *v = r->volume;
+  const struct nbdm *v = r->disk.volume;
   uint64_t due = 0;
 
   if (!r->admitted || v->failed
-      || r->dm.map[MAP_UNFLUSHED0 + r->filling].nr_set == 0)
+      || r->disk.dm.map[MAP_UNFLUSHED0 + r->filling].nr_set == 0)
     return NEVER;
   if (backlog_pressed_locked (r))
     return 0;
@@ -68,7 +68,7 @@ static void
 nap_relock (struct remote *r, uint64_t until_ns)
 {
   r->flusher_naps = true;
-  wait_until (&r->flush_due, &r->volume->lock, until_ns);
+  wait_until (&r->flush_due, &r->disk.volume->lock, until_ns);
   r->flusher_naps = false;
 }
 
@@ -76,7 +76,7 @@ static void *
 flusher (void *opaque)
 {
   struct remote *r = opaque;
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   uint64_t rest_until = 0;
 
   pthread_mutex_lock (&v->lock);
@@ -112,13 +112,13 @@ flusher_wake_locked (struct remote *r)
 void
 unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length)
 {
-  struct bitmap *map = &r->dm.map[MAP_UNFLUSHED0 + r->filling];
+  struct bitmap *map = &r->disk.dm.map[MAP_UNFLUSHED0 + r->filling];
   bool first = map->nr_set == 0;
   uint64_t region, count;
 
   if (first)
     r->unflushed_ns = now_ns ();
-  region_span (r->volume, offset, length, &region, &count);
+  region_span (r->disk.volume, offset, length, &region, &count);
   bitmap_set (map, region, count);
   /* It naps until the first grows old: later ones matter by their number. */
   if (r->flusher_naps

@@ -108,7 +108,7 @@ sample_crc (const uint8_t *buf, uint64_t length)
 static bool
 missing_on_local_locked (const struct nbdm *v, uint64_t block)
 {
-  const struct bitmap *missing = &v->local.dm.map[MAP_DIRTY];
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
   uint64_t first, count;
 
   if (missing->nr_set == 0)
@@ -469,7 +469,7 @@ identity_stop (struct nbdm *v)
 void
 identity_describe (const struct nbdm *v, struct described_disk *disk)
 {
-  int fd = v->local.disk.fd;
+  int fd = v->local.file.fd;
   off_t end = lseek (fd, 0, SEEK_END);
 
   *disk = (struct described_disk){ .size = end > 0 ? (uint64_t)end : 0 };

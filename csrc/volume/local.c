@@ -165,7 +165,7 @@ local_in_use (const struct nbdm *v)
 /* --- its size ---------------------------------------------------------- */
 
 static int
-size_now (const struct local_disk *disk, uint64_t *size)
+size_now (const struct local_file *disk, uint64_t *size)
 {
   struct stat st;
 
@@ -183,7 +183,7 @@ shrunk_error (const struct nbdm *v)
   return set_message (-EIO,
                       "the local disk has lost bytes: it is smaller than when "
                       "it was opened with %llu, and nothing of it counts",
-                      (unsigned long long)v->local.disk.size);
+                      (unsigned long long)v->local.file.size);
 }
 
 /* A file that was cut reads as zeroes once a write past its end has made it
@@ -193,7 +193,7 @@ shrunk_error (const struct nbdm *v)
 static int
 check_size_here (struct nbdm *v)
 {
-  struct local_disk *disk = &v->local.disk;
+  struct local_file *disk = &v->local.file;
   uint64_t size;
 
   if (!atomic_load (&disk->shrunk)
@@ -212,7 +212,7 @@ check_size_here (struct nbdm *v)
 static int
 look_at_size (struct nbdm *v)
 {
-  struct local_disk *disk = &v->local.disk;
+  struct local_file *disk = &v->local.file;
   uint64_t now = now_coarse_ns ();
 
   if (now - atomic_load_explicit (&disk->looked_ns, memory_order_relaxed)
@@ -308,11 +308,11 @@ pread_here (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
 
   begin (v);
   rc = fault_point ("local_read");
-  if (rc == 0 && atomic_load (&v->local.disk.shrunk))
+  if (rc == 0 && atomic_load (&v->local.file.shrunk))
     rc = -EIO;
   if (rc == 0)
-    rc = full_pread (v->local.disk.fd, buf, count, offset);
-  if (rc == 0 && !v->local.disk.is_block)
+    rc = full_pread (v->local.file.fd, buf, count, offset);
+  if (rc == 0 && !v->local.file.is_block)
     rc = look_at_size (v);
   watch_end (&v->local.asleep[false], &watch);
   /* Its end where there should be bytes is no bad sector. */
@@ -328,7 +328,7 @@ pread_here (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
 static int
 pwrite_inside (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 {
-  const struct local_disk *disk = &v->local.disk;
+  const struct local_file *disk = &v->local.file;
   int rc = 0;
 
   if (atomic_load (&disk->shrunk)
@@ -369,13 +369,13 @@ pwrite_here (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
 static int
 zero_by_fallocate (struct nbdm *v, int mode, uint64_t count, uint64_t offset)
 {
-  while (fallocate (v->local.disk.fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+  while (fallocate (v->local.file.fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                     (off_t)count)
          < 0) {
     if (errno == EINTR)
       continue;
     if (errno == EOPNOTSUPP || errno == ENOSYS
-        || (errno == EINVAL && v->local.disk.is_block))
+        || (errno == EINVAL && v->local.file.is_block))
       return 1;
     return -errno;
   }
@@ -437,7 +437,7 @@ flush_here (struct nbdm *v)
 
   begin (v);
   rc = fault_point ("local_flush");
-  if (rc == 0 && fdatasync (v->local.disk.fd) < 0)
+  if (rc == 0 && fdatasync (v->local.file.fd) < 0)
     rc = -errno;
   if (rc < 0)
     set_error (rc, "the local disk failed to flush");
@@ -455,7 +455,7 @@ seek_here (struct nbdm *v, uint64_t offset, int whence)
   off_t found;
 
   begin (v);
-  found = lseek (v->local.disk.fd, (off_t)offset, whence);
+  found = lseek (v->local.file.fd, (off_t)offset, whence);
   finish ();
   return found;
 }
@@ -466,7 +466,7 @@ sample_here (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
   int rc;
 
   begin (v);
-  rc = full_pread (v->local.disk.fd, buf, count, offset);
+  rc = full_pread (v->local.file.fd, buf, count, offset);
   finish ();
   return rc;
 }
@@ -477,7 +477,7 @@ advise_here (struct nbdm *v, uint64_t count, uint64_t offset)
   int rc;
 
   begin (v);
-  rc = -posix_fadvise (v->local.disk.fd, (off_t)offset, (off_t)count,
+  rc = -posix_fadvise (v->local.file.fd, (off_t)offset, (off_t)count,
                        POSIX_FADV_WILLNEED);
   finish ();
   return rc;

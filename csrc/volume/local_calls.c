@@ -72,7 +72,7 @@ local_zero (struct nbdm *v, uint64_t count, uint64_t offset, bool may_trim)
 bool
 local_fast_zero (const struct nbdm *v, bool may_trim)
 {
-  return v->local.disk.can_zero_range || (may_trim && v->local.disk.can_punch);
+  return v->local.file.can_zero_range || (may_trim && v->local.file.can_punch);
 }
 
 int
@@ -125,7 +125,7 @@ hole_end (struct nbdm *v, uint64_t offset, uint64_t end)
   if (!local_believed (v))
     return offset;
   data = seek (v, offset, SEEK_DATA);
-  if (data < 0 && (errno != ENXIO || v->local.disk.is_block))
+  if (data < 0 && (errno != ENXIO || v->local.file.is_block))
     return offset;
   /* Past the end of a file that was cut there is a hole, it says. */
   if (check_size (v, v->local.deadline_ms) < 0 || !local_believed (v))

@@ -41,12 +41,12 @@ say_silent (char *reason, size_t size, uint64_t silent)
 static void
 replace_relock (struct nbdm *v, uint64_t silent)
 {
-  char before[sizeof v->local.reason];
+  char before[sizeof v->local.disk.reason];
 
-  memcpy (before, v->local.reason, sizeof before);
-  say_silent (v->local.reason, sizeof v->local.reason, silent);
+  memcpy (before, v->local.disk.reason, sizeof before);
+  say_silent (v->local.disk.reason, sizeof v->local.disk.reason, silent);
   if (local_takeover_relock (v) < 0)
-    memcpy (v->local.reason, before, sizeof before);
+    memcpy (v->local.disk.reason, before, sizeof before);
 }
 
 /* One that was attached and not admitted yet: it is compared with a remote,
@@ -56,8 +56,8 @@ static void
 put_away_locked (struct nbdm *v, uint64_t silent)
 {
   v->local.attached = false;
-  say_silent (v->local.reason, sizeof v->local.reason, silent);
-  v->local.serial++;
+  say_silent (v->local.disk.reason, sizeof v->local.disk.reason, silent);
+  v->local.disk.serial++;
   volume_persist_locked (v);
   local_io_give_up (v);
 }

@@ -40,7 +40,7 @@ lock_disk (int fd, const char *path)
  * beside the disk: trying on the disk would change it.
  */
 static void
-probe_zeroing (struct local_disk *disk, const char *path)
+probe_zeroing (struct local_file *disk, const char *path)
 {
   char *copy = strdup (path);
   int fd
@@ -61,7 +61,7 @@ probe_zeroing (struct local_disk *disk, const char *path)
 }
 
 static int
-check_kind (struct local_disk *disk, const char *path)
+check_kind (struct local_file *disk, const char *path)
 {
   struct stat st;
 
@@ -84,7 +84,7 @@ check_kind (struct local_disk *disk, const char *path)
 
 /* A read-only device may be opened for writing, and then fails each write. */
 static int
-check_writable (const struct local_disk *disk, const char *path)
+check_writable (const struct local_file *disk, const char *path)
 {
   int read_only = 0;
 
@@ -95,7 +95,7 @@ check_writable (const struct local_disk *disk, const char *path)
 }
 
 int
-local_open (struct local_disk *disk, const char *path, uint64_t *size)
+local_open (struct local_file *disk, const char *path, uint64_t *size)
 {
   off_t end;
   int rc = check_kind (disk, path);

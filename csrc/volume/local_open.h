@@ -7,9 +7,9 @@
 
 #include <stdint.h>
 
-struct local_disk;
+struct local_file;
 
 /* Open, lock and measure; the caller closes disk->fd, also after an error. */
-int local_open (struct local_disk *disk, const char *path, uint64_t *size);
+int local_open (struct local_file *disk, const char *path, uint64_t *size);
 
 #endif /* NBDM_LOCAL_OPEN_H */

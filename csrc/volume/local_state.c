@@ -57,7 +57,7 @@ local_note_error_locked (struct nbdm *v, int rc)
   if (rc == LOCAL_GIVEN_UP)
     return;
   atomic_fetch_add (&v->local.errors, 1);
-  snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+  disk_explain_locked (&v->local.disk, "%s", last_error ());
 }
 
 void
@@ -78,16 +78,9 @@ local_persistent_state (const struct nbdm *v)
 void
 local_set_locked (struct nbdm *v, enum nbdm_local_state state)
 {
-  if (v->local.state != state)
-    v->local.since = (int64_t)time (NULL);
+  disk_changed_locked (&v->local.disk, v->local.state != state);
   v->local.repairing = false;
   atomic_store (&v->local.state, state);
-  v->local.serial++;
-  /* The remotes' policy threads are told as well: what they may do depends on
-   * where they can read from.
-   */
-  pthread_cond_broadcast (&v->events);
-  pthread_cond_broadcast (&v->changed);
 }
 
 bool
@@ -100,20 +93,21 @@ bool
 local_believed (const struct nbdm *v)
 {
   return atomic_load (&v->local.state) == NBDM_LOCAL_OK
-         && !atomic_load (&v->local.disk.shrunk) && !local_doubted (v);
+         && !atomic_load (&v->local.file.shrunk) && !local_doubted (v);
 }
 
 bool
 local_has_locked (const struct nbdm *v, uint64_t region)
 {
   return v->local.state != NBDM_LOCAL_FAILED
-         && !bitmap_test (&v->local.dm.map[MAP_DIRTY], region);
+         && !bitmap_test (&v->local.disk.dm.map[MAP_DIRTY], region);
 }
 
 static bool
 remote_has_locked (const struct remote *r, uint64_t region)
 {
-  return remote_used_locked (r) && !bitmap_test (&r->dm.map[MAP_DIRTY], region);
+  return remote_used_locked (r)
+         && !bitmap_test (&r->disk.dm.map[MAP_DIRTY], region);
 }
 
 bool
@@ -122,7 +116,7 @@ range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
   uint64_t first, count;
 
   if (v->local.state != NBDM_LOCAL_FAILED
-      && v->local.dm.map[MAP_DIRTY].nr_set == 0)
+      && v->local.disk.dm.map[MAP_DIRTY].nr_set == 0)
     return true;
   region_span (v, offset, length, &first, &count);
   for (uint64_t region = first; region < first + count; region++) {
@@ -142,7 +136,7 @@ range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
 static void
 miss_locked (struct nbdm *v, uint64_t first, uint64_t count)
 {
-  struct dirty_map *dm = &v->local.dm;
+  struct dirty_map *dm = &v->local.disk.dm;
   const struct bitmap *missing = &dm->map[MAP_DIRTY];
   uint64_t end = first + count, region = first, stop;
 
@@ -177,19 +171,19 @@ miss_active_locked (struct nbdm *v)
 static void
 take_back_locked (struct nbdm *v)
 {
-  struct dirty_map *dm = &v->local.dm;
+  struct dirty_map *dm = &v->local.disk.dm;
   uint64_t nr = v->nr_regions, region = 0;
 
   for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
     for (uint32_t i = 0; i < v->nr_remotes; i++)
-      dirty_map_pay (&v->remotes[i].dm, region);
+      dirty_map_pay (&v->remotes[i].disk.dm, region);
     bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
   }
   dm->changed = true;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
-    if (r->state == NBDM_IN_SYNC && r->dm.map[MAP_DIRTY].nr_set > 0)
-      remote_set_locked (r, NBDM_RESYNCING, "%s", v->local.reason);
+    if (r->state == NBDM_IN_SYNC && r->disk.dm.map[MAP_DIRTY].nr_set > 0)
+      remote_set_locked (r, NBDM_RESYNCING, "%s", v->local.disk.reason);
   }
 }
 
@@ -238,9 +232,8 @@ end_taking_over_locked (struct nbdm *v)
 {
   v->local.taking_over = false;
   remotes_pay_locked (v);
-  dirty_map_forgive (&v->local.dm);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    dirty_map_forgive (&v->remotes[i].dm);
+  FOR_EACH_DISK (d, v)
+    dirty_map_forgive (&d->dm);
   volume_persist_locked (v);
   /* What it missed before may have been copied back meanwhile. */
   local_update_state_locked (v);
@@ -260,7 +253,7 @@ successor_locked (const struct nbdm *v, const bool *durable)
     const struct remote *r = &v->remotes[i];
 
     if (r->admitted && r->state == NBDM_IN_SYNC
-        && r->dm.map[MAP_DIRTY].nr_set == 0 && (!durable || durable[i]))
+        && r->disk.dm.map[MAP_DIRTY].nr_set == 0 && (!durable || durable[i]))
       return true;
   }
   return false;
@@ -275,9 +268,9 @@ fail_locked (struct nbdm *v)
 {
   miss_active_locked (v);
   /* It may have lost any of its bytes, and be as long again when it is back. */
-  if (atomic_load (&v->local.disk.shrunk))
-    dirty_map_mark (&v->local.dm, 0, v->nr_regions, false);
-  bitmap_clear_all (&v->local.dm.copied);
+  if (atomic_load (&v->local.file.shrunk))
+    dirty_map_mark (&v->local.disk.dm, 0, v->nr_regions, false);
+  bitmap_clear_all (&v->local.disk.dm.copied);
   v->local.attached = false;
   v->local.failures++;
   /* It may have been switched to meanwhile. */
@@ -324,7 +317,7 @@ local_give_up (struct nbdm *v)
   local_await_takeover_relock (v);
   /* Once drained the maps are about to be closed, and change no more. */
   if (v->local.state != NBDM_LOCAL_FAILED && !v->drained) {
-    snprintf (v->local.reason, sizeof v->local.reason, "%s", last_error ());
+    disk_explain_locked (&v->local.disk, "%s", last_error ());
     local_takeover_relock (v);
   }
 }
@@ -335,7 +328,7 @@ local_flush_lost_relock (struct nbdm *v)
   int rc = local_takeover_relock (v);
 
   if (rc < 0)
-    volume_fail_locked (v, v->local.reason);
+    volume_fail_locked (v, v->local.disk.reason);
   return rc;
 }
 
@@ -382,9 +375,9 @@ void
 local_update_state_locked (struct nbdm *v)
 {
   if (v->local.state != NBDM_LOCAL_RESYNCING || v->failed
-      || v->local.taking_over || v->local.dm.map[MAP_DIRTY].nr_set > 0)
+      || v->local.taking_over || v->local.disk.dm.map[MAP_DIRTY].nr_set > 0)
     return;
-  v->local.reason[0] = '\0';
+  v->local.disk.reason[0] = '\0';
   local_set_locked (v, NBDM_LOCAL_OK);
   lift_fence_locked (v);
   volume_persist_locked (v);

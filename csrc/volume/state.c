@@ -62,11 +62,11 @@ region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
 static bool
 other_has_locked (const struct remote *r, uint64_t region)
 {
-  const struct nbdm *v = r->volume;
+  const struct nbdm *v = r->disk.volume;
 
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     const struct remote *other = &v->remotes[i];
-    if (other != r && !bitmap_test (&other->dm.map[MAP_DIRTY], region))
+    if (other != r && !bitmap_test (&other->disk.dm.map[MAP_DIRTY], region))
       return true;
   }
   return false;
@@ -82,14 +82,13 @@ other_has_locked (const struct remote *r, uint64_t region)
 static void
 keep_source_locked (struct remote *r, uint64_t region, bool late)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   if (v->local.taking_over)
-    dirty_map_owe (&r->dm, region, late);
-  bitmap_clear (&v->local.dm.copied, region, 1);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (&v->remotes[i] != r)
-      bitmap_clear (&v->remotes[i].dm.copied, region, 1);
+    dirty_map_owe (&r->disk.dm, region, late);
+  FOR_EACH_DISK (d, v)
+    if (d != &r->disk)
+      bitmap_clear (&d->dm.copied, region, 1);
 }
 
 void
@@ -100,10 +99,11 @@ remotes_pay_locked (struct nbdm *v)
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
-    for (region = 0; (region = bitmap_next_set (&r->dm.owed, region, nr)) < nr;
+    for (region = 0;
+         (region = bitmap_next_set (&r->disk.dm.owed, region, nr)) < nr;
          region++)
       if (other_has_locked (r, region))
-        dirty_map_pay (&r->dm, region);
+        dirty_map_pay (&r->disk.dm, region);
     if (r->state == NBDM_IN_SYNC)
       remote_update_state_locked (r);
   }
@@ -117,22 +117,22 @@ void
 mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
                      bool late)
 {
-  const struct bitmap *missing = &r->volume->local.dm.map[MAP_DIRTY];
+  const struct bitmap *missing = &r->disk.volume->local.disk.dm.map[MAP_DIRTY];
   uint64_t end = first + count;
 
   if (missing->nr_set == 0) {
-    dirty_map_mark (&r->dm, first, count, late);
+    dirty_map_mark (&r->disk.dm, first, count, late);
     return;
   }
   while (first < end) {
     uint64_t next = bitmap_next_set (missing, first, end);
 
     if (next > first)
-      dirty_map_mark (&r->dm, first, next - first, late);
+      dirty_map_mark (&r->disk.dm, first, next - first, late);
     first = bitmap_next_clear (missing, next, end);
     for (; next < first; next++)
       if (other_has_locked (r, next))
-        dirty_map_mark (&r->dm, next, 1, late);
+        dirty_map_mark (&r->disk.dm, next, 1, late);
       else
         keep_source_locked (r, next, late);
   }
@@ -141,23 +141,23 @@ mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
 void
 unflushed_lost_locked (struct remote *r)
 {
-  uint64_t nr = r->volume->nr_regions, region = 0;
+  uint64_t nr = r->disk.volume->nr_regions, region = 0;
 
-  if (r->volume->local.dm.map[MAP_DIRTY].nr_set > 0)
+  if (r->disk.volume->local.disk.dm.map[MAP_DIRTY].nr_set > 0)
     /* In two steps: a kill between them finds the bits in both maps. */
     for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
-      struct bitmap *map = &r->dm.map[i];
+      struct bitmap *map = &r->disk.dm.map[i];
 
       while ((region = bitmap_next_set (map, region, nr)) < nr) {
         uint64_t next = bitmap_next_clear (map, region, nr);
         mark_regions_locked (r, region, next - region, false);
-        dirty_map_mark_lost (&r->dm, region, next - region);
+        dirty_map_mark_lost (&r->disk.dm, region, next - region);
         region = next;
       }
       atomic_signal_fence (memory_order_seq_cst);
       bitmap_clear_all (map);
     }
-  dirty_map_lost (&r->dm);
+  dirty_map_lost (&r->disk.dm);
 }
 
 void
@@ -166,15 +166,8 @@ mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
 {
   uint64_t first, count;
 
-  region_span (r->volume, offset, length, &first, &count);
+  region_span (r->disk.volume, offset, length, &first, &count);
   mark_regions_locked (r, first, count, late);
-}
-
-void
-remote_bump_locked (struct remote *r)
-{
-  r->serial++;
-  pthread_cond_broadcast (&r->volume->events);
 }
 
 void
@@ -184,13 +177,10 @@ remote_set_locked (struct remote *r, enum nbdm_remote_state state,
   va_list args;
 
   va_start (args, fmt);
-  vsnprintf (r->reason, sizeof r->reason, fmt, args);
+  vsnprintf (r->disk.reason, sizeof r->disk.reason, fmt, args);
   va_end (args);
-  if (r->state != state)
-    r->since = (int64_t)time (NULL);
+  disk_changed_locked (&r->disk, r->state != state);
   r->state = state;
-  remote_bump_locked (r);
-  pthread_cond_broadcast (&r->volume->changed);
 }
 
 bool
@@ -208,8 +198,8 @@ persistent_state (const struct remote *r)
 {
   if (r->state == NBDM_FAILED)
     return NBDM_FAILED;
-  if (r->state == NBDM_OUT_OF_SYNC || r->dm.map[MAP_DIRTY].nr_set > 0
-      || r->generation != r->volume->generation)
+  if (r->state == NBDM_OUT_OF_SYNC || r->disk.dm.map[MAP_DIRTY].nr_set > 0
+      || r->generation != r->disk.volume->generation)
     return NBDM_OUT_OF_SYNC;
   return NBDM_IN_SYNC;
 }
@@ -222,12 +212,12 @@ disk_remote (const struct remote *r)
     .flags = htole32 ((r->paused ? REMOTE_PAUSED : 0)
                       | (r->assumed ? REMOTE_ASSUMED : 0)),
     .generation = htole64 (r->generation),
-    .since = (int64_t)htole64 ((uint64_t)r->since),
+    .since = (int64_t)htole64 ((uint64_t)r->disk.since),
     .address = htole64 (r->address),
   };
 
-  snprintf (disk.name, sizeof disk.name, "%s", r->name);
-  snprintf (disk.reason, sizeof disk.reason, "%s", r->reason);
+  snprintf (disk.name, sizeof disk.name, "%s", r->disk.name);
+  snprintf (disk.reason, sizeof disk.reason, "%s", r->disk.reason);
   return disk;
 }
 
@@ -246,9 +236,9 @@ volume_persist_locked (struct nbdm *v)
     return -EIO;
   if (v->closed)
     return command_gate_locked (v);
-  rc = dirty_map_persist (&v->local.dm);
-  for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    rc = dirty_map_persist (&v->remotes[i].dm);
+  FOR_EACH_DISK (d, v)
+    if (rc == 0)
+      rc = dirty_map_persist (&d->dm);
   if (rc == 0) {
     memset (v->sb.remotes, 0, sizeof v->sb.remotes);
     for (uint32_t i = 0; i < v->nr_remotes; i++)
@@ -256,9 +246,9 @@ volume_persist_locked (struct nbdm *v)
     v->sb.nr_remotes = htole32 (v->nr_remotes);
     v->sb.generation = htole64 (v->generation);
     v->sb.local_state = htole32 (local_persistent_state (v));
-    v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.since);
+    v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.disk.since);
     snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
-              v->local.reason);
+              v->local.disk.reason);
     v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
                            | (v->fenced ? SUPERBLOCK_FENCED : 0));
     rc = superblock_store (v->sb_fd, &v->sb);
@@ -317,7 +307,7 @@ volume_fail_locked (struct nbdm *v, const char *why)
   fault_point ("volume_failing");
   distrust_page_cache (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    remote_bump_locked (&v->remotes[i]);
+    disk_bump_locked (&v->remotes[i].disk);
   pthread_cond_broadcast (&v->changed);
 }
 
@@ -329,8 +319,8 @@ strand_requests_locked (struct remote *r)
 {
   const struct request *req;
 
-  LIST_FOREACH (req, &r->volume->requests, link) {
-    const struct leg *leg = &req->legs[r->index];
+  LIST_FOREACH (req, &r->disk.volume->requests, link) {
+    const struct leg *leg = &req->legs[remote_index (r)];
     if (leg->active)
       mark_dirty_locked (r, req->offset, req->length, leg->sent);
   }
@@ -341,8 +331,8 @@ requests_need_locked (const struct remote *r)
 {
   const struct request *req;
 
-  LIST_FOREACH (req, &r->volume->requests, link)
-    if (req->legs[r->index].active)
+  LIST_FOREACH (req, &r->disk.volume->requests, link)
+    if (req->legs[remote_index (r)].active)
       return true;
   return false;
 }
@@ -375,11 +365,11 @@ generation_advance_locked (struct nbdm *v, struct remote *r)
 void
 remote_degrade_locked (struct remote *r)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
   bool writes = requests_need_locked (r);
   char why[NBDM_REASON_LEN];
 
-  snprintf (why, sizeof why, "%s", r->reason);
+  snprintf (why, sizeof why, "%s", r->disk.reason);
   strand_requests_locked (r);
   remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
   fault_point ("degrade_marked");
@@ -409,8 +399,7 @@ detach_locked (struct remote *r)
   backlog_forget_locked (r);
   r->admitted = false;
   conn_put (conn);
-  remote_bump_locked (r);
-  pthread_cond_broadcast (&r->volume->changed);
+  disk_changed_locked (&r->disk, false);
 }
 
 void
@@ -429,13 +418,13 @@ remote_lost_locked (struct remote *r, struct conn *conn)
   /* With a deadline passed clients have waited enough: no hold on top.  And
    * once the volume stops no keeper connects again.
    */
-  if (r->state == NBDM_IN_SYNC && r->volume->hold_ms > 0 && !report.overdue
-      && !r->volume->stopping) {
-    r->hold_until_ns = now_ns () + r->volume->hold_ms * NS_PER_MS;
+  if (r->state == NBDM_IN_SYNC && r->disk.volume->hold_ms > 0 && !report.overdue
+      && !r->disk.volume->stopping) {
+    r->hold_until_ns = now_ns () + r->disk.volume->hold_ms * NS_PER_MS;
     remote_set_locked (r, NBDM_HOLDING, "%s", report.why);
   }
   else if (remote_used_locked (r)) {
-    snprintf (r->reason, sizeof r->reason, "%s", report.why);
+    disk_explain_locked (&r->disk, "%s", report.why);
     remote_degrade_locked (r);
   }
 }
@@ -451,7 +440,7 @@ remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
   detach_locked (r);
   if (r->state == NBDM_FAILED)
     return;
-  snprintf (r->reason, sizeof r->reason, "%s", why);
+  disk_explain_locked (&r->disk, "%s", why);
   /* One that was never admitted does not end the hold it was to save. */
   if (admitted && remote_used_locked (r))
     remote_degrade_locked (r);
@@ -471,11 +460,11 @@ lift_fence_locked (struct nbdm *v)
 void
 remote_update_state_locked (struct remote *r)
 {
-  struct nbdm *v = r->volume;
+  struct nbdm *v = r->disk.volume;
 
   if (!r->admitted || v->failed)
     return;
-  if (r->dm.map[MAP_DIRTY].nr_set > 0) {
+  if (r->disk.dm.map[MAP_DIRTY].nr_set > 0) {
     if (r->state != NBDM_RESYNCING) {
       remote_set_locked (r, NBDM_RESYNCING, "%s", "");
       volume_persist_locked (v);

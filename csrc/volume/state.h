@@ -27,7 +27,6 @@ bool volume_distrusted (const struct nbdm *v);
 void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
                         const char *fmt, ...)
     __attribute__ ((format (printf, 3, 4)));
-void remote_bump_locked (struct remote *r);
 /* -ESHUTDOWN once a stop has begun: commands change nothing any more.  The logs
  * are closed by then, or about to be, and a bit set in a map behind its CRC
  * would make the next start disbelieve it.

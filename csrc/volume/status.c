@@ -54,14 +54,15 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   status->local_state = v->local.state;
   status->local_attached = v->local.attached;
   status->local_unproven = v->local.attached && v->identity.unproven;
-  status->local_dirty_regions = v->local.dm.map[MAP_DIRTY].nr_set;
+  status->local_dirty_regions = v->local.disk.dm.map[MAP_DIRTY].nr_set;
   status->local_errors = atomic_load (&v->local.errors);
   status->local_repaired = v->local.repaired;
-  status->local_copied_bytes = v->local.copied_bytes;
-  status->local_serial = v->local.serial;
-  status->local_since = v->local.since;
+  status->local_copied_bytes = v->local.disk.copied_bytes;
+  status->local_serial = v->local.disk.serial;
+  status->local_since = v->local.disk.since;
   status->local_silent_ms = atomic_load (&v->local.silent_ns) / NS_PER_MS;
-  memcpy (status->local_reason, v->local.reason, sizeof status->local_reason);
+  memcpy (status->local_reason, v->local.disk.reason,
+          sizeof status->local_reason);
   status->failed = v->failed;
   status->fenced = v->fenced;
   status->policy = v->policy;
@@ -77,9 +78,8 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   status->write_ns = atomic_load (&v->write_ns);
   status->activity_persists = v->activity.persists;
   status->superblock_persists = v->superblock_persists;
-  status->dirty_persists = v->local.dm.persists;
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    status->dirty_persists += v->remotes[i].dm.persists;
+  FOR_EACH_DISK (d, v)
+    status->dirty_persists += d->dm.persists;
   snprintf (status->reason, sizeof status->reason, "%s", v->reason);
   memcpy (status->local_note, v->identity.note, sizeof status->local_note);
 }
@@ -112,7 +112,7 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   LOCK_FOR_SCOPE (&v->lock);
   if (r->conn)
     report = conn_report (r->conn);
-  memcpy (status->name, r->name, sizeof status->name);
+  memcpy (status->name, r->disk.name, sizeof status->name);
   status->state = r->state;
   if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
     status->state = NBDM_PAUSED;
@@ -120,20 +120,20 @@ nbdm_get_remote_status (struct nbdm *v, uint32_t index,
   status->assumed = r->assumed;
   status->connected = r->conn != NULL;
   status->admitted = r->admitted;
-  status->dirty_regions = r->dm.map[MAP_DIRTY].nr_set;
-  status->late_regions = held_back_locked (&r->dm);
-  status->unflushed_regions
-      = r->dm.map[MAP_UNFLUSHED0].nr_set + r->dm.map[MAP_UNFLUSHED1].nr_set;
+  status->dirty_regions = r->disk.dm.map[MAP_DIRTY].nr_set;
+  status->late_regions = held_back_locked (&r->disk.dm);
+  status->unflushed_regions = r->disk.dm.map[MAP_UNFLUSHED0].nr_set
+                              + r->disk.dm.map[MAP_UNFLUSHED1].nr_set;
   status->flush_bound = r->backlog.bound.bytes[BACKLOG_DATA];
   status->outstanding = report.outstanding;
   status->commands = r->commands + report.answered;
   status->remote_size = r->remote_size;
-  status->copied_bytes = r->copied_bytes;
+  status->copied_bytes = r->disk.copied_bytes;
   status->answered_bytes = r->answered_bytes;
   status->answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns;
-  status->since = r->since;
-  status->serial = r->serial;
-  memcpy (status->reason, r->reason, sizeof status->reason);
+  status->since = r->disk.since;
+  status->serial = r->disk.serial;
+  memcpy (status->reason, r->disk.reason, sizeof status->reason);
   return 0;
 }
 

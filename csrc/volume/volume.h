@@ -69,6 +69,7 @@
 #include "logs/layout.h"
 #include "logs/rangelock.h"
 #include "volume/backlog.h"
+#include "volume/disk.h"
 #include "wire/conn.h"
 
 struct local_io;
@@ -78,28 +79,12 @@ struct local_io;
 #define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
 #define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
 #define RING_SLOTS 1024u
-#define LOCAL_NAME "local"     /* of its dirty map; no remote is called so */
 #define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
 /* So many connections a read, or a leg of a write, loses before it gives up: a
  * server that dies of it must not hang the client.
  */
 #define MAX_LOSSES 4
-
-/* How a resync under way goes about it; see struct nbdm_pace. */
-struct resync_pace {
-  uint32_t depth, copy_bytes, burst_us, rest_us;
-  uint32_t command_bytes,
-      window; /* of a copy that is longer: so many at once */
-};
-
-/* Group commit: a flush begun when `asked` was N covers every ticket up to N;
- * one runs at a time, so threads that come meanwhile share the next.
- */
-struct flush_group {
-  uint64_t asked, done;
-  bool running;
-};
 
 /* A remote's flush that is under way.  It is no thread's own: the thread that
  * sent it may be busy for long, so any thread that waits for it takes the
@@ -115,11 +100,8 @@ struct flush_sent {
 };
 
 struct remote {
-  struct nbdm *volume;
-  uint32_t index;
-  char name[NBDM_NAME_LEN];
+  struct disk disk;
   uint32_t deadline_ms;
-  struct dirty_map dm;
 
   struct conn *conn;           /* our reference; NULL: not connected */
   char chain[NBDM_REASON_LEN]; /* the volumes behind it, as it described them */
@@ -129,15 +111,10 @@ struct remote {
   enum nbdm_remote_state state; /* never NBDM_PAUSED: see `paused` */
   bool paused;
   bool assumed;
-  bool map_lost;       /* at the start: all dirty, as nothing is known */
   uint64_t generation; /* the volume's when last in sync */
-  int64_t since;
-  char reason[NBDM_REASON_LEN];
   uint64_t hold_until_ns;
-  uint64_t serial;
   unsigned filling; /* 0 or 1: the unflushed map that answers go into */
-  struct flush_group flush;
-  struct flush_sent flush_sent; /* while flush.running */
+  struct flush_sent flush_sent; /* while disk.flush.running */
   pthread_t flusher;
   bool flusher_running; /* of the thread that starts and joins it alone */
   bool flusher_naps;
@@ -150,16 +127,20 @@ struct remote {
    */
   atomic_bool refuses_zeroes;
   uint64_t remote_size;
-  uint64_t commands; /* answered on earlier connections */
-  uint64_t copied_bytes;
-  bool copying; /* a resync call is under way */
-  struct resync_pace pace;
+  uint64_t commands;       /* answered on earlier connections */
   uint64_t answered_bytes; /* of copies, since start */
   uint64_t answer_ns;      /* the shortest time of a copy in this call */
 };
 
+/* Which of a request's legs is this remote's. */
+static inline uint32_t
+remote_index (const struct remote *r)
+{
+  return r->disk.index - 1;
+}
+
 /* An open file or block device. */
-struct local_disk {
+struct local_file {
   int fd; /* -1: not open */
   bool is_block;
   bool can_punch, can_zero_range; /* for certain */
@@ -179,25 +160,19 @@ struct sleep_average {
  * anything (local_state.c).
  */
 struct local {
-  struct local_disk disk;
-  struct local_io *io; /* carries requests out; NULL: without a deadline */
-  struct dirty_map dm; /* dirty.local: only MAP_DIRTY and `copied` are used */
+  struct disk disk;
+  struct local_file file;
+  struct local_io *io;    /* carries requests out; NULL: without a deadline */
   _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
-  bool map_lost;          /* at the start: as struct remote's */
   bool attached;          /* failed, and open again */
   bool repairing;         /* was ok: it misses what it could not read */
   /* Being made to miss something: no request is answered.  Set under the lock.
    */
   atomic_bool taking_over;
   atomic_uint failures; /* times it became failed since start */
-  struct flush_group flush;
-  int flush_error;     /* sticky: a failed fsync is never believed again */
-  atomic_bool doubted; /* a flush failed: it may have lost writes */
-  char reason[NBDM_REASON_LEN]; /* of the state; while ok the last error */
-  int64_t since;
-  uint64_t serial;
-  uint64_t repaired, copied_bytes;
-  struct resync_pace pace;
+  int flush_error;      /* sticky: a failed fsync is never believed again */
+  atomic_bool doubted;  /* a flush failed: it may have lost writes */
+  uint64_t repaired;    /* regions it could not read, rewritten */
   struct flush_bound flush_bound; /* of what is copied back */
   atomic_u64 errors;
   atomic_u64 silent_ns;           /* so long it has owed a thread an answer */

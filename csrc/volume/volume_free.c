@@ -17,8 +17,8 @@
 void
 volume_free (struct nbdm *v)
 {
-  if (v->local.disk.fd >= 0)
-    close (v->local.disk.fd);
+  if (v->local.file.fd >= 0)
+    close (v->local.file.fd);
   pthread_mutex_destroy (&v->lock);
   pthread_cond_destroy (&v->changed);
   pthread_cond_destroy (&v->events);

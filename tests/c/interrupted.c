@@ -284,7 +284,7 @@ bench_open (struct bench *bench)
     assert (nbdm_get_remote_status (bench->volume, i, &remote) == 0);
     found->dirty[i] = remote.dirty_regions;
     /* The map, as the status leaves out what was lost and is copied at once. */
-    found->late[i] = bench->volume->remotes[i].dm.map[MAP_LATE].nr_set;
+    found->late[i] = bench->volume->remotes[i].disk.dm.map[MAP_LATE].nr_set;
   }
   assert (nbdm_start (bench->volume) == 0);
   return 0;

@@ -22,13 +22,13 @@ struct write_op {
   uint64_t tag[];
 };
 
-struct disk {
+struct modelled {
   uint64_t *base;         /* what is surely durable */
   uint64_t *now;          /* what a read sees */
   struct write_op *first; /* not surely durable; ended ones in their order */
 };
 
-static struct disk disks[MAX_DISKS];
+static struct modelled disks[MAX_DISKS];
 static uint32_t nr_disks;
 static uint64_t nr_units, clock_now;
 static uint8_t *durable_bytes; /* of the local disk */
@@ -70,7 +70,7 @@ op_free (struct write_op *op)
 }
 
 static void
-drop_ops (struct disk *d)
+drop_ops (struct modelled *d)
 {
   struct write_op *op, *next;
 
@@ -105,7 +105,7 @@ void
 disk_adopt_local (int fd)
 {
   uint64_t buf[UNIT_WORDS];
-  struct disk *d = &disks[LOSS_LOCAL];
+  struct modelled *d = &disks[LOSS_LOCAL];
 
   drop_ops (d);
   for (uint64_t i = 0; i < nr_units; i++) {
@@ -120,7 +120,7 @@ disk_adopt_local (int fd)
 void
 disk_lost_power (uint32_t disk, const uint8_t *image)
 {
-  struct disk *d = &disks[disk];
+  struct modelled *d = &disks[disk];
   struct write_op *op, *next;
 
   for (op = d->first; op; op = next) {
@@ -144,7 +144,7 @@ disk_check (uint32_t disk, int fd, const uint8_t *image)
 }
 
 static void
-append (struct disk *d, struct write_op *op)
+append (struct modelled *d, struct write_op *op)
 {
   struct write_op **p = &d->first;
 
@@ -155,7 +155,7 @@ append (struct disk *d, struct write_op *op)
 }
 
 static void
-take_out (struct disk *d, struct write_op *op)
+take_out (struct modelled *d, struct write_op *op)
 {
   struct write_op **p = &d->first;
 
@@ -222,7 +222,7 @@ disk_cancel (uint32_t disk, struct write_op *op)
 }
 
 static void
-settle (struct disk *d, struct write_op *op)
+settle (struct modelled *d, struct write_op *op)
 {
   memcpy (&d->base[op->first], op->tag, op->count * sizeof op->tag[0]);
   if (d == &disks[LOSS_LOCAL]) {
@@ -239,7 +239,7 @@ settle (struct disk *d, struct write_op *op)
 
 /* A durable write leaves nothing of the older ones under it. */
 static void
-overwrite (struct disk *d, const struct write_op *newer)
+overwrite (struct modelled *d, const struct write_op *newer)
 {
   for (struct write_op *op = d->first; op; op = op->next)
     for (uint64_t i = 0; op != newer && op->ended && i < op->count; i++) {
@@ -253,7 +253,7 @@ overwrite (struct disk *d, const struct write_op *newer)
 void
 disk_end (uint32_t disk, struct write_op *op, bool durable)
 {
-  struct disk *d = &disks[disk];
+  struct modelled *d = &disks[disk];
 
   op->ended = ++clock_now;
   memcpy (&d->now[op->first], op->tag, op->count * sizeof op->tag[0]);
@@ -305,7 +305,7 @@ set_bit (uint64_t *bits, uint64_t unit)
 void
 disks_may_differ (uint32_t disk, bool lived, uint64_t *bits)
 {
-  const struct disk *local = &disks[LOSS_LOCAL], *remote = &disks[disk];
+  const struct modelled *local = &disks[LOSS_LOCAL], *remote = &disks[disk];
   const uint64_t *ours = lived ? local->now : local->base;
 
   memset (bits, 0, (nr_units + 63) / 64 * sizeof *bits);
@@ -338,7 +338,7 @@ disk_may_change (uint32_t disk, uint64_t *bits)
 bool
 disk_holds (uint32_t disk, uint64_t offset, uint64_t length, const void *data)
 {
-  const struct disk *d = &disks[disk];
+  const struct modelled *d = &disks[disk];
   uint64_t first = offset / LOSS_UNIT, end = first + length / LOSS_UNIT;
 
   for (const struct write_op *op = d->first; op; op = op->next)

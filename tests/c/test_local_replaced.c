@@ -173,7 +173,7 @@ flushes_asked (void)
   uint64_t asked;
 
   pthread_mutex_lock (&site.volume->lock);
-  asked = site.volume->local.flush.asked;
+  asked = site.volume->local.disk.flush.asked;
   pthread_mutex_unlock (&site.volume->lock);
   return asked;
 }

@@ -263,19 +263,19 @@ maps_are_durable_first (void)
   attach_and_admit ();
   assert (nbdm_local_resync (site.volume, &batch) == 0);
   assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
-  assert (!site.volume->local.dm.changed);
+  assert (!site.volume->local.disk.dm.changed);
   nbdm_remote_drop (site.volume, 0, "the test said so");
   assert (write_at (EXTENT, 2) == 0); /* the remote misses it, durably */
   assert (site_status (&site, 0).dirty_regions == 1);
-  assert (!site.volume->remotes[0].dm.changed);
+  assert (!site.volume->remotes[0].disk.dm.changed);
   assert (write_at (EXTENT + 2 * SMALL_REGION, 2) == 0);
   assert (site_status (&site, 0).dirty_regions == 2);
-  assert (!site.volume->remotes[0].dm.changed);
+  assert (!site.volume->remotes[0].disk.dm.changed);
   site_connect (&site, 0);
   batch = (struct nbdm_resync){ .max_bytes = SMALL_REGION, .pace.depth = 1 };
   assert (site_resync (&site, 0, &batch) == 0);
   assert (site_status (&site, 0).dirty_regions == 1);
-  assert (!site.volume->remotes[0].dm.changed);
+  assert (!site.volume->remotes[0].disk.dm.changed);
   site_resync_to_end (&site, 0);
   copy_back ();
   end_equal ();

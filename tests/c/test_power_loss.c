@@ -193,8 +193,8 @@ judge_remote (const struct verdict *verdict, const struct nbdm *v, uint32_t i,
               const uint64_t *named)
 {
   static uint64_t differ[WORDS], change[WORDS];
-  const uint64_t *dirty = v->remotes[i].dm.map[MAP_DIRTY].words;
-  const uint64_t *late = v->remotes[i].dm.map[MAP_LATE].words;
+  const uint64_t *dirty = v->remotes[i].disk.dm.map[MAP_DIRTY].words;
+  const uint64_t *late = v->remotes[i].disk.dm.map[MAP_LATE].words;
 
   disks_may_differ (1 + i, verdict->lived, differ);
   all_in (verdict, i, differ, dirty, "may differ and is clean");
@@ -274,7 +274,7 @@ judge (const struct verdict *verdict)
   }
   if (v->reason[0] && strstr (v->reason, "slots of superblock") == NULL)
     condemn (verdict, 0, 0, v->reason);
-  if (v->local.state != NBDM_LOCAL_OK || v->local.dm.map[MAP_DIRTY].nr_set)
+  if (v->local.state != NBDM_LOCAL_OK || v->local.disk.dm.map[MAP_DIRTY].nr_set)
     condemn (verdict, 0, 0, "is said to be missing on local");
   for (uint32_t i = 0; i < PEERS; i++)
     judge_remote (verdict, v, i, named[i]);

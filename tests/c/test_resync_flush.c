@@ -237,7 +237,7 @@ flushes_asked (void)
   uint64_t asked;
 
   pthread_mutex_lock (&site.volume->lock);
-  asked = site.volume->remotes[0].flush.asked;
+  asked = site.volume->remotes[0].disk.flush.asked;
   pthread_mutex_unlock (&site.volume->lock);
   return asked;
 }

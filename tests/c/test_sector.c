@@ -36,7 +36,7 @@ ssize_t __real_pwrite (int fd, const void *buf, size_t count, off_t offset);
 static bool
 is_local (int fd)
 {
-  return site.volume && fd == site.volume->local.disk.fd;
+  return site.volume && fd == site.volume->local.file.fd;
 }
 
 ssize_t

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What is done alike to the local disk and to a remote. */
+
+#include <endian.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <time.h>
+
+#include "volume/disk.h"
+#include "volume/volume.h"
+
+struct disk *
+volume_disk (struct nbdm *v, uint32_t index)
+{
+  if (index == 0)
+    return &v->local.disk;
+  return index <= v->nr_remotes ? &v->remotes[index - 1].disk : NULL;
+}
+
+void
+disk_init (struct disk *d, struct nbdm *v, uint32_t index, const char *name)
+{
+  d->volume = v;
+  d->index = index;
+  d->dm.fd = -1;
+  snprintf (d->name, sizeof d->name, "%s", name);
+}
+
+void
+disk_bump_locked (struct disk *d)
+{
+  d->serial++;
+  pthread_cond_broadcast (&d->volume->events);
+}
+
+void
+disk_changed_locked (struct disk *d, bool other)
+{
+  if (other)
+    d->since = (int64_t)time (NULL);
+  disk_bump_locked (d);
+  pthread_cond_broadcast (&d->volume->changed);
+}
+
+void
+disk_explain_locked (struct disk *d, const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (d->reason, sizeof d->reason, fmt, args);
+  va_end (args);
+}
+
+int
+disk_map_open (struct disk *d)
+{
+  const struct nbdm *v = d->volume;
+  bool clean;
+
+  return dirty_map_open (&d->dm, v->dirfd, d->name, v->uuid,
+                         le64toh (v->sb.session), v->nr_regions, v->region_size,
+                         &clean);
+}
+
+int
+disk_map_make (struct disk *d, unsigned contents)
+{
+  const struct nbdm *v = d->volume;
+  int rc = dirty_map_create (
+      v->dirfd, d->name, v->uuid, le64toh (v->sb.session), v->nr_regions,
+      v->region_size, contents | (d->map_lost ? NEW_MAP_RENEWED : 0));
+
+  return rc == 0 ? disk_map_open (d) : rc;
+}
