@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The clock that deadlines and times are of. */
+/* The clock of all deadlines and times. */
 
 #include <errno.h>
 #include <time.h>

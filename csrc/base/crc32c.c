@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* CRC32C, by isa-l: it picks the CPU's own instructions at run time and works
- * at memory speed, which matters where a clean stop sums up gigabytes of maps.
+/* CRC32C, by isa-l: it selects the CPU's instructions at run time and works at
+ * memory speed.  A clean stop of a large volume sums gigabytes of maps.
  *
- * isa-l takes and returns the bare register; the inversions before and after,
- * which RFC 3720 asks for, are made here.
+ * isa-l takes and returns the bare register; this file adds the inversions
+ * before and after that RFC 3720 requires.
  */
 
 #include <isa-l/crc.h>
@@ -23,7 +23,7 @@ crc32c (uint32_t crc, const void *data, size_t length)
   while (length > 0) {
     size_t n = length < CHUNK ? length : CHUNK;
 
-    /* The cast: isa-l forgot a const, and only reads. */
+    /* The cast is safe: isa-l only reads, its prototype lacks the const. */
     state = crc32_iscsi ((unsigned char *)p, (int)n, state);
     p += n;
     length -= n;

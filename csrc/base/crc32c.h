@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The checksum of what lies in files.  See crc32c.c. */
+/* The checksum of the state files.  See crc32c.c. */
 
 #ifndef NBDM_CRC32C_H
 #define NBDM_CRC32C_H
@@ -8,8 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* CRC32C (Castagnoli; RFC 3720, appendix B.4) of `length` bytes; `crc` is 0
- * or the CRC of the bytes before.  crc32c ("123456789") is 0xe3069283.
+/* CRC32C (Castagnoli; RFC 3720, appendix B.4) of `length` bytes; `crc` is 0 or
+ * the CRC of the preceding bytes.  crc32c ("123456789") is 0xe3069283.
  */
 uint32_t crc32c (uint32_t crc, const void *data, size_t length);
 

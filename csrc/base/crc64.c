@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* CRC64 of what a sample of the local disk holds: with 32 bits one in four
- * billion foreign blocks would look the same, and a volume has many starts.
+/* CRC64 of the content of a sample of the local disk.  With 32 bits one of four
+ * billion foreign blocks would look the same, and a volume starts many times.
  */
 
 #include <isa-l/crc64.h>

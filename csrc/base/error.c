@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The words that go with a -errno.
+/* The message that belongs to a -errno.
  *
- * Kept per thread, as errno is: the thread that was told -EIO asks for the
- * message, and another thread's failure meanwhile must not answer it.  So an
- * error that leaves its thread takes its words along: a request that one thread
- * begins and another completes keeps them itself (struct request), and a
- * thread that shares another's failed flush says them again.  The
- * storage is a fixed array, so that an error can be told when memory is out;
+ * Each thread has its own message, as with errno: the thread that got -EIO asks
+ * for the message, and a failure of another thread must not replace it.  So an
+ * error that moves to another thread takes its message along: a request that
+ * one thread begins and another completes keeps it in struct request, and a
+ * thread that shares another's failed flush sets the message again.  The
+ * storage is a fixed array, so that an error has a message when memory is out;
  * a longer message is cut.
  */
 
@@ -24,7 +24,7 @@
 static _Thread_local char message[MESSAGE_MAX];
 
 /* The arguments may point into the message they replace ("%s", last_error ()),
- * so the new one is made beside it.
+ * so the new message is formatted in another buffer.
  */
 static void __attribute__ ((format (printf, 1, 0)))
 keep (const char *fmt, va_list args)

@@ -3,16 +3,16 @@
 /* Named fault points, so that a test stops or breaks the engine at one exact
  * place instead of hoping to hit it.
  *
- * They are in the release build too: what was tested is what runs, and
- * without NBDM_FAULT a point is one load and a branch.  A word of NBDM_FAULT
- * that is not understood ends the process, for a test whose fault never fires
- * would pass for the wrong reason; so does a point that the table below does
- * not have, asked for or passed.
+ * The release build has them too, so that the tested program is the one that
+ * runs; without NBDM_FAULT a point is one load and a branch.  An unknown word
+ * in NBDM_FAULT ends the process, since a test whose fault never fires would
+ * pass for the wrong reason.  So does a point that is not in the table below,
+ * named in NBDM_FAULT or reached by the code.
  *
  *   NBDM_FAULT=POINT[:N]=ACTION[,...]
  *
- * ACTION is kill, wait:PATH or error[:ERRNO], as in error:ENOSPC; without a
- * name it is EIO.  With :N it happens at the Nth time only, else each time.
+ * ACTION is kill, wait:PATH or error[:ERRNO], as in error:ENOSPC; the default
+ * is EIO.  With :N it happens only at the Nth time, else each time.
  */
 
 #define _GNU_SOURCE
@@ -38,8 +38,8 @@
 #define MAX_ERRNO 133
 #define POLL_NS (10 * NS_PER_MS) /* how often a waiting point looks */
 
-/* Every point, by what reaches it, and whether it can be made to fail: what
- * its name says is then done as if it had returned the error.
+/* Every point, grouped by the operation that reaches it, and whether it can
+ * fail: the step that it names then acts as if it had returned the error.
  */
 struct point {
   const char *name;
@@ -169,7 +169,7 @@ struct fault {
   atomic_u64 reached;
 };
 
-/* Written once, before `fault_count`, then only read, but for `reached`. */
+/* Written once, before `fault_count`; after that only `reached` changes. */
 static struct fault faults[MAX_FAULTS];
 atomic_int fault_count;
 
@@ -233,7 +233,7 @@ parse_action (const char *action, const struct point *point,
     refuse (action, "the action is kill, wait:PATH or error[:ERRNO]");
 }
 
-/* Cuts `word` up. */
+/* Modifies `word`. */
 static void
 parse_fault (char *word, struct fault *fault)
 {
@@ -288,10 +288,10 @@ fault_init (void)
   pthread_once (&once, parse_all);
 }
 
-/* A file and not a signal or a pipe: the test is in another process, perhaps in
- * another language, and may come to look at any time.  It grows by a byte each
- * time the point is reached.  So with PATH there beforehand no thread waits,
- * and the points are counted.
+/* A file and not a signal or a pipe: the test is another process, perhaps in
+ * another language, and may look at any time.  The file grows by a byte each
+ * time a thread reaches the point.  So if PATH exists beforehand, no thread
+ * waits and the file counts the arrivals.
  */
 static void
 wait_for (const char *path)
@@ -315,8 +315,8 @@ act (const struct fault *fault)
 {
   switch (fault->action) {
   case ACTION_KILL:
-    /* Not abort: nothing may run after this point, no handler either.  The
-     * signal is for the process, and this thread may go on for a moment.
+    /* Not abort: nothing may run after this point, not even a handler.  The
+     * signal goes to the process, so this thread may run on for a moment.
      */
     kill (getpid (), SIGKILL);
     for (;;)
@@ -344,8 +344,8 @@ fault_reached (const char *name)
 
     if (strcmp (fault->point, name) != 0)
       continue;
-    /* One count for all faults of a point: of threads that pass it together
-     * each has a number of its own.
+    /* One count for all faults of a point: threads that reach it together get
+     * different numbers.
      */
     if (time == 0)
       time = atomic_fetch_add (&fault->reached, 1) + 1;

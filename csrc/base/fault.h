@@ -9,16 +9,18 @@
 
 /* Named fault points, for crash and race tests.  NBDM_FAULT names points and
  * actions: "after_log=kill", "after_local:3=kill" (the third time),
- * "resync_after_read=wait:PATH" (make PATH.reached, go on when PATH exists,
- * or after 60 s), "superblock_sync=error:ENOSPC" (the point returns -ENOSPC).
- * Names stand in fault.c's table, which also says where an error is looked
- * at: there the result is used, elsewhere it is always 0.
+ * "resync_after_read=wait:PATH" (make PATH.reached, go on when PATH exists, or
+ * after 60 s), "superblock_sync=error:ENOSPC" (the point returns -ENOSPC).  The
+ * table in fault.c lists the names, and says at which points an error is
+ * possible: the caller uses the result there; elsewhere it is always 0.
  */
 extern atomic_int fault_count; /* 0 until fault_init found some */
 int fault_reached (const char *name);
 void fault_init (void); /* reads NBDM_FAULT; idempotent */
 
-/* Off, as everywhere but in tests: one load and a branch.  0 or -errno. */
+/* Costs one load and a branch when no fault is set, as always outside tests.  0
+ * or -errno.
+ */
 static inline int
 fault_point (const char *name)
 {

@@ -3,12 +3,13 @@
 /* Files of the state directory: made whole or not at all, read and written in
  * full.
  *
- * A file is made under another name, its space allocated, its contents made
- * durable, and only then renamed.  So a crash, a full disk or a failure on the
- * way leaves the old file or none, never half of one.  The other name is fixed
- * ("dirty.dr~new"), for what a crash leaves is then replaced by the next try
- * instead of piling up; the volume's lock keeps two makers apart.  No remote
- * has a "~" in its name, so it is no other remote's file.
+ * A file is created under a temporary name, its space allocated, its contents
+ * made durable, and only then renamed.  So a crash, a full disk or an error on
+ * the way leaves the old file or none, never half of one.  The temporary name
+ * is fixed ("dirty.dr~new"), so that the next try replaces the remains of a
+ * crash and they do not pile up; the volume's lock excludes a second process.
+ * No remote has a "~" in its name, so the temporary file cannot be another
+ * remote's.
  */
 
 #define _GNU_SOURCE
@@ -38,7 +39,7 @@ full_pread (int fd, void *buf, size_t count, uint64_t offset)
       continue;
     if (n == -1)
       return -errno;
-    if (n == 0) /* the file ends here, and all was asked for */
+    if (n == 0) /* the file ends here: it is too short */
       return -EIO;
     p += n;
     count -= (size_t)n;
@@ -59,7 +60,7 @@ full_pwrite (int fd, const void *buf, size_t count, uint64_t offset)
       continue;
     if (n == -1)
       return -errno;
-    if (n == 0) /* would go round for ever */
+    if (n == 0) /* would loop for ever */
       return -EIO;
     p += n;
     count -= (size_t)n;
@@ -101,15 +102,15 @@ no_room (int err, const char *name, uint64_t size)
                       text);
 }
 
-/* Allocate rather than write zeroes: an allocated extent reads as zero, is
- * ours for good, and 8 GiB of maps are not written just to be made.  Without
- * either, a store into the mapping of a full file system would be a SIGBUS.
- * posix_fallocate and not fallocate: it writes where the file system knows no
- * allocation, so its success means room everywhere.
+/* Allocate rather than write zeroes: an allocated extent reads as zero and
+ * stays ours, and creating 8 GiB of maps writes nothing.  Without either, a
+ * store into the mapping on a full file system would raise SIGBUS.
+ * posix_fallocate and not fallocate: it writes where the file system does not
+ * support allocation, so its success always means that the space exists.
  *
- * XXX A copy-on-write file system (btrfs after a snapshot, zfs) takes new room
- * for every store all the same: full, it kills the server, which recovers at
- * its next start as after any crash.
+ * XXX A copy-on-write file system (btrfs after a snapshot, zfs) still takes new
+ * space for every store: when it is full the server dies of SIGBUS, and
+ * recovers at its next start as after any crash.
  */
 static int
 allocate (int fd, uint64_t size)

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Histograms of what clients' requests take: what the pace of resync goes by.
+/* Histograms of the times of clients' requests: resync's pace depends on them.
  *
- * Each request is counted as disturbed if any resync copied at any time of it
- * or just before, when threads are still where the copying had put them, and as
- * quiet otherwise; so the pace, which compares the two, need not know when a
- * burst of copies began.  Writes that a remote was sent are apart from those it
- * was not: while a remote is behind both occur, take different times, and their
- * shares change as resync goes on.
+ * A request counts as disturbed if any resync copied during it or just before,
+ * as the scheduler still shows the effect of the copying then, and else as
+ * quiet.  So the pace, which compares the two, need not know when a burst of
+ * copies began.  Writes that were sent to a remote are counted apart from those
+ * that were not: while a remote is behind both occur, they take different
+ * times, and their shares change as resync goes on.
  *
- * A bucket is a quarter of a power of two, so 19 % wide; the first also holds
- * what is below 1 us, the last what is above two minutes.  A count is one
- * atomic add: no lock, and nothing a request waits for.
+ * A bucket is a quarter of a power of two, so 19 % wide; the first also counts
+ * times below 1 us, the last those above two minutes.  A count is one atomic
+ * add, so no request waits for it.
  */
 
 #include <stdatomic.h>

@@ -1,23 +1,22 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The process's log.  Its rule: output never matters.  No write to a log can
- * end, block or change a thread that serves or keeps a disk.
+ * end, block or change a thread that serves or manages a disk.
  *
  * So only one thread writes to the real output, the writer.  All others put a
  * line into a queue of fixed size, under a lock that is never held over I/O.
- * The writer may block for as long as it likes, on a stalled pipe or terminal:
- * meanwhile lines beyond the queue are dropped and counted.  Where the output
- * fails (its reader is dead, its disk is full), what was taken is dropped and
- * counted too, and the next lines are tried.  Once it works again the log says
+ * The writer may block on a stalled pipe or terminal for any time: lines beyond
+ * the queue are dropped and counted until it goes on.  If the output fails (its
+ * reader is dead, its disk is full), the writer drops and counts the lines it
+ * has taken and tries the next ones.  Once the output works again the log says
  * how many lines it lacks.
  *
- * O_NONBLOCK is no way to get there: it belongs to the open file, which we
- * share with the shell, the journal and every process that has it open.
+ * O_NONBLOCK is no solution: it belongs to the open file, which this process
+ * shares with the shell, the journal and every process that has it open.
  *
- * Some output is not ours: nbdkit's messages, an assertion's, a Python
- * traceback.  Descriptors 1 and 2 therefore become a pipe of our own, whose
- * end for writing is non-blocking, and a second thread, the intake, moves its
- * lines into the queue.
+ * Other code writes output too: nbdkit's messages, a failed assertion, a Python
+ * traceback.  So descriptors 1 and 2 become a pipe with a non-blocking write
+ * end, and a second thread, the intake, moves its lines into the queue.
  */
 
 #define _GNU_SOURCE
@@ -43,10 +42,10 @@
 
 #define QUEUE_BYTES (256u << 10)
 #define CHUNK_BYTES (16u << 10)
-#define LINE_BYTES 4096u /* of what is not ours, before it is cut */
+#define LINE_BYTES 4096u /* a longer line of other code is cut */
 #define STACK_BYTES (256u << 10)
 #define REST_MS 200       /* after the output failed */
-#define LAST_WORDS_MS 200 /* for an assertion's, before abort () ends us */
+#define LAST_WORDS_MS 200 /* for an assertion's message, before abort () */
 #define EXIT_MS 500
 #define SAY_MS 1000 /* between two looks for lines that were left out */
 
@@ -54,12 +53,12 @@
 #define MAX_FILE_BYTES (10u << 20)
 #define NR_OLD_FILES 2 /* serve.log.1 is the newer one */
 
-/* How many lines of a kind: so many at once, then a few a second. */
+/* Limits the lines of a kind: a burst, then a few a second. */
 struct bucket {
   uint32_t burst, per_second;
   uint64_t tokens_ns; /* a second's worth is 10^9 / per_second each */
   uint64_t seen_ns;
-  uint64_t left_out; /* since it was last said */
+  uint64_t left_out; /* since the log last said so */
   const char *what;
 };
 
@@ -70,17 +69,18 @@ static char queue[QUEUE_BYTES];
 static size_t first, used;
 static bool writing; /* the writer has lines that are not in the queue */
 static uint64_t lost, lost_said, left_out;
-static char partial[LINE_BYTES + 1]; /* of a line of the pipe, and a NUL */
+static char
+    partial[LINE_BYTES + 1]; /* an unfinished line of the pipe, and a NUL */
 static size_t nr_partial;
-static int dir_fd = -1; /* of serve.log, if that is our output */
-/* A client must not fill the disk, whatever it does wrong. */
+static int dir_fd = -1; /* of serve.log, if the output is that file */
+/* No misbehaviour of a client may fill the disk. */
 static struct bucket buckets[NBDM_LOG_KINDS] = {
   [NBDM_LOG_CLIENTS] = { 100, 1, 0, 0, 0, "about clients" },
   [NBDM_LOG_OTHERS] = { 200, 2, 0, 0, 0, "of others" },
 };
 
-static int in_fd = -1; /* set before the threads are there */
-/* The writer's alone, from then on. */
+static int in_fd = -1; /* set before the threads start */
+/* Only the writer uses them from then on. */
 static int out_fd = -1;
 static uint64_t file_bytes;
 static char chunk[CHUNK_BYTES];
@@ -95,9 +95,9 @@ put_locked (const char *data, size_t size)
   used += size;
 }
 
-/* Bytes of the character of UTF-8 that begins there; 0: none does, or it is a
- * control character.  Those beyond ASCII, U+0080 to U+009F, command a terminal
- * as well: U+009B is ESC [ in one.
+/* Length of the UTF-8 character that begins there; 0: no valid one, or a
+ * control character.  U+0080 to U+009F are control characters of a terminal as
+ * well: U+009B is ESC [ in one.
  */
 static size_t
 plain_char (const char *at)
@@ -115,8 +115,8 @@ plain_char (const char *at)
   return c == 0xc2 && (unsigned char)at[1] < 0xa0 ? 0 : size;
 }
 
-/* A remote's words, and a client's, must not look like lines of ours, nor
- * command a terminal.  What goes on in another line is indented.
+/* The words of a remote or a client must not look like our own lines, nor
+ * control a terminal.  Continuation lines are indented.
  */
 static void
 put_plain_locked (const char *words)
@@ -134,8 +134,8 @@ put_plain_locked (const char *words)
   }
 }
 
-/* The same of what has lines of its own, or is not ours: it stays as long as it
- * is.  Behind it is a NUL.
+/* The same for text that has its own lines or comes from other code: its length
+ * stays the same.  A NUL follows it.
  */
 static void
 put_text_locked (const char *text, size_t size)
@@ -178,9 +178,9 @@ line_locked (const char *level, const char *words)
   pthread_cond_signal (&work);
 }
 
-/* --- How many ----------------------------------------------------------- */
+/* --- Limits ------------------------------------------------------------- */
 
-/* Is there a token?  It is not taken. */
+/* Is there a token?  Does not take it. */
 static bool
 has_token_locked (struct bucket *b)
 {
@@ -220,7 +220,7 @@ take_token_locked (struct bucket *b)
   return true;
 }
 
-/* --- The intake: what is written to descriptors 1 and 2 ------------------- */
+/* --- The intake: lines from descriptors 1 and 2 -------------------------- */
 
 static void
 end_partial_locked (void)
@@ -263,8 +263,9 @@ intake_main (void *opaque)
 
     pthread_mutex_lock (&lock);
     if (ready > 0) {
-      /* Under the lock, so that nothing is in neither the pipe nor the queue:
-       * see nbdm_log_flush.  The read cannot block: no other thread reads.
+      /* Under the lock, so that every line is either in the pipe or in the
+       * queue: see nbdm_log_flush.  The read cannot block: no other thread
+       * reads.
        */
       ssize_t n = read (in_fd, buf, sizeof buf);
 
@@ -290,7 +291,7 @@ count_lines (const char *data, size_t size)
   return nr;
 }
 
-/* Writes all of it; or gives how many bytes at its end were not written. */
+/* Write all bytes; returns how many at the end were not written. */
 static size_t
 write_out (const char *data, size_t size)
 {
@@ -318,9 +319,9 @@ write_out (const char *data, size_t size)
   return 0;
 }
 
-/* Puts the file aside and begins a new one.  Names are taken in the directory
- * we hold, links are neither followed nor written to: `renameat` replaces a
- * link, O_EXCL refuses one.
+/* Rename the full file and begin a new one.  Names are looked up in the
+ * directory that dir_fd holds, and no symbolic link is followed: `renameat`
+ * replaces a link, O_EXCL refuses one.
  */
 static void
 rotate (int dirfd)
@@ -329,12 +330,12 @@ rotate (int dirfd)
   char older[32], newer[32];
   int fd;
 
-  file_bytes = 0; /* if it does not work: after as many bytes again */
+  file_bytes = 0; /* if this fails, try after as many bytes again */
   if (fstat (out_fd, &ours) < 0)
     return;
   if (fstatat (dirfd, FILE_NAME, &there, AT_SYMLINK_NOFOLLOW) == 0) {
     if (there.st_dev != ours.st_dev || there.st_ino != ours.st_ino)
-      return; /* another program rotates it, from now on too */
+      return; /* another program rotates it: leave that to it */
     for (int i = NR_OLD_FILES; i > 0; i--) {
       snprintf (older, sizeof older, FILE_NAME ".%d", i);
       snprintf (newer, sizeof newer, i > 1 ? FILE_NAME ".%d" : FILE_NAME,
@@ -352,7 +353,7 @@ rotate (int dirfd)
   out_fd = fd;
 }
 
-/* The gap is said before what comes after it. */
+/* Report the gap before the lines that follow it. */
 static bool
 say_lost (uint64_t nr)
 {
@@ -366,7 +367,7 @@ say_lost (uint64_t nr)
   return write_out (line, n) == 0;
 }
 
-/* Takes whole lines, as many as fit. */
+/* Take whole lines, as many as fit. */
 static size_t
 take_out_locked (void)
 {
@@ -424,8 +425,8 @@ writer_main (void *opaque)
 
 /* --- Start and end -------------------------------------------------------- */
 
-/* An assertion's words are in the pipe when abort () raises its signal: the
- * threads get a moment to write them out.  Then abort () ends the process.
+/* An assertion's message is in the pipe when abort () raises its signal: give
+ * the threads a moment to write it.  Then abort () ends the process.
  */
 static void
 last_words (int signal)
@@ -446,7 +447,7 @@ start_thread (void *(*main) (void *))
   sigset_t all, before;
   int rc;
 
-  /* Signals are the process's other threads'. */
+  /* The process's other threads take the signals. */
   sigfillset (&all);
   pthread_sigmask (SIG_SETMASK, &all, &before);
   rc = thread_start (main, NULL, STACK_BYTES);
@@ -454,7 +455,9 @@ start_thread (void *(*main) (void *))
   return rc < 0 ? set_error (rc, "cannot start a thread for the log") : 0;
 }
 
-/* The real output, under another number: descriptors 1 and 2 become ours. */
+/* Keep the real output under another number: descriptors 1 and 2 become the
+ * pipe.
+ */
 static int
 redirect (void)
 {
@@ -469,7 +472,7 @@ redirect (void)
   if (fstat (out_fd, &st) == 0 && S_ISREG (st.st_mode))
     file_bytes = (uint64_t)st.st_size;
   in_fd = ends[0];
-  /* Of this end alone: each end of a pipe has flags of its own. */
+  /* For this end alone: each end of a pipe has its own flags. */
   (void)fcntl (ends[1], F_SETFL, O_NONBLOCK);
   if (dup2 (ends[1], STDOUT_FILENO) < 0 || dup2 (ends[1], STDERR_FILENO) < 0)
     return set_error (-errno, "cannot redirect the output");
@@ -518,7 +521,7 @@ nbdm_log_rotate (const char *state_dir)
   }
   pthread_mutex_unlock (&lock);
   if (fd >= 0)
-    close (fd); /* the output is another one: a journal, a terminal, a pipe */
+    close (fd); /* the output is no such file: a journal, a terminal, a pipe */
   return 0;
 }
 

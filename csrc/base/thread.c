@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Threads that no other thread joins. */
+/* Detached threads: no other thread joins them. */
 
 #include <pthread.h>
 
