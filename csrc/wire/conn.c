@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* One NBD connection to a remote: which thread waits for which commands, and
- * how it ends.  One of two transports moves the bytes (transport.h).
+ * how the connection ends.  One of two transports moves the bytes
+ * (transport.h).
  *
  * A waiter reads the socket.  The first waiter becomes the poller; the others
  * sleep until their commands are answered, or until the poller has its own
  * answer and hands the role to one of them (leader and followers; Schmidt et
  * al., "Leader/Followers", 2000).  A dedicated thread would cost two more
- * context switches on every write at queue depth 1, which is what a database
- * waits for.
+ * context switches on every write at queue depth 1, the case of a database.
  *
  * The poller wakes the others.  Each sleeper has a futex of its own, which
  * tells it why it wakes, and needs no lock to go on.  The wake itself is
@@ -16,11 +16,11 @@
  * wakes to find the lock taken goes to sleep again, and that was a third of all
  * futex calls at queue depth 16.
  *
- * How it ends: there is one way only.  conn_kill marks the connection dead
- * and shuts the socket down; the poller sees the end of the stream, its
- * transport ends what was outstanding, and every waiter wakes.  So when
- * conn_wait returns, nothing refers to the waiter's buffers any more, and a
- * request never leaves the engine with a command still reading it.
+ * A connection ends in one way only.  conn_kill marks the connection dead and
+ * shuts the socket down; the poller sees the end of the stream, its transport
+ * ends what was outstanding, and every waiter wakes.  So when conn_wait
+ * returns, nothing refers to the waiter's buffers any more, and a request never
+ * leaves the engine with a command still reading it.
  */
 
 #define _GNU_SOURCE
@@ -71,17 +71,17 @@ enum wake_reason {
   BE_THE_POLLER /* the thread that wakes it has set conn->polling for it */
 };
 
-/* The sleepers that have a reason to wake, and that this thread wakes later. By
- * the time of the wake the waiter may be gone from its owner's stack: to wake
- * an address on which no thread sleeps is no error, and a thread that sleeps
- * there by then for another reason looks again.
+/* The sleepers that this thread wakes later.  By then the waiter may be gone
+ * from its owner's stack.  That is safe: a wake of an address on which no
+ * thread sleeps is no error, and a thread that sleeps there for another reason
+ * checks again.
  */
 #define MAX_TO_WAKE 64
 static _Thread_local atomic_uint *to_wake[MAX_TO_WAKE];
 static _Thread_local unsigned nr_to_wake;
 
-/* With no lock held, or the woken thread may find it taken.  Only where a
- * connection is killed may the caller hold the volume's lock.
+/* The caller holds no lock, or the woken thread may find it taken.  Only a
+ * caller that kills a connection may hold the volume's lock.
  */
 void
 conn_wake_deferred (void)
@@ -106,10 +106,10 @@ defer_wake_locked (struct conn *conn, struct waiter *waiter,
     conn_wake_deferred (); /* better under a lock than never */
   to_wake[nr_to_wake++] = &waiter->wake_reason;
   atomic_store_explicit (&waiter->wake_reason, why, memory_order_release);
-  /* From here on the waiter may be gone. */
+  /* From here on the waiter may be freed. */
 }
 
-/* Go to sleep; conn->lock is held, and is not when this returns. */
+/* Go to sleep.  The caller holds conn->lock; this releases it. */
 static enum wake_reason
 sleep_and_unlock (struct conn *conn, struct waiter *waiter)
 {
@@ -172,7 +172,7 @@ ssize_t
 conn_sendmsg (int fd, const struct msghdr *msg, int flags)
 {
 #ifdef __SANITIZE_THREAD__
-  /* Of no bytes: orders what came before it ahead of the receiving thread. */
+  /* A send of no bytes orders all before it ahead of the receiving thread. */
   (void)send (fd, NULL, 0, MSG_DONTWAIT | MSG_NOSIGNAL);
 #endif
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
@@ -255,7 +255,7 @@ conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return conn->transport->issue (conn, cmd, waiter);
 }
 
-/* A thread may become the poller: there is none, or it is absent. */
+/* May a thread become the poller?  There is none, or it is absent. */
 static bool
 lacks_poller_locked (const struct conn *conn)
 {
@@ -278,9 +278,9 @@ unlist_locked (struct conn *conn, struct watcher *watcher)
   watcher->listed = false;
 }
 
-/* The poller leaves: a thread that still waits has to take over.  A watcher may
- * be at the local disk for long: then the ticker takes over.  But the ticker
- * looks at no dead connection, so of a dead one all watchers are rung.
+/* The poller leaves: a thread that still waits must take over.  If the watcher
+ * is at the local disk for long, the ticker takes over.  But the ticker skips
+ * dead connections, so all watchers of a dead one are rung.
  */
 static void
 hand_over_locked (struct conn *conn)
@@ -460,14 +460,14 @@ conn_answered_all (struct conn *conn, const struct waiter *waiter)
 void
 conn_tick (struct conn *conn, uint32_t deadline_ms, uint64_t hurry_ns)
 {
-  /* Its issuer may be long at the local disk. */
+  /* The issuer may be at the local disk for long. */
   conn->transport->push (conn, NULL);
   pthread_mutex_lock (&conn->lock);
   if (lacks_poller_locked (conn)) {
     become_poller_locked (conn);
     pthread_mutex_unlock (&conn->lock);
-    /* As much as possible: while every client's thread is at the local disk no
-     * other thread moves a long write along.
+    /* As much as possible: while every client's thread is at the local disk,
+     * only the ticker moves a long write along.
      */
     for (int i = 0; i < TICK_STEPS && conn->transport->step (conn, false); i++)
       ;

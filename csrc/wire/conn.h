@@ -15,8 +15,9 @@
 struct conn;
 struct mailbox;
 
-/* Waits for the answers to commands of one connection: a thread in conn_wait,
- * or one with a mailbox, to which the waiter is posted.
+/* Counts the unanswered commands that one thread waits for on one connection.
+ * The thread sleeps in conn_wait, or has a mailbox to which the waiter is
+ * posted.
  */
 struct waiter {
   unsigned pending;        /* commands not answered yet; under conn->lock */
@@ -39,7 +40,7 @@ enum command_kind {
   COMMAND_FLUSH
 };
 
-/* How far the plain transport is with it. */
+/* How much of the command the plain transport has sent. */
 enum command_sent { COMMAND_QUEUED, COMMAND_LEAVING, COMMAND_SENT };
 
 /* One command of ours; lives as long as its waiter.  What `buf` points to must
@@ -54,17 +55,17 @@ struct command {
 
   struct waiter *waiter;
   struct conn *conn;
-  int error; /* once answered: 0, or an errno; ENOTCONN: it never was */
+  int error; /* of the answer: 0 or an errno; ENOTCONN: there was none */
   uint64_t issued_ns, answered_ns;
-  uint64_t bytes; /* to be moved for it and for what was before it: silence.c */
+  uint64_t bytes; /* to move for it and for the commands before it: silence.c */
   TAILQ_ENTRY (command) link; /* of those outstanding */
   uint64_t cookie;            /* this and below: the plain transport's */
   enum command_sent sent;
   bool replied;  /* the header of its answer has come */
-  bool complete; /* all of the answer, before the request had wholly left */
+  bool complete; /* all of the answer came before the request had wholly left */
 };
 
-/* What the server told at the handshake. */
+/* What the server said in the handshake. */
 #define CONN_DESCRIPTION 512 /* bytes, with the NUL */
 
 struct conn_info {
@@ -84,33 +85,34 @@ struct conn_info {
  */
 int conn_open (const char *uri, uint32_t timeout_ms, struct conn **conn);
 struct conn *conn_get (struct conn *conn);
-/* The last reference closes the connection: no command may be outstanding then,
- * and none is, as its issuer holds a reference until it is answered.
+/* The last reference closes the connection.  No command is outstanding then:
+ * its issuer holds a reference until the answer.
  */
 void conn_put (struct conn *conn);
 const struct conn_info *conn_info (const struct conn *conn);
-/* Forget that the server offered to zero; before any other thread has it. */
+/* Forget that the server offered WRITE_ZEROES.  Call it before any other thread
+ * uses the connection.
+ */
 void conn_without_zeroes (struct conn *conn);
 
-/* Send a command, now or at the latest with conn_wait, or conn_push if the
- * waiter has a mailbox; does not block.  -ENOTCONN: not sent, and the waiter
- * does not wait for it.
+/* Send a command now, or at the latest in conn_wait, or in conn_push if the
+ * waiter has a mailbox; does not block.  -ENOTCONN: the command is not sent,
+ * and the waiter does not count it.
  */
 int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
 /* Block until all of the waiter's commands are answered or the connection is
- * dead.  Bounded by the ticker's deadline.
+ * dead.  The ticker's deadline bounds the wait.
  */
 void conn_wait (struct conn *conn, struct waiter *waiter);
 
 /* Send what conn_issue left, as far as the socket has room. */
 void conn_push (struct conn *conn);
 
-/* A thread that waits in poll for several things at once, this connection among
- * them.  From conn_before_poll to conn_after_poll it may be the poller.  From
- * then on it is absent, at work, and takes in no answers: any waiter may become
- * the poller in its place.
- * Waiters that already sleep are not woken for that: at the latest the ticker,
- * 50 ms later, takes the answers in.
+/* A thread that waits in poll for several descriptors, one of them this
+ * connection's.  From conn_before_poll to conn_after_poll it may be the poller.
+ * After that it is absent: it works and receives no answers, and any waiter may
+ * become the poller in its place.  Waiters that already sleep are not woken;
+ * the ticker receives their answers at most 50 ms later.
  */
 struct watcher {
   struct mailbox *box; /* rung when there is no poller */
@@ -119,14 +121,14 @@ struct watcher {
   bool polling; /* its own thread's */
 };
 
-/* Can it be watched?  Not where libnbd moves the bytes. */
+/* Can a thread watch it?  Not if libnbd moves the bytes. */
 bool conn_watchable (const struct conn *conn);
 int conn_fd (const struct conn *conn);
 /* Before a poll: the events to wait for on conn_fd. */
 short conn_before_poll (struct conn *conn, struct watcher *watcher);
-/* After it, with the events that came: send, take in answers, be absent. */
+/* After the poll, with its events: send, receive answers, become absent. */
 void conn_after_poll (struct conn *conn, struct watcher *watcher, short events);
-/* It has nothing outstanding there any more. */
+/* The watcher has no command outstanding there any more. */
 void conn_unwatch (struct conn *conn, struct watcher *watcher);
 
 /* Read it all, in commands as long as the server takes; blocks. */
@@ -135,15 +137,14 @@ int conn_pread (struct conn *conn, uint8_t *buf, uint64_t count,
 /* Whether conn_wait would return at once. */
 bool conn_answered_all (struct conn *conn, const struct waiter *waiter);
 
-/* The ticker's part: take in the answers that lie there if no other thread
- * does, notice a closed connection, kill it if it has been silent for
- * deadline_ms, ask the server something if it was silent and no command is
- * under way (silence.c).  From `hurry_ns` on, 0 for never, answers alone count,
- * as the volume stops.
+/* The ticker's part: receive answers if no other thread does, notice a closed
+ * connection, kill it if it was silent for deadline_ms, and send the server a
+ * command if it is silent and none is under way (silence.c).  From `hurry_ns`
+ * on (0: never) the volume stops, and only answers end the silence.
  */
 void conn_tick (struct conn *conn, uint32_t deadline_ms, uint64_t hurry_ns);
-/* Whatever is outstanding ends with ENOTCONN; `why` is kept unless it was
- * dead before.
+/* End all outstanding commands with ENOTCONN.  `why` is kept unless the
+ * connection was dead before.
  */
 void conn_kill (struct conn *conn, const char *why);
 /* Say goodbye to the server; then kill. */
@@ -153,10 +154,11 @@ bool conn_dead (struct conn *conn);
 /* A connection at one moment. */
 struct conn_report {
   bool dead;
-  bool overdue;              /* it died because a deadline passed */
-  uint64_t outstanding;      /* commands sent and not answered, without asks */
-  uint64_t answered;         /* since it was opened, the same */
-  char why[NBDM_REASON_LEN]; /* it died; else "" */
+  bool overdue; /* it died because a deadline passed */
+  uint64_t
+      outstanding;   /* commands without an answer; the ticker's not counted */
+  uint64_t answered; /* answers since it was opened, counted the same way */
+  char why[NBDM_REASON_LEN]; /* why it died, or "" */
 };
 
 struct conn_report conn_report (struct conn *conn);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a sendmsg is to carry, when some of it has left before. */
+/* Collect the bytes for a sendmsg when a part of them has left already. */
 
 #ifndef NBDM_GATHER_H
 #define NBDM_GATHER_H
@@ -10,8 +10,8 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-/* Append what of [base, base + size) lies behind the first `*skip` bytes; there
- * must be room for it in msg_iov.  `*skip` becomes what is still to be skipped.
+/* Append [base, base + size) without its first `*skip` bytes; msg_iov must have
+ * room.  `*skip` becomes the bytes that are still to skip.
  */
 static inline void
 gather (struct msghdr *msg, void *base, size_t size, size_t *skip)

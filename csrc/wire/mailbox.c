@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Mail for a thread that waits in poll, and must not wait anywhere else.
+/* The mailbox of a thread that may wait only in poll.
  *
- * A list that others push to without a lock, and an eventfd that makes poll
- * return.  The eventfd is written once between two looks at the list, and only
- * when the thread that posts has released its locks: a wake-up under a lock
- * wakes a thread to wait for it.
+ * A list to which other threads push without a lock, and an eventfd that makes
+ * poll return.  A posting thread writes the eventfd at most once between two
+ * looks of the owner, and only after it has released its locks: a thread woken
+ * under a lock would only wait for that lock.
  *
- * Nothing is missed: the thread that posts puts the waiter in and then looks
- * whether it has rung; the owner takes the mark away and then empties the list.
- * So either the owner finds the waiter, or the other thread finds no mark and
- * rings.
+ * No waiter is missed: the posting thread adds the waiter, then tests `rung`;
+ * the owner clears `rung`, then empties the list.  So either the owner finds
+ * the waiter, or the posting thread finds `rung` clear and rings.
  */
 
 #define _GNU_SOURCE

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Where a thread that waits for several things at once learns that waiters of
- * its are answered; see mailbox.c.
+/* Tells a thread that waits in poll which of its waiters are answered; see
+ * mailbox.c.
  */
 
 #ifndef NBDM_MAILBOX_H
@@ -15,28 +15,30 @@ struct waiter;
 struct mailbox {
   atomic_uint users;
   int fd;           /* an eventfd, readable when rung: for its owner's poll */
-  atomic_bool rung; /* since the owner last looked; or about to be */
-  _Atomic (struct waiter *) posted; /* and not taken: the latest first */
+  atomic_bool rung; /* a thread has rung since the owner looked, or will soon */
+  _Atomic (struct waiter *) posted; /* not taken yet, the latest first */
 };
 
 /* NULL: no memory or no descriptor.  The caller owns one reference. */
 struct mailbox *mailbox_new (void);
 void mailbox_put (struct mailbox *box);
 
-/* From now on this thread reads the box: it is not rung by itself.  NULL: none
- * any more.
+/* This thread owns the box from now on, so its own posts do not ring it.  NULL:
+ * it owns none.
  */
 void mailbox_own (struct mailbox *box);
-/* Put a waiter into its box: it is answered.  Under any lock.  The waiter may
- * be gone when this returns.
+/* Put an answered waiter into its box.  The caller may hold any lock.  The
+ * waiter may be freed when this returns.
  */
 void mailbox_post (struct waiter *waiter);
-/* Have the owner look, whatever for; under any lock. */
+/* Make the owner return from poll.  The caller may hold any lock. */
 void mailbox_ring (struct mailbox *box);
-/* What this thread has rung does ring now; with no lock held. */
+/* Wake the owners of the boxes that this thread has rung.  The caller holds no
+ * lock.
+ */
 void mailbox_ring_all (void);
-/* The owner's: those posted since the last time, in that order, linked by
- * `next`; or NULL.  With `woken` the eventfd is read first.
+/* For the owner: the waiters posted since the last call, in that order, linked
+ * by `next`; or NULL.  With `woken` it reads the eventfd first.
  */
 struct waiter *mailbox_take (struct mailbox *box, bool woken);
 

@@ -24,7 +24,7 @@
 #include "wire/transport.h"
 #include "wire/transport_plain.h"
 
-#define BATCH_BYTES (256u << 10) /* no more join it from there on */
+#define BATCH_BYTES (256u << 10) /* no command joins a batch of that size */
 #define SEND_AT_ONCE (64u << 10) /* bytes: large enough not to wait */
 #define LOOK_UP_MS 20            /* for answers, while it waits for room */
 #define TURN_BATCHES 64u /* that one thread sends, for all, if that takes */
@@ -78,8 +78,8 @@ gather_locked (struct plain *plain, struct msghdr *msg)
   plain->nr_batched = i;
 }
 
-/* So many bytes of the batch have left.  False: one that has not all left was
- * answered.
+/* So many bytes of the batch have left.  False: a command was answered that has
+ * not wholly left.
  */
 static bool
 sent_locked (struct conn *conn, size_t bytes)
@@ -122,8 +122,8 @@ plain_describe_loss (int err, char *why, size_t max)
     snprintf (why, max, "the connection broke: %s", strerror (err));
 }
 
-/* What became of a sendmsg: 1 go on, 0 the socket is full, -1 the connection is
- * over, and `why` says so.
+/* The result of a sendmsg: 1 go on, 0 the socket is full, -1 the connection is
+ * over, for the reason in `why`.
  */
 static int
 outcome_locked (struct conn *conn, ssize_t n, int err, char *why)
@@ -148,8 +148,8 @@ plain_has_unsent (const struct conn *conn)
 }
 
 /* Send until nothing is left, the socket is full, or this thread has sent for
- * long enough.  No effect while another thread sends.  Drops the lock
- * meanwhile. True: the socket is full.
+ * long enough.  No effect while another thread sends.  Drops the lock during a
+ * send.  True: the socket is full.
  */
 static bool
 push_relock (struct conn *conn)
@@ -185,14 +185,14 @@ push_relock (struct conn *conn)
       pthread_mutex_lock (&conn->lock);
     }
   }
-  /* What is left the poller sends, as where the socket is full. */
+  /* The poller sends the rest, as when the socket is full. */
   if (!plain->sending)
     atomic_store (&plain->full, plain->unsent != NULL);
   return false;
 }
 
-/* Send a flush at once: its issuer flushes the local disk meanwhile.  A waiter
- * with a mailbox issues several commands, then pushes once.
+/* Send a flush at once: its issuer flushes the local disk at the same time.  A
+ * waiter with a mailbox issues several commands, then pushes once.
  */
 static bool
 is_urgent_locked (const struct conn *conn, const struct command *cmd)
@@ -224,7 +224,7 @@ plain_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return rc;
 }
 
-/* Sleep until the socket has room, is shut down, or it is time to look up. */
+/* Sleep until the socket has room, is shut down, or LOOK_UP_MS have passed. */
 static void
 await_room_relock (struct conn *conn)
 {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The NBD protocol's numbers and its structures on the wire, big-endian; the
- * source is doc/proto.md of the NBD project.  For the plain transport, which
- * is a client, and the direct door, which is a server.
+ * source is doc/proto.md of the NBD project.  The plain transport uses them as
+ * a client, the direct door as a server.
  */
 
 #ifndef NBDM_PROTOCOL_H
@@ -138,7 +138,7 @@ struct nbd_simple_reply {
   uint64_t cookie;
 } __attribute__ ((packed));
 
-/* May it stand in a reply?  The numbers are Linux' own. */
+/* Is it an error that a reply may carry?  The numbers are those of Linux. */
 static inline bool
 nbd_has_error (uint32_t error)
 {
@@ -163,7 +163,7 @@ struct nbd_chunk {
   uint16_t flags;
   uint16_t type;
   uint64_t cookie;
-  uint32_t length; /* of what follows */
+  uint32_t length; /* of the payload that follows */
 } __attribute__ ((packed));
 
 struct nbd_block_descriptor {

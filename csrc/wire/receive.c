@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Bytes from a process that may send open files along.
+/* Receive bytes from a process that may also send open files.
  *
  * On a unix socket any message can carry descriptors (SCM_RIGHTS).  Where the
  * receiver has no room for them the kernel closes the files, on the thread that
  * receives, and the last close of a file may wait: that of a TCP socket with
  * SO_LINGER for as long as its owner has chosen.  So a hostile server could
- * stop the ticker, and a hostile client a thread that holds a range.  Here the
- * descriptors are taken, and a thread of their own closes them.
+ * block the ticker, and a hostile client a thread that holds a range.  This
+ * file receives the descriptors, and a separate thread closes them.
  *
- * A socket that is closed closes the files of what nobody has received.  So one
- * that still has bytes is closed by such a thread too.
+ * The close of a socket closes the files of its unread messages.  So such a
+ * thread also closes a socket that still has bytes.
  */
 
 #define _GNU_SOURCE
@@ -44,7 +44,7 @@ close_files (void *opaque)
   return NULL;
 }
 
-/* False: there is no thread, and the files are open still. */
+/* False: no thread could start, and the files are still open. */
 static bool
 close_apart (struct files *files)
 {
@@ -61,7 +61,8 @@ close_apart (struct files *files)
   return err == 0;
 }
 
-/* Without memory or a thread they stay open: better lost than waited for. */
+/* Without memory or a thread the files stay open: a leak is better than a wait.
+ */
 static void
 give_away (struct msghdr *msg)
 {

@@ -12,11 +12,11 @@
 #include <sys/uio.h>
 
 /* As recv and readv with flags.  EBADMSG: open files came with the bytes, which
- * no honest peer sends: the connection is to be ended.
+ * no honest peer sends: the caller must end the connection.
  */
 ssize_t receive (int fd, void *buf, size_t size, int flags);
 ssize_t receive_iov (int fd, struct iovec *iov, size_t nr, int flags);
-/* Close a connected socket, which may hold such messages unread. */
+/* Close a connected socket, which may hold unread messages of that kind. */
 void close_socket (int fd);
 
 #endif /* NBDM_RECEIVE_H */

@@ -2,31 +2,32 @@
 
 /* How long a connection may be silent (rule 13).
  *
- * What counts is silence, not how long the work takes: a link of 256 kbit/s
- * needs 17 minutes for one write of 32 MiB, and cutting it off would only send
- * the same bytes again.  So an answer ends the silence, and bytes that move
- * shorten it: each by what it takes at SLOWEST.  A server that lets a byte a
- * second pass gains next to nothing by that, one at the speed of a poor link is
- * never silent.  A command alone on its connection is thus over after its
- * deadline and its bytes at SLOWEST, whatever the server does.
+ * The deadline bounds silence, not the time of the work: a link of 256 kbit/s
+ * needs 17 minutes for one write of 32 MiB, and ending the connection would
+ * only send the same bytes again.  So an answer ends the silence, and each byte
+ * that moves shortens it by the time that it takes at SLOWEST.  A server that
+ * lets one byte a second pass gains next to nothing; a link at SLOWEST is never
+ * silent.  So a command alone on its connection ends after its deadline and its
+ * bytes at SLOWEST, whatever the server does.
  *
- * Which bytes count: those that come, as the protocol allows none but answers;
- * and those that leave only up to the end of the oldest command.  What is sent
- * behind it says nothing of the server: the kernel of a host takes megabytes
- * for a process that hangs.
+ * Which bytes count: all received ones, as the protocol allows only answers;
+ * sent ones up to the end of the oldest command.  Bytes sent after that prove
+ * nothing about the server: the kernel of its host accepts megabytes for a
+ * process that hangs.
  *
- * How they are known: for TCP the kernel counts what came and what was
- * acknowledged.  Elsewhere what was put into the socket and is not there any
- * more was read by the other side; about, as the kernel counts its own
- * structures there.
+ * How they are counted: for TCP the kernel counts received and acknowledged
+ * bytes.  For other sockets the other side has read the bytes that were sent
+ * and are no longer in the socket.  That is an estimate, as the kernel counts
+ * its own structures too.
  *
- * A command that starves while others are answered must not hang its client: it
- * has NBDM_STARVED_DEADLINES, and the bytes before it at SLOWEST.
+ * A command that starves while the server answers others must not hang its
+ * client: it has NBDM_STARVED_DEADLINES, and the time of the bytes before it at
+ * SLOWEST.
  *
- * The ticker asks a server that no request asks anything: a read of one small
- * block, the same one each time.  Every server can do it; it lies in a cache
- * after the first time, where a flush might make a disk write; and it changes
- * nothing.  An error is an answer as well.
+ * The ticker asks a server that has no command: it reads one small block, the
+ * same one each time.  Every server can do that, it changes nothing, and after
+ * the first time it comes from a cache, where a flush might make the disk
+ * write.  An error is an answer as well.
  */
 
 #include <errno.h>
@@ -167,7 +168,7 @@ seconds (uint64_t ns)
   return (double)(ns / (NS_PER_S / 10)) / 10;
 }
 
-/* Is it to be given up?  Then `why` says so. */
+/* Must the connection be given up?  Then `why` has the reason. */
 static bool
 overdue_locked (struct conn *conn, uint64_t deadline_ns, uint64_t hurry_ns,
                 uint64_t now, char *why)
@@ -242,7 +243,7 @@ silence_tick (struct conn *conn, uint64_t deadline_ns, uint64_t hurry_ns)
     overdue = overdue_locked (conn, deadline_ns, hurry_ns, now, why);
   else if (!conn->dead)
     due = ask_is_due_locked (conn, deadline_ns, now);
-  /* Where clients have waited for it, no hold follows: see state.c. */
+  /* Clients have waited for it already, so no hold follows: see state.c. */
   if (overdue && !is_ask (conn, TAILQ_FIRST (&conn->commands)))
     conn->overdue = true;
   pthread_mutex_unlock (&conn->lock);

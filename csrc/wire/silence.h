@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* How long a server says nothing.  See silence.c. */
+/* How long a server may be silent.  See silence.c. */
 
 #ifndef NBDM_SILENCE_H
 #define NBDM_SILENCE_H
@@ -16,10 +16,12 @@ struct conn;
 
 int silence_init (struct conn *conn); /* the handshake is done; -ENOMEM */
 void silence_free (struct conn *conn);
-/* The bytes a request and its answer have. */
+/* The bytes of a request and its answer. */
 uint64_t command_bytes (const struct command *cmd);
 bool is_ask (const struct conn *conn, const struct command *cmd);
-/* The ticker's: kill it if it was silent for too long, ask if for a while. */
+/* For the ticker: kill the connection if it was silent for too long, and ask
+ * the server if it was silent for a while.
+ */
 void silence_tick (struct conn *conn, uint64_t deadline_ns, uint64_t hurry_ns);
 /* Bytes in the socket that the other side has not taken. */
 uint64_t socket_queue (const struct conn *conn);

@@ -3,13 +3,13 @@
 /* The handshake, and the general transport: libnbd carries every command,
  * over TLS as well as over a plain socket.
  *
- * libnbd has a lock of its own and calls us back with it held, from whichever
- * thread polls, or issues on a socket that just broke.  Its callback is the
- * only place where a command ends; also when the connection dies: libnbd then
- * aborts what was outstanding.
+ * libnbd has its own lock and calls our callback with it held, on the thread
+ * that polls, or that issues on a socket that just broke.  A command ends only
+ * in this callback, also when the connection dies: libnbd then aborts the
+ * outstanding commands.
  *
  * We poll a dup of libnbd's socket: libnbd closes its own as soon as it sees
- * the end, and a number that was closed may be another file's by then.
+ * the end of the stream, and the number may then belong to another file.
  */
 
 #define _GNU_SOURCE
@@ -35,9 +35,9 @@
 
 #define DEFAULT_MAX_PAYLOAD (32u << 20) /* the protocol's advice */
 
-/* libnbd's last word on why, without the name of its function in front.  Its
- * errors are each thread's own: one that only met the dead connection was
- * told a state of libnbd's, which explains nothing to an operator.
+/* libnbd's last error, without the name of its function in front.  libnbd keeps
+ * errors for each thread: a thread that only met the dead connection gets
+ * libnbd's state name, which explains nothing to an operator.
  */
 static const char *
 libnbd_words (void)
@@ -109,9 +109,9 @@ drive (struct conn *conn, uint64_t until_ns, uint32_t timeout_ms)
   return 0;
 }
 
-/* libnbd returns when nothing more has come.  A server may tell of its export
- * as often as it likes, so one that does not stop would keep this thread for
- * ever: libnbd says each of its steps, and there the time is looked at.
+/* libnbd returns when nothing more has come.  A server may describe its export
+ * again and again, and one that does not stop would keep this thread for ever.
+ * libnbd reports each of its steps to a callback, which checks the time.
  */
 struct patience {
   const struct conn *conn;
@@ -120,7 +120,7 @@ struct patience {
   bool over;
 };
 
-/* Else libnbd has closed it, and the number may be another file's. */
+/* Else libnbd has closed it, and the number may belong to another file. */
 static bool
 is_same_socket (int one, int other)
 {
@@ -130,8 +130,8 @@ is_same_socket (int one, int other)
          && a.st_ino == b.st_ino;
 }
 
-/* A shutdown would let libnbd read on: what has come stays, and over TCP more
- * comes.  So the socket is taken away from under it.
+/* After a shutdown libnbd could read on: the received bytes stay, and over TCP
+ * more come.  So another descriptor replaces libnbd's socket.
  */
 static int
 look_at_time (void *opaque, const char *context, const char *message)
@@ -176,7 +176,7 @@ static int
 dup_socket (struct conn *conn)
 {
 #ifdef __SANITIZE_THREAD__
-  /* It knows what a dup is ordered with, and not fcntl's. */
+  /* The thread sanitizer knows the ordering of dup, not of fcntl's dup. */
   conn->fd = dup (nbd_aio_get_fd (conn->nbd));
 #else
   conn->fd = fcntl (nbd_aio_get_fd (conn->nbd), F_DUPFD_CLOEXEC, 3);
@@ -308,7 +308,7 @@ push (struct conn *conn, const struct waiter *waiter)
   (void)waiter;
 }
 
-/* What the kernel does not count for us, by what it has lying there. */
+/* Count the bytes that the kernel does not, by what the socket holds. */
 static void
 notify_read (struct conn *conn)
 {
@@ -357,15 +357,15 @@ step (struct conn *conn, bool wait)
     eventfd_t ignored;
     (void)eventfd_read (conn->kick, &ignored);
   }
-  /* An event that the state has outrun meanwhile is refused by libnbd, which
-   * does no harm: the next step asks for the direction anew.
+  /* libnbd refuses an event that its state has outrun.  That does no harm: the
+   * next step asks for the direction again.
    */
   if (pfd[0].revents & (POLLIN | POLLHUP | POLLERR))
     notify_read (conn);
   if (pfd[0].revents & (POLLOUT | POLLERR)
       && (nbd_aio_get_direction (conn->nbd) & LIBNBD_AIO_DIRECTION_WRITE))
     notify_write (conn);
-  /* Before those it strands are woken, or they would not know why. */
+  /* Before the waiters wake, or they would not know the reason. */
   if (nbd_aio_is_dead (conn->nbd) || nbd_aio_is_closed (conn->nbd))
     conn_kill (conn, nbd_aio_is_dead (conn->nbd)
                          ? libnbd_words ()

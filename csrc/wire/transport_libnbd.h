@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* libnbd's transport, and each handshake.  See transport_libnbd.c. */
+/* libnbd's transport, and the handshake of both transports.  See
+ * transport_libnbd.c.
+ */
 
 #ifndef NBDM_TRANSPORT_LIBNBD_H
 #define NBDM_TRANSPORT_LIBNBD_H

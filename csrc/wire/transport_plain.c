@@ -3,8 +3,8 @@
 /* NBD's transmission phase on a plain socket, after libnbd's handshake.
  *
  * libnbd sends a header and its payload with a system call each, reads each
- * answer with one, polls before both and serialises all of it under a lock
- * that every thread meets.  Here
+ * answer with one, polls before both and serialises all of it under a lock that
+ * every thread takes.  In this transport
  *
  *   commands that meet at the socket leave with one sendmsg, headers and
  *   payloads gathered where they lie;
@@ -20,8 +20,8 @@
  * is left, so the others need not wait for their turn; but after TURN_NS and
  * TURN_BATCHES it leaves the rest.  Where others add commands as quickly as it
  * sends them, it would else never come to its own client or, being the ticker,
- * to a deadline.  The next thread that adds one goes on, or the poller, or the
- * ticker.
+ * to a deadline.  The next thread that adds a command goes on with them, or the
+ * poller, or the ticker.
  *
  * No send blocks: a thread that has to wait for room waits in poll, and the end
  * of the connection, by a deadline or otherwise, ends that.  One thread waits
@@ -30,13 +30,13 @@
  * it.  The poller sends what is left then.
  *
  * An answer may come before sendmsg has returned to the thread that sent the
- * command.  It is put by, and given to the waiter when the call has returned:
- * until then command and payload are the kernel's to read.  If the command has
- * not wholly left by then, no honest server can have answered it, and the
- * connection is over.  So no command that is answered is still to be sent.
+ * command.  It is kept, and given to the waiter when the call has returned:
+ * until then the kernel may read the command and its payload.  If the command
+ * has not wholly left by then, no honest server can have answered it, and the
+ * connection is over.  So no answered command is left to send.
  *
- * How it ends: conn_kill shuts the socket down, both calls return, and the
- * poller, once no sendmsg is under way, ends all that is outstanding.
+ * The end: conn_kill shuts the socket down, both calls return, and the poller,
+ * once no sendmsg is under way, ends all that is outstanding.
  */
 
 #define _GNU_SOURCE
@@ -91,7 +91,7 @@ answered_locked (struct conn *conn, struct command *cmd, int error,
     conn_answer_locked (conn, cmd, error, now);
 }
 
-/* One header.  NULL, or what is wrong with it. */
+/* Take one header.  NULL, or the error in it. */
 static const char *
 take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
                    uint64_t now)
@@ -130,7 +130,7 @@ take_replies (struct conn *conn)
 
   LOCK_FOR_SCOPE (&conn->lock);
   if (conn->dead)
-    wrong = conn->why; /* what it says is not believed any more */
+    wrong = conn->why; /* the server's later bytes are not believed */
   while (!wrong && !plain->filling
          && plain->end - plain->start >= sizeof (struct nbd_simple_reply)) {
     memcpy (&reply, plain->inbox + plain->start,
@@ -141,7 +141,7 @@ take_replies (struct conn *conn)
   return wrong;
 }
 
-/* More of the payload is where it belongs. */
+/* More bytes of the payload are in its buffer. */
 static void
 filled (struct conn *conn, size_t bytes)
 {
@@ -188,8 +188,8 @@ take_in (struct conn *conn)
   return wrong;
 }
 
-/* Nothing can come any more.  A sendmsg on a socket that is shut down is about
- * to return, and reads payloads until then.
+/* The stream has ended.  A sendmsg on a socket that is shut down returns soon,
+ * and reads payloads until then.
  */
 static void
 end_all (struct conn *conn)
@@ -226,8 +226,8 @@ receive_some (struct conn *conn, int flags)
                   flags);
 }
 
-/* The poller's, while the socket is full: the thread that waits for room leaves
- * once it has its answers, and no thread in a recv would send the rest.
+/* For the poller, while the socket is full: the thread that waits for room
+ * leaves once it has its answers, and a poller in recv would not send the rest.
  */
 static void
 await_either (struct conn *conn)
@@ -247,8 +247,8 @@ static bool
 step (struct conn *conn, bool wait)
 {
   struct plain *plain = conn->plain;
-  /* Answers that were put by come with the end of a sendmsg, from which no
-   * recv would wake us: it is about to return.
+  /* Answers that were kept become valid when a sendmsg returns, which wakes no
+   * recv; it returns soon.
    */
   bool soon = atomic_load (&plain->nr_early) > 0;
   bool full = wait && !soon && atomic_load (&plain->full);
@@ -281,7 +281,7 @@ step (struct conn *conn, bool wait)
       snprintf (why, sizeof why, "%s", wrong);
     else
       plain_describe_loss (err, why, sizeof why);
-    conn_kill (conn, why); /* before those it strands are woken */
+    conn_kill (conn, why); /* before its waiters wake */
     end_all (conn);
   }
   conn_wake_deferred ();
@@ -290,7 +290,7 @@ step (struct conn *conn, bool wait)
 
 /* --- Coming and going ------------------------------------------------- */
 
-/* The end of the stream is what makes a recv return. */
+/* The end of the stream makes a recv return. */
 static void
 interrupt (struct conn *conn)
 {

@@ -10,15 +10,15 @@
 
 struct conn;
 
-/* Take over the socket of conn->nbd, which is closed: 0.  1: it is none that
- * this transport can carry.  -errno with a message.
+/* Take over the socket of conn->nbd, and close conn->nbd: 0.  1: this transport
+ * cannot carry the connection.  -errno with a message.
  */
 int plain_take_over (struct conn *conn);
 
-/* sendmsg, of commands that may be answered, and their payloads gone, before
- * it returns.  The kernel has read them by then, but the sanitizers' own
- * sendmsg looks at them once more after the call: so they are passed by.  Not
- * a part of transport_plain.c, for tests to take the place of it.
+/* sendmsg without the sanitizers' wrapper.  A command may be answered, and its
+ * payload freed, before sendmsg returns: the kernel has read it by then, but
+ * the wrapper reads it once more after the call.  A function of its own, so
+ * that tests can replace it.
  */
 ssize_t conn_sendmsg (int fd, const struct msghdr *msg, int flags);
 

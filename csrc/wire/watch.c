@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A thread's place to wait: its own descriptor, its mailbox, and each
+/* A thread waits in poll for its own descriptor, its mailbox, and each
  * connection on which it has commands under way.
  *
- * A connection is watched from the first command until the thread waits again
- * with none under way.  So a lost connection and the one after it may both be
- * watched for a while.
+ * The thread watches a connection from the first command until it waits again
+ * with none under way.  So it may watch a lost connection and its successor
+ * together for a while.
  */
 
 #define _GNU_SOURCE
@@ -123,7 +123,7 @@ watch_poll (struct watch *w, struct pollfd *own, int timeout_ms)
                                    .events = events };
     polled[nr++] = at;
   }
-  /* There may be mail of this thread's own, which does not ring. */
+  /* This thread's own posts do not ring. */
   posted = atomic_load (&w->box->posted);
   found = poll (fds, 2 + nr, posted ? 0 : timeout_ms);
   if (found < 0)

@@ -21,11 +21,11 @@ struct watched {
   struct watcher watcher;
 };
 
-/* All of it is its thread's own. */
+/* Only its thread uses it. */
 struct watch {
   struct mailbox *box; /* a reference: where its waiters are posted */
-  bool rung;           /* by the latest watch_poll's account */
-  unsigned top;        /* all above are free: mostly there is one a remote */
+  bool rung;           /* as the latest watch_poll saw it */
+  unsigned top; /* all above are free: mostly one entry a remote is used */
   struct watched conns[WATCH_CONNS];
 };
 
@@ -33,22 +33,22 @@ struct watch {
 int watch_init (struct watch *watch);
 /* Stop watching the connections that no waiter is pending on. */
 void watch_leave_idle (struct watch *watch);
-/* All waiters have been taken. */
+/* End it; the thread has taken all waiters. */
 void watch_end (struct watch *watch);
 
 /* Is there room for the connections of one more request? */
 bool watch_has_room (const struct watch *watch);
-/* A waiter of the connection's is going to be posted to the box. */
+/* A waiter of the connection will be posted to the box. */
 void watch_expect (struct watch *watch, struct conn *conn);
-/* It was, and taken. */
+/* That waiter was posted and the thread has taken it. */
 void watch_answered (struct watch *watch, const struct conn *conn);
 /* Send what was issued on all of them. */
 void watch_push (const struct watch *watch);
-/* Wait for the caller's own descriptor, an answer, or the mailbox, and take in
- * what came.  `own->revents` is set.  0: none of them within `timeout_ms`.
+/* Wait for the caller's own descriptor, an answer or the mailbox, and receive
+ * the answers.  Sets `own->revents`.  0: nothing came within `timeout_ms`.
  */
 int watch_poll (struct watch *watch, struct pollfd *own, int timeout_ms);
-/* The waiters that were posted since the last time, as mailbox_take's. */
+/* The waiters posted since the last call, as mailbox_take. */
 struct waiter *watch_take (struct watch *watch);
 
 #endif /* NBDM_WATCH_H */
