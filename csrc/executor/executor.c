@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The executor's workers: what may block, on a thread of its own.
+/* The executor's workers: requests that may block, on threads of their own.
  *
- * A door's thread does small writes and reads itself (lane.c).  Anything else
- * comes here, and so does what was begun there and then failed: a worker may
- * wait anywhere, and ends the io when the engine's call returns.
+ * A door's thread does small writes and reads itself (lane.c).  Workers run all
+ * others, and those that a lane began and could not end.  A worker may wait
+ * anywhere, and ends the io when the engine's call returns.
  */
 
 #include <errno.h>
@@ -18,14 +18,14 @@
 #include "executor/executor.h"
 #include "volume/volume.h"
 
-#define MAX_WORKERS 128u /* of a pool, that are given what has not begun */
+#define MAX_WORKERS 128u        /* of a pool, for ios that have not begun */
 #define IDLE_NS (10 * NS_PER_S) /* and a worker ends */
 #define STACK_BYTES (512u << 10)
 
 /* --- One io -------------------------------------------------------------- */
 
-/* A fast zero that would be slow is an answer and no error; a volume that stops
- * has said so itself.
+/* A refused fast zero is an answer and no error; a volume that stops has logged
+ * that itself.
  */
 static const char *
 words_of (int rc)
@@ -125,7 +125,7 @@ pool_of (struct executor *ex, const struct io *io)
   return &ex->pools[reads ? READERS : WRITERS];
 }
 
-/* Wait for an io; NULL: this worker is to end. */
+/* Wait for an io; NULL: this worker must end. */
 static struct io *
 next_io_relock (struct pool *pool)
 {
@@ -139,7 +139,7 @@ next_io_relock (struct pool *pool)
       continue;
     if (pool->nr_workers - pool->nr_starting > 1)
       break;
-    until += IDLE_NS; /* one stays: no other may start later */
+    until += IDLE_NS; /* the last one stays: a new thread may fail to start */
   }
   pool->nr_idle--;
   io = TAILQ_FIRST (&pool->queue);
@@ -148,9 +148,9 @@ next_io_relock (struct pool *pool)
   return io;
 }
 
-/* Flushes that come while one is under way share the next: a client that sends
- * them among its writes has several under way, and a thread for each would
- * only wait for the others.
+/* Flushes that come while one is under way share the next one: a client that
+ * sends flushes between its writes has several under way, and a thread for each
+ * would only wait for the others.
  */
 static void
 flush_all (struct executor *ex, struct io *io)
@@ -167,7 +167,7 @@ flush_all (struct executor *ex, struct io *io)
   }
 }
 
-/* True: another flush will do for it. */
+/* True: a later flush covers this io. */
 static bool
 join_flush_locked (struct executor *ex, struct io *io)
 {
@@ -217,8 +217,8 @@ nr_queued_locked (const struct pool *pool)
 }
 
 /* Take the io with this ticket out of the queue; NULL: a worker has it already.
- * By its ticket and not by its address: what a worker had may be freed, or may
- * be another request by now.
+ * By its ticket and not by its address: an io that a worker had may be freed,
+ * or be another request by now.
  */
 static struct io *
 take_back_locked (struct pool *pool, uint64_t ticket)
@@ -233,9 +233,9 @@ take_back_locked (struct pool *pool, uint64_t ticket)
   return io;
 }
 
-/* No thread could be made.  What has not begun holds nothing, and waits for a
- * worker: one is always there.  What has begun may be what that one waits for;
- * completing it waits for no other request.
+/* No thread could start.  An io that has not begun holds nothing and waits for
+ * a worker: one always exists.  That worker may wait for an io that has begun,
+ * so the caller completes such an io; this waits for no other request.
  */
 static void
 do_without_worker (struct pool *pool, uint64_t ticket, bool begun)
@@ -252,7 +252,7 @@ do_without_worker (struct pool *pool, uint64_t ticket, bool begun)
     run (ex->volume, ours);
 }
 
-/* What has begun goes first: others may wait for its range. */
+/* An io that has begun goes first: others may wait for its range. */
 static void
 enqueue_locked (struct pool *pool, struct io *io)
 {
@@ -285,7 +285,7 @@ executor_queue (struct executor *ex, struct io *io)
   }
   pthread_cond_signal (&pool->work);
   pthread_mutex_unlock (&ex->lock);
-  /* From here on the io may be gone. */
+  /* From here on the io may be freed. */
   if (missing && thread_start (worker_main, pool, STACK_BYTES) < 0)
     do_without_worker (pool, ticket, begun);
 }
@@ -316,7 +316,7 @@ executor_destroy (struct executor *ex)
   pthread_mutex_destroy (&ex->lock);
 }
 
-/* The one of each pool that is always there. */
+/* Start the worker of each pool that always exists. */
 int
 executor_start (struct executor *ex)
 {

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What carries out the requests of a volume's clients, whatever door they come
- * through.  A door fills a `struct io` and submits it on a lane (lane.h); it
- * hears of the end in `done`, and knows nothing of how the end came about.
- * See executor.c.
+/* Carries out the requests of a volume's clients, for any door.  A door fills a
+ * `struct io` and submits it on a lane (lane.h); the executor calls `done` at
+ * the end.  See executor.c.
  */
 
 #ifndef NBDM_EXECUTOR_H
@@ -28,25 +27,25 @@ enum io_kind {
   IO_ZERO,
   IO_CACHE,
   IO_FLUSH,
-  IO_EXTENTS /* what is data, and what a hole */
+  IO_EXTENTS /* which ranges are data and which are holes */
 };
 
-/* The thread that calls `done`: the lane's own, in one of its calls, which must
- * neither block nor submit another; a worker, or the lane's own where none can
- * be made, which may block, shortly; a worker that ends several, which must not
- * block.
+/* The thread that calls `done`.  IO_BY_LANE: the lane's own, inside a lane
+ * call; `done` must neither block nor submit an io.  IO_BY_WORKER: a worker, or
+ * the lane's own thread if no worker can start; `done` may block shortly.
+ * IO_BY_FLUSHER: a worker that ends several ios; `done` must not block.
  */
 enum io_ender { IO_BY_LANE, IO_BY_WORKER, IO_BY_FLUSHER };
 
 struct io_end {
   enum io_ender by;
   int rc; /* 0 or -errno; -ESHUTDOWN: the volume stops, and nothing was done */
-  const char *words; /* what the log is to say of an error; NULL: nothing */
+  const char *words; /* the message to log for an error; NULL: none */
   const struct nbdm_extent *extents; /* of IO_EXTENTS: `nr_extents` of them */
   uint32_t nr_extents;
 };
 
-/* A request.  It is the door's memory, and the executor's until `done`. */
+/* A request.  The door owns its memory; the executor uses it until `done`. */
 struct io {
   enum io_kind kind;
   uint32_t flags; /* NBDM_* */
@@ -54,15 +53,15 @@ struct io {
   uint64_t length;      /* of a read or write up to NBDM_MAX_REQUEST */
   void *buf;            /* `length` bytes of a read or write; must not change */
   uint32_t max_extents; /* EXECUTOR_EXTENTS at most */
-  /* Called once, when the io is the door's again; `end` lives as long as the
-   * call.
+  /* Called once, when the io belongs to the door again; `end` is valid during
+   * the call.
    */
   void (*done) (struct io *io, const struct io_end *end);
 
   /* The executor's own. */
   TAILQ_ENTRY (io) entry; /* of the one list it is in */
-  struct begun *begun;    /* or NULL; what is left of it is express_complete */
-  uint64_t ticket;        /* of its pool's queue */
+  struct begun *begun; /* or NULL; a worker finishes it with express_complete */
+  uint64_t ticket;     /* of its pool's queue */
 };
 
 /* A write that a lane has begun.  Not a part of its io: it is large, and is no
@@ -76,18 +75,18 @@ struct begun {
 
 TAILQ_HEAD (ios, io);
 
-/* Workers, and what waits for one. */
+/* A pool of workers, and the ios that wait for one. */
 struct pool {
   struct executor *executor;
   pthread_cond_t work; /* an io, or the end */
   struct ios queue;
   uint64_t tickets; /* given to ios so far */
   uint32_t nr_workers, nr_idle;
-  uint32_t nr_starting; /* of the workers: they may not come to be */
+  uint32_t nr_starting; /* of the workers, those whose thread may not start */
 };
 
-/* Two, as writes may wait for a remote, all of them and for long, and reads
- * come from local.
+/* Two pools: all writers may wait long for a remote, while reads come from
+ * local.
  */
 enum { READERS, WRITERS, NR_POOLS };
 
@@ -96,24 +95,28 @@ struct executor {
   pthread_mutex_t lock; /* protects all below; none is taken under it */
   pthread_cond_t gone;  /* a worker has ended */
   struct pool pools[NR_POOLS];
-  bool flushing;      /* a worker is, or is about to */
-  struct ios flushes; /* that came meanwhile */
+  bool flushing;      /* a worker flushes, or begins to */
+  struct ios flushes; /* that came during that flush */
   bool ending;
 };
 
 void executor_init (struct executor *executor, struct nbdm *volume);
 void executor_destroy (struct executor *executor);
-/* Make the first workers.  -errno with a message: executor_end all the same. */
+/* Start the first workers.  -errno with a message: the caller still calls
+ * executor_end.
+ */
 int executor_start (struct executor *executor);
-/* All ios are done, or will be by workers: wait until these have ended. */
+/* All ios are done, or workers will end them: wait until all workers have
+ * ended.
+ */
 void executor_end (struct executor *executor);
 
-/* Have a worker run the io.  One that has begun holds what others wait for: it
- * does not wait for a worker to be free, and is run at once, by the caller,
- * where none can be made.
+/* Let a worker run the io.  A write that has begun holds a range for which
+ * others may wait: it does not wait for a free worker, and the caller runs it
+ * at once if no worker can start.
  */
 void executor_queue (struct executor *executor, struct io *io);
-/* Tell the door of the end, with this thread's last words on an error. */
+/* Tell the door about the end, with this thread's message for an error. */
 void io_finish (struct io *io, enum io_ender by, int rc);
 
 #endif /* NBDM_EXECUTOR_H */

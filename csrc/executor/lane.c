@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A lane: many requests on one thread, of the door's.
+/* A lane: many requests on one thread of a door.
  *
  * The thread submits all requests that have come, which admits them; lane_push
  * sends their commands to the remotes together and does the local disk's part;
  * lane_take ends those whose answers have come.  So under load each system call
- * and each wake-up serves several requests.  Alone, a write is the same steps
- * without a hand-over.
+ * and each wake-up serves several requests.  A single write takes the same
+ * steps, and no other thread is involved.
  *
- * The thread waits in lane_poll alone.  What may wait anywhere else is a
- * worker's: express.c says what that is.
+ * The thread waits only in lane_poll.  Workers do all that may wait elsewhere:
+ * express.c says which requests those are.
  */
 
 #include <stddef.h>

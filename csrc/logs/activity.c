@@ -3,26 +3,25 @@
 /* The activity log's set: which extents may differ after lost power.
  *
  * A write may start only when its extents are durable in the set (rule 1), so
- * the set is kept in sectors of a small file and written with fdatasync when
- * an extent comes in.  Extents stay in the set while they are used, so that a
- * busy volume seldom waits for it; and they leave it only after a flush.
+ * the set is kept in sectors of a small file and written with fdatasync when an
+ * extent is added.  Extents in use stay in the set, so that a busy volume
+ * seldom waits for the log; they leave the set only after a flush.
  *
  *   PENDING  put in, its sector not durable yet: no write may start
  *   ACTIVE   durable
  *   COLD     out of the set, in its old place until another extent takes that
  *
- * Going cold by itself writes nothing: the extent stays in its sector on disk,
- * and after lost power more is copied than needed.  It costs nothing either if
- * it comes back: it is durable already.  Only when its place is taken does the
- * rewrite of that sector remove it, in one with the newcomer; by then a flush
- * on every leg has covered it.
+ * Going cold writes nothing: the extent stays in its sector on disk, so after
+ * lost power resync copies more than needed.  If it comes back it is durable
+ * already, and no write is needed.  When another extent takes its place, the
+ * rewrite of that sector removes the old one and adds the new one; by then a
+ * flush on every leg has covered the old one.
  *
- * A write of the log takes no lock: what it writes was copied beforehand, and
- * an extent that comes in meanwhile waits for the next write, also if its
- * place is in a sector being written.  The mark for it is `writing`, set when
- * the copy is made.
+ * A write of the log takes no lock: it writes a copy.  An extent that is added
+ * during a write waits for the next one, even if its place is in a sector being
+ * written.  `writing`, set with the copy, tells the two apart.
  *
- * No I/O is done here; the file is activity_file.c's.
+ * This file does no I/O; activity_file.c does.
  */
 
 #include <assert.h>
@@ -46,7 +45,7 @@ number_of (const struct activity *act, const struct activity_entry *e)
   return (uint32_t)(e - act->entries);
 }
 
-/* Entry by a list's or the hash's link: 1 + number, 0 is the end. */
+/* The entry of a link in a list or the hash: 1 + number; 0: end. */
 static struct activity_entry *
 linked (const struct activity *act, uint32_t link)
 {
@@ -146,7 +145,7 @@ place (const struct activity *act, const struct activity_entry *e)
   return &sector->extent[number_of (act, e) % ACTIVITY_PER_SECTOR];
 }
 
-/* For a sector that is about to be written. */
+/* Seal a sector before its write. */
 static void
 next_sequence (struct disk_activity_sector *sector)
 {
@@ -201,8 +200,8 @@ activity_set_load (struct activity *act, uint32_t number)
   if (other && sector_of (act, other) == sector_of (act, e))
     return "an extent stands twice";
   if (other) {
-    /* The next write tidies it away, so that the extent cannot come to stand
-     * twice in this sector.
+    /* The next write removes it, so that the extent cannot be twice in this
+     * sector.
      */
     *place (act, e) = 0;
     act->sector_changed[sector_of (act, e)] = true;
@@ -283,7 +282,7 @@ take_place (struct activity *act, uint64_t extent)
   return e;
 }
 
-/* Have all of [first, last] in the set. */
+/* Put all of [first, last] into the set. */
 static int
 put_in (struct activity *act, uint64_t first, uint64_t last)
 {
@@ -299,7 +298,7 @@ put_in (struct activity *act, uint64_t first, uint64_t last)
   if (missing > act->nr_free)
     return -EAGAIN;
 
-  /* Before a newcomer takes the place of one that is wanted itself. */
+  /* First the cold ones, before a new extent takes the place of one of them. */
   for (uint64_t x = first; x <= last; x++) {
     e = find (act, x);
     if (e && e->state == ACTIVITY_COLD)
@@ -432,8 +431,7 @@ activity_discard (struct activity_batch *batch)
 
 /* --- Going cold ------------------------------------------------------ */
 
-/* PENDING ones are left alone: a write under way is about to make them ACTIVE.
- */
+/* PENDING extents stay: a write under way will make them ACTIVE. */
 uint32_t
 activity_pick (struct activity *act, uint32_t max, uint64_t before_ns)
 {

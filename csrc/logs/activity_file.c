@@ -2,16 +2,17 @@
 
 /* The activity log's file: a header and sectors of 62 extents each.
  *
- * A sector is written whole or it is torn, and then its CRC tells: nothing of
- * the file is believed any more (rule 9).
+ * The CRC of a sector shows a torn write: then nothing in the file is believed
+ * (rule 9).
  *
  * Several sectors of one write may reach the disk in any order.  So an extent
- * that lost its place and got another before either was written may, after
- * lost power, stand in two sectors.  That is no damage; twice in one sector is,
- * for a sector is written from a set that holds every extent once.
+ * that lost its place and got another before either was written may, after lost
+ * power, stand in two sectors.  That is valid.  The same extent twice in one
+ * sector is damage, since the set holds every extent once.
  *
- * A zeroed sector is not an empty one, as its CRC is wrong: a file system that
- * lost the file's contents and kept its size must not look like an empty set.
+ * A zeroed sector is not an empty one, as its CRC is wrong: if a file system
+ * loses the file's contents but keeps its size, the file must not look like an
+ * empty set.
  */
 
 #define _GNU_SOURCE
@@ -217,9 +218,9 @@ write_all (struct activity *act)
   return 0;
 }
 
-/* The set as loaded counts as durable, so it is written once more: a process
- * that died between a write and its fdatasync, or whose fdatasync failed, left
- * sectors that were read back from the page cache and may be nowhere else.
+/* The loaded set counts as durable, so it is written once more: a process that
+ * died between a write and its fdatasync, or whose fdatasync failed, left
+ * sectors that may exist only in the page cache.
  */
 int
 activity_begin (struct activity *act, uint64_t session)

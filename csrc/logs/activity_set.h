@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the two halves of the activity log know of each other: activity.c, the
- * set in memory, and activity_file.c, the file.  All other modules need only
- * activity.h.
+/* The interface between the two halves of the activity log: activity.c, the set
+ * in memory, and activity_file.c, the file.  Other modules use only activity.h.
  */
 
 #ifndef NBDM_ACTIVITY_SET_H
@@ -27,13 +26,15 @@ void activity_seal_sector (struct disk_activity_sector *sector);
 
 /* --- activity.c ------------------------------------------------------ */
 
-/* Memory for nr_entries, all of it zero.  -ENOMEM; free it in any case. */
+/* Allocate zeroed memory for nr_entries.  -ENOMEM: the caller frees it all the
+ * same.
+ */
 int activity_set_init (struct activity *act);
 void activity_set_free (struct activity *act);
 
-/* Take in what stands in place `number` of the sectors as read: it is ACTIVE.
- * Returns why it cannot be, or NULL.  To be called for every place, in order,
- * and then activity_set_loaded once.
+/* Add the extent in place `number` of the sectors as read: it is ACTIVE.
+ * Returns why it is invalid, or NULL.  The caller calls this for every place,
+ * in order, then activity_set_loaded once.
  */
 const char *activity_set_load (struct activity *act, uint32_t number);
 void activity_set_loaded (struct activity *act);

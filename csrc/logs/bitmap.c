@@ -6,12 +6,12 @@
  * is by 64-bit words: read as little-endian, a word holds bits 64 w to
  * 64 w + 63 in order, so both are the same memory.
  *
- * A volume of 1 PiB in 64 KiB regions has 2^34 bits, 2 GiB a map, nearly all
- * of them zero most of the time.  So the set bits are counted a page: a
- * search, a clear or a merge looks at 4 bytes of count for every 4096 bytes it
- * can leave alone, and sparse memory that was never written is never touched.
- * A word is stored only if it changes, or else clearing clean regions would
- * dirty pages of the mapped file and have them written out.
+ * A volume of 1 PiB in 64 KiB regions has 2^34 bits, 2 GiB a map, nearly all of
+ * them zero most of the time.  So the set bits of each page are counted: a
+ * search, a clear or a merge reads a count of 4 bytes instead of 4096 bytes
+ * that it can skip, and never touches sparse memory that was never written.  A
+ * word is stored only if it changes: otherwise clearing clean regions would
+ * make the kernel write pages of the mapped file.
  */
 
 #include <assert.h>
@@ -51,7 +51,7 @@ page_size (const struct bitmap *map, uint64_t page)
   return min_u64 (BITMAP_PAGE_BITS, map->nr_bits - page * BITMAP_PAGE_BITS);
 }
 
-/* By its count: no bit of the page is other than `value`. */
+/* By the count: every bit of the page is `value`. */
 static bool
 is_all (const struct bitmap *map, uint64_t page, bool value)
 {
@@ -239,9 +239,9 @@ bitmap_merge (struct bitmap *into, const struct bitmap *from)
   return total;
 }
 
-/* The first bit of [from, end) that is `value`.  A page with no such bit, or
- * with no other, is known by its count, so at most one page's words are read
- * in vain at each end of the range, and in sync none at all.
+/* The first bit of [from, end) that is `value`.  The count identifies a page
+ * with no such bit or with only such bits.  So at most one page at each end of
+ * the range is read in vain, and none when the remote is in sync.
  */
 static uint64_t
 next (const struct bitmap *map, uint64_t from, uint64_t end, bool value)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Bitmaps over memory of the caller's.  See bitmap.c. */
+/* Bitmaps over the caller's memory.  See bitmap.c. */
 
 #ifndef NBDM_BITMAP_H
 #define NBDM_BITMAP_H
@@ -13,8 +13,8 @@
 /* A bitmap over the caller's memory (a mapped file or anonymous), bit i in bit
  * i % 8 of byte i / 8.  A count per page of bits makes empty stretches cheap to
  * skip, to clear and to merge.  No locking: the caller holds volume->lock.
- * Plain readers of the memory (Python's bitarray) may see a change half made
- * across bytes, never within one.
+ * Plain readers of the memory (Python's bitarray) may see one byte of a change
+ * and not the next, but never half a byte.
  */
 struct bitmap {
   uint64_t *words; /* little-endian */
@@ -29,16 +29,16 @@ struct bitmap {
 /* Bytes `nr_bits` take, padded to LAYOUT_PAGE. */
 uint64_t bitmap_bytes (uint64_t nr_bits);
 
-/* Wrap `words` (bitmap_bytes long), which are not touched and count as zeros
- * until bitmap_count says more.  -ENOMEM.
+/* Use `words` (bitmap_bytes long), without reading them: they count as zeros
+ * until bitmap_count.  -ENOMEM.
  */
 int bitmap_init (struct bitmap *map, void *words, uint64_t nr_bits);
-/* Count the set bits of a page of `words`, which `content` is known to hold:
- * the page itself is not touched.
+/* Count the set bits of a page of `words` from `content`, a copy of that page;
+ * the page itself is not read.
  */
 void bitmap_count (struct bitmap *map, uint64_t page, const void *content);
-/* Clear what lies past nr_bits up to the end of the last page: a file may hold
- * anything there, and nothing else looks at it.
+/* Clear the bits from nr_bits to the end of the last page: a file may hold
+ * anything there, and no other check reads them.
  */
 void bitmap_clear_padding (struct bitmap *map);
 void bitmap_free (struct bitmap *map); /* not the words */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Where a write's bytes go on one remote.
+/* Which bytes of a write go to one remote.
  *
  *   dirty  copied  late | the write goes to the remote
  *   no     -       -    | yes: the region is the same on both and stays so
@@ -8,8 +8,8 @@
  *   yes    -       yes  | yes: it is held back from being clean, not stale
  *   yes    no      no   | no: resync will copy the whole region later
  *
- * Policy stop (`always`) answers a write only when both disks have it, so it
- * all goes.  The local leg always gets the whole request.
+ * Policy stop (`always`) answers a write only when both disks have it, so all
+ * of it goes.  The local leg always gets the whole request.
  *
  * A dirty region must be all or nothing: a part written remotely would not
  * make it any cleaner.  So the pieces are cut at region borders, and runs of
@@ -34,8 +34,8 @@ classify_goes_remote (const struct dirty_map *dm, uint64_t region, bool always)
 }
 
 /* The first region in [region, end) that goes, or `end`.  The maps are mostly
- * empty or mostly full while this runs, so each is asked for its next bit
- * rather than every region for all three.
+ * empty or mostly full here, so the loop searches each map for its next bit,
+ * rather than testing three bits of every region.
  */
 static uint64_t
 next_that_goes (const struct dirty_map *dm, uint64_t region, uint64_t end)

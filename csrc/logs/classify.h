@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Where a write's bytes go on one remote.  See classify.c. */
+/* Which bytes of a write go to one remote; see classify.c. */
 
 #ifndef NBDM_CLASSIFY_H
 #define NBDM_CLASSIFY_H
@@ -10,15 +10,15 @@
 
 struct dirty_map;
 
-/* Where a write's bytes go on one remote: the table of design section 5. */
+/* A run of a write's bytes that goes to one remote. */
 struct piece {
   uint64_t offset, length;
 };
 
 /* Does a region's write go to the remote, or is the region left to resync?
- * Clean and copied ones go.  Late ones go and stay dirty: only a lost
- * connection's command keeps them from being clean.  With `always` (policy
- * stop) all go, so that every answered write is on both disks.
+ * Clean and copied ones go.  Writes to late ones go, and the region stays
+ * dirty: only the lost connection's command keeps it from being clean.  With
+ * `always` (policy stop) all go, so that every answered write is on both disks.
  */
 bool classify_goes_remote (const struct dirty_map *dm, uint64_t region,
                            bool always);

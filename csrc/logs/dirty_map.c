@@ -2,15 +2,14 @@
 
 /* The file dirty.<remote>: which regions may differ on that remote.
  *
- * The bits lie in a shared mapping, so a killed process loses none of them:
- * the page cache holds what was stored.  What power loss leaves is only what
- * msync made durable; the activity log covers the rest.  The header is written
+ * The bits lie in a shared mapping, so a killed process loses none of them: the
+ * page cache holds every store.  After lost power only bits that msync made
+ * durable are left; the activity log covers the rest.  The header is written
  * with pwrite and fdatasync, and LOG_CLEAN in it always after the bits it
  * vouches for, so a crash between the two leaves a file that is not clean.
  *
- * Nothing here says "all dirty": a file that cannot be trusted is an error with
- * its cause, and the caller, which knows what it means for the volume, acts on
- * it (rule 9).
+ * This module never decides "all dirty": it returns an error with the cause for
+ * a file that cannot be trusted, and the caller acts on it (rule 9).
  */
 
 #define _GNU_SOURCE
@@ -56,8 +55,8 @@ struct contents {
   bool full[NR_MAPS]; /* every region is in this map */
 };
 
-/* Write one map, whose first `nr_set` bits are ones, and add it to the CRC;
- * the zeroes behind are there already.
+/* Write one map, whose first `nr_set` bits are ones, and add it to the CRC; the
+ * zeroes after them are in the file already.
  */
 static int
 fill_map (int fd, uint64_t offset, uint64_t nr_set, uint64_t size,
@@ -138,9 +137,10 @@ bits_size (const struct dirty_map *dm)
   return dm->mapping_size - LAYOUT_PAGE;
 }
 
-/* Read the maps, whose CRC is set; with `count` their bits are counted.  With
- * pread: through the mapping every page of it would become the process's, a
- * quarter of a GiB at 16 TiB, nearly all of it zeros that are never read again.
+/* Read the maps and compute their CRC; with `count` also count their bits.  It
+ * uses pread: a read through the mapping would add every page to the process's
+ * memory, a quarter of a GiB at 16 TiB, nearly all zeros that are never read
+ * again.
  */
 static int
 read_maps (struct dirty_map *dm, bool count, uint32_t *crc)
@@ -168,9 +168,9 @@ read_maps (struct dirty_map *dm, bool count, uint32_t *crc)
 }
 
 /* A session lower than the volume's is an old copy of this file, a higher one
- * an old copy of the superblock.  One more is a start that was interrupted
- * between stamping this file and storing the superblock: nothing had been
- * written in it.  However many starts are interrupted, each stamps this one
+ * an old copy of the superblock.  A session one higher is from a start that was
+ * interrupted between stamping this file and storing the superblock: no client
+ * wrote in it.  However many starts are interrupted, each stamps this same
  * number (open.c).
  */
 static int
@@ -192,8 +192,8 @@ check_trust (const struct dirty_map *dm, uint64_t session, uint32_t crc)
   return 0;
 }
 
-/* Map the file, whose size log_header_load has checked: a mapping that went
- * past its end would be a SIGBUS.
+/* Map the file, whose size log_header_load has checked: access past the end of
+ * a mapped file would raise SIGBUS.
  */
 static int
 map_file (struct dirty_map *dm, uint64_t nr_regions)
@@ -204,7 +204,9 @@ map_file (struct dirty_map *dm, uint64_t nr_regions)
     dm->mapping = NULL;
     return set_error (-errno, "cannot map %s", dm->file);
   }
-  /* Reserves nothing: few regions are between copy and flush at a time. */
+  /* Without a reservation of memory: few regions are between copy and flush at
+   * a time.
+   */
   dm->volatile_words = mmap (
       NULL, NR_VOLATILE * bitmap_bytes (nr_regions), PROT_READ | PROT_WRITE,
       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -269,7 +271,7 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
     dirty_map_close (&map);
     return r;
   }
-  /* Not before it is trusted: a file that is not stays as it was found. */
+  /* Only once the file is trusted: a file that is not stays unchanged. */
   for (int i = 0; i < NR_MAPS; i++)
     bitmap_clear_padding (&map.map[i]);
   *dm = map;
@@ -293,9 +295,9 @@ store_header (struct dirty_map *dm, uint64_t session, uint32_t flags,
   return r;
 }
 
-/* A first sync has emptied it bit by bit, and all of it is ours by then: no
- * page of it is looked at again while its count is 0.  What it holds is the
- * file's; pages that are locked stay.
+/* A first sync has cleared this map bit by bit, so all its pages are in the
+ * process's memory.  Give them back: no page is read while its count is 0, and
+ * the file has the content.  Locked pages stay.
  */
 static void
 let_go_of_empty (const struct bitmap *map)
@@ -304,7 +306,7 @@ let_go_of_empty (const struct bitmap *map)
     (void)madvise (map->words, map->nr_pages * LAYOUT_PAGE, MADV_DONTNEED);
 }
 
-/* msync without asking whether anything changed. */
+/* msync even if nothing changed. */
 static int
 sync_bits (struct dirty_map *dm)
 {
@@ -325,7 +327,7 @@ sync_bits (struct dirty_map *dm)
   return set_error (r, "cannot make %s durable", dm->file);
 }
 
-/* Make the kernel see every page with a bit in it as changed. */
+/* Make the kernel treat every page that has a bit set as changed. */
 static void
 touch_pages (struct bitmap *map)
 {
@@ -347,9 +349,9 @@ dirty_map_unseal (struct dirty_map *dm, uint64_t session)
   return store_header (dm, session, flags & ~(uint32_t)LOG_CLEAN, 0);
 }
 
-/* The maps as loaded count as durable from here on, so they are written once
- * more: after a failed msync the kernel may hold pages for clean that never
- * reached the disk, and the process that was told so is gone.
+/* The loaded maps count as durable from here on, so they are written once more:
+ * after a failed msync the kernel may treat pages as clean that never reached
+ * the disk, and the process that got the error is gone.
  */
 int
 dirty_map_begin (struct dirty_map *dm, uint64_t session)
@@ -399,7 +401,7 @@ dirty_map_close (struct dirty_map *dm)
             NR_VOLATILE * ((dm->mapping_size - LAYOUT_PAGE) / NR_MAPS));
   if (dm->mapping)
     munmap (dm->mapping, dm->mapping_size);
-  if (dm->file[0]) /* of one never opened, all zero, fd 0 is not ours */
+  if (dm->file[0]) /* a struct never opened is all zero, and fd 0 is not ours */
     close (dm->fd);
   *dm = (struct dirty_map){ .fd = -1 };
 }
@@ -435,8 +437,8 @@ dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late)
     bitmap_set (&dm->owed_late, region, 1);
 }
 
-/* Nothing tells an answered write that was lost from one under way any more, so
- * each counts as both.
+/* An answered write that was lost and one under way cannot be told apart any
+ * more, so each region counts as both.
  */
 void
 dirty_map_pay (struct dirty_map *dm, uint64_t region)
@@ -473,7 +475,7 @@ dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
       bitmap_clear (&dm->lost, region, late - region);
     }
     region = bitmap_next_clear (&dm->map[MAP_LATE], late, stop);
-    /* Nothing is lost there any more, but they are copied once more. */
+    /* Nothing is lost there any more, but resync copies them once more. */
     bitmap_clear (&dm->copied, late, region - late);
     bitmap_clear (&dm->lost, late, region - late);
   }
@@ -491,8 +493,8 @@ dirty_map_lost (struct dirty_map *dm)
   for (unsigned i = 0; i < sizeof unflushed / sizeof unflushed[0]; i++) {
     bitmap_merge (&dm->map[MAP_DIRTY], &dm->map[unflushed[i]]);
     bitmap_merge (&dm->lost, &dm->map[unflushed[i]]);
-    /* A kill between the two must find the bits in both, never in neither:
-     * so the compiler may not mix the stores.
+    /* After a kill between the two the bits must be in both maps, never in
+     * neither: so the compiler may not reorder the stores.
      */
     atomic_signal_fence (memory_order_seq_cst);
     fault_point ("lost_merged");

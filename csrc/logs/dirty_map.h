@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The file `dirty.<remote>`: what a disk misses.  See dirty_map.c. */
+/* The file `dirty.<remote>`; see dirty_map.c. */
 
 #ifndef NBDM_DIRTY_MAP_H
 #define NBDM_DIRTY_MAP_H
@@ -13,9 +13,9 @@
 #include "logs/layout.h"
 
 /* The file `dirty.<remote>`: its four maps over one shared mapping, and the
- * volatile `copied` map.  A region is in `copied` from the answer of its
- * resync copy to the flush that lets its dirty bit be cleared: meanwhile
- * writes treat it as clean (both legs), a crash or loss as dirty.
+ * volatile `copied` map.  A region is in `copied` from the answer of its resync
+ * copy to the flush that lets its dirty bit be cleared: between the two, writes
+ * treat it as clean (both legs), and a crash or loss as dirty.
  */
 struct dirty_map {
   int fd;
@@ -25,15 +25,15 @@ struct dirty_map {
   struct disk_log_header header;
   struct bitmap map[NR_MAPS];
   struct bitmap copied;
-  /* Volatile as well, and of the dirty ones: the remote answered bytes there
-   * and may have lost them with its cache.  One that is late as well may not
-   * wait for its window, as one may that is late alone: what was sent to that
-   * was sent again, and it is copied once more for safety.
+  /* Volatile; a subset of the dirty regions: the remote answered bytes there
+   * and may have lost them with its cache.  A region that is late and lost must
+   * not wait for the end of its late window.  A region that is only late may
+   * wait: its bytes were sent again, and the later copy is for safety.
    */
   struct bitmap lost;
-  /* Volatile too.  Empty unless a takeover is under way (state.c).  Of a
-   * remote: the marks that it was spared as the only source; it gets them if
-   * local is the source after all.  Of dirty.local: the regions that the
+  /* Volatile; empty unless a takeover is under way (state.c).  For a remote:
+   * marks that it did not get because it was the only source; it gets them if
+   * local is the source after all.  For dirty.local: the regions that the
    * takeover has made local miss.
    */
   struct bitmap owed, owed_late;
@@ -59,9 +59,9 @@ int dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
 int dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
                     const uint8_t *uuid, uint64_t session, uint64_t nr_regions,
                     uint32_t region_size, bool *clean);
-/* Take LOG_CLEAN from a map that a start is about to change, and stamp it with
- * `session`; durable.  Without it a start that ends early would leave bits that
- * `bits_crc` does not fit, and the next one would not believe the map.
+/* Clear LOG_CLEAN in a map that a start will change, and stamp it with
+ * `session`; durable.  Otherwise a start that ends early would leave bits that
+ * do not match `bits_crc`, and the next start would not believe the map.
  */
 int dirty_map_unseal (struct dirty_map *dm, uint64_t session);
 /* Make the bits durable, then stamp the header with `session`, no flag set;
@@ -74,21 +74,22 @@ int dirty_map_persist (struct dirty_map *dm);
 int dirty_map_finish (struct dirty_map *dm);
 void dirty_map_close (struct dirty_map *dm);
 
-/* Regions become dirty, and no longer copied; with `late` also late. */
+/* Mark regions dirty and not copied; with `late` also late. */
 void dirty_map_mark (struct dirty_map *dm, uint64_t first, uint64_t count,
                      bool late);
-/* Regions whose copy a flush has covered: clear dirty where still copied, but
- * of late ones only what they had lost.  Returns how many became clean.
+/* A flush has covered the copies of these regions: clear dirty where they are
+ * still copied.  Late regions stay dirty, and only their `lost` bits are
+ * cleared.  Returns how many became clean.
  */
 uint64_t dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count);
-/* The dirty ones of the regions miss bytes that were answered. */
+/* Set `lost` on the dirty regions of these. */
 void dirty_map_mark_lost (struct dirty_map *dm, uint64_t first, uint64_t count);
-/* Put a region's mark by; make it, if there is one; forget all of them. */
+/* Keep a region's mark for later; make a kept mark; forget all kept marks. */
 void dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late);
 void dirty_map_pay (struct dirty_map *dm, uint64_t region);
 void dirty_map_forgive (struct dirty_map *dm);
-/* The connection is lost: unflushed becomes dirty and lost, copied is
- * forgotten.
+/* The connection is lost: unflushed regions become dirty and lost, and the
+ * copied map is cleared.
  */
 void dirty_map_lost (struct dirty_map *dm);
 

@@ -2,20 +2,20 @@
 
 /* The in-flight log: exact ranges of the requests under way.
  *
- * It is for a process that dies and a page cache that lives: whatever was
- * stored into the shared mapping is still there at the next start, without a
- * single write system call on a request's way.  For lost power it proves
- * nothing, that is what `activity` is for; so no request waits for an msync.
+ * It serves a start after a killed process, where the page cache survived:
+ * every store into the shared mapping is still there, and a request needs no
+ * write system call.  After lost power it proves nothing; `activity` covers
+ * that.  So no request waits for an msync.
  *
  * A process can be killed between any two instructions.  So a slot is filled
  * while its `word` is 0, which means free whatever else it holds, and opened
- * and freed by one 8-byte store each.  The order of our own stores is all that
- * matters: a killed thread's finished stores are seen, the rest never happens.
- * The CRC in `word` is thus not against torn slots but against a garbled or
- * foreign file.
+ * and freed by one 8-byte store each.  Only the order of our own stores
+ * matters: a killed thread's finished stores are seen, and the rest never
+ * happens.  The CRC in `word` is thus not against torn slots but against a
+ * garbled or foreign file.
  *
- * A ring, in that slots are taken in turn; but a slot still open is passed
- * over, so that one slow request does not hold up the others.
+ * The log is a ring: slots are taken in turn.  A slot that is still open is
+ * skipped, so that one slow request does not hold up the others.
  */
 
 #define _GNU_SOURCE
@@ -267,8 +267,8 @@ inflight_reserve (struct inflight *log, uint64_t offset, uint64_t length,
   i = log->next;
   log->next = (i + 1) % log->nr_slots;
 
-  /* The compiler must not fill the slot ahead of the store that freed it: a
-   * release store alone lets later ones pass.
+  /* The compiler must not fill the slot before the store that freed it: a
+   * release store alone lets later stores move ahead of it.
    */
   atomic_signal_fence (memory_order_seq_cst);
   slot = &log->slots[i];
@@ -349,7 +349,9 @@ inflight_replay (struct inflight *log, uint64_t size,
       visit (opaque, &view);
 
   fault_point ("replay_marked");
-  /* Not before all were seen: a kill in between replays them again. */
+  /* Only after all were visited: a start after a kill in between replays all of
+   * them again.
+   */
   for (uint32_t i = 0; i < log->nr_slots; i++)
     store_word (&log->slots[i], 0);
   log->nr_open = 0;

@@ -54,7 +54,7 @@ uint32_t inflight_recent (const struct inflight *log, uint64_t *offsets,
 void inflight_issued (struct inflight *log, int slot, uint32_t legs);
 void inflight_done (struct inflight *log, int slot, uint32_t legs);
 void inflight_retire (struct inflight *log, int slot);
-/* Call `visit` for every open slot; then free them all.  -EUCLEAN before any
+/* Call `visit` for every open slot, then free all of them.  -EUCLEAN before any
  * visit if a slot is garbled (bad CRC, kind, or a range past `size`).
  */
 int inflight_replay (struct inflight *log, uint64_t size,

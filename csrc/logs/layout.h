@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What lies on disk, byte for byte.  docs/FORMAT.md is this file in prose.
+/* The format on disk, byte for byte.  docs/FORMAT.md describes it in prose.
  *
- * Every integer is little-endian.  Every file opens with a page that carries
- * a magic, a version, the volume's uuid and the *session*: a counter that
- * grows at each start and is stamped into every log.  A log with another
- * session is an old copy put back, and is believed no more than a torn one:
- * both mean "all dirty" (rule 9).
+ * Every integer is little-endian.  Every file opens with a page that carries a
+ * magic, a version, the volume's uuid and the *session*: a counter that grows
+ * at each start and is stamped into every log.  A log with another session is
+ * an old copy that was put back, and is not believed, like a torn one: both
+ * mean "all dirty" (rule 9).
  *
  * Nothing here may change without a new version or a feature bit; the reserved
- * bytes are zero and are for what comes later.
+ * bytes are zero, for later use.
  */
 
 #ifndef NBDM_LAYOUT_H
@@ -37,8 +37,8 @@
 #define SUPERBLOCK_FENCED 2 /* policy "stop": no writes until in_sync */
 
 /* Bits of `incompatible`: a program that does not know one refuses the volume.
- * Bits of `compatible`: it clears those it does not know with its first store,
- * for it does not keep up what they vouch for.
+ * Bits of `compatible`: a program clears those it does not know with its first
+ * store, as it does not maintain the fields that they vouch for.
  */
 #define FEATURES_INCOMPATIBLE 0 /* all that this program knows */
 #define FEATURE_IDENTITY 1      /* compatible: the identity fields count */
@@ -46,7 +46,7 @@
 #define ROLE_PRIMARY 1
 
 #define REMOTE_PAUSED 1  /* an operator paused resync */
-#define REMOTE_ASSUMED 2 /* in sync on the operator's word alone */
+#define REMOTE_ASSUMED 2 /* in sync only because the operator said so */
 
 struct disk_remote {
   char name[NBDM_NAME_LEN]; /* NUL-padded; empty: entry unused */
@@ -55,13 +55,13 @@ struct disk_remote {
   uint64_t generation;      /* the volume's generation when last in sync */
   int64_t since;            /* when the state was entered, seconds since 1970 */
   char reason[NBDM_REASON_LEN]; /* why, NUL-terminated UTF-8 */
-  uint64_t address; /* CRC64 of the one it was last used at; 0: not known */
+  uint64_t address; /* CRC64 of the last used address; 0: not known */
 };
 _Static_assert(sizeof (struct disk_remote) == 256, "remote entry");
 
-/* What a block of the local disk held when it was looked at.  It was not
- * written since, or its activity extent is in `activity`, or its region is
- * dirty in `dirty.local`.
+/* The content of a block of the local disk when the sample was taken.  Since
+ * then the block was not written, or its activity extent is in `activity`, or
+ * its region is dirty in `dirty.local`.
  */
 #define SAMPLE_BLOCK 65536 /* bytes; the volume's last block may be shorter */
 #define NR_SAMPLES 64
@@ -105,9 +105,10 @@ struct disk_superblock {
   struct disk_remote remotes[LAYOUT_MAX_REMOTES];
   uint64_t identity_session; /* another than `session`: do not believe these */
   uint64_t local_size;       /* of the local disk, bytes */
-  char local_device[240];    /* what it is, NUL-terminated UTF-8; or "" */
+  char local_device[240];    /* which disk it is, NUL-terminated UTF-8; or "" */
   struct disk_sample samples[NR_SAMPLES];
-  uint64_t local_instance[3]; /* whose page cache the local disk had; 0: ? */
+  uint64_t
+      local_instance[3]; /* mount or device of its page cache; 0: unknown */
   uint8_t reserved2[232];
 };
 _Static_assert(offsetof (struct disk_superblock, session) == 128, "layout");
@@ -122,14 +123,14 @@ _Static_assert(offsetof (struct disk_superblock, identity_session) == 2560,
 _Static_assert(offsetof (struct disk_superblock, samples) == 2816, "layout");
 _Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
 
-/* The page each of the other files opens with. */
+/* The first page of each of the other files. */
 #define ACTIVITY_MAGIC "NBDMACTV"
 #define INFLIGHT_MAGIC "NBDMRING"
 #define DIRTY_MAGIC "NBDMDRTY"
 
 #define LOG_CLEAN 1 /* closed by a clean stop; `bits_crc` is valid */
 #define LOG_RENEWED                                                            \
-  2 /* dirty.*: in the place of a lost one, by a start that has not ended */
+  2 /* dirty.*: a start that has not ended made it to replace a lost one */
 
 struct disk_log_header {
   char magic[8];
@@ -139,7 +140,7 @@ struct disk_log_header {
   char name[NBDM_NAME_LEN]; /* the remote's name in dirty.*, else empty */
   uint64_t session;
   uint64_t entries;    /* extents, slots or regions the file holds */
-  uint64_t entry_size; /* bytes an entry stands for: extent, slot, region */
+  uint64_t entry_size; /* bytes that an entry covers: extent, slot, region */
   uint32_t flags;      /* LOG_* */
   uint32_t bits_crc;   /* dirty.*: CRC32C of all maps, when LOG_CLEAN */
   uint8_t reserved[LAYOUT_PAGE - 128];
@@ -182,7 +183,7 @@ _Static_assert(sizeof (struct disk_slot) == 64, "layout");
  */
 enum dirty_map_index {
   MAP_DIRTY,      /* may differ on that remote */
-  MAP_UNFLUSHED0, /* answered by that remote, no flush since: two sets, one */
+  MAP_UNFLUSHED0, /* answered by that remote, not flushed since: one set */
   MAP_UNFLUSHED1, /*   fills while a flush for the other is under way */
   MAP_LATE,       /* a lost connection's command may still change it */
   NR_MAPS

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The header that each log's file begins with: whose it is, and of which
- * session.
+/* The header of each log's file: which volume and which session it belongs to.
  *
- * The CRC is looked at before anything it covers, so that a garbled header is
- * called garbled and not of another volume.
+ * The CRC is checked before all that it covers, so that a garbled header is
+ * reported as garbled, not as another volume's.
  */
 
 #define _GNU_SOURCE
@@ -120,7 +119,8 @@ log_header_load (int fd, const char *name, const struct disk_log_header *expect,
   r = check_header (name, expect, &h);
   if (r < 0)
     return r;
-  /* Last: a whole file of a smaller volume is of another size, not truncated.
+  /* Checked last: the complete file of a smaller volume is not truncated, it
+   * only has another size.
    */
   if ((uint64_t)st.st_size < size)
     return truncated (name, (uint64_t)st.st_size, size);

@@ -9,15 +9,16 @@
 
 struct disk_log_header;
 
-/* Make `name` in the directory with `size` bytes of written zeroes after the
- * `header` page, durable, in one step (a rename), so that no half-made file is
- * ever seen.  The space is really allocated: a later store into the map cannot
- * fail for lack of space.
+/* Create `name` in the directory: the `header` page, then `size` bytes of
+ * zeroes, durably and in one step (a rename), so that no half-made file is ever
+ * seen.  All space is allocated: a later store into the map cannot fail for
+ * lack of space.
  */
 int file_make (int dirfd, const char *name, const void *header, uint64_t size);
 
-/* Headers are kept as on disk, little-endian.  Fill one in, flags 0, and
- * seal it: compute its CRC, to be done again after any change.
+/* Headers in memory are as on disk, little-endian.  Fill one in with flags 0
+ * and seal it, that is, compute its CRC.  The caller seals it again after any
+ * change.
  */
 void log_header_init (struct disk_log_header *header, const char *magic,
                       const char *name, const uint8_t *uuid, uint64_t session,
@@ -25,9 +26,9 @@ void log_header_init (struct disk_log_header *header, const char *magic,
 void log_header_seal (struct disk_log_header *header);
 
 /* Read and check a log's header: -ENOENT, or -EUCLEAN with a message if its
- * magic, version, CRC, uuid, name, entries or entry size are not as in
- * `expect` (of log_header_init), or the file, header included, is shorter than
- * `size`.  The session is the caller's to check.
+ * magic, version, CRC, uuid, name, entries or entry size are not as in `expect`
+ * (of log_header_init), or the file, header included, is shorter than `size`.
+ * The caller checks the session.
  */
 int log_header_load (int fd, const char *name,
                      const struct disk_log_header *expect, uint64_t size,

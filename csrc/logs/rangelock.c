@@ -5,21 +5,22 @@
  * One list holds all ranges, held and waiting, in the order they came.  A range
  * counts the ranges ahead of it that exclude it, and is held when that count is
  * 0.  A range excludes every other one that it overlaps, but a reader's
- * excludes no other reader's.  One that leaves takes itself out of the counts
- * of those behind it.  Nothing else is needed: two that exclude each other are
- * never held together, as the later range counts the earlier one for as long as
- * that is in the list; and no range is overtaken, as waiting ranges are counted
- * like held ones.  The only exception is rangelock_try_part, which goes to the
- * front of the list.
+ * excludes no other reader's.  A range that leaves decrements the counts of the
+ * later ranges that it excludes.  That is enough: two ranges that exclude each
+ * other are never held together, as the later one counts the earlier one while
+ * that is in the list; and no range is overtaken, as waiting ranges count like
+ * held ones.  The only exception is rangelock_try_part, which goes to the front
+ * of the list.
  *
  * It cannot deadlock: a range waits only for ranges ahead of it.
  *
- * No tree: mostly no ranges overlap, and that is known without a look at the
- * list.  A range counts each block of 4 KiB it touches, in the counter of the
- * block's hash (the counting filter of Fan et al., "Summary Cache", 2000).  A
- * range whose counters are all 0 overlaps no other.  Where a counter is not 0
- * the list is walked, which is as long as the requests under way.  A wide range
- * would take all counters; while there is one, the list is walked too.
+ * No tree: mostly no ranges overlap, and the counters show that without a walk
+ * of the list.  A range counts each block of 4 KiB it touches, in the counter
+ * of the block's hash (the counting filter of Fan et al., "Summary Cache",
+ * 2000).  A range whose counters are all 0 overlaps no other.  If a counter is
+ * not 0 the list is walked; it has one entry a request under way.  A wide range
+ * would touch all counters, so it is in none; while there is one, the list is
+ * walked too.
  */
 
 #include <assert.h>
@@ -62,14 +63,15 @@ is_wide (const struct range *range)
   return last_block (range) - first_block (range) >= MAX_BLOCKS;
 }
 
-/* Not the low bits alone: clients that begin at an extent each would meet. */
+/* Not the low bits alone: clients that begin at extent borders would collide.
+ */
 static uint32_t *
 counter (struct rangelock *rl, uint64_t block)
 {
   return &rl->counts[(block ^ block >> 10 ^ block >> 20) % RANGE_COUNTERS];
 }
 
-/* Add 1 or, modulo 2^32, -1 to the counts that are the range's. */
+/* Add 1 or, modulo 2^32, -1 to the counters of the range. */
 static void
 count (struct rangelock *rl, const struct range *range, uint32_t one)
 {
@@ -81,7 +83,7 @@ count (struct rangelock *rl, const struct range *range, uint32_t one)
     *counter (rl, b) += one;
 }
 
-/* No range that is counted overlaps it: certain if true. */
+/* True: surely no counted range overlaps it. */
 static bool
 is_alone (struct rangelock *rl, const struct range *range)
 {
@@ -140,8 +142,8 @@ rangelock_try (struct rangelock *rl, struct range *range)
   return true;
 }
 
-/* The first holder of the list that covers the byte at `at`, or NULL; `*next`
- * is where the next one begins, at most its old value.
+/* The first held range in the list that covers the byte at `at`, or NULL.
+ * `*next` becomes where the next one begins, at most its old value.
  */
 static const struct range *
 cover (const struct rangelock *rl, uint64_t at, uint64_t *next)
@@ -157,7 +159,8 @@ cover (const struct rangelock *rl, uint64_t at, uint64_t *next)
   return NULL;
 }
 
-/* Put it in front of all others.  It is not shared, and no holder overlaps it.
+/* Insert it before all others.  It is not shared, and no held range overlaps
+ * it.
  */
 static void
 prepend (struct rangelock *rl, struct range *range)
@@ -204,7 +207,7 @@ rangelock_try_part (struct rangelock *rl, struct range *range)
   return true;
 }
 
-/* Those behind that it held up. */
+/* The later ranges that it blocked. */
 static void
 unblock (const struct range *range)
 {
@@ -213,15 +216,15 @@ unblock (const struct range *range)
       continue;
     assert (r->blockers > 0);
     /* Broadcast, so that several ranges may share a condition: a signal could
-     * wake the one that still waits.
+     * wake a thread whose range is not held yet.
      */
     if (--r->blockers == 0 && r->granted)
       pthread_cond_broadcast (r->granted);
   }
 }
 
-/* A waiter that gives up leaves the same way as a holder: those behind counted
- * it, those ahead did not.
+/* A waiter that gives up leaves in the same way as a holder: later ranges count
+ * it, earlier ones do not.
  */
 void
 rangelock_remove (struct rangelock *rl, struct range *range)

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The superblock: what the volume is and what state it was last in.
+/* The superblock: the identity and the last state of the volume.
  *
  * Two slots of a page are written in turn, so a write that is torn or lost
- * leaves the one before it.  The sequence says where a slot lies, even in the
- * first and odd in the second: a store needs no look at the disk to know which
- * one holds the newest, and a slot found in the wrong place is not believed.
+ * leaves the one before it.  The sequence is even in the first slot and odd in
+ * the second: a store knows without a read which slot is the newest, and a slot
+ * in the wrong place is not believed.
  *
- * A store that fails is not tried again: after a failed fdatasync the kernel
- * may hold pages for clean that never reached the disk, and a second one would
- * succeed without having written anything (rule 10).
+ * A failed store is not retried: after a failed fdatasync the kernel may treat
+ * pages as clean that never reached the disk, and a second one would succeed
+ * without a write (rule 10).
  */
 
 #define _GNU_SOURCE
@@ -38,8 +38,8 @@
 #define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"
 #define BOOT_ID_DIGITS 32
 
-/* Linux 6.8 gives mounts ids that are never used again; older headers do not
- * know its bit, and older kernels leave it out of stx_mask.
+/* Linux 6.8 has mount ids that are never reused; older headers lack the flag,
+ * and older kernels do not set it in stx_mask.
  */
 #ifndef STATX_MNT_ID_UNIQUE
 #define STATX_MNT_ID_UNIQUE 0x4000U
@@ -71,9 +71,9 @@ seal (struct disk_superblock *sb, uint64_t sequence)
   sb->crc = htole32 (slot_crc (sb));
 }
 
-/* The version is looked at behind the CRC, which every version has in this
- * place, so that garbage is not taken for a newer program's work.  In a
- * version that is known the features and the role are looked at likewise.
+/* The version is checked after the CRC, which every version has in this place,
+ * so that garbage does not look like a newer version.  In a known version the
+ * features and the role are checked next.
  */
 static enum verdict
 judge (const struct disk_superblock *sb, uint64_t offset)
@@ -159,8 +159,8 @@ superblock_load (int fd, struct disk_superblock *sb, bool *torn)
     case SLOT_INVALID:
       continue;
     case SLOT_NOT_OURS:
-      /* Even beside a valid slot: the newer program wrote last, and what it
-       * left in this one is old.
+      /* Even beside a valid slot: the newer program wrote last, so the valid
+       * slot is old.
        */
       return refuse (&slots[i]);
     case SLOT_VALID:
@@ -178,9 +178,9 @@ superblock_load (int fd, struct disk_superblock *sb, bool *torn)
   return 0;
 }
 
-/* A store whose fdatasync failed may be in the page cache alone.  A start that
- * reads it there must not go on from a state that lost power takes back, so it
- * stores the slot again.  The same bytes in the same place cannot tear.
+/* After a failed fdatasync the slot may exist only in the page cache.  A start
+ * must not continue from a state that disappears with the power, so it stores
+ * the slot again.  The same bytes in the same place cannot tear.
  */
 int
 superblock_settle (int fd, const struct disk_superblock *sb)
@@ -256,9 +256,9 @@ read_boot_id (uint8_t *boot_id)
   return 0;
 }
 
-/* The mount's id alone is not enough where the kernel uses ids again, the
- * device alone not where a file system is mounted anew: any of the three that
- * changed means that the page cache may be another one.
+/* The mount's id alone is not enough, as old kernels reuse ids; nor is the
+ * device, as a file system can be mounted again.  If any of the three changed,
+ * the page cache may be another one.
  */
 int
 file_mount_id (int fd, uint64_t *mount_id)

@@ -12,20 +12,20 @@ struct disk_superblock;
 
 /* Make the file with both slots written. */
 int superblock_create (int dirfd, const struct disk_superblock *sb);
-/* Load the newest valid slot.  `*torn`: the other one was not valid.
- * -ENOENT; -EUCLEAN: neither is valid; -EPROTONOSUPPORT: another program's,
- * by its version, an incompatible feature or its role.
+/* Load the newest valid slot.  `*torn`: the other one was not valid.  -ENOENT;
+ * -EUCLEAN: neither is valid; -EPROTONOSUPPORT: its version, an incompatible
+ * feature or its role belongs to another program.
  */
 int superblock_load (int fd, struct disk_superblock *sb, bool *torn);
-/* Write what was loaded once more, where it lies, and make it durable. */
+/* Write the loaded slot once more, in the same place, and make it durable. */
 int superblock_settle (int fd, const struct disk_superblock *sb);
 /* sequence + 1, CRC, write into the older slot, fdatasync. */
 int superblock_store (int fd, struct disk_superblock *sb);
-/* This boot and the mount that carries the directory. */
+/* The boot id and the mount of the directory. */
 int superblock_identity (int dirfd, uint8_t *boot_id, uint64_t *mount_id);
 
-/* Three numbers of the mount that an open file is reached by: mounted anew, one
- * of them is another.
+/* Three numbers of the mount through which the file was opened.  After a new
+ * mount at least one of them differs.
  */
 int file_mount_id (int fd, uint64_t *mount_id);
 

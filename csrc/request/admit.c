@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* How a write gets in, and how it leaves: the order of rules 1 and 5.
+/* How a write is admitted and retired: the order of rules 1 and 5.
  *
  *   range lock            no other thread touches these bytes, on any leg
  *   activity extents      durable: a power cut finds the range in the set
  *   slot                  in the mapping: a killed process finds it open
  *   classification        per remote: send, leave to resync, or mark dirty
  *
- * A remote that gets nothing has its regions marked dirty here, before a byte
- * moves, and not when the write ends: it may be admitted again while we
- * write, and then must not look clean.
+ * The regions of a remote that gets nothing are marked dirty here, before any
+ * byte is written, and not when the write ends: the remote may be admitted
+ * again during the write, and must not look clean then.
  */
 
 #include <errno.h>
@@ -38,8 +38,8 @@
 #include "volume/volume.h"
 #include "wire/conn.h"
 
-/* benchmarks/no_activity.py measures so what the log costs.  A mirror built so
- * loses track of writes when the power goes: no other build has this.
+/* benchmarks/no_activity.py measures the cost of the log with this.  A mirror
+ * built this way loses track of writes after lost power: no other build has it.
  */
 #ifdef NBDM_NO_ACTIVITY_LOG
 #define activity_hold(act, first, last)                                        \
@@ -48,7 +48,7 @@
   ((void)(act), (void)(first), (void)(last))
 #endif
 
-/* What a server without WRITE_ZEROES is sent instead. */
+/* Zeroes to send to a server without WRITE_ZEROES. */
 #define ZEROES_SIZE (1u << 20)
 static const uint8_t zeroes[ZEROES_SIZE];
 
@@ -64,8 +64,8 @@ gate_locked (const struct nbdm *v)
   return 0;
 }
 
-/* May the request go on, after a wait?  Waits for a takeover that may leave the
- * range with local.
+/* May the request continue after a wait?  Waits for the end of a takeover,
+ * which may leave the range with local.
  */
 static int
 go_on_relock (struct nbdm *v, const struct request *req)
@@ -82,7 +82,7 @@ go_on_relock (struct nbdm *v, const struct request *req)
                             "is connected");
 }
 
-/* Make what is staged durable; the lock is dropped meanwhile. */
+/* Make the staged sectors durable; drops the lock for that. */
 static int
 write_activity_relock (struct nbdm *v)
 {
@@ -110,7 +110,7 @@ write_activity_relock (struct nbdm *v)
 
 /* Let up to `max` extents go cold: both sides are flushed, the dirty maps'
  * pages durable, and no request took the extents meanwhile.  Drops the lock.
- * Returns how many went; -EAGAIN: all are in use.
+ * Returns how many went cold; -EAGAIN: all are in use.
  */
 static int
 cool_relock (struct nbdm *v, uint32_t max, uint64_t before_ns)
@@ -124,7 +124,7 @@ cool_relock (struct nbdm *v, uint32_t max, uint64_t before_ns)
   rc = volume_flush (v);
   fault_point ("cool_flushed");
   pthread_mutex_lock (&v->lock);
-  if (rc < 0) /* failed, or only the remotes are left and none flushed */
+  if (rc < 0) /* failed, or only remotes serve and none could flush */
     return v->failed ? rc : -EAGAIN;
   rc = dirty_map_persist (&v->local.disk.dm);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
@@ -169,7 +169,7 @@ hold_extents_relock (struct nbdm *v, struct request *req)
 
   while ((rc = activity_hold (&v->activity, first, last)) == -EAGAIN) {
     make_room_relock (v);
-    /* Without a source nothing can be flushed, and no room be made. */
+    /* Without a source no flush can succeed, so no extent can go cold. */
     rc = go_on_relock (v, req);
     if (rc < 0)
       return rc;
@@ -210,7 +210,7 @@ leg_kind (const struct request *req, const struct leg *leg)
              : BACKLOG_DATA;
 }
 
-/* As much as may be unflushed: see backlog.c. */
+/* Plan as much as the bound on unflushed bytes allows: see backlog.c. */
 void
 leg_plan_locked (struct request *req, struct leg *leg)
 {
@@ -278,8 +278,9 @@ leg_count_locked (const struct request *req, struct leg *leg, bool succeeded)
       succeeded && !(req->remote_fua && conn_info (leg->conn)->can_fua));
 }
 
-/* Local's part: before a byte moves it misses what it will not be sent.  And
- * what it misses its remotes answer for alone, so they make it durable.
+/* The local part: mark the range missed on local before any byte is written, if
+ * local will not get it.  Then only remotes have it, so they must make it
+ * durable.
  */
 static void
 classify_local_locked (struct nbdm *v, struct request *req)
@@ -294,10 +295,10 @@ classify_local_locked (struct nbdm *v, struct request *req)
   }
 }
 
-/* A remote that gets nothing misses it from now on.  While local is ok the
- * activity log tells that after lost power, for local is the source of what
- * was active.  Else another remote may be, and only the maps say which of them
- * it is: so they are durable first.
+/* A remote that gets nothing misses the range from now on.  While local is ok
+ * the activity log shows that after lost power, as local is the source of every
+ * active extent.  Else another remote may be the source, and only the maps say
+ * which one: so the maps are made durable first.
  */
 void
 remote_miss_locked (struct remote *r, const struct request *req)
@@ -401,7 +402,7 @@ set_ranges (struct request *req, pthread_cond_t *granted)
   req->last_extent = (req->offset + req->length - 1) / EXTENT_SIZE;
 }
 
-/* Is every leg one whose answer is all there is to wait for? */
+/* Does every leg need only the answers of its commands? */
 static bool
 plain_legs_locked (const struct nbdm *v)
 {
@@ -416,7 +417,7 @@ plain_legs_locked (const struct nbdm *v)
   return true;
 }
 
-/* Each in one command, or none: its waiter is told once. */
+/* Each leg has at most one command, so its waiter is posted once. */
 static bool
 single_commands (const struct nbdm *v, const struct request *req)
 {
@@ -431,7 +432,7 @@ single_commands (const struct nbdm *v, const struct request *req)
   return true;
 }
 
-/* The same steps as admit_relock's, each only if it is done at once. */
+/* The same steps as admit_relock, each only if it needs no wait. */
 static bool
 try_admit_locked (struct nbdm *v, struct request *req)
 {
@@ -526,9 +527,9 @@ nbdm_cool (struct nbdm *v, uint32_t idle_ms)
 
   pthread_mutex_lock (&v->lock);
   if (v->local.state != NBDM_LOCAL_FAILED && !v->failed && !v->stopping) {
-    local_use (v); /* before another disk could be in its place */
+    local_use (v); /* before another disk could replace it */
     pthread_mutex_unlock (&v->lock);
-    /* Perhaps no client has asked for what local lost. */
+    /* Local may have lost bytes that no client has read yet. */
     if (local_check_size (v) < 0)
       local_give_up (v);
     local_leave ();

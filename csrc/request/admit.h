@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A request is logged, and then it may be issued.  See admit.c. */
+/* Log a request before it is issued; see admit.c. */
 
 #ifndef NBDM_ADMIT_H
 #define NBDM_ADMIT_H
@@ -19,20 +19,20 @@ struct request;
  */
 int request_admit (struct nbdm *v, struct request *req);
 /* The same, but only if it needs no wait: the range is free, its extents are
- * durable, there is a slot, local and every remote in use are well, and each
+ * durable, a slot is free, local and every remote in use are well, and each
  * remote gets it in one command.  False: nothing is held.
  */
 bool request_try_admit (struct nbdm *v, struct request *req);
-/* The next round of a leg's commands, from its cursor. */
+/* Plan the next round of a leg's commands, from its cursor. */
 void leg_plan_locked (struct request *req, struct leg *leg);
-/* The round is over, and counted in the remote's backlog. */
+/* The round is over: count it in the remote's backlog. */
 void leg_count_locked (const struct request *req, struct leg *leg,
                        bool succeeded);
 enum backlog_kind leg_kind (const struct request *req, const struct leg *leg);
-/* Nothing of an admitted request was sent. */
+/* Undo the plan: nothing of this admitted request was sent. */
 void request_unplan_locked (struct nbdm *v, struct request *req);
-/* The remote will not be sent the request: it is dirty there, before a byte
- * moves.
+/* The remote does not get the request: mark its range dirty there, before any
+ * byte is written.
  */
 void remote_miss_locked (struct remote *r, const struct request *req);
 /* Give back slot, extents and range. */

@@ -73,8 +73,8 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
       unflushed_add_locked (r, req->offset, req->length);
     return true;
   }
-  /* Both refused alike: nothing is known of either, but neither is worse;
-   * the range is copied from local again (local_error_locked).
+  /* Both disks refused with the same error, so neither is the worse one; resync
+   * copies the range from local again (local_error_locked).
    */
   if (leg->result != LEG_LOST && leg->result != alike) {
     snprintf (why, sizeof why, "it answered a %s at %llu with: %s",
@@ -82,18 +82,18 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
               strerror (-leg->result));
     remote_broken_locked (r, leg->conn, why);
   }
-  /* The change of state has marked it; once more costs nothing and does not
-   * depend on which thread made that change.
+  /* The change of state has marked the range already.  To mark it again costs
+   * nothing, and does not depend on which thread changed the state.
    */
   mark_dirty_locked (r, req->offset, req->length, leg->sent);
   if (leg->result == LEG_LOST && r->state == NBDM_IN_SYNC)
-    remote_update_state_locked (r); /* it is back, and the request gave up */
+    remote_update_state_locked (r); /* back, but the request gave up */
   return false;
 }
 
-/* The local disk refused: every remote is made to read as local does.  Where
- * local misses the region it is the other way round, and what was copied back
- * of it is overtaken.
+/* The local disk refused the write: resync makes every remote equal to local
+ * again.  Where local misses the region a remote is the source, and the copy
+ * back must be made again.
  */
 static void
 local_error_locked (struct nbdm *v, struct request *req, int rc)
@@ -116,7 +116,7 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
   volume_persist_locked (v);
 }
 
-/* Has a leg that succeeded every region that local misses? */
+/* Does a successful leg have every region that local misses? */
 static bool
 covered_locked (const struct nbdm *v, const struct request *req, bool on_local)
 {
@@ -137,16 +137,16 @@ covered_locked (const struct nbdm *v, const struct request *req, bool on_local)
   return true;
 }
 
-/* Local misses some or all of it: the remotes that have it must have it
- * durably, also those to which it was sent before local's failure was known.
- * Drops the lock to flush.
+/* Local misses some or all of the range: the remotes that have it must make it
+ * durable, also those that got it before local's failure was known.  Drops the
+ * lock to flush.
  */
 static int
 secure_relock (struct nbdm *v, struct request *req, bool on_local)
 {
   bool durable = req->remote_fua;
 
-  req->remote_fua = true; /* also of what is sent again */
+  req->remote_fua = true; /* also for commands that are sent again */
   for (uint32_t i = 0; i < v->nr_remotes && !durable; i++) {
     struct leg *leg = &req->legs[i];
 
@@ -157,7 +157,7 @@ secure_relock (struct nbdm *v, struct request *req, bool on_local)
     pthread_mutex_lock (&v->lock);
     leg_account_locked (req, leg, 0);
   }
-  /* A takeover that comes to nothing leaves the range with local. */
+  /* A takeover that fails leaves the range with local. */
   while (v->local.taking_over)
     pthread_cond_wait (&v->changed, &v->lock);
   if (covered_locked (v, req, on_local))
@@ -175,11 +175,11 @@ on_any_remote (const struct nbdm *v, const struct request *req)
   return false;
 }
 
-/* The request's answer, by what became of each leg.  May drop the lock.
+/* The request's answer, from the result of each leg.  May drop the lock.
  *
- * A remote that refused as local did is in sync until local_error_locked, and
- * must not take local's place meanwhile: neither would have the range then.  It
- * is as good as local only while no remote is better.
+ * A remote that refused as local did stays in sync until local_error_locked,
+ * and must not take local's place before that: neither disk would have the
+ * range then.  It is as good as local only while no remote is better.
  */
 static int
 decide_relock (struct nbdm *v, struct request *req, int local_rc)
@@ -190,8 +190,8 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
 
   while (v->local.taking_over)
     pthread_cond_wait (&v->changed, &v->lock);
-  /* A flush has failed, and a remote is to make up for it.  First of all: this
-   * request may leave none that could.
+  /* A flush of local has failed, and a remote must take over.  That comes
+   * first: this request may put out of sync the last remote that could.
    */
   if (rc < 0 && v->local.flush_error && v->local.state != NBDM_LOCAL_FAILED)
     local_flush_lost_relock (v);
@@ -207,8 +207,8 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
     local_error_locked (v, req, local_rc);
   if (rc < 0 && rc == local_rc)
     set_message (rc, "%s", req->local_words);
-  /* Fenced: it may have been admitted under policy degrade, when a remote was
-   * behind and got nothing or not all of it.
+  /* Fenced: the request may have been admitted under policy degrade, while a
+   * remote was behind and got nothing or only a part.
    */
   if (rc == 0 && v->policy == NBDM_STOP && (!everywhere || v->fenced))
     rc = set_message (-EIO, "policy stop: a remote is out of sync");
@@ -219,9 +219,9 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
 
 /* --- A request's end, in two steps ---------------------------------------- */
 
-/* The first: its answer is decided, and nothing that its legs do from here on
- * changes it.  Every leg has ended today; a leg that the answer need not wait
- * for would still be under way.
+/* Step 1: decide the answer; later events on its legs do not change it.  Today
+ * every leg has ended by then; a leg that the answer need not wait for would
+ * still be under way.
  */
 static void
 answer_relock (struct nbdm *v, struct request *req, int local_rc)
@@ -230,8 +230,8 @@ answer_relock (struct nbdm *v, struct request *req, int local_rc)
   v->writes++;
 }
 
-/* The second: no leg has anything under way, and slot, extents and range are
- * given back.  What takes no lock of the volume's is retired ().
+/* Step 2: no leg has a command under way; give back slot, extents and range.
+ * retired () does the part that needs no volume lock.
  */
 static void
 retire_locked (struct nbdm *v, struct request *req)
@@ -247,7 +247,7 @@ retired (struct nbdm *v, struct request *req)
     conn_put (req->legs[i].conn);
 }
 
-/* The client is told, and how long that took is counted. */
+/* Count the time of the request; its client is answered next. */
 static int
 answered (struct nbdm *v, const struct request *req)
 {
@@ -270,7 +270,7 @@ request_try_complete (struct nbdm *v, struct request *req, int *rc)
   bool well;
 
   pthread_mutex_lock (&v->lock);
-  /* Then nothing in decide_relock waits. */
+  /* In that case nothing in decide_relock waits. */
   well = v->local.state == NBDM_LOCAL_OK && !v->local.taking_over;
   if (well) {
     answer_relock (v, req, 0);
@@ -303,8 +303,7 @@ request_complete (struct nbdm *v, struct request *req, int local_rc)
   return answered (v, req);
 }
 
-/* --- A request's way there -------------------------------------------------
- */
+/* --- Requests ------------------------------------------------------------- */
 
 int
 request_write_local (struct nbdm *v, struct request *req)
@@ -320,8 +319,8 @@ request_write_local (struct nbdm *v, struct request *req)
     local_note_error (v, rc);
   if (rc == LOCAL_GIVEN_UP)
     rc = -EIO;
-  /* Not RWF_DSYNC: that reports, once, write-back errors of any page of the
-   * file, and a flush after it would succeed and mean nothing (rule 10).
+  /* Not RWF_DSYNC: it reports write-back errors of any page of the file, but
+   * only once, so a later flush would succeed and prove nothing (rule 10).
    */
   if (rc == 0 && (req->flags & NBDM_FUA))
     rc = flush_local_group (v);
@@ -330,7 +329,7 @@ request_write_local (struct nbdm *v, struct request *req)
   return rc;
 }
 
-/* Nothing was issued: give back what the admission took. */
+/* Nothing was issued: give back all that the admission took. */
 static void
 abandon (struct nbdm *v, struct request *req)
 {
@@ -401,9 +400,9 @@ in_sectors (const struct nbdm *v, uint64_t count, uint64_t offset)
   return offset % block == 0 && count % block == 0;
 }
 
-/* Cut into pieces of MAX_PIECE, so that one never needs more extents than the
- * activity log has.  NBD promises no atomicity that would be lost; after an
- * error the first pieces may be done.
+/* Cut the request into pieces of MAX_PIECE, so that a piece never needs more
+ * extents than the activity log has.  NBD promises no atomicity; after an error
+ * the first pieces may be done.
  */
 static int
 run_parts (struct nbdm *v, enum slot_kind kind, const void *buf, uint64_t count,
@@ -449,8 +448,8 @@ nbdm_trim (struct nbdm *v, uint64_t count, uint64_t offset, uint32_t flags)
                     (flags & NBDM_FUA) | NBDM_MAY_TRIM);
 }
 
-/* Fast zero is refused before anything is changed, unless every leg says it
- * is fast; a remote that is slow at it after all costs time, not bytes.
+/* Fast zero is refused before anything is changed, unless every leg says it is
+ * fast; a remote that is slow all the same costs time, but no data.
  */
 static bool
 fast_zero_everywhere (struct nbdm *v, bool may_trim)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The write path without a thread a request: for small writes when all is
- * well, which is nearly always.
+/* The write path without a thread for each request: for small writes while all
+ * disks are well, which is nearly always.
  *
  * A request that waits for a remote in a thread of its own costs two wake-ups,
  * the remote's answer and the next request's turn at the socket, and they cost
@@ -10,13 +10,13 @@
  * locally, goes on to the next, and sends the answer when it has taken in the
  * remote's.
  *
- * That thread must never wait for anything but the client, the remotes and a
- * quick local disk: others' requests wait behind it, and some it would wait for
- * are its own.  So each step is that of engine.c, if it can be done at once:
- * else nothing is done, and a thread runs the whole request the other way.
- * What has begun here and then failed (a lost remote, an error of a disk) is
- * completed by a thread as well.  Rules and order are the same, and the same
- * code keeps them: admit.c, and the two steps of a request's end in engine.c.
+ * That thread may wait only for the client, the remotes and a quick local disk:
+ * other requests wait behind it, and it might wait for one of its own.  So each
+ * step is that of engine.c, if it needs no wait; else nothing is done, and a
+ * worker runs the whole request in the blocking way.  A worker also completes a
+ * request that began here and then failed (a lost remote, an error of a disk).
+ * Rules and order are the same, and the same code keeps them: admit.c, and the
+ * two steps of a request's end in engine.c.
  */
 
 #include <errno.h>
@@ -37,9 +37,9 @@
 #include "wire/conn.h"
 #include "wire/watch.h"
 
-#define EXPRESS_BYTES (64u << 10) /* copying more keeps others waiting */
+#define EXPRESS_BYTES (64u << 10) /* a longer copy would delay others */
 
-/* Its answer may come at once, on another thread. */
+/* The answer may come at once, on another thread. */
 static void
 issue (const struct nbdm *v, struct express *x, struct watch *watch)
 {
@@ -147,7 +147,7 @@ express_complete (struct nbdm *v, struct express *x)
 {
   struct request *req = &x->request;
 
-  /* From here on a thread waits. */
+  /* From here on this thread may block. */
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req->legs[i].active)
       req->legs[i].waiter.box = NULL;

@@ -33,7 +33,7 @@ leg_issue (struct leg *leg)
   }
 }
 
-/* Wait for this round; 0, LEG_LOST or what the server said. */
+/* Wait for this round; 0, LEG_LOST or the server's error. */
 static int
 leg_round (struct leg *leg)
 {
@@ -57,8 +57,8 @@ leg_round (struct leg *leg)
   return rc;
 }
 
-/* The connection is gone: hold while there is hope.  Returns 0 if there is a
- * new one to send everything again on, else LEG_LOST.
+/* The connection is lost: wait while the remote is on hold.  Returns 0 if there
+ * is a new connection, on which all is sent again, else LEG_LOST.
  */
 static int
 leg_hold (struct request *req, struct leg *leg, bool hope)
@@ -85,7 +85,7 @@ leg_hold (struct request *req, struct leg *leg, bool hope)
   return rc;
 }
 
-/* A round was answered: plan the next, once the remote may be sent more. */
+/* A round was answered: plan the next one once the backlog has room. */
 static int
 leg_next (struct request *req, struct leg *leg)
 {
@@ -113,8 +113,9 @@ leg_next (struct request *req, struct leg *leg)
   return rc;
 }
 
-/* With several remotes, before it waits for another one's backlog: or two
- * requests may each wait for room that the other's answered bytes take.
+/* Count the leg before the request waits for another remote's backlog:
+ * otherwise two requests could each wait for room that the other's answered
+ * bytes take.
  */
 static void
 leg_answered (const struct request *req, struct leg *leg)
@@ -127,7 +128,7 @@ leg_answered (const struct request *req, struct leg *leg)
   leg_count_locked (req, leg, true);
 }
 
-/* Make durable what the leg's remote answered; 0 or LEG_LOST. */
+/* Flush the bytes that the leg's remote has answered; 0 or LEG_LOST. */
 static int
 leg_flush (struct leg *leg)
 {
@@ -137,7 +138,8 @@ leg_flush (struct leg *leg)
 
   remote_flush_begin (leg->remote, &flush);
   rc = remote_flush_end (&flush);
-  /* Lost on the way and back: the flush was of another connection. */
+  /* The connection was lost and is back: the flush ran on another connection.
+   */
   LOCK_FOR_SCOPE (&v->lock);
   if (leg->remote->conn != leg->conn)
     rc = LEG_LOST;
@@ -170,8 +172,8 @@ leg_finish (struct request *req, struct leg *leg)
       if (rc == 0)
         return;
     }
-    /* Mostly the second loss ends it, as the range is dirty by then: not where
-     * the remote is the only one to have it.
+    /* Mostly the second loss ends the loop, as the range is dirty by then; but
+     * not if the remote is the only source of it.
      */
     if (rc == LEG_LOST)
       rc = leg_hold (req, leg, ++losses < MAX_LOSSES);

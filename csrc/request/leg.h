@@ -8,14 +8,14 @@
 struct leg;
 struct request;
 
-/* Send the round that is planned; an error is in its commands. */
+/* Send the planned round; its commands hold any error. */
 void leg_issue (struct leg *leg);
-/* Wait for the round that was issued, then plan, issue and await the others;
- * what comes of all is in leg->result.  Blocks, also for a hold.
+/* Wait for the issued round, then plan, issue and await the other rounds.
+ * leg->result has the result.  Blocks, also for a hold.
  */
 void leg_finish (struct request *req, struct leg *leg);
-/* A leg that has finished well: make durable what was sent without FUA.  It is
- * sent again if the connection is lost over that.  Blocks as leg_finish does.
+/* Make durable the bytes of a successful leg that were sent without FUA.  They
+ * are sent again if the connection is lost.  Blocks as leg_finish does.
  */
 void leg_secure (struct request *req, struct leg *leg);
 

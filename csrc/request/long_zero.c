@@ -2,17 +2,17 @@
 
 /* Trims and zeroes that take a remote too long.
  *
- * A client zeroes 4 GiB with one small request and waits for one answer, its
- * kernel for half a minute or so.  A server that does not know zeroes is sent
- * the bytes, minutes of them on a slow link; another one may write them, as
- * slowly.  So a request waits for a remote for one deadline.  What it has not
- * been sent by then is left to resync: dirty, durably, before the answer, and
- * the remote is resyncing.  While it is, other long ones are left at once, or
- * a client that trims all of its disk would wait a deadline for each request.
+ * A client zeroes 4 GiB with one small request, and its kernel waits about half
+ * a minute for the answer.  A server without WRITE_ZEROES gets the bytes, which
+ * takes minutes on a slow link; another server may write them as slowly.  So a
+ * request waits for a remote for one deadline.  The rest is left to resync:
+ * dirty, durably, before the answer, and the remote is resyncing.  While it
+ * resyncs, other long requests are left to resync at once: otherwise a client
+ * that trims its whole disk would wait a deadline for each request.
  *
- * Not under policy stop, which wants every answered write on both; nor while
- * local misses anything or is doubted, as then the remote may be the only one
- * to have it.
+ * Not under policy stop, which needs every answered write on both disks; nor
+ * while local misses anything or is doubted, as the remote may then have the
+ * only copy.
  */
 
 #include "api.h"

@@ -11,8 +11,8 @@
 struct remote;
 struct request;
 
-/* Leave the rest of the request to a resync of the remote, durably, if it is a
- * trim or zero that has waited for it too long, `waited_ns` in this request.
+/* If the request is a trim or zero that has waited too long for the remote,
+ * leave its rest to resync, durably.  `waited_ns` is the wait so far.
  */
 bool long_zero_leave_locked (const struct request *req, struct remote *r,
                              uint64_t waited_ns);

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Reads, and what else leaves the disks as they are.
+/* Reads, and other requests that do not change the disks.
  *
- * Reads come from the local disk and take no lock: a read beside a write of
- * the same range may see either, as on any disk.  Where local cannot read, or
- * misses something, the way is region by region: from a remote that misses no
- * answered write of it (rule 11: a dirty region is never read from it), which
- * is waited for while its connection is on hold.
+ * Reads come from the local disk and take no lock: a read beside a write of the
+ * same range may see either, as on any disk.  Where local cannot read, or
+ * misses something, the read goes region by region: from a remote that misses
+ * no answered write of the region (rule 11: a dirty region is never read from
+ * it).  The read waits for such a remote while it is on hold.
  *
- * On that way a client's read waits for the writes under way to its range, and
- * holds it.  For the disk that serves a region may change beside a write that
- * one of the two disks has carried out: a client that has seen the new bytes
- * would see the old ones again.  With the range held only bytes are seen that
- * every disk that has the region has.
+ * Such a read waits for the writes under way to its range, and holds the range.
+ * Otherwise the disk that serves a region could change during a write that only
+ * one of two disks has carried out, and a client that has read the new bytes
+ * would read the old ones again.  While the range is held, all disks that have
+ * the region hold the same bytes.
  */
 
 #include <errno.h>
@@ -46,8 +46,8 @@ any_set (const struct remote *r, const struct bitmap *map, uint64_t count,
   return bitmap_next_set (map, first, first + nr) < first + nr;
 }
 
-/* A remote that has the range, with a reference to its connection; `nr`-th of
- * those, as one may have answered an error.  NULL: there is none.
+/* The `nr`-th remote that has the range, with a reference to its connection;
+ * earlier ones may have answered an error.  NULL: there is none.
  */
 static struct remote *
 find_source (struct nbdm *v, const struct remote *except, uint64_t count,
@@ -67,7 +67,7 @@ find_source (struct nbdm *v, const struct remote *except, uint64_t count,
       if (r == except || any_set (r, &r->disk.dm.map[MAP_DIRTY], count, offset))
         continue;
       if (any_set (r, &r->disk.dm.owed, count, offset)) {
-        held = true; /* the end of the takeover tells which disk has it */
+        held = true; /* after the takeover it is known which disk has it */
         continue;
       }
       if (r->admitted && skip-- == 0)
@@ -117,7 +117,7 @@ has_region (struct nbdm *v, uint64_t region)
   return local_has_locked (v, region);
 }
 
-/* The same once no takeover is under way. */
+/* The same, after the end of any takeover. */
 static bool
 given_back (struct nbdm *v, uint64_t region)
 {
@@ -127,7 +127,7 @@ given_back (struct nbdm *v, uint64_t region)
   return local_has_locked (v, region);
 }
 
-/* Local could not read what a remote could. */
+/* Local could not read bytes that a remote could. */
 static void
 mend (struct nbdm *v, uint64_t region)
 {
@@ -147,7 +147,7 @@ try_region (struct nbdm *v, const struct remote *except, void *buf,
   int rc;
 
   *had = true;
-  /* It may have lost writes: a remote that has the region is asked first. */
+  /* Local may have lost writes: ask a remote that has the region first. */
   if (local_doubted (v) && remotes_pread (v, except, buf, count, offset) == 0)
     return 0;
   *had = on_local = has_region (v, region);
@@ -158,7 +158,7 @@ try_region (struct nbdm *v, const struct remote *except, void *buf,
     else if (has_region (v, region))
       return 0;
     else
-      on_local = false; /* it has failed meanwhile */
+      on_local = false; /* it has failed in between */
   }
   rc = remotes_pread (v, except, buf, count, offset);
   if (rc == 0 && on_local)
@@ -166,7 +166,8 @@ try_region (struct nbdm *v, const struct remote *except, void *buf,
   return rc;
 }
 
-/* One region, or a part of one.  The local disk is not replaced meanwhile. */
+/* Read one region or a part of it.  The local disk is not replaced during this.
+ */
 static int
 region_pread (struct nbdm *v, const struct remote *except, void *buf,
               uint64_t count, uint64_t offset)
@@ -174,7 +175,7 @@ region_pread (struct nbdm *v, const struct remote *except, void *buf,
   bool had;
   int rc = try_region (v, except, buf, count, offset, &had);
 
-  /* It was made to miss the region by a takeover that came to nothing. */
+  /* A takeover made local miss the region and then failed. */
   if (rc < 0 && !had && given_back (v, offset / v->region_size))
     rc = try_region (v, except, buf, count, offset, &had);
   if (rc < 0)
@@ -203,8 +204,8 @@ release_range (struct nbdm *v, struct range *range)
   pthread_mutex_unlock (&v->lock);
 }
 
-/* The disk is in use only once the range is held: a write may hold that for as
- * long as it waits for a remote, and an operator waits for the disk's users.
+/* Take the disk only once the range is held: a write may hold the range while
+ * it waits for a remote, and an operator's command waits for the disk's users.
  */
 static int
 part_pread (struct nbdm *v, const struct remote *except, void *buf,
@@ -282,7 +283,7 @@ nbdm_cache (struct nbdm *v, uint64_t count, uint64_t offset)
 {
   int rc = check_range (v, count, offset);
 
-  /* Advice: that it could not be taken is no reason to fail. */
+  /* It is only advice, so a failure is no error. */
   if (rc == 0 && atomic_load (&v->local.state) != NBDM_LOCAL_FAILED) {
     local_use (v);
     local_advise (v, count, offset);
@@ -300,7 +301,7 @@ nbdm_extents (struct nbdm *v, uint64_t count, uint64_t offset,
   int rc = check_range (v, count, offset);
 
   if (rc == 0)
-    rc = fenced_read_check (v); /* that it is a hole is what a read tells */
+    rc = fenced_read_check (v); /* a hole tells as much as a read */
   if (rc < 0)
     return rc;
   while (offset < end && nr < max) {
@@ -314,7 +315,9 @@ nbdm_extents (struct nbdm *v, uint64_t count, uint64_t offset,
                                                        : NBDM_EXTENT_DATA };
     offset = next;
   }
-  /* It may have failed at any time, and what it lost before it was seen. */
+  /* The disk may have failed at any time, and lost data before that was
+   * noticed.
+   */
   if (nr > 0 && !local_believed (v)) {
     extents[0] = (struct nbdm_extent){ end - count, count, NBDM_EXTENT_DATA };
     return 1;

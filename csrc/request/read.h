@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Reads, from a disk that misses nothing of the range.  See read.c. */
+/* Reads, from a disk that misses nothing in the range.  See read.c. */
 
 #ifndef NBDM_READ_H
 #define NBDM_READ_H
@@ -10,13 +10,13 @@
 struct nbdm;
 struct remote;
 
-/* From a disk that misses no answered write of it, but not from `except`
- * (NULL: any).  Waits for a remote on hold that has it.  The caller holds the
- * range, so that no write is under way to it.  -EIO.
+/* Read from a disk that misses no answered write of the range, but not from
+ * `except` (NULL: any).  Waits for a remote on hold that has the range.  The
+ * caller holds the range, so that no write to it is under way.  -EIO.
  */
 int source_pread (struct nbdm *v, const struct remote *except, void *buf,
                   uint64_t count, uint64_t offset);
-/* The same from any disk, for a client: the caller holds no range. */
+/* The same from any disk, for a client.  The caller holds no range. */
 int client_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset);
 
 #endif /* NBDM_READ_H */

@@ -3,10 +3,11 @@
 /* Requests that begin or end inside a sector of 512 bytes.
  *
  * A client that negotiated no block sizes may send any range of bytes, and a
- * remote may take whole sectors alone.  So a part of a sector is written as the
- * whole sector: admitted, so that no other thread touches the sector, then
- * read, changed in memory, and written to every leg like any other write.
- * Whatever the remotes take, the bytes that go to them are the same.
+ * remote may accept only whole sectors.  So a part of a sector is written as
+ * the whole sector: the request is admitted, so that no other thread touches
+ * the sector; then the sector is read, changed in memory, and written to every
+ * leg like any other write.  All remotes get the same bytes, whatever block
+ * size they accept.
  */
 
 #include <errno.h>

@@ -130,8 +130,9 @@ is_same_socket (int one, int other)
          && a.st_ino == b.st_ino;
 }
 
-/* After a shutdown libnbd could read on: the received bytes stay, and over TCP
- * more come.  So another descriptor replaces libnbd's socket.
+/* End the handshake when the time is over.  After a shutdown libnbd could read
+ * on: the received bytes stay, and over TCP more come.  So another descriptor
+ * replaces libnbd's socket.
  */
 static int
 look_at_time (void *opaque, const char *context, const char *message)
