@@ -6,9 +6,14 @@
  * Offsets and lengths are bytes, a `region` is always an index, times end in
  * their unit.  Unless said otherwise a function may block on disk I/O, takes
  * the engine's own lock, and may be called from any thread.
+ *
+ * A `disk` is a number: 0 is the local disk, and a remote's is 1 more than its
+ * index, a `remote`, in struct nbdm_params.  -EINVAL: there is none.
  */
 
 #define NBDM_MAX_REMOTES 8
+#define NBDM_MAX_DISKS 9          /* the local one and the remotes */
+#define NBDM_LOCAL 0              /* the local disk's number */
 #define NBDM_NAME_LEN 64          /* bytes, with the NUL */
 #define NBDM_REASON_LEN 160       /* bytes, with the NUL */
 #define NBDM_UUID_LEN 16          /* bytes */
@@ -90,10 +95,9 @@ struct nbdm_status {
   uint64_t generation;
   uint64_t session;
   uint32_t nr_remotes;
-  uint32_t local_state; /* enum nbdm_local_state */
-  uint32_t failed;      /* metadata could not be persisted: final */
-  uint32_t fenced;      /* policy stop: writes get EIO */
-  uint32_t policy;      /* enum nbdm_policy, in force now; nbdm_peek: 0 */
+  uint32_t failed; /* metadata could not be persisted: final */
+  uint32_t fenced; /* policy stop: writes get EIO */
+  uint32_t policy; /* enum nbdm_policy, in force now; nbdm_peek: 0 */
   uint32_t fail_fenced_reads;
   uint32_t stopping;
   uint32_t clean;    /* nbdm_peek: stopped cleanly */
@@ -109,41 +113,40 @@ struct nbdm_status {
   uint64_t superblock_persists;
   uint64_t dirty_persists;      /* all maps */
   char reason[NBDM_REASON_LEN]; /* why failed, or what recovery found; or "" */
-  uint32_t local_attached; /* failed, and nbdm_local_attach has opened it */
-  uint64_t local_dirty_regions; /* what local misses */
-  uint64_t local_errors; /* of local since start: reads, writes, flushes */
-  uint64_t
-      local_repaired; /* regions it could not read, rewritten since start */
-  uint64_t local_copied_bytes; /* the same, and what was copied back, bytes */
-  uint64_t local_serial;       /* see nbdm_wait_local */
-  int64_t local_since;         /* seconds since 1970 */
-  uint64_t local_silent_ms;    /* so long it has owed a request an answer */
-  char local_reason[NBDM_REASON_LEN]; /* of its state; ok: its last error */
-  uint32_t local_unproven; /* attached; another device, nothing compared */
-  /* How it has changed since the last session; or "". */
-  char local_note[NBDM_REASON_LEN];
 };
 
-struct nbdm_remote_status {
+/* What is told of every disk, and beside it the part of its own kind. */
+struct nbdm_disk_status {
   char name[NBDM_NAME_LEN];
-  uint32_t state;     /* enum nbdm_remote_state, PAUSED included */
-  uint32_t paused;    /* by an operator, whatever the state */
-  uint32_t assumed;   /* in sync on the operator's word alone */
-  uint32_t connected; /* connected; admitted says whether it is used */
-  uint32_t admitted;
-  uint64_t dirty_regions;
-  uint64_t late_regions; /* of these, held back for late writes */
-  uint64_t unflushed_regions;
-  uint64_t flush_bound;    /* bytes of data that may be unflushed, measured */
-  uint64_t outstanding;    /* commands sent and not answered */
-  uint64_t remote_size;    /* bytes, of the last connection; or 0 */
-  uint64_t commands;       /* answered since start */
-  uint64_t copied_bytes;   /* by resync since start, zeroes included */
-  uint64_t answered_bytes; /* the same, made clean or not yet */
-  uint64_t answer_ns; /* shortest time of a copy in the last call; 0: none */
-  int64_t since;      /* seconds since 1970 */
-  uint64_t serial;    /* see nbdm_wait_event */
-  char reason[NBDM_REASON_LEN]; /* of the state; or "" */
+  uint32_t state; /* enum nbdm_local_state, or nbdm_remote_state with PAUSED */
+  uint64_t dirty_regions;       /* what it misses */
+  uint64_t copied_bytes;        /* made clean since start, zeroes included */
+  int64_t since;                /* of the state, seconds since 1970 */
+  uint64_t serial;              /* see nbdm_disk_wait */
+  char reason[NBDM_REASON_LEN]; /* of the state; local ok: its last error */
+  struct nbdm_local_status {
+    uint32_t attached;  /* failed, and nbdm_local_attach has opened it */
+    uint32_t unproven;  /* attached; another device, nothing compared */
+    uint64_t errors;    /* since start: reads, writes, flushes */
+    uint64_t repaired;  /* regions it could not read, rewritten since start */
+    uint64_t silent_ms; /* so long it has owed a request an answer */
+    /* How it has changed since the last session; or "". */
+    char note[NBDM_REASON_LEN];
+  } local;
+  struct nbdm_remote_status {
+    uint32_t paused;    /* by an operator, whatever the state */
+    uint32_t assumed;   /* in sync on the operator's word alone */
+    uint32_t connected; /* connected; admitted says whether it is used */
+    uint32_t admitted;
+    uint64_t late_regions; /* dirty ones, held back for late writes */
+    uint64_t unflushed_regions;
+    uint64_t flush_bound;    /* bytes of data that may be unflushed, measured */
+    uint64_t outstanding;    /* commands sent and not answered */
+    uint64_t remote_size;    /* bytes, of the last connection; or 0 */
+    uint64_t commands;       /* answered since start */
+    uint64_t answered_bytes; /* of copies since start, made clean or not yet */
+    uint64_t answer_ns; /* shortest time of a copy in the last call; 0: none */
+  } remote;
 };
 
 /* How much resync does at once.  A burst of copies and a rest take turns. */
@@ -215,7 +218,7 @@ int nbdm_start (struct nbdm *volume);
  */
 int nbdm_stop (struct nbdm *volume);
 
-/* Wake every nbdm_wait_event for good, so that policy threads can end. */
+/* Wake every nbdm_disk_wait for good, so that policy threads can end. */
 void nbdm_wake (struct nbdm *volume);
 
 /* Free everything.  No other call may be under way.  Without nbdm_stop it is
@@ -262,7 +265,43 @@ int nbdm_count_client (struct nbdm *volume, int change);
 int nbdm_set_policy (struct nbdm *volume, uint32_t policy,
                      uint32_t fail_fenced_reads);
 
-/* --- Remotes: mechanism for the policy threads ----------------------- */
+/* --- Any disk: mechanism for the policy threads ----------------------- */
+
+/* Use it from now on, as it is the disk that was left.  A remote: held requests
+ * are sent again, the state becomes in_sync if nothing is dirty, else
+ * resyncing.  The local disk, durably: failed -> resyncing; -ENODEV: not
+ * attached.
+ */
+int nbdm_disk_admit (struct nbdm *volume, uint32_t disk);
+
+/* The reason becomes the state's.  A remote: drop the connection; never fails.
+ * The local disk: close it again, if it is attached, durably.
+ */
+int nbdm_disk_drop (struct nbdm *volume, uint32_t disk, const char *reason);
+
+/* Copy what the disk misses to it, flush it, clear the bits, until that much is
+ * copied, the time is over, nothing is found, an operator pauses it or
+ * nbdm_wake.  To a remote from local, to the local disk from a remote that is
+ * clean there; `depth` is not used then.  Also makes the disk in sync, or ok,
+ * when that left nothing dirty.  Returns 0 also if nothing was found;
+ * -ENOTCONN: the remote was lost, or none that is clean there is connected (no
+ * bit was cleared without its flush); -EIO: local could not be read, or has
+ * failed.
+ */
+int nbdm_disk_resync (struct nbdm *volume, uint32_t disk,
+                      struct nbdm_resync *batch);
+
+/* Change the pace of the call that is under way, from its next copy on. */
+int nbdm_disk_resync_pace (struct nbdm *volume, uint32_t disk,
+                           const struct nbdm_pace *pace);
+
+/* Block until the disk's serial differs from `seen`, the time is over or
+ * nbdm_wake; returns the serial, which grows at each change of the disk.
+ */
+uint64_t nbdm_disk_wait (struct nbdm *volume, uint32_t disk, uint64_t seen,
+                         uint32_t timeout_ms);
+
+/* --- Remotes alone ---------------------------------------------------- */
 
 /* Connect and check the size and the flags; not used for anything until
  * admitted.  At most one policy thread a remote calls these.  -ERANGE: too
@@ -285,15 +324,6 @@ int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
  */
 uint64_t nbdm_remote_comparable (struct nbdm *volume, uint32_t remote,
                                  uint64_t region);
-
-/* Use the connection from now on: held requests are sent again, the state
- * becomes in_sync if nothing is dirty, else resyncing.
- */
-int nbdm_remote_admit (struct nbdm *volume, uint32_t remote);
-
-/* Drop the connection; the reason becomes the state's.  Never fails. */
-void nbdm_remote_drop (struct nbdm *volume, uint32_t remote,
-                       const char *reason);
 
 /* Say why a remote that is not connected is out of sync. */
 int nbdm_remote_explain (struct nbdm *volume, uint32_t remote,
@@ -318,19 +348,6 @@ int nbdm_remote_invalidate (struct nbdm *volume, uint32_t remote);
 /* The late-write window is over: late regions are plain dirty ones now. */
 int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
 
-/* Copy dirty regions, flush the remote, clear their bits, until that much is
- * copied, the time is over, nothing is found, an operator pauses it or
- * nbdm_wake.  Also makes the remote in_sync when that left nothing dirty.
- * Returns 0 also if nothing was found; -ENOTCONN: the remote was lost (no bit
- * was cleared without its flush); -EIO: local could not be read.
- */
-int nbdm_resync (struct nbdm *volume, uint32_t remote,
-                 struct nbdm_resync *batch);
-
-/* Change the pace of the call that is under way, from its next copy on. */
-int nbdm_resync_pace (struct nbdm *volume, uint32_t remote,
-                      const struct nbdm_pace *pace);
-
 /* --- The local disk, after it failed ---------------------------------- */
 
 /* Open `path` as the local disk again; it is used for nothing until admitted.
@@ -342,42 +359,16 @@ int nbdm_resync_pace (struct nbdm *volume, uint32_t remote,
  */
 int nbdm_local_attach (struct nbdm *volume, const char *path, int replaced);
 
-/* Use it from now on, durably: failed -> resyncing.  -ENODEV: not attached. */
-int nbdm_local_admit (struct nbdm *volume);
-
-/* Close an attached disk again; the reason becomes the state's, durably. */
-int nbdm_local_drop (struct nbdm *volume, const char *reason);
-
-/* Copy what local misses back from a remote that is clean there, flush local,
- * clear the bits; ends as nbdm_resync does, and `depth` is not used.  Also
- * makes local ok when that left nothing dirty.  Returns 0 also if nothing was
- * found; -ENOTCONN: no such remote is connected; -EIO: local has failed.
- */
-int nbdm_local_resync (struct nbdm *volume, struct nbdm_resync *batch);
-
-/* As nbdm_resync_pace. */
-void nbdm_local_resync_pace (struct nbdm *volume, const struct nbdm_pace *pace);
-
 /* Take samples of the local disk, by which a start will know it, if less than
  * `least` could be compared now: there are too few, or writes go on
  * where they are.  Returns how many were taken.
  */
 int nbdm_local_sample (struct nbdm *volume, uint32_t least);
 
-/* As nbdm_wait_event, for the local disk. */
-uint64_t nbdm_wait_local (struct nbdm *volume, uint64_t seen,
-                          uint32_t timeout_ms);
-
 /* Let extents idle for at least `idle_ms` go cold: flushes the legs and
  * persists the dirty maps first.
  */
 int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
-
-/* Block until the remote's serial differs from `seen`, the time is over or
- * nbdm_wake; returns the serial, which grows at each change of the remote.
- */
-uint64_t nbdm_wait_event (struct nbdm *volume, uint32_t remote, uint64_t seen,
-                          uint32_t timeout_ms);
 
 /* Which volumes a client of ours reaches: ours, and those that our remotes said
  * they are.  Each door gives it as its export's description, by which a volume
@@ -462,8 +453,8 @@ void nbdm_log_counts (uint64_t *nr_lost, uint64_t *nr_left_out);
 /* --- Looking at it --------------------------------------------------- */
 
 void nbdm_get_status (struct nbdm *volume, struct nbdm_status *status);
-int nbdm_get_remote_status (struct nbdm *volume, uint32_t remote,
-                            struct nbdm_remote_status *status);
+int nbdm_get_disk_status (struct nbdm *volume, uint32_t disk,
+                          struct nbdm_disk_status *status);
 
 void nbdm_get_latency (struct nbdm *volume, struct nbdm_latency *latency);
 
@@ -481,10 +472,11 @@ int nbdm_get_recent_regions (struct nbdm *volume, uint64_t *regions,
                              uint32_t max);
 
 /* Read a superblock without locking or changing anything, also beside a
- * running server.  Fills what is stored; the rest is zero.
+ * running server.  Fills what is stored; the rest is zero.  `disks`: room for
+ * NBDM_MAX_DISKS.
  */
 int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
-               struct nbdm_remote_status *remotes);
+               struct nbdm_disk_status *disks);
 
 /* --- Tests ----------------------------------------------------------- */
 

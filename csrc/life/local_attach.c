@@ -19,6 +19,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "life/identity_check.h"
+#include "life/local_attach.h"
 #include "logs/bitmap.h"
 #include "logs/dirty_map.h"
 #include "logs/layout.h"
@@ -335,7 +336,7 @@ admit_locked (struct nbdm *v, const struct described_disk *disk)
 }
 
 int
-nbdm_local_admit (struct nbdm *v)
+local_admit (struct nbdm *v)
 {
   struct described_disk disk;
   int rc;
@@ -355,7 +356,7 @@ nbdm_local_admit (struct nbdm *v)
 }
 
 int
-nbdm_local_drop (struct nbdm *v, const char *reason)
+local_drop (struct nbdm *v, const char *reason)
 {
   int rc = 0;
 

@@ -18,6 +18,7 @@
 #include "base/fault.h"
 #include "base/lock.h"
 #include "life/open.h"
+#include "life/remote.h"
 #include "life/remote_address.h"
 #include "logs/bitmap.h"
 #include "logs/dirty_map.h"
@@ -293,11 +294,10 @@ nbdm_remote_comparable (struct nbdm *v, uint32_t index, uint64_t region)
 }
 
 int
-nbdm_remote_admit (struct nbdm *v, uint32_t index)
+remote_admit_locked (struct remote *r)
 {
-  FIND_OR_RETURN (r, v, index);
+  struct nbdm *v = r->disk.volume;
 
-  LOCK_FOR_SCOPE (&v->lock);
   if (v->stopping)
     return command_gate_locked (v);
   if (r->conn == NULL || conn_dead (r->conn))
@@ -308,23 +308,12 @@ nbdm_remote_admit (struct nbdm *v, uint32_t index)
     return set_message (-EIO, "the volume has failed: %s", v->reason);
   r->admitted = true;
   r->address = r->connected_at;
-  r->disk.flush.done
-      = r->disk.flush.asked; /* unflushed became dirty meanwhile */
+  /* Unflushed became dirty meanwhile. */
+  r->disk.flush.done = r->disk.flush.asked;
   fault_point ("admitted");
   remote_update_state_locked (r);
   disk_changed_locked (&r->disk, false);
   return 0;
-}
-
-void
-nbdm_remote_drop (struct nbdm *v, uint32_t index, const char *reason)
-{
-  struct remote *r = find (v, index);
-
-  if (r == NULL)
-    return;
-  LOCK_FOR_SCOPE (&v->lock);
-  remote_broken_locked (r, r->conn, reason);
 }
 
 int
@@ -439,40 +428,4 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   fault_point ("late_released");
   disk_bump_locked (&r->disk);
   return 0;
-}
-
-static uint64_t
-wait_serial (struct nbdm *v, const uint64_t *serial, uint64_t seen,
-             uint32_t timeout_ms)
-{
-  uint64_t until_ns = now_ns () + timeout_ms * NS_PER_MS;
-  bool in_time = true;
-
-  LOCK_FOR_SCOPE (&v->lock);
-  while (*serial == seen && !v->waking && in_time)
-    in_time = wait_until (&v->events, &v->lock, until_ns);
-  return *serial;
-}
-
-uint64_t
-nbdm_wait_event (struct nbdm *v, uint32_t index, uint64_t seen,
-                 uint32_t timeout_ms)
-{
-  struct remote *r = find (v, index);
-
-  return r ? wait_serial (v, &r->disk.serial, seen, timeout_ms) : 0;
-}
-
-uint64_t
-nbdm_wait_local (struct nbdm *v, uint64_t seen, uint32_t timeout_ms)
-{
-  return wait_serial (v, &v->local.disk.serial, seen, timeout_ms);
-}
-
-void
-nbdm_wake (struct nbdm *v)
-{
-  LOCK_FOR_SCOPE (&v->lock);
-  v->waking = true;
-  pthread_cond_broadcast (&v->events);
 }

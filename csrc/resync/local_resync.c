@@ -289,17 +289,8 @@ run_batch (struct copy_back *b, struct nbdm_resync *io)
   return rc < 0 ? rc : clean_rc;
 }
 
-void
-nbdm_local_resync_pace (struct nbdm *v, const struct nbdm_pace *pace)
-{
-  LOCK_FOR_SCOPE (&v->lock);
-  if (v->local.disk.pace.rest_us > 0 && pace->rest_us == 0)
-    pthread_cond_broadcast (&v->events); /* ends the rest */
-  v->local.disk.pace = resync_pace (v, pace);
-}
-
 int
-nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
+resync_local (struct nbdm *v, struct nbdm_resync *io)
 {
   uint64_t now = now_ns ();
   struct copy_back b = {
@@ -312,7 +303,6 @@ nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
   };
   int rc;
 
-  io->next_region = io->copied_bytes = io->zero_bytes = 0;
   pthread_mutex_lock (&v->lock);
   rc = command_gate_locked (v);
   pthread_mutex_unlock (&v->lock);
@@ -322,7 +312,7 @@ nbdm_local_resync (struct nbdm *v, struct nbdm_resync *io)
   b.buf = malloc (b.buf_size);
   if (b.buf == NULL)
     return set_error (-ENOMEM, "copying back");
-  nbdm_local_resync_pace (v, &io->pace);
+  nbdm_disk_resync_pace (v, NBDM_LOCAL, &io->pace);
   latency_copying (&v->latency, true);
   rc = run_batch (&b, io);
   latency_copying (&v->latency, false);

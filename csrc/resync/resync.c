@@ -498,24 +498,31 @@ resync_pace (const struct nbdm *v, const struct nbdm_pace *pace)
   return found;
 }
 
-int
-nbdm_resync_pace (struct nbdm *v, uint32_t index, const struct nbdm_pace *pace)
+static void
+set_pace_locked (struct disk *d, const struct nbdm_pace *pace)
 {
-  struct remote *r;
-
-  if (index >= v->nr_remotes)
-    return set_message (-EINVAL, "there is no remote %u", index);
-  r = &v->remotes[index];
-  LOCK_FOR_SCOPE (&v->lock);
-  if (r->disk.pace.rest_us > 0 && pace->rest_us == 0)
-    pthread_cond_broadcast (&v->events); /* ends the rest */
-  r->disk.pace = resync_pace (v, pace);
-  return 0;
+  if (d->pace.rest_us > 0 && pace->rest_us == 0)
+    pthread_cond_broadcast (&d->volume->events); /* ends the rest */
+  d->pace = resync_pace (d->volume, pace);
 }
 
 int
-nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
+nbdm_disk_resync_pace (struct nbdm *v, uint32_t disk,
+                       const struct nbdm_pace *pace)
 {
+  struct disk *d = volume_disk (v, disk);
+
+  if (d == NULL)
+    return no_such_disk (disk);
+  LOCK_FOR_SCOPE (&v->lock);
+  set_pace_locked (d, pace);
+  return 0;
+}
+
+static int
+resync_remote (struct remote *r, struct nbdm_resync *io)
+{
+  struct nbdm *v = r->disk.volume;
   uint64_t now = now_ns ();
   struct batch b = {
     .cursor = io->first_region,
@@ -525,13 +532,8 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
     .flush_ended_ns = now,
     .hole_bytes = RESYNC_MIN_HOLE,
   };
-  struct remote *r;
   int rc = 0;
 
-  if (index >= v->nr_remotes)
-    return set_message (-EINVAL, "there is no remote %u", index);
-  r = &v->remotes[index];
-  io->next_region = io->copied_bytes = io->zero_bytes = 0;
   b.remote = r;
   pthread_mutex_lock (&v->lock);
   if (v->failed || v->stopping || !r->admitted)
@@ -556,4 +558,14 @@ nbdm_resync (struct nbdm *v, uint32_t index, struct nbdm_resync *io)
   pthread_mutex_unlock (&v->lock);
   release (&b);
   return rc;
+}
+
+int
+nbdm_disk_resync (struct nbdm *v, uint32_t disk, struct nbdm_resync *io)
+{
+  if (volume_disk (v, disk) == NULL)
+    return no_such_disk (disk);
+  io->next_region = io->copied_bytes = io->zero_bytes = 0;
+  return disk == NBDM_LOCAL ? resync_local (v, io)
+                            : resync_remote (&v->remotes[disk - 1], io);
 }

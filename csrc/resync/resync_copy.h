@@ -55,7 +55,7 @@ struct runs {
   size_t nr, max;
 };
 
-/* One call of nbdm_resync. */
+/* One call of nbdm_disk_resync. */
 struct batch {
   struct remote *remote;
   struct conn *conn;

@@ -3,11 +3,13 @@
 /* What is done alike to the local disk and to a remote. */
 
 #include <endian.h>
+#include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <time.h>
 
+#include "base/error.h"
 #include "volume/disk.h"
 #include "volume/volume.h"
 
@@ -17,6 +19,12 @@ volume_disk (struct nbdm *v, uint32_t index)
   if (index == 0)
     return &v->local.disk;
   return index <= v->nr_remotes ? &v->remotes[index - 1].disk : NULL;
+}
+
+int
+no_such_disk (uint32_t index)
+{
+  return set_message (-EINVAL, "there is no disk %u", index);
 }
 
 void

@@ -54,6 +54,8 @@ struct disk {
 
 /* NULL: there is no such disk. */
 struct disk *volume_disk (struct nbdm *v, uint32_t index);
+/* Says so: -EINVAL. */
+int no_such_disk (uint32_t index);
 
 #define FOR_EACH_DISK(d, v)                                                    \
   for (struct disk *d = volume_disk (v, 0); d;                                 \

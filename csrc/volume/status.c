@@ -51,18 +51,6 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   status->generation = v->generation;
   status->session = le64toh (v->sb.session);
   status->nr_remotes = v->nr_remotes;
-  status->local_state = v->local.state;
-  status->local_attached = v->local.attached;
-  status->local_unproven = v->local.attached && v->identity.unproven;
-  status->local_dirty_regions = v->local.disk.dm.map[MAP_DIRTY].nr_set;
-  status->local_errors = atomic_load (&v->local.errors);
-  status->local_repaired = v->local.repaired;
-  status->local_copied_bytes = v->local.disk.copied_bytes;
-  status->local_serial = v->local.disk.serial;
-  status->local_since = v->local.disk.since;
-  status->local_silent_ms = atomic_load (&v->local.silent_ns) / NS_PER_MS;
-  memcpy (status->local_reason, v->local.disk.reason,
-          sizeof status->local_reason);
   status->failed = v->failed;
   status->fenced = v->fenced;
   status->policy = v->policy;
@@ -81,7 +69,6 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   FOR_EACH_DISK (d, v)
     status->dirty_persists += d->dm.persists;
   snprintf (status->reason, sizeof status->reason, "%s", v->reason);
-  memcpy (status->local_note, v->identity.note, sizeof status->local_note);
 }
 
 /* Late, and copied only when the window is over. */
@@ -98,42 +85,73 @@ held_back_locked (const struct dirty_map *dm)
   return nr;
 }
 
-int
-nbdm_get_remote_status (struct nbdm *v, uint32_t index,
-                        struct nbdm_remote_status *status)
+static void
+tell_disk_locked (const struct disk *d, struct nbdm_disk_status *status)
+{
+  memset (status, 0, sizeof *status);
+  memcpy (status->name, d->name, sizeof status->name);
+  status->dirty_regions = d->dm.map[MAP_DIRTY].nr_set;
+  status->copied_bytes = d->copied_bytes;
+  status->since = d->since;
+  status->serial = d->serial;
+  memcpy (status->reason, d->reason, sizeof status->reason);
+}
+
+static void
+tell_local_locked (const struct nbdm *v, struct nbdm_disk_status *status)
+{
+  const struct local *l = &v->local;
+
+  tell_disk_locked (&l->disk, status);
+  status->state = l->state;
+  status->local.attached = l->attached;
+  status->local.unproven = l->attached && v->identity.unproven;
+  status->local.errors = atomic_load (&l->errors);
+  status->local.repaired = l->repaired;
+  status->local.silent_ms = atomic_load (&l->silent_ns) / NS_PER_MS;
+  memcpy (status->local.note, v->identity.note, sizeof status->local.note);
+}
+
+static void
+tell_remote_locked (const struct remote *r, struct nbdm_disk_status *status)
 {
   struct conn_report report = { .outstanding = 0 };
-  const struct remote *r;
+  const struct dirty_map *dm = &r->disk.dm;
 
-  if (index >= v->nr_remotes)
-    return set_message (-EINVAL, "there is no remote %u", index);
-  r = &v->remotes[index];
-  memset (status, 0, sizeof *status);
-  LOCK_FOR_SCOPE (&v->lock);
   if (r->conn)
     report = conn_report (r->conn);
-  memcpy (status->name, r->disk.name, sizeof status->name);
+  tell_disk_locked (&r->disk, status);
   status->state = r->state;
   if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
     status->state = NBDM_PAUSED;
-  status->paused = r->paused;
-  status->assumed = r->assumed;
-  status->connected = r->conn != NULL;
-  status->admitted = r->admitted;
-  status->dirty_regions = r->disk.dm.map[MAP_DIRTY].nr_set;
-  status->late_regions = held_back_locked (&r->disk.dm);
-  status->unflushed_regions = r->disk.dm.map[MAP_UNFLUSHED0].nr_set
-                              + r->disk.dm.map[MAP_UNFLUSHED1].nr_set;
-  status->flush_bound = r->backlog.bound.bytes[BACKLOG_DATA];
-  status->outstanding = report.outstanding;
-  status->commands = r->commands + report.answered;
-  status->remote_size = r->remote_size;
-  status->copied_bytes = r->disk.copied_bytes;
-  status->answered_bytes = r->answered_bytes;
-  status->answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns;
-  status->since = r->disk.since;
-  status->serial = r->disk.serial;
-  memcpy (status->reason, r->disk.reason, sizeof status->reason);
+  status->remote = (struct nbdm_remote_status){
+    .paused = r->paused,
+    .assumed = r->assumed,
+    .connected = r->conn != NULL,
+    .admitted = r->admitted,
+    .late_regions = held_back_locked (dm),
+    .unflushed_regions
+    = dm->map[MAP_UNFLUSHED0].nr_set + dm->map[MAP_UNFLUSHED1].nr_set,
+    .flush_bound = r->backlog.bound.bytes[BACKLOG_DATA],
+    .outstanding = report.outstanding,
+    .commands = r->commands + report.answered,
+    .remote_size = r->remote_size,
+    .answered_bytes = r->answered_bytes,
+    .answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns,
+  };
+}
+
+int
+nbdm_get_disk_status (struct nbdm *v, uint32_t disk,
+                      struct nbdm_disk_status *status)
+{
+  if (volume_disk (v, disk) == NULL)
+    return no_such_disk (disk);
+  LOCK_FOR_SCOPE (&v->lock);
+  if (disk == NBDM_LOCAL)
+    tell_local_locked (v, status);
+  else
+    tell_remote_locked (&v->remotes[disk - 1], status);
   return 0;
 }
 
@@ -186,7 +204,19 @@ nbdm_get_recent_regions (struct nbdm *v, uint64_t *regions, uint32_t max)
 }
 
 static void
-peek_remote (const struct disk_remote *disk, struct nbdm_remote_status *status)
+peek_local (const struct disk_superblock *sb, struct nbdm_disk_status *status)
+{
+  memset (status, 0, sizeof *status);
+  snprintf (status->name, sizeof status->name, LOCAL_NAME);
+  snprintf (status->reason, sizeof status->reason, "%.159s", sb->local_reason);
+  status->state = le32toh (sb->local_state);
+  if (status->state < NBDM_LOCAL_OK || status->state > NBDM_LOCAL_RESYNCING)
+    status->state = NBDM_LOCAL_FAILED;
+  status->since = (int64_t)le64toh ((uint64_t)sb->local_since);
+}
+
+static void
+peek_remote (const struct disk_remote *disk, struct nbdm_disk_status *status)
 {
   uint32_t flags = le32toh (disk->flags);
 
@@ -196,8 +226,8 @@ peek_remote (const struct disk_remote *disk, struct nbdm_remote_status *status)
   status->state = le32toh (disk->state);
   if (status->state < NBDM_IN_SYNC || status->state > NBDM_FAILED)
     status->state = NBDM_OUT_OF_SYNC; /* as a start takes it */
-  status->paused = (flags & REMOTE_PAUSED) != 0;
-  status->assumed = (flags & REMOTE_ASSUMED) != 0;
+  status->remote.paused = (flags & REMOTE_PAUSED) != 0;
+  status->remote.assumed = (flags & REMOTE_ASSUMED) != 0;
   status->since = (int64_t)le64toh ((uint64_t)disk->since);
 }
 
@@ -214,13 +244,6 @@ peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
   status->generation = le64toh (sb->generation);
   status->session = le64toh (sb->session);
   status->nr_remotes = le32toh (sb->nr_remotes);
-  status->local_state = le32toh (sb->local_state);
-  if (status->local_state < NBDM_LOCAL_OK
-      || status->local_state > NBDM_LOCAL_RESYNCING)
-    status->local_state = NBDM_LOCAL_FAILED;
-  status->local_since = (int64_t)le64toh ((uint64_t)sb->local_since);
-  snprintf (status->local_reason, sizeof status->local_reason, "%.159s",
-            sb->local_reason);
   status->fenced = (flags & SUPERBLOCK_FENCED) != 0;
   status->clean = (flags & SUPERBLOCK_CLEAN) != 0;
 }
@@ -243,7 +266,7 @@ is_plausible (const struct disk_superblock *sb)
 
 int
 nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
-           struct nbdm_remote_status *remotes)
+           struct nbdm_disk_status *disks)
 {
   struct disk_superblock sb;
   bool torn;
@@ -266,7 +289,8 @@ nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
     return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
   snprintf (name, NBDM_NAME_LEN, "%.63s", sb.name);
   peek_volume (&sb, status);
+  peek_local (&sb, &disks[NBDM_LOCAL]);
   for (uint32_t i = 0; i < status->nr_remotes; i++)
-    peek_remote (&sb.remotes[i], &remotes[i]);
+    peek_remote (&sb.remotes[i], &disks[1 + i]);
   return 0;
 }

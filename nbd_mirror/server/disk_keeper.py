@@ -10,6 +10,7 @@ it may be used differs, and is its own keeper's.
 
 from __future__ import annotations
 
+import functools
 import random as _random
 import threading
 import time
@@ -26,6 +27,7 @@ from .sample import Sample, take_sample
 
 if TYPE_CHECKING:
     from ..volume.core import Engine
+    from ..volume.model import Disk
 
 __all__ = ["DiskKeeper", "Log"]
 
@@ -47,6 +49,7 @@ class DiskKeeper(ABC):
     def __init__(
         self,
         engine: Engine,
+        disk: Disk,
         title: str,
         thread: str,
         log: Log,
@@ -55,6 +58,7 @@ class DiskKeeper(ABC):
         random: Callable[[], float] = _random.random,
     ) -> None:
         self._engine = engine
+        self._disk = disk
         self._title = title
         self._log = log
         self._clock = clock
@@ -128,9 +132,19 @@ class DiskKeeper(ABC):
 
     # --- resync ---
 
-    @abstractmethod
     def _copying(self) -> Copying:
         """Say how this disk's dirty regions are copied."""
+        engine, disk = self._engine, self._disk
+        return Copying(
+            copy=functools.partial(engine.resync, disk),
+            set_pace=functools.partial(engine.resync_pace, disk),
+            answered=self._answered,
+            latency=engine.latency,
+        )
+
+    @abstractmethod
+    def _answered(self) -> tuple[int, float]:
+        """Say what `Copying.answered` does."""
 
     def _say_resync(self, text: str) -> None:
         """Say that a resync began, goes on or is done."""

@@ -3,14 +3,13 @@
 The keeper: the thread that keeps one remote connected and brings it up to date.
 
 It reads the facts, asks `state.next_step` what to do, does it, and begins again. All
-waiting is done in the engine's `wait_event`, without the GIL, which ends at any change
+waiting is done in the engine's `wait`, without the GIL, which ends at any change
 of the remote: so operator commands go straight to the engine and need no queue here.
 The keeper is the only one that connects, compares, admits and copies.
 """
 
 from __future__ import annotations
 
-import functools
 import random as _random
 import time
 from collections.abc import Callable
@@ -28,9 +27,8 @@ from ..rules.state import (
     hold_retry_s,
     next_step,
 )
-from ..volume.model import RemoteStatus
+from ..volume.model import RemoteStatus, disk_of
 from ..volume.report import RemoteView
-from .copier import Copying
 from .disk_keeper import DiskKeeper, Log
 
 if TYPE_CHECKING:
@@ -86,6 +84,7 @@ class Keeper(DiskKeeper):
     ) -> None:
         super().__init__(
             engine,
+            disk_of(remote),
             f"remote {policy.name}",
             f"keeper {policy.name}",
             log,
@@ -144,7 +143,7 @@ class Keeper(DiskKeeper):
         self._note_failure(words)
         wait_s = max(self._retry_at - self._clock(), 0.0)
         serial = self._engine.remote_status(self._remote).serial
-        self._engine.wait_event(self._remote, serial, wait_s)
+        self._engine.wait(self._disk, serial, wait_s)
 
     def _act(self, step: Step, status: RemoteStatus) -> None:
         if step.action is Action.CONNECT:
@@ -155,7 +154,7 @@ class Keeper(DiskKeeper):
             self._resync()
             return
         else:
-            self._engine.wait_event(self._remote, status.serial, step.wait_s)
+            self._engine.wait(self._disk, status.serial, step.wait_s)
         # What was waited for knowingly is no stall.
         with self._lock:
             if self._progress is not None and not self._error:
@@ -240,19 +239,9 @@ class Keeper(DiskKeeper):
             self._error = self._last_error = words
             self._retry_at = self._clock() + wait_s
 
-    def _copying(self) -> Copying:
-        engine, remote = self._engine, self._remote
-
-        def answered() -> tuple[int, float]:
-            status = engine.remote_status(remote)
-            return status.answered_bytes, status.answer_s
-
-        return Copying(
-            copy=functools.partial(engine.resync, remote),
-            set_pace=functools.partial(engine.resync_pace, remote),
-            answered=answered,
-            latency=engine.latency,
-        )
+    def _answered(self) -> tuple[int, float]:
+        status = self._engine.remote_status(self._remote)
+        return status.answered_bytes, status.answer_s
 
     def _note_progress(self) -> None:
         self._progressed = True
@@ -300,11 +289,11 @@ class Keeper(DiskKeeper):
             self._check_and_admit(uri, sample_s)
         except MirrorError as error:
             words = f"{uri}: connected, but not usable: {error}"
-            self._engine.drop(self._remote, words)
+            self._engine.drop(self._disk, words)
             self._explain(words)
         except Exception as error:
             # A bug of ours must not leave a connection that no thread uses or ends.
-            self._engine.drop(self._remote, f"internal error: {error!r}")
+            self._engine.drop(self._disk, f"internal error: {error!r}")
             raise
 
     def _check_and_admit(self, uri: str, budget_s: float) -> None:
@@ -345,7 +334,7 @@ class Keeper(DiskKeeper):
             # Before it is admitted: held requests are sent at once, and what the
             # lost connection still carries counts from now on.
             self._late_until = now + self._policy.late_window_s
-        self._engine.admit(self._remote)
+        self._engine.admit(self._disk)
         self._in_use = True
         with self._lock:
             # Its last error stays the reason until something was copied.

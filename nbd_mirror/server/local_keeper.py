@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 from ..base.errors import BusyError, RemoteError, WrongDiskError
 from ..rules.progress import Progress
 from ..rules.state import LocalFacts, LocalState, describe_local
-from ..volume.model import LocalStatus, VolumeStatus
+from ..volume.model import LOCAL, LocalStatus, VolumeStatus, disk_of
 from ..volume.report import LocalView
-from .copier import Copying
 from .disk_keeper import DiskKeeper, Log
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class LocalKeeper(DiskKeeper):
         random: Callable[[], float] = _random.random,
     ) -> None:
         super().__init__(
-            engine, "local", "keeper local", log, clock=clock, random=random
+            engine, LOCAL, "local", "keeper local", log, clock=clock, random=random
         )
         self._nr_remotes = nr_remotes
         self._asked = asked
@@ -119,7 +118,7 @@ class LocalKeeper(DiskKeeper):
             try:
                 self._check_is_the_same(path)
             except BaseException as error:
-                self._engine.local_drop(str(error))
+                self._engine.drop(LOCAL, str(error))
                 raise
             self._admit(path)
 
@@ -163,7 +162,7 @@ class LocalKeeper(DiskKeeper):
             self._path = path
             self._error = ""
         self._admitted = True
-        self._engine.local_admit()
+        self._engine.admit(LOCAL)
 
     def _check_is_the_same(self, path: str) -> None:
         compared = False
@@ -209,7 +208,7 @@ class LocalKeeper(DiskKeeper):
     def _act(self, volume: VolumeStatus) -> None:
         """Copy a batch back, or wait until there is something to copy."""
         if volume.failed or self._copier is None:
-            self._engine.wait_local(volume.local.serial, None)
+            self._engine.wait(LOCAL, volume.local.serial, None)
             return
         batch, wait_s = self._copier.copy()
         if batch.copied_bytes > 0 or batch.error is None:
@@ -226,7 +225,7 @@ class LocalKeeper(DiskKeeper):
     def _wait(self, wait_s: float) -> None:
         local = self._engine.status().local
         if local.state is LocalState.RESYNCING:
-            self._engine.wait_local(local.serial, wait_s)
+            self._engine.wait(LOCAL, local.serial, wait_s)
 
     def _wait_for_remote(self, words: str) -> None:
         """Wait until a remote that is away is back, or for a while."""
@@ -234,14 +233,14 @@ class LocalKeeper(DiskKeeper):
         for remote in range(self._nr_remotes):
             status = self._engine.remote_status(remote)
             if not status.admitted:
-                self._engine.wait_event(remote, status.serial, RETRY_S)
+                self._engine.wait(disk_of(remote), status.serial, RETRY_S)
                 return
         self._wait(RETRY_S)
 
     def _recover(self, words: str) -> None:
         self._note(words)
         # In whatever state: what fails at once would fail again at once.
-        self._engine.wait_local(self._engine.status().local.serial, RETRY_S)
+        self._engine.wait(LOCAL, self._engine.status().local.serial, RETRY_S)
 
     def _note(self, words: str) -> None:
         """Remember why copying does not work, and say it once."""
@@ -308,15 +307,8 @@ class LocalKeeper(DiskKeeper):
         rate = progress.done_bytes / max(progress.elapsed_s, 1e-3)
         return f"{DiskKeeper._done(progress)}, {rate:.0f} bytes/s"
 
-    def _copying(self) -> Copying:
-        engine = self._engine
-        return Copying(
-            copy=engine.local_resync,
-            set_pace=engine.local_resync_pace,
-            # A copy at a time: there is no link to fill.
-            answered=lambda: (0, 0.0),
-            latency=engine.latency,
-        )
+    def _answered(self) -> tuple[int, float]:
+        return 0, 0.0  # a copy at a time: there is no link to fill
 
     def _say_resync(self, text: str) -> None:
         """Say it of a disk that is copied back; a sector is counted instead."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base.errors import BusyError, MirrorError, MirrorIOError
-from ..volume.model import HOLE, Verdict, VolumeStatus
+from ..volume.model import HOLE, Verdict, VolumeStatus, disk_of
 
 if TYPE_CHECKING:
     from ..volume.core import Engine
@@ -69,7 +69,7 @@ def take_sample(
     Args:
         random: gives numbers in [0, 1).
         clock: gives seconds.
-        ending: says that the volume stops; once woken, `Engine.wait_event` waits no
+        ending: says that the volume stops; once woken, `Engine.wait` waits no
             more.
 
     Returns:
@@ -139,7 +139,7 @@ def _first_that_tells(
             )
         else:
             serial = engine.remote_status(tally.remote).serial
-            engine.wait_event(tally.remote, serial, BUSY_S)
+            engine.wait(disk_of(tally.remote), serial, BUSY_S)
             region, busy = 0, False
     if tally.unreadable:
         raise MirrorIOError(

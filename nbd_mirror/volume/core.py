@@ -24,7 +24,9 @@ from nbd_mirror._core import ffi, lib
 from ..base.errors import MirrorError, NotRunningError, from_errno
 from ..rules.pace import Latency, Plan
 from .model import (
+    LOCAL,
     Batch,
+    Disk,
     Extent,
     Params,
     Peek,
@@ -32,6 +34,7 @@ from .model import (
     RemoteStatus,
     Verdict,
     VolumeStatus,
+    disk_of,
     remote_status,
     volume_status,
 )
@@ -117,10 +120,12 @@ def peek(state_dir: str) -> Peek:
     """
     name = ffi.new("char[]", lib.NBDM_NAME_LEN)
     status = ffi.new("struct nbdm_status *")
-    remotes = ffi.new("struct nbdm_remote_status[]", MAX_REMOTES)
-    check(lib.nbdm_peek(os.fsencode(state_dir), name, status, remotes), "peek")
-    found = tuple(remote_status(remotes[i], _text) for i in range(status.nr_remotes))
-    return Peek(_text(name), volume_status(status, _text), found)
+    disks = ffi.new("struct nbdm_disk_status[]", lib.NBDM_MAX_DISKS)
+    check(lib.nbdm_peek(os.fsencode(state_dir), name, status, disks), "peek")
+    volume = volume_status(status, disks[LOCAL], _text)
+    nr: int = status.nr_remotes
+    remotes = tuple(remote_status(disks[disk_of(i)], _text) for i in range(nr))
+    return Peek(_text(name), volume, remotes)
 
 
 def fault_points() -> dict[str, bool]:
@@ -231,7 +236,7 @@ class Engine:
         check(lib.nbdm_stop(self.handle), "stop")
 
     def wake(self) -> None:
-        """End every `wait_event`, present and future: policy threads shall end."""
+        """End every `wait`, present and future: policy threads shall end."""
         lib.nbdm_wake(self.handle)
 
     def close(self) -> None:
@@ -321,7 +326,58 @@ class Engine:
         """Count a client in (+1) or out (-1), or only ask (0); returns how many."""
         return int(lib.nbdm_count_client(self.handle, change))
 
-    # --- remotes ---
+    # --- any disk ---
+
+    def admit(self, disk: Disk) -> None:
+        """Use the connection, or the attached local disk, from now on."""
+        check(lib.nbdm_disk_admit(self.handle, disk), "admit")
+
+    def drop(self, disk: Disk, reason: str) -> None:
+        """
+        Drop the connection, or close the attached local disk again.
+
+        *reason* becomes the state's. Never fails for a remote.
+        """
+        check(lib.nbdm_disk_drop(self.handle, disk, _reason(reason)), "drop")
+
+    def resync(
+        self, disk: Disk, first: int, max_bytes: int, max_s: float, plan: Plan
+    ) -> Batch:
+        """
+        Copy what the disk misses to it, flush it, clear the bits.
+
+        Blocks until the last region is copied, or it is told to stop; a pause, a lost
+        connection and `wake` end it too. Also ends the resync if nothing is dirty.
+
+        Args:
+            first: the region to look from, upwards.
+            max_bytes: stop after about this much.
+            max_s: and after so many seconds; 0: however long it takes.
+            plan: the pace to begin at.
+
+        Returns:
+            What was done; its *error*, not raised because regions before it may be
+            clean now. Its errno is ENOTCONN where the remote was lost, or none that
+            has what the local disk misses is connected.
+        """
+        batch = _make_batch(first, max_bytes, max_s, plan)
+        return _done(batch, lib.nbdm_disk_resync(self.handle, disk, batch))
+
+    def resync_pace(self, disk: Disk, plan: Plan) -> None:
+        """Change the pace of the `resync` that is under way."""
+        pace = _set_pace(ffi.new("struct nbdm_pace *"), plan)
+        check(lib.nbdm_disk_resync_pace(self.handle, disk, pace), "pace")
+
+    def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
+        """
+        Block until the disk's serial differs from *seen*, or the time is over.
+
+        Returns the serial; with *timeout_s* None there is no time limit.
+        """
+        timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
+        return int(lib.nbdm_disk_wait(self.handle, disk, seen, timeout_ms))
+
+    # --- remotes, by their index in the configuration ---
 
     def connect(self, remote: int, uri: str, timeout_s: float) -> None:
         """
@@ -349,14 +405,6 @@ class Engine:
         status = self.status()
         return found if found < -(-status.size // status.region_size) else None
 
-    def admit(self, remote: int) -> None:
-        """Use the connection from now on; in_sync if nothing is dirty."""
-        check(lib.nbdm_remote_admit(self.handle, remote), "admit")
-
-    def drop(self, remote: int, reason: str) -> None:
-        """Drop the connection; *reason* becomes the state's. Never fails."""
-        lib.nbdm_remote_drop(self.handle, remote, _reason(reason))
-
     def explain(self, remote: int, reason: str) -> None:
         """Say why a remote that is not connected is out of sync."""
         rc = lib.nbdm_remote_explain(self.handle, remote, _reason(reason))
@@ -382,33 +430,6 @@ class Engine:
         """End the late-write window: late regions become plain dirty ones."""
         check(lib.nbdm_remote_release_late(self.handle, remote), "release late")
 
-    def resync(
-        self, remote: int, first: int, max_bytes: int, max_s: float, plan: Plan
-    ) -> Batch:
-        """
-        Copy dirty regions, flush the remote, clear their bits.
-
-        Blocks until the last one is copied, or it is told to stop; a pause, a lost
-        connection and `wake` end it too. Also ends the resync if nothing is dirty.
-
-        Args:
-            first: the region to look from, upwards.
-            max_bytes: stop after about this much.
-            max_s: and after so many seconds; 0: however long it takes.
-            plan: the pace to begin at.
-
-        Returns:
-            What was done; its *error*, not raised because regions before it may be
-            clean now: the remote was lost, or local could not be read.
-        """
-        batch = _make_batch(first, max_bytes, max_s, plan)
-        return _done(batch, lib.nbdm_resync(self.handle, remote, batch))
-
-    def resync_pace(self, remote: int, plan: Plan) -> None:
-        """Change the pace of the `resync` that is under way."""
-        pace = _set_pace(ffi.new("struct nbdm_pace *"), plan)
-        check(lib.nbdm_resync_pace(self.handle, remote, pace), "pace")
-
     def set_policy(self, policy: str, fenced_reads: str) -> None:
         """
         Change the policy while requests run; the next start takes its own.
@@ -428,15 +449,6 @@ class Engine:
     def cool(self, idle_s: float) -> None:
         """Let extents idle for *idle_s* go cold: flushes and persists first."""
         check(lib.nbdm_cool(self.handle, _ms(idle_s)), "cool")
-
-    def wait_event(self, remote: int, seen: int, timeout_s: float | None) -> int:
-        """
-        Block until the remote's serial differs from *seen*, or the time is over.
-
-        Returns the serial; with *timeout_s* None there is no time limit.
-        """
-        timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
-        return int(lib.nbdm_wait_event(self.handle, remote, seen, timeout_ms))
 
     # --- the local disk ---
 
@@ -465,51 +477,22 @@ class Engine:
         rc = lib.nbdm_local_attach(self.handle, os.fsencode(path), int(replaced))
         check(rc, f"attach {path}")
 
-    def local_admit(self) -> None:
-        """Use the attached local disk from now on; ok if it misses nothing."""
-        check(lib.nbdm_local_admit(self.handle), "admit the local disk")
-
-    def local_drop(self, reason: str) -> None:
-        """Close the attached local disk again; *reason* becomes the state's."""
-        rc = lib.nbdm_local_drop(self.handle, _reason(reason))
-        check(rc, "drop the local disk")
-
-    def local_resync(
-        self, first: int, max_bytes: int, max_s: float, plan: Plan
-    ) -> Batch:
-        """
-        Copy what local misses back from the remotes; flush, clear bits.
-
-        Blocks for as long as that takes. Takes and returns what `resync` does. The
-        *error* has errno ENOTCONN if no remote that is clean there is connected.
-        """
-        batch = _make_batch(first, max_bytes, max_s, plan)
-        return _done(batch, lib.nbdm_local_resync(self.handle, batch))
-
-    def local_resync_pace(self, plan: Plan) -> None:
-        """Change the pace of the `local_resync` that is under way."""
-        pace = _set_pace(ffi.new("struct nbdm_pace *"), plan)
-        lib.nbdm_local_resync_pace(self.handle, pace)
-
-    def wait_local(self, seen: int, timeout_s: float | None) -> int:
-        """Do as `wait_event` for the local disk's serial."""
-        timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
-        return int(lib.nbdm_wait_local(self.handle, seen, timeout_ms))
-
     # --- looking at it ---
 
     def status(self) -> VolumeStatus:
         """Report the volume."""
         status = ffi.new("struct nbdm_status *")
         lib.nbdm_get_status(self.handle, status)
-        return volume_status(status, _text)
+        return volume_status(status, self._disk_status(LOCAL), _text)
 
     def remote_status(self, remote: int) -> RemoteStatus:
         """Report a remote, by its index in the configuration."""
-        status = ffi.new("struct nbdm_remote_status *")
-        rc = lib.nbdm_get_remote_status(self.handle, remote, status)
-        check(rc, "status")
-        return remote_status(status, _text)
+        return remote_status(self._disk_status(disk_of(remote)), _text)
+
+    def _disk_status(self, disk: Disk) -> Any:
+        status = ffi.new("struct nbdm_disk_status *")
+        check(lib.nbdm_get_disk_status(self.handle, disk, status), "status")
+        return status
 
     def latency(self) -> Latency:
         """Report how long clients' requests took, since the start."""

@@ -12,13 +12,15 @@ import errno
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NewType
 
 from ..base.errors import MirrorError
 from ..rules.state import LocalState, RemoteState
 
 __all__ = [
+    "LOCAL",
     "Batch",
+    "Disk",
     "Extent",
     "LocalStatus",
     "Params",
@@ -27,12 +29,22 @@ __all__ = [
     "RemoteStatus",
     "Verdict",
     "VolumeStatus",
+    "disk_of",
     "remote_status",
     "volume_status",
 ]
 
 POLICY_NAMES = ("", "degrade", "stop")  # by enum nbdm_policy
+
+Disk = NewType("Disk", int)  # a disk's number, not a remote's index
+LOCAL = Disk(0)  # NBDM_LOCAL
+
 HOLE = 3  # NBDM_EXTENT_HOLE: a hole that reads as zeroes
+
+
+def disk_of(remote: int) -> Disk:
+    """Return the number of the remote with this index in the configuration."""
+    return Disk(1 + remote)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +84,7 @@ class LocalStatus:
     What the engine reports of the local disk; counts are since the start.
 
     *dirty_regions* is what it misses, *repaired* the regions rewritten from a remote
-    after a read failed; *serial* is what `Engine.wait_local` takes; *silent_s* is how
+    after a read failed; *serial* is what `Engine.wait` takes; *silent_s* is how
     long the disk has owed a request its answer.
     """
 
@@ -130,7 +142,7 @@ class RemoteStatus:
     """
     What the engine reports of a remote.
 
-    *since* is in seconds since 1970; *serial* is what `Engine.wait_event` takes.
+    *since* is in seconds since 1970; *serial* is what `Engine.wait` takes.
     """
 
     name: str
@@ -197,8 +209,8 @@ class Verdict:
     UNREADABLE = -errno.ENODATA  # by local
 
 
-def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
-    """Translate struct nbdm_status; *text* decodes a C string."""
+def volume_status(c: Any, local: Any, text: Callable[[Any], str]) -> VolumeStatus:
+    """Translate struct nbdm_status, and local's nbdm_disk_status; *text* decodes."""
     return VolumeStatus(
         uuid=str(uuid.UUID(bytes=bytes(c.uuid))),
         size=c.size,
@@ -206,7 +218,7 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
         generation=c.generation,
         session=c.session,
         nr_remotes=c.nr_remotes,
-        local=_local_status(c, text),
+        local=_local_status(local, text),
         failed=bool(c.failed),
         fenced=bool(c.fenced),
         policy=POLICY_NAMES[c.policy],
@@ -230,40 +242,40 @@ def volume_status(c: Any, text: Callable[[Any], str]) -> VolumeStatus:
 
 def _local_status(c: Any, text: Callable[[Any], str]) -> LocalStatus:
     return LocalStatus(
-        state=LocalState.from_c(c.local_state),
-        attached=bool(c.local_attached),
-        dirty_regions=c.local_dirty_regions,
-        errors=c.local_errors,
-        repaired=c.local_repaired,
-        copied_bytes=c.local_copied_bytes,
-        since=c.local_since,
-        serial=c.local_serial,
-        reason=text(c.local_reason),
-        silent_s=c.local_silent_ms / 1e3,
-        unproven=bool(c.local_unproven),
-        note=text(c.local_note),
+        state=LocalState.from_c(c.state),
+        attached=bool(c.local.attached),
+        dirty_regions=c.dirty_regions,
+        errors=c.local.errors,
+        repaired=c.local.repaired,
+        copied_bytes=c.copied_bytes,
+        since=c.since,
+        serial=c.serial,
+        reason=text(c.reason),
+        silent_s=c.local.silent_ms / 1e3,
+        unproven=bool(c.local.unproven),
+        note=text(c.local.note),
     )
 
 
 def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
-    """Translate struct nbdm_remote_status; *text* decodes a C string."""
+    """Translate a remote's struct nbdm_disk_status; *text* decodes a C string."""
     return RemoteStatus(
         name=text(c.name),
         state=RemoteState.from_c(c.state),
-        paused=bool(c.paused),
-        assumed=bool(c.assumed),
-        connected=bool(c.connected),
-        admitted=bool(c.admitted),
+        paused=bool(c.remote.paused),
+        assumed=bool(c.remote.assumed),
+        connected=bool(c.remote.connected),
+        admitted=bool(c.remote.admitted),
         dirty_regions=c.dirty_regions,
-        late_regions=c.late_regions,
-        unflushed_regions=c.unflushed_regions,
-        flush_bound=c.flush_bound,
-        outstanding=c.outstanding,
-        remote_size=c.remote_size,
-        commands=c.commands,
+        late_regions=c.remote.late_regions,
+        unflushed_regions=c.remote.unflushed_regions,
+        flush_bound=c.remote.flush_bound,
+        outstanding=c.remote.outstanding,
+        remote_size=c.remote.remote_size,
+        commands=c.remote.commands,
         copied_bytes=c.copied_bytes,
-        answered_bytes=c.answered_bytes,
-        answer_s=c.answer_ns / 1e9,
+        answered_bytes=c.remote.answered_bytes,
+        answer_s=c.remote.answer_ns / 1e9,
         since=c.since,
         serial=c.serial,
         reason=text(c.reason),

@@ -57,12 +57,12 @@ nr_remotes (void)
   return nr_lines - FIRST_REMOTE;
 }
 
-static struct nbdm_remote_status
+static struct nbdm_disk_status
 status_of (uint32_t remote)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
 
-  assert (nbdm_get_remote_status (volume, remote, &s) == 0);
+  assert (nbdm_get_disk_status (volume, remote + 1, &s) == 0);
   return s;
 }
 
@@ -80,8 +80,8 @@ connect_once (uint32_t remote)
   }
   for (uint64_t region = 0; region < 4; region++)
     nbdm_remote_compare (volume, remote, region); /* for its own sake */
-  if (nbdm_remote_admit (volume, remote) < 0)
-    nbdm_remote_drop (volume, remote, "not admitted");
+  if (nbdm_disk_admit (volume, remote + 1) < 0)
+    nbdm_disk_drop (volume, remote + 1, "not admitted");
 }
 
 /* Batches, as long as there is something to copy. */
@@ -91,15 +91,15 @@ resync_some (uint32_t remote)
   struct nbdm_resync batch = { .max_bytes = 4u << 20, .pace.depth = 8 };
 
   for (unsigned n = 0; n < 64 && !ending; n++) {
-    struct nbdm_remote_status s = status_of (remote);
+    struct nbdm_disk_status s = status_of (remote);
 
     if (s.state != NBDM_RESYNCING)
       return;
-    if (s.late_regions > 0 && s.late_regions == s.dirty_regions) {
+    if (s.remote.late_regions > 0 && s.remote.late_regions == s.dirty_regions) {
       pause_ms (20);
       nbdm_remote_release_late (volume, remote);
     }
-    if (nbdm_resync (volume, remote, &batch) < 0)
+    if (nbdm_disk_resync (volume, remote + 1, &batch) < 0)
       return;
     batch.first_region = batch.next_region;
   }
@@ -111,15 +111,15 @@ keep (void *opaque)
   uint32_t remote = (uint32_t)(uintptr_t)opaque;
 
   while (!ending) {
-    struct nbdm_remote_status s = status_of (remote);
+    struct nbdm_disk_status s = status_of (remote);
 
     if (s.state == NBDM_FAILED)
       nbdm_remote_reset (volume, remote);
-    if (!s.connected)
+    if (!s.remote.connected)
       connect_once (remote);
     else
       resync_some (remote);
-    nbdm_wait_event (volume, remote, s.serial, 100);
+    nbdm_disk_wait (volume, remote + 1, s.serial, 100);
   }
   return NULL;
 }

@@ -176,12 +176,12 @@ make_site (enum nbdm_policy policy, uint32_t hold_ms, uint32_t deadline_ms)
   make_site_here (policy, hold_ms, deadline_ms);
 }
 
-static struct nbdm_remote_status
+static struct nbdm_disk_status
 status (void)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
 
-  assert (nbdm_get_remote_status (volume, 0, &s) == 0);
+  assert (nbdm_get_disk_status (volume, 1, &s) == 0);
   return s;
 }
 
@@ -189,11 +189,11 @@ static void
 wait_state (enum nbdm_remote_state state)
 {
   time_t until = time (NULL) + DEADLINE_S;
-  struct nbdm_remote_status s = status ();
+  struct nbdm_disk_status s = status ();
 
   while (s.state != state) {
     assert (time (NULL) < until);
-    nbdm_wait_event (volume, 0, s.serial, 1000);
+    nbdm_disk_wait (volume, 1, s.serial, 1000);
     s = status ();
   }
 }
@@ -210,7 +210,7 @@ connect_remote (void)
     assert (time (NULL) < until);
     pause_ms (10);
   }
-  assert (nbdm_remote_admit (volume, 0) == 0);
+  assert (nbdm_disk_admit (volume, 1) == 0);
 }
 
 /* Batches until in sync, as the policy thread does. */
@@ -221,12 +221,12 @@ resync_to_end (void)
   struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
   while (status ().state == NBDM_RESYNCING) {
-    struct nbdm_remote_status s = status ();
+    struct nbdm_disk_status s = status ();
 
     assert (time (NULL) < until);
-    if (s.late_regions == s.dirty_regions)
+    if (s.remote.late_regions == s.dirty_regions)
       nbdm_remote_release_late (volume, 0);
-    assert (nbdm_resync (volume, 0, &batch) == 0);
+    assert (nbdm_disk_resync (volume, 1, &batch) == 0);
     batch.first_region = batch.next_region;
   }
   assert (status ().state == NBDM_IN_SYNC);

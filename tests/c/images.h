@@ -169,7 +169,7 @@ place_serve_no_more (struct place *place)
 static TEST_UNUSED struct nbdm *
 place_start (const struct place *place)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
   struct nbdm *v;
   char uri[200];
 
@@ -178,8 +178,8 @@ place_start (const struct place *place)
   assert (nbdm_open (&place->params, &v) == 0);
   assert (nbdm_start (v) == 0);
   assert (nbdm_remote_connect (v, 0, uri, DEADLINE_S * 1000) == 0);
-  assert (nbdm_remote_admit (v, 0) == 0);
-  assert (nbdm_get_remote_status (v, 0, &s) == 0);
+  assert (nbdm_disk_admit (v, 1) == 0);
+  assert (nbdm_get_disk_status (v, 1, &s) == 0);
   assert (s.state == NBDM_IN_SYNC);
   return v;
 }
@@ -211,7 +211,7 @@ session_before (void *opaque)
 static TEST_UNUSED struct nbdm *
 session_writes (const struct place *place)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
   struct nbdm *v = place_start (place);
 
   for (uint64_t n = 0; n < NR_WRITES; n++) {
@@ -219,9 +219,9 @@ session_writes (const struct place *place)
     if (n == 2)
       assert (nbdm_flush (v) == 0);
   }
-  assert (nbdm_get_remote_status (v, 0, &s) == 0);
-  assert (s.unflushed_regions > 0);
-  assert (nbdm_get_remote_status (v, 1, &s) == 0);
+  assert (nbdm_get_disk_status (v, 1, &s) == 0);
+  assert (s.remote.unflushed_regions > 0);
+  assert (nbdm_get_disk_status (v, 2, &s) == 0);
   assert (s.dirty_regions >= NR_WRITES);
   return v;
 }

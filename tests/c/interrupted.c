@@ -266,6 +266,7 @@ int
 bench_open (struct bench *bench)
 {
   struct found *found = &bench->board->found;
+  struct nbdm_disk_status local;
   struct nbdm_status status;
 
   memset (found, 0, sizeof *found);
@@ -275,13 +276,14 @@ bench_open (struct bench *bench)
     return found->rc;
   }
   nbdm_get_status (bench->volume, &status);
-  found->local_state = status.local_state;
-  found->local_dirty = status.local_dirty_regions;
+  assert (nbdm_get_disk_status (bench->volume, NBDM_LOCAL, &local) == 0);
+  found->local_state = local.state;
+  found->local_dirty = local.dirty_regions;
   snprintf (found->reason, sizeof found->reason, "%s", status.reason);
   for (uint32_t i = 0; i < bench->params.nr_remotes; i++) {
-    struct nbdm_remote_status remote;
+    struct nbdm_disk_status remote;
 
-    assert (nbdm_get_remote_status (bench->volume, i, &remote) == 0);
+    assert (nbdm_get_disk_status (bench->volume, i + 1, &remote) == 0);
     found->dirty[i] = remote.dirty_regions;
     /* The map, as the status leaves out what was lost and is copied at once. */
     found->late[i] = bench->volume->remotes[i].disk.dm.map[MAP_LATE].nr_set;
@@ -302,7 +304,7 @@ bench_connect (struct bench *bench, uint32_t remote)
 {
   bench_must (
       nbdm_remote_connect (bench->volume, remote, bench->uri[remote], 10000));
-  bench_must (nbdm_remote_admit (bench->volume, remote));
+  bench_must (nbdm_disk_admit (bench->volume, remote + 1));
 }
 
 void
@@ -367,15 +369,17 @@ bench_check_reads (struct bench *bench)
 static bool
 is_mended (struct bench *bench)
 {
+  struct nbdm_disk_status local;
   struct nbdm_status status;
   bool well;
 
   nbdm_get_status (bench->volume, &status);
-  well = status.local_state == NBDM_LOCAL_OK && !status.failed;
+  assert (nbdm_get_disk_status (bench->volume, NBDM_LOCAL, &local) == 0);
+  well = local.state == NBDM_LOCAL_OK && !status.failed;
   for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
-    struct nbdm_remote_status remote;
+    struct nbdm_disk_status remote;
 
-    assert (nbdm_get_remote_status (bench->volume, i, &remote) == 0);
+    assert (nbdm_get_disk_status (bench->volume, i + 1, &remote) == 0);
     well = well && remote.state == NBDM_IN_SYNC && remote.dirty_regions == 0;
   }
   return well;
@@ -393,12 +397,12 @@ bench_mend (struct bench *bench)
       _exit (1);
     }
     if (nbdm_local_attach (bench->volume, bench->local, 0) == 0)
-      assert (nbdm_local_admit (bench->volume) == 0);
-    (void)nbdm_local_resync (bench->volume, &batch);
+      assert (nbdm_disk_admit (bench->volume, NBDM_LOCAL) == 0);
+    (void)nbdm_disk_resync (bench->volume, NBDM_LOCAL, &batch);
     for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
       batch.first_region = 0;
       nbdm_remote_release_late (bench->volume, i);
-      (void)nbdm_resync (bench->volume, i, &batch);
+      (void)nbdm_disk_resync (bench->volume, i + 1, &batch);
     }
   }
   bench_check_reads (bench);

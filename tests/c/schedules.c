@@ -172,6 +172,15 @@ volume_status (void)
   return s;
 }
 
+struct nbdm_disk_status
+local_status (void)
+{
+  struct nbdm_disk_status s;
+
+  assert (nbdm_get_disk_status (site.volume, NBDM_LOCAL, &s) == 0);
+  return s;
+}
+
 int
 write_at (uint64_t offset, uint8_t value)
 {
@@ -213,9 +222,9 @@ connect_at (uint32_t remote, uint32_t peer)
 void
 attach_and_admit (void)
 {
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
-  assert (nbdm_local_admit (site.volume) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
 }
 
 void
@@ -306,7 +315,7 @@ copy_back (uint64_t max_bytes)
 {
   struct nbdm_resync batch = { .max_bytes = max_bytes };
 
-  return nbdm_local_resync (site.volume, &batch);
+  return nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch);
 }
 
 int
@@ -329,7 +338,7 @@ do_resync_second (struct job *job)
   struct nbdm_resync batch = { .max_bytes = 64u << 20, .pace.depth = 1 };
 
   (void)job;
-  return nbdm_resync (site.volume, 1, &batch);
+  return nbdm_disk_resync (site.volume, 2, &batch);
 }
 
 /* --- running schedules ------------------------------------------------- */

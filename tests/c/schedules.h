@@ -45,6 +45,7 @@ void open_volume (void);
 void bring_up (uint32_t nr_peers, uint32_t hold_ms);
 
 struct nbdm_status volume_status (void);
+struct nbdm_disk_status local_status (void);
 /* Write one sector full of `value`: what the engine returned. */
 int write_at (uint64_t offset, uint8_t value);
 /* Read one sector: -errno, or the value of all its bytes. */

@@ -104,12 +104,12 @@ site_end (struct site *site)
   site_remove (site);
 }
 
-struct nbdm_remote_status
+struct nbdm_disk_status
 site_status (struct site *site, uint32_t remote)
 {
-  struct nbdm_remote_status status;
+  struct nbdm_disk_status status;
 
-  assert (nbdm_get_remote_status (site->volume, remote, &status) == 0);
+  assert (nbdm_get_disk_status (site->volume, remote + 1, &status) == 0);
   return status;
 }
 
@@ -118,11 +118,11 @@ site_wait_state (struct site *site, uint32_t remote,
                  enum nbdm_remote_state state)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
-  struct nbdm_remote_status status = site_status (site, remote);
+  struct nbdm_disk_status status = site_status (site, remote);
 
   while (status.state != state) {
     assert (time (NULL) < until);
-    nbdm_wait_event (site->volume, remote, status.serial, 1000);
+    nbdm_disk_wait (site->volume, remote + 1, status.serial, 1000);
     status = site_status (site, remote);
   }
 }
@@ -140,7 +140,7 @@ site_connect (struct site *site, uint32_t remote)
   for (;;) {
     assert (time (NULL) < until);
     if (nbdm_remote_connect (site->volume, remote, uri, 10000) == 0
-        && nbdm_remote_admit (site->volume, remote) == 0)
+        && nbdm_disk_admit (site->volume, remote + 1) == 0)
       return;
     poll (NULL, 0, 1);
   }
@@ -149,12 +149,12 @@ site_connect (struct site *site, uint32_t remote)
 int
 site_resync (struct site *site, uint32_t remote, struct nbdm_resync *batch)
 {
-  struct nbdm_remote_status status = site_status (site, remote);
+  struct nbdm_disk_status status = site_status (site, remote);
   int rc;
 
-  if (status.late_regions == status.dirty_regions)
+  if (status.remote.late_regions == status.dirty_regions)
     nbdm_remote_release_late (site->volume, remote);
-  rc = nbdm_resync (site->volume, remote, batch);
+  rc = nbdm_disk_resync (site->volume, remote + 1, batch);
   if (rc < 0)
     fprintf (stderr, "resync: %s; %s\n", nbdm_last_error (),
              site_status (site, remote).reason);

@@ -57,7 +57,7 @@ void site_end (struct site *site);
 /* The same without the stop, for a volume that was closed. */
 void site_remove (struct site *site);
 
-struct nbdm_remote_status site_status (struct site *site, uint32_t remote);
+struct nbdm_disk_status site_status (struct site *site, uint32_t remote);
 void site_wait_state (struct site *site, uint32_t remote,
                       enum nbdm_remote_state state);
 /* Connect and admit, as often as it takes. */

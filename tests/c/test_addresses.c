@@ -34,7 +34,7 @@ leaves_b_behind (void *opaque)
   assert (bench_open (&bench) == 0);
   bench_connect_all (&bench);
   bench_write (&bench, 0, 6, 1);
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 8, 2);
   bench_stop (&bench);
 }
@@ -42,12 +42,12 @@ leaves_b_behind (void *opaque)
 static void
 all_is_copied_to_a (void *opaque)
 {
-  struct nbdm_remote_status status;
+  struct nbdm_disk_status status;
 
   (void)opaque;
   assert (bench_open (&bench) == 0);
   bench_connect (&bench, 0);
-  assert (nbdm_get_remote_status (bench.volume, 0, &status) == 0);
+  assert (nbdm_get_disk_status (bench.volume, 1, &status) == 0);
   assert (status.state == NBDM_RESYNCING);
   assert (status.dirty_regions == BENCH_REGIONS);
   bench_stop (&bench);
@@ -99,7 +99,7 @@ exchanges_while_served (void *opaque)
   assert (bench_open (&bench) == 0);
   bench_connect_all (&bench);
   for (uint32_t i = 0; i < 2; i++)
-    nbdm_remote_drop (bench.volume, i, "the test dropped it");
+    nbdm_disk_drop (bench.volume, i + 1, "the test dropped it");
   exchange_uris ();
   bench_connect_all (&bench);
   bench_mend (&bench);
@@ -120,7 +120,7 @@ leaves_b_behind_a_alone (void *opaque)
   assert (bench_open (&bench) == 0);
   bench_connect_all (&bench);
   bench_write (&bench, 0, 6, 1); /* the first one fails on local */
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 8, 2);
   bench_stop (&bench);
 }
@@ -205,9 +205,9 @@ connects_a (void *opaque)
 static void
 nothing_is_dirty_on_a (void)
 {
-  struct nbdm_remote_status status;
+  struct nbdm_disk_status status;
 
-  assert (nbdm_get_remote_status (bench.volume, 0, &status) == 0);
+  assert (nbdm_get_disk_status (bench.volume, 1, &status) == 0);
   assert (status.state == NBDM_IN_SYNC && status.dirty_regions == 0);
 }
 
@@ -227,7 +227,7 @@ copies (void)
   struct nbdm_resync batch = { .max_bytes = UINT64_MAX, .pace.depth = 4 };
 
   bench_must (nbdm_remote_release_late (bench.volume, 0));
-  return nbdm_resync (bench.volume, 0, &batch);
+  return nbdm_disk_resync (bench.volume, 1, &batch);
 }
 
 static void

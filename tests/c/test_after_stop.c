@@ -17,7 +17,7 @@ connects (void)
 static int
 admits (void)
 {
-  return nbdm_remote_admit (bench.volume, 0);
+  return nbdm_disk_admit (bench.volume, 1);
 }
 
 static int
@@ -29,7 +29,7 @@ compares (void)
 static int
 drops (void)
 {
-  nbdm_remote_drop (bench.volume, 0, "too late");
+  nbdm_disk_drop (bench.volume, 1, "too late");
   return 0;
 }
 
@@ -74,7 +74,7 @@ resyncs (void)
 {
   struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
-  return nbdm_resync (bench.volume, 1, &batch);
+  return nbdm_disk_resync (bench.volume, 2, &batch);
 }
 
 static int
@@ -82,8 +82,8 @@ paces (void)
 {
   struct nbdm_pace pace = { .depth = 1 };
 
-  nbdm_local_resync_pace (bench.volume, &pace);
-  return nbdm_resync_pace (bench.volume, 0, &pace);
+  nbdm_disk_resync_pace (bench.volume, NBDM_LOCAL, &pace);
+  return nbdm_disk_resync_pace (bench.volume, 1, &pace);
 }
 
 static int
@@ -95,13 +95,13 @@ attaches (void)
 static int
 admits_local (void)
 {
-  return nbdm_local_admit (bench.volume);
+  return nbdm_disk_admit (bench.volume, NBDM_LOCAL);
 }
 
 static int
 drops_local (void)
 {
-  return nbdm_local_drop (bench.volume, "too late");
+  return nbdm_disk_drop (bench.volume, NBDM_LOCAL, "too late");
 }
 
 static int
@@ -109,7 +109,7 @@ resyncs_local (void)
 {
   struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
-  return nbdm_local_resync (bench.volume, &batch);
+  return nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch);
 }
 
 static int
@@ -197,7 +197,7 @@ static void
 one_is_behind (void)
 {
   all_is_well ();
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 4, 3);
 }
 
@@ -220,7 +220,7 @@ static void
 local_resyncs (void)
 {
   local_is_attached ();
-  assert (nbdm_local_admit (bench.volume) == 0);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == 0);
 }
 
 static const struct {
@@ -259,14 +259,14 @@ static void
 starts_cleanly (void *opaque)
 {
   struct nbdm_status status;
-  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   char name[NBDM_NAME_LEN];
 
   (void)opaque;
-  assert (nbdm_peek (bench.state, name, &status, remotes) == 0);
+  assert (nbdm_peek (bench.state, name, &status, disks) == 0);
   assert (status.clean);
   for (uint32_t i = 0; i < status.nr_remotes; i++)
-    assert (!remotes[i].paused);
+    assert (!disks[1 + i].remote.paused);
   assert (bench_open (&bench) == 0);
   if (bench.board->found.reason[0]) {
     fprintf (stderr, "%s\n", bench.board->found.reason);

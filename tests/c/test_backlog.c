@@ -158,7 +158,7 @@ static void
 assert_equal (void)
 {
   for (uint32_t i = 0; i < site.nr_peers; i++) {
-    assert (site_status (&site, i).admitted);
+    assert (site_status (&site, i).remote.admitted);
     assert (site_status (&site, i).state == NBDM_IN_SYNC);
     assert (site_status (&site, i).dirty_regions == 0);
     assert (memcmp (site.image, peer_image (site.peers[i]), SIZE) == 0);
@@ -293,9 +293,9 @@ test_a_slow_and_a_quick_remote (void)
   assert (nbdm_pwrite (site.volume, bytes, SIZE, 0, 0) == 0);
   assert (nbdm_flush (site.volume) == 0);
   assert_equal ();
-  assert (site_status (&site, 0).flush_bound
-          > site_status (&site, 1).flush_bound);
-  assert (site_status (&site, 1).flush_bound <= 2 * MIB);
+  assert (site_status (&site, 0).remote.flush_bound
+          > site_status (&site, 1).remote.flush_bound);
+  assert (site_status (&site, 1).remote.flush_bound <= 2 * MIB);
   site_end (&site);
 }
 
@@ -343,7 +343,7 @@ test_quick_disk_becomes_slow (void)
     assert (nbdm_pwrite (site.volume, bytes, SIZE, 0, 0) == 0);
     assert (nbdm_flush (site.volume) == 0);
   }
-  before = site_status (&site, 0).flush_bound;
+  before = site_status (&site, 0).remote.flush_bound;
   assert (before >= 2 * MIB);
   peer_slow_flushes (site.peers[0], 0, MIB);
   assert (nbdm_pwrite (site.volume, bytes + 4096, MIB, 0, 0) == 0);
@@ -353,16 +353,16 @@ test_quick_disk_becomes_slow (void)
         = { .max_bytes = UINT64_MAX, .pace = { .depth = 8 } };
 
     assert (time (NULL) < until);
-    if (!site_status (&site, 0).connected) {
+    if (!site_status (&site, 0).remote.connected) {
       assert (strstr (site_status (&site, 0).reason, "a flush was not"));
       lost++;
       site_connect (&site, 0);
     }
     nbdm_remote_release_late (site.volume, 0);
-    nbdm_resync (site.volume, 0, &batch);
+    nbdm_disk_resync (site.volume, 1, &batch);
   }
   assert (lost > 0 && lost <= 4);
-  assert (site_status (&site, 0).flush_bound < MIB);
+  assert (site_status (&site, 0).remote.flush_bound < MIB);
   assert_equal ();
   site_end (&site);
 }
@@ -420,7 +420,7 @@ test_long_trim_is_left_to_resync (void)
   took = now_ms () - start;
   assert (site_status (&site, 0).state == NBDM_RESYNCING);
   assert (site_status (&site, 0).dirty_regions > 0);
-  assert (site_status (&site, 0).late_regions == 0);
+  assert (site_status (&site, 0).remote.late_regions == 0);
   assert (took >= DEADLINE_MS && took < 3 * DEADLINE_MS);
   assert (site.image[0] == 0 && site.image[SIZE - 1] == 0);
   /* Another one is left at once. */
@@ -473,7 +473,7 @@ test_long_region_travels_in_pieces (void)
   peer_slow_flushes (site.peers[0], 10, 0);
   assert (pthread_create (&thread, NULL, resync_at, &batch) == 0);
   while (site_status (&site, 0).state == NBDM_RESYNCING)
-    assert (site_status (&site, 0).outstanding <= 3); /* and a flush */
+    assert (site_status (&site, 0).remote.outstanding <= 3); /* and a flush */
   pthread_join (thread, NULL);
   assert (longest == 64 * KIB);
   assert_equal ();

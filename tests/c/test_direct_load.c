@@ -261,7 +261,7 @@ lose_remote (uint32_t i, uint64_t r)
   if (r & 8)
     peer_cut (site.peers[i], false);
   else
-    nbdm_remote_drop (site.volume, i, "the test said so");
+    nbdm_disk_drop (site.volume, i + 1, "the test said so");
   peer_hold (site.peers[i], PEER_GO);
   if (r & 16) /* longer than the hold */
     site_wait_state (&site, i, NBDM_OUT_OF_SYNC);

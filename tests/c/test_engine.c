@@ -70,7 +70,7 @@ test_hung_remote_is_bounded (void)
   assert (time (NULL) - start < DEADLINE_S / 2);
   assert (status ().state == NBDM_OUT_OF_SYNC);
   assert (strstr (status ().reason, "not answered within 0.3 s"));
-  assert (status ().dirty_regions == 1 && status ().late_regions == 1);
+  assert (status ().dirty_regions == 1 && status ().remote.late_regions == 1);
   kill (server, SIGCONT);
   end_site ();
 }
@@ -80,7 +80,7 @@ one_batch (void *rc)
 {
   struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
-  *(int *)rc = nbdm_resync (volume, 0, &batch);
+  *(int *)rc = nbdm_disk_resync (volume, 1, &batch);
   return NULL;
 }
 
@@ -96,18 +96,19 @@ test_unanswered_resync_copies_are_late (void)
   connect_remote ();
   freeze_server ();
   assert (pthread_create (&thread, NULL, one_batch, &rc) == 0);
-  while (status ().outstanding == 0 || status ().late_regions == 0) {
+  while (status ().remote.outstanding == 0
+         || status ().remote.late_regions == 0) {
     assert (time (NULL) < until);
     pause_ms (2);
   }
   kill_server ();
   pthread_join (thread, NULL);
   assert (rc == -ENOTCONN);
-  assert (status ().late_regions > 0);
+  assert (status ().remote.late_regions > 0);
   start_server ();
   connect_remote ();
   resync_to_end ();
-  assert (status ().late_regions == 0);
+  assert (status ().remote.late_regions == 0);
   assert (nbdm_stop (volume) == 0);
   assert_images_equal ();
   end_site ();
@@ -148,7 +149,7 @@ test_unadmitted_connection_dropped_keeps_the_hold (void)
   start_server ();
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", path ("sock"));
   assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
-  nbdm_remote_drop (volume, 0, "the sample could not be read");
+  nbdm_disk_drop (volume, 1, "the sample could not be read");
   assert (status ().state == NBDM_HOLDING);
   connect_remote ();
   assert (status ().state == NBDM_IN_SYNC);
@@ -181,7 +182,7 @@ test_policy_stop_flush_waits_for_both (void)
   wait_state (NBDM_HOLDING);
   start_server ();
   connect_remote ();
-  assert (status ().dirty_regions == 1 && status ().late_regions == 0);
+  assert (status ().dirty_regions == 1 && status ().remote.late_regions == 0);
   assert (pthread_create (&thread, NULL, one_flush, &rc) == 0);
   do
     nbdm_get_status (volume, &s);

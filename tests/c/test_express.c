@@ -114,7 +114,7 @@ test_written_on_both (void)
   express_local (volume, &x);
   wait_legs (&x);
   assert (express_end (volume, &x, &rc) && rc == 0);
-  assert (status ().unflushed_regions == 1);
+  assert (status ().remote.unflushed_regions == 1);
   assert (nbdm_stop (volume) == 0);
   assert_images_equal ();
   end_test ();
@@ -335,7 +335,7 @@ drop_while_poller_is_away (bool absent_before)
   assert (!(conn_before_poll (conn, &listed) & POLLIN));
   if (absent_before)
     conn_after_poll (conn, &away, 0);
-  nbdm_remote_drop (volume, 0, "a test");
+  nbdm_disk_drop (volume, 1, "a test");
   if (!absent_before)
     conn_after_poll (conn, &away, 0);
   assert (poll (&told, 1, DEADLINE_S * 1000) == 1);

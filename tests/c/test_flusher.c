@@ -23,7 +23,7 @@ wait_flushed (void)
 {
   time_t until = time (NULL) + DEADLINE_S;
 
-  while (status ().unflushed_regions > 0) {
+  while (status ().remote.unflushed_regions > 0) {
     assert (time (NULL) < until);
     pause_ms (2);
   }
@@ -45,15 +45,15 @@ test_old_is_flushed_and_idle_sends_nothing (void)
   flush_ms = 200;
   in_sync_site (50, 5000);
   for (unsigned round = 0; round < 3; round++) {
-    commands = status ().commands;
+    commands = status ().remote.commands;
     for (uint64_t region = 0; region < 5; region++)
       assert (write_region (region) == 0);
     wait_flushed ();
-    assert (status ().commands > commands + 5);
+    assert (status ().remote.commands > commands + 5);
   }
-  commands = status ().commands;
+  commands = status ().remote.commands;
   pause_ms (6 * flush_ms);
-  assert (status ().commands == commands);
+  assert (status ().remote.commands == commands);
   end_site ();
 }
 
@@ -66,12 +66,12 @@ test_many_are_flushed_at_once (void)
   flush_ms = HOUR_MS;
   in_sync_site (50, 5000);
   for (unsigned round = 0; round < 15; round++) {
-    assert (status ().unflushed_regions == 0);
-    commands = status ().commands;
+    assert (status ().remote.unflushed_regions == 0);
+    commands = status ().remote.commands;
     for (uint64_t i = 0; i < 3; i++)
       assert (write_region (4 * round + i) == 0);
-    assert (status ().unflushed_regions == 3);
-    assert (status ().commands == commands + 3);
+    assert (status ().remote.unflushed_regions == 3);
+    assert (status ().remote.commands == commands + 3);
     assert (write_region (4 * round + 3) == 0);
     wait_flushed ();
   }
@@ -90,7 +90,8 @@ test_lost_remote_misses_only_what_came_since (void)
   assert (write_region (3) == 0 && write_region (30) == 0);
   kill_server ();
   wait_state (NBDM_OUT_OF_SYNC);
-  assert (status ().dirty_regions == 2 && status ().unflushed_regions == 0);
+  assert (status ().dirty_regions == 2
+          && status ().remote.unflushed_regions == 0);
   start_server ();
   connect_remote ();
   resync_to_end ();
@@ -111,7 +112,7 @@ test_hung_remote_is_found (void)
   freeze_server ();
   wait_state (NBDM_OUT_OF_SYNC);
   assert (strstr (status ().reason, "not answered within 0.4 s"));
-  assert (status ().dirty_regions == 1 && status ().late_regions == 0);
+  assert (status ().dirty_regions == 1 && status ().remote.late_regions == 0);
   kill (server, SIGCONT);
   end_site ();
 }
@@ -126,7 +127,8 @@ hang_flush (void)
   in_sync_site (1000, 1000);
   assert (write_region (1) == 0);
   freeze_server ();
-  while (status ().outstanding == 0 && status ().unflushed_regions > 0) {
+  while (status ().remote.outstanding == 0
+         && status ().remote.unflushed_regions > 0) {
     assert (time (NULL) < until);
     pause_ms (2);
   }

@@ -151,12 +151,12 @@ small_writes (void *opaque)
   return NULL;
 }
 
-static struct nbdm_remote_status
+static struct nbdm_disk_status
 status (struct nbdm *volume)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
 
-  assert (nbdm_get_remote_status (volume, 0, &s) == 0);
+  assert (nbdm_get_disk_status (volume, 1, &s) == 0);
   return s;
 }
 
@@ -166,9 +166,9 @@ into_sync (struct nbdm *volume, const char *uri)
   struct nbdm_resync batch = { .max_bytes = 16u << 20, .pace.depth = 4 };
 
   assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
-  assert (nbdm_remote_admit (volume, 0) == 0);
+  assert (nbdm_disk_admit (volume, 1) == 0);
   assert (nbdm_remote_release_late (volume, 0) == 0);
-  assert (nbdm_resync (volume, 0, &batch) == 0);
+  assert (nbdm_disk_resync (volume, 1, &batch) == 0);
   assert (status (volume).state == NBDM_IN_SYNC);
 }
 
@@ -250,7 +250,7 @@ compare_with_mute (struct nbdm_params *params, const char *uri)
   server.mute = true;
   assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
   assert (pthread_create (&thread, NULL, compare_in_vain, volume) == 0);
-  for (unsigned ms = 0; status (volume).outstanding == 0; ms++) {
+  for (unsigned ms = 0; status (volume).remote.outstanding == 0; ms++) {
     assert (ms < PATIENCE_MS);
     poll (NULL, 0, 1);
   }
@@ -271,9 +271,9 @@ static void *
 connect_again (void *uri)
 {
   while (!over) {
-    if (!status (poisoned).connected
+    if (!status (poisoned).remote.connected
         && nbdm_remote_connect (poisoned, 0, uri, 5000) == 0)
-      nbdm_remote_admit (poisoned, 0);
+      nbdm_disk_admit (poisoned, 1);
     poll (NULL, 0, 5);
   }
   return NULL;
@@ -298,16 +298,16 @@ meet_poison (struct nbdm_params *params, char *uri)
 {
   static const uint8_t buf[4096] = { 2 };
   struct waiting w = { .over = false };
-  struct nbdm_status s = { .local_state = NBDM_LOCAL_OK };
+  struct nbdm_disk_status s = { .state = NBDM_LOCAL_OK };
   pthread_t keeper;
 
   params->hold_ms = 2 * PATIENCE_MS;
   assert (nbdm_open (params, &poisoned) == 0 && nbdm_start (poisoned) == 0);
   into_sync (poisoned, uri);
   assert (truncate (params->local, 4096) == 0);
-  while (s.local_state != NBDM_LOCAL_FAILED) {
+  while (s.state != NBDM_LOCAL_FAILED) {
     assert (nbdm_pwrite (poisoned, buf, sizeof buf, 8192, 0) == 0);
-    nbdm_get_status (poisoned, &s);
+    assert (nbdm_get_disk_status (poisoned, NBDM_LOCAL, &s) == 0);
   }
   over = false;
   server.deed = CLOSES;

@@ -62,7 +62,7 @@ static void
 behind (bool stop)
 {
   begin_life ();
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 8, 2);
   end_life (stop);
 }
@@ -73,10 +73,10 @@ local_failed (bool stop)
 {
   begin_life ();
   bench_write (&bench, 6, 1, 2);
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 4, 3, 3);
   bench_connect (&bench, 1);
-  nbdm_remote_drop (bench.volume, 0, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 1, "the test dropped it");
   bench_write (&bench, 8, 4, 4);
   end_life (stop);
 }
@@ -92,13 +92,13 @@ local_resyncing (bool stop)
 
   begin_life ();
   bench_write (&bench, 6, 1, 2);
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 4, 3, 3);
   bench_must (nbdm_local_attach (bench.volume, bench.local, 0));
-  bench_must (nbdm_local_admit (bench.volume));
-  bench_must (nbdm_local_resync (bench.volume, &batch));
+  bench_must (nbdm_disk_admit (bench.volume, NBDM_LOCAL));
+  bench_must (nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch));
   bench_write (&bench, 6, 2, 5);
-  nbdm_remote_drop (bench.volume, 0, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 1, "the test dropped it");
   bench_write (&bench, 1, 2, 6);
   if (!stop) /* what a has alone cannot be written while it is away */
     bench_connect (&bench, 0);
@@ -113,12 +113,12 @@ operated (bool stop)
 
   begin_life ();
   bench_must (nbdm_remote_pause (bench.volume, 1, 1));
-  nbdm_remote_drop (bench.volume, 1, "the test dropped it");
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 4, 2);
   bench_connect (&bench, 1);
   bench_must (nbdm_remote_invalidate (bench.volume, 0));
   bench_must (nbdm_remote_pause (bench.volume, 1, 0));
-  bench_must (nbdm_resync (bench.volume, 1, &batch));
+  bench_must (nbdm_disk_resync (bench.volume, 2, &batch));
   bench_must (nbdm_set_policy (bench.volume, NBDM_STOP, 0));
   bench_must (nbdm_set_policy (bench.volume, NBDM_DEGRADE, 0));
   bench_must (nbdm_remote_fail (bench.volume, 0, "another disk"));

@@ -16,8 +16,8 @@ do_resync_first (struct job *job)
 
   while (rc == 0 && site_status (&site, 0).state == NBDM_RESYNCING
          && site_status (&site, 0).dirty_regions
-                > site_status (&site, 0).late_regions) {
-    rc = nbdm_resync (site.volume, 0, &batch);
+                > site_status (&site, 0).remote.late_regions) {
+    rc = nbdm_disk_resync (site.volume, 1, &batch);
     batch.first_region = batch.next_region;
   }
   (void)job;
@@ -39,7 +39,7 @@ lost_in_a_late_region (void)
   assert (write_at (0, 1) == 0);
   peer_hold (site.peers[0], PEER_HOLD_ALL);
   start (&second, do_write);
-  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
   peer_lose_power (site.peers[0], PEER_LOSE_ALL);
   peer_hold (site.peers[0], PEER_GO);
   site_connect (&site, 0);
@@ -57,7 +57,7 @@ lost_in_a_late_region (void)
   assert (peer_image (site.peers[0])[0] == 1
           && peer_image (site.peers[0])[SECTOR] == 2);
   /* The dead connection's write may come yet: it is copied once more. */
-  assert (site_status (&site, 0).late_regions == 1
+  assert (site_status (&site, 0).remote.late_regions == 1
           && site_status (&site, 0).dirty_regions == 1);
   peer_image (site.peers[0])[SECTOR] = 9;
   site_resync_to_end (&site, 0);
@@ -74,12 +74,12 @@ late_alone_holds_no_flush (void)
   assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
   peer_hold (site.peers[0], PEER_HOLD_ALL);
   start (&second, do_write);
-  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
   peer_lose_power (site.peers[0], PEER_LOSE_ALL);
   peer_hold (site.peers[0], PEER_GO);
   site_connect (&site, 0);
   assert (end (&second) == 0);
-  assert (site_status (&site, 0).late_regions == 1);
+  assert (site_status (&site, 0).remote.late_regions == 1);
   assert (nbdm_flush (site.volume) == 0);
   assert (site_status (&site, 0).dirty_regions == 1);
 }

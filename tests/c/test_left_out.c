@@ -33,7 +33,7 @@ local_fails_and_resyncs (void *opaque)
   bench_connect_all (&bench);
   bench_write (&bench, 7, 1, 1);
   assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
-  assert (nbdm_local_admit (bench.volume) == 0);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == 0);
   bench_stop (&bench);
 }
 
@@ -120,14 +120,14 @@ may_write_alone (void *opaque)
 static void
 is_all_dirty (void *opaque)
 {
-  struct nbdm_remote_status status;
+  struct nbdm_disk_status status;
 
   (void)opaque;
   assert (bench_open (&bench) == 0);
-  assert (nbdm_get_remote_status (bench.volume, 1, &status) == 0);
-  assert (status.state == NBDM_OUT_OF_SYNC && !status.paused);
+  assert (nbdm_get_disk_status (bench.volume, 2, &status) == 0);
+  assert (status.state == NBDM_OUT_OF_SYNC && !status.remote.paused);
   assert (status.dirty_regions == BENCH_REGIONS);
-  assert (status.late_regions == BENCH_REGIONS);
+  assert (status.remote.late_regions == BENCH_REGIONS);
   assert (bench.board->found.dirty[0] == 0);
   bench_connect_all (&bench);
   bench_mend (&bench);

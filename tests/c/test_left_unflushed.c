@@ -95,8 +95,8 @@ copies_back (void *opaque)
   bench_connect_all (&bench);
   bench_write (&bench, 7, 1, 1);
   assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
-  assert (nbdm_local_admit (bench.volume) == 0);
-  assert (nbdm_local_resync (bench.volume, &batch) == 0);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == 0);
+  assert (nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch) == 0);
   bench_write (&bench, 3, 1, 1);
   assert (nbdm_flush (bench.volume) == 0);
   bench_write (&bench, 3, 1, 2);
@@ -158,12 +158,12 @@ brings_it_back (void *opaque)
   local_sync_error = EIO;
   assert (nbdm_local_attach (bench.volume, bench.local, 0) == -EIO);
   ASSERT_SAYS ("cannot make durable");
-  assert (nbdm_local_admit (bench.volume) == -ENODEV);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == -ENODEV);
   local_sync_error = 0;
   before = nr_local_syncs;
   assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
   assert (nr_local_syncs > before);
-  assert (nbdm_local_admit (bench.volume) == 0);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == 0);
   bench_mend (&bench);
 }
 

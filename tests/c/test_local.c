@@ -18,6 +18,15 @@ volume_status (void)
   return s;
 }
 
+static struct nbdm_disk_status
+local_status (void)
+{
+  struct nbdm_disk_status s;
+
+  assert (nbdm_get_disk_status (volume, NBDM_LOCAL, &s) == 0);
+  return s;
+}
+
 static void
 bring_up (const char *fault)
 {
@@ -75,15 +84,15 @@ copy_back (void)
   time_t until = time (NULL) + DEADLINE_S;
   struct nbdm_resync batch = { .max_bytes = 1u << 20 };
 
-  while (volume_status ().local_state == NBDM_LOCAL_RESYNCING) {
-    int rc = nbdm_local_resync (volume, &batch);
+  while (local_status ().state == NBDM_LOCAL_RESYNCING) {
+    int rc = nbdm_disk_resync (volume, NBDM_LOCAL, &batch);
 
     assert (rc == 0 || rc == -ENOTCONN);
     assert (time (NULL) < until);
     batch.first_region = batch.next_region;
   }
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
-  assert (volume_status ().local_dirty_regions == 0);
+  assert (local_status ().state == NBDM_LOCAL_OK);
+  assert (local_status ().dirty_regions == 0);
 }
 
 static void
@@ -109,11 +118,11 @@ test_write_error_is_taken_over (void)
   bring_up ("local_write:3=error");
   write_block (0, 1, 0);
   write_block (1, 2, 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   write_block (2, 3, 0); /* local refuses it, the client is not told */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
-  assert (volume_status ().local_errors == 1);
-  assert (volume_status ().local_reason[0]);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (local_status ().local.errors == 1);
+  assert (local_status ().reason[0]);
   assert (status ().state == NBDM_IN_SYNC);
   write_block (2, 4, 0);
   write_block (40, 5, 0);
@@ -122,15 +131,15 @@ test_write_error_is_taken_over (void)
   assert_block (2, 4);
   assert_block (40, 5);
   assert (nbdm_remote_invalidate (volume, 0) == -EBUSY);
-  assert (nbdm_local_admit (volume) == -ENODEV);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == -ENODEV);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
   assert (nbdm_remote_compare (volume, 0, 64) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   write_block (3, 6, 0);
   assert_block (2, 4);
   copy_back ();
   /* What was in the one active extent. */
-  assert (volume_status ().local_copied_bytes == 64u * REGION);
+  assert (local_status ().copied_bytes == 64u * REGION);
   assert (nbdm_local_attach (volume, params.local, 0) == -EALREADY);
   end_equal ();
 }
@@ -159,14 +168,14 @@ test_attach_waits_for_the_old_disk (void)
   while (access (reached, F_OK) < 0)
     pause_ms (5);
   write_block (2, 3, 0); /* fails on local, and is taken over */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (volume, params.local, 0) == -EBUSY);
   snprintf (fault, sizeof fault, "touch %s/go", gate);
   assert (system (fault) == 0);
   pthread_join (writer, NULL);
   assert_block (9, 8);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   copy_back ();
   snprintf (fault, sizeof fault, "rm -r %s", gate);
   assert (system (fault) == 0);
@@ -179,11 +188,11 @@ test_flush_error_is_taken_over (void)
   bring_up ("local_flush:2=error"); /* the first is the open's */
   write_block (0, 1, 0);
   assert (nbdm_flush (volume) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (!volume_status ().failed);
   assert_block (0, 1);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   copy_back ();
   end_equal ();
 }
@@ -195,15 +204,15 @@ test_fua_error_is_taken_over (void)
 
   bring_up ("local_flush:2=error");
   assert (nbdm_pwrite (volume, buf, sizeof buf, 0, NBDM_FUA) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_flush (volume) == 0);
   assert (nbdm_stop (volume) == 0);
   nbdm_close (volume);
   reopen ();
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (volume, params.local, 1) == 0);
-  assert (nbdm_local_admit (volume) == 0);
-  assert (volume_status ().local_dirty_regions == 65);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
+  assert (local_status ().dirty_regions == 65);
   copy_back ();
   end_equal ();
 }
@@ -216,7 +225,7 @@ test_alone_it_is_an_error (void)
   write_block (0, 1, 0);
   kill_server ();
   write_block (1, 2, -EIO);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   write_block (2, 3, 0);
   start_server ();
   connect_remote ();
@@ -232,7 +241,7 @@ test_remote_lost_while_it_serves (void)
   bring_up ("local_write:2=error");
   write_block (0, 1, 0);
   write_block (1, 2, 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   kill_server ();
   write_block (1, 3, -EIO); /* held, then no disk has it */
   assert (nbdm_pread (volume, buf, sizeof buf, 0) == -EIO);
@@ -247,7 +256,7 @@ test_remote_lost_while_it_serves (void)
   write_block (5, 4, 0);
   assert_block (5, 4);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   copy_back ();
   end_equal ();
 }
@@ -259,13 +268,13 @@ test_remote_lost_while_copying_back (void)
   bring_up ("local_write:1=error");
   write_block (7, 1, 0);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
-  assert (volume_status ().local_dirty_regions == 64);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
+  assert (local_status ().dirty_regions == 64);
   {
     struct nbdm_resync batch = { .max_bytes = REGION };
-    assert (nbdm_local_resync (volume, &batch) == 0);
+    assert (nbdm_disk_resync (volume, NBDM_LOCAL, &batch) == 0);
   }
-  assert (volume_status ().local_dirty_regions > 0);
+  assert (local_status ().dirty_regions > 0);
   kill_server ();
   write_block (0, 2, 0);     /* copied back by now */
   write_block (63, 3, -EIO); /* still missing: no disk has it */
@@ -286,13 +295,13 @@ test_bad_sector_is_rewritten (void)
   write_block (3, 11, 0);
   for (unsigned i = 0; i < 100; i++)
     assert_block (3, 11);
-  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
-  assert (volume_status ().local_dirty_regions == 1);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().dirty_regions == 1);
   write_block (3, 12, 0);
   assert_block (3, 12);
   copy_back ();
-  assert (volume_status ().local_repaired == 1);
-  assert (volume_status ().local_errors == 1);
+  assert (local_status ().local.repaired == 1);
+  assert (local_status ().local.errors == 1);
   assert_block (3, 12);
   end_equal ();
 }
@@ -306,7 +315,7 @@ test_policy_stop_takes_nothing_over (void)
   resync_to_end ();
   write_block (0, 1, 0);
   write_block (0, 2, -EIO);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   resync_to_end ();
   end_equal ();
 }
@@ -340,7 +349,7 @@ test_killed_in_a_takeover (void)
 {
   kill_child ("--writes", "local_write:2=error,takeover_marked=kill");
   reopen ();
-  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
   assert_block (0, 1);
   copy_back ();
   resync_to_end ();
@@ -359,7 +368,7 @@ child_killed (const char *what, const char *folder)
   write_block (1, 2, 0);
   if (strcmp (what, "--attaches") == 0) {
     assert (nbdm_local_attach (volume, params.local, 0) == 0);
-    assert (nbdm_local_admit (volume) == 0);
+    assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   }
   write_short_block (64, 3, 0);
   abort (); /* it was to be killed */
@@ -371,10 +380,10 @@ test_killed_before_local_is_marked (void)
 {
   kill_child ("--writes", "local_write:2=error,slot_reserved:3=kill");
   reopen ();
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert_short_block (64, 0);
   assert (nbdm_local_attach (volume, params.local, 1) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   copy_back ();
   resync_to_end ();
   assert_short_block (64, 0);
@@ -396,11 +405,11 @@ test_gone_at_the_next_start (void)
   close (fd);
   assert (rename (path ("local"), path ("gone")) == 0);
   reopen ();
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert_short_block (64, 3);
   assert (rename (path ("gone"), path ("local")) == 0);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   copy_back ();
   resync_to_end ();
   assert_short_block (64, 3);
@@ -447,7 +456,7 @@ test_both_refuse_alike (void)
   write_block (0, 2, -EIO);
   assert (unlink (path ("refuse")) == 0);
   assert_block (0, 1);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   resync_to_end ();
   assert_block (0, 1);
   end_equal ();
@@ -459,7 +468,7 @@ resync_local (void *opaque)
   struct nbdm_resync batch = { .max_bytes = 64u << 20 };
 
   (void)opaque;
-  nbdm_local_resync (volume, &batch);
+  nbdm_disk_resync (volume, NBDM_LOCAL, &batch);
   return NULL;
 }
 
@@ -508,7 +517,7 @@ test_source_refuses_what_was_copied_back (void)
                     "local_resync_before_clean:1=wait:%s/go");
   write_block (7, 1, 0);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_local_admit (volume) == 0);
+  assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   assert (pthread_create (&thread, NULL, resync_local, NULL) == 0);
   wait_reached ("go.reached");
   touch ("refuse");
@@ -530,15 +539,15 @@ test_takeover_under_load (void)
   start_load ();
   for (unsigned i = 0; i < 3; i++) {
     wait_requests (600);
-    if (volume_status ().local_state == NBDM_LOCAL_FAILED) {
+    if (local_status ().state == NBDM_LOCAL_FAILED) {
       assert (nbdm_local_attach (volume, params.local, i == 1) == 0);
-      assert (nbdm_local_admit (volume) == 0);
+      assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
       copy_back ();
     }
   }
   stop_load ();
-  assert (volume_status ().local_errors > 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().local.errors > 0);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   end_equal ();
 }
 

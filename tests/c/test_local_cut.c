@@ -22,10 +22,10 @@ assert_all_there (void)
   poll (NULL, 0, 30);
   for (unsigned region = 0; region < SIZE / REGION; region += 16)
     assert (read_at (region * REGION) == 7);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
-  assert (strstr (volume_status ().local_reason, "lost bytes"));
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (strstr (local_status ().reason, "lost bytes"));
   /* Also what was not active: nothing tells which bytes the disk lost. */
-  assert (volume_status ().local_dirty_regions == SIZE / REGION);
+  assert (local_status ().dirty_regions == SIZE / REGION);
   assert (nbdm_local_attach (site.volume, site.local, 0) == -ENOMEDIUM);
 }
 
@@ -84,8 +84,8 @@ cut_and_alone (void)
   assert (read_at (SIZE / 4 * 3) == -EIO);
   assert (write_at (SIZE / 4 * 3 + SECTOR, 9) == -EIO);
   assert (read_at (SIZE / 4 * 3) == -EIO);
-  assert (volume_status ().local_dirty_regions == 0);
-  assert (volume_status ().local_repaired == 0);
+  assert (local_status ().dirty_regions == 0);
+  assert (local_status ().local.repaired == 0);
 }
 
 /* An operator's create looked at the state before the disk failed, and comes to

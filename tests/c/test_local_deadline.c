@@ -32,12 +32,12 @@ bring_up_with_deadline (uint32_t deadline_ms)
 static uint32_t
 durable_local_state (void)
 {
-  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   struct nbdm_status status;
   char name[NBDM_NAME_LEN];
 
-  assert (nbdm_peek (site.state, name, &status, remotes) == 0);
-  return status.local_state;
+  assert (nbdm_peek (site.state, name, &status, disks) == 0);
+  return disks[NBDM_LOCAL].state;
 }
 
 static bool
@@ -57,11 +57,11 @@ do_zero (struct job *job)
 static void
 assert_failed (void)
 {
-  struct nbdm_status status = volume_status ();
+  struct nbdm_disk_status status = local_status ();
 
-  assert (status.local_state == NBDM_LOCAL_FAILED);
-  assert (strstr (status.local_reason, "has not answered for"));
-  assert (status.local_errors == 0);
+  assert (status.state == NBDM_LOCAL_FAILED);
+  assert (strstr (status.reason, "has not answered for"));
+  assert (status.local.errors == 0);
 }
 
 /* No disk is attached before the call has ended; then this one is, and all that
@@ -75,9 +75,9 @@ copy_back_after_the_call (void)
   assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
   open_gate ();
   WAIT_FOR (nbdm_local_attach (site.volume, site.local, 0) == 0);
-  assert (nbdm_local_admit (site.volume) == 0);
-  WAIT_FOR (nbdm_local_resync (site.volume, &batch) == 0
-            && volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
+  WAIT_FOR (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == 0
+            && local_status ().state == NBDM_LOCAL_OK);
   assert (nbdm_flush (site.volume) == 0);
   assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
 }
@@ -164,7 +164,7 @@ writes_of_the_same_range (void)
   WAIT_FOR (site.image[7 * REGION] == 9); /* late */
   assert (read_at (7 * REGION) == 6);
   WAIT_FOR (nbdm_local_attach (site.volume, site.local, 0) == 0);
-  assert (nbdm_local_admit (site.volume) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
   assert (read_at (7 * REGION) == 6);
   assert (nbdm_flush (site.volume) == 0);
 }
@@ -217,13 +217,13 @@ answers_late (void)
   struct job reader = { .offset = 3 * REGION };
 
   bring_up (1, 300);
-  assert (volume_status ().local_silent_ms == 0);
+  assert (local_status ().local.silent_ms == 0);
   start (&reader, do_read);
   wait_at_gate ();
-  WAIT_FOR (volume_status ().local_silent_ms >= DEADLINE_MS);
+  WAIT_FOR (local_status ().local.silent_ms >= DEADLINE_MS);
   open_gate ();
   assert (end (&reader) == 0);
-  WAIT_FOR (volume_status ().local_silent_ms == 0);
+  WAIT_FOR (local_status ().local.silent_ms == 0);
 }
 
 /* The request waits for the disk, and succeeds. */
@@ -234,11 +234,11 @@ wait_on (void)
 
   start (&kept, do_write);
   wait_at_gate ();
-  WAIT_FOR (volume_status ().local_silent_ms >= 2 * DEADLINE_MS);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK && !kept.over);
+  WAIT_FOR (local_status ().local.silent_ms >= 2 * DEADLINE_MS);
+  assert (local_status ().state == NBDM_LOCAL_OK && !kept.over);
   open_gate ();
   assert (end (&kept) == 0 && read_at (7 * REGION) == 9);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
 }
 
 static void
@@ -317,7 +317,7 @@ small_write_of_a_connection (void)
   assert (answered (3, true) == 5);
   ask (NBD_CMD_WRITE, 4, 3 * REGION, 6);
   answered (4, false);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   answered (2, false);
   assert_failed ();
   ask (NBD_CMD_READ, 5, 7 * REGION, 0);
@@ -339,7 +339,7 @@ small_read_of_a_connection (void)
   answered (3, false);
   ask (NBD_CMD_READ, 4, 7 * REGION, 0);
   assert (answered (4, true) == 9);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   assert (answered (2, true) == 5);
   assert_failed ();
   disconnect_client ();
@@ -368,7 +368,7 @@ refused_while_a_call_is_kept (void)
   assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
   open_gate ();
   WAIT_FOR (nbdm_local_attach (site.volume, link_path, 0) == 0);
-  assert (nbdm_local_admit (site.volume) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
   assert (read_at (7 * REGION) == 9);
 }
 
@@ -388,14 +388,14 @@ attached_disk_hangs (void)
 
   bring_up_with_deadline (DEADLINE_MS);
   assert (write_at (3 * REGION, 5) == 0); /* local fails */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
   start (&compare, do_compare);
   wait_at_gate ();
   start (&write, do_write);
   assert (end (&compare) == -ENODATA && end (&write) == 0);
-  assert (nbdm_local_admit (site.volume) == -ENODEV);
-  assert (strstr (volume_status ().local_reason, "has not answered for"));
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == -ENODEV);
+  assert (strstr (local_status ().reason, "has not answered for"));
   copy_back_after_the_call ();
 }
 
@@ -413,9 +413,9 @@ compared_disk_hangs (void)
   wait_at_gate ();
   assert (end (&compare) == -ENODATA);
   assert (write_at (100 * REGION, 3) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   assert (nbdm_remote_compare (site.volume, 0, 100) == -ENODATA);
-  assert (volume_status ().local_errors == 0);
+  assert (local_status ().local.errors == 0);
   open_gate ();
   WAIT_FOR (nbdm_remote_compare (site.volume, 0, 100) == 0);
 }
@@ -439,7 +439,7 @@ compared_while_all_are_kept (void)
   WAIT_FOR (stat ("gate.reached", &st) == 0 && st.st_size == MAX_CALLS);
   start (&compare, do_compare);
   assert (end (&compare) == -ENODATA);
-  assert (volume_status ().local_errors == 0);
+  assert (local_status ().local.errors == 0);
   open_gate ();
   for (unsigned i = 0; i < MAX_CALLS; i++)
     assert (end (&writes[i]) == 0);
@@ -459,7 +459,7 @@ copy_back_hangs (void)
   wait_at_gate ();
   start (&write, do_write);
   assert (end (&back) == -EIO && end (&write) == 0);
-  assert (strstr (volume_status ().local_reason, "has not answered for"));
+  assert (strstr (local_status ().reason, "has not answered for"));
   assert (read_at (3 * REGION) == 8);
   copy_back_after_the_call ();
 }
@@ -504,8 +504,8 @@ hole_whose_size_hangs (void)
   start (&extents, do_extents);
   wait_at_gate ();
   assert (end (&extents) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
-  assert (volume_status ().local_errors == 0);
+  assert (local_status ().state == NBDM_LOCAL_OK);
+  assert (local_status ().local.errors == 0);
   open_gate ();
   WAIT_FOR (do_extents (&extents) == 1);
 }
@@ -557,12 +557,12 @@ fail_and_attach (void)
   bring_up_with_deadline (DEADLINE_MS);
   assert (nbdm_local_sample (site.volume, 8) > 0);
   assert (write_at (3 * REGION, 5) == 0); /* local fails */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   hold_samples = true;
   start (&attach, do_attach);
   wait_at_gate ();
   assert (end (&attach) == -EIO);
-  assert (!volume_status ().local_attached);
+  assert (!local_status ().local.attached);
   assert (do_attach (NULL) == -EBUSY);
   assert (write_at (7 * REGION, 6) == 0 && read_at (3 * REGION) == 5);
 }
@@ -585,7 +585,7 @@ opened_disk_hangs_in_a_stop (void)
   open_gate ();
   WAIT_FOR (nbdm_open (&site.params, &site.volume) == 0);
   assert (nbdm_start (site.volume) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   WAIT_FOR (do_attach (NULL) == 0);
 }
 
@@ -598,7 +598,7 @@ stop_after_the_takeover (void)
   keep_and_answer (do_write, 0);
   stop_soon (NULL);
   site_open (&site);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 0);
   assert (site_status (&site, 0).state == NBDM_IN_SYNC);
   assert (read_at (7 * REGION) == 9 && read_at (200 * REGION) == 2);
@@ -678,7 +678,7 @@ all_kinds_and_lengths (void)
   assert (nbdm_flush (site.volume) == 0);
   assert (nbdm_local_sample (site.volume, 8) >= 0);
   assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
-  assert (volume_status ().local_errors == 0);
+  assert (local_status ().local.errors == 0);
 }
 
 static void
@@ -688,7 +688,7 @@ errors_are_the_disks (void)
   lose (0);
   assert (write_at (3 * REGION, 5) == -ENOSPC);
   ASSERT_SAYS ("the local disk failed to write at 196608");
-  assert (volume_status ().local_errors == 1);
+  assert (local_status ().local.errors == 1);
   assert (write_at (3 * REGION, 5) == 0);
 }
 

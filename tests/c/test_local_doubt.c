@@ -23,7 +23,7 @@ hole_of_a_doubted_disk (void)
   shut_flush_gate (true);
   start (&flush, do_flush);
   wait_for_flush ();
-  WAIT_FOR (volume_status ().local_errors > 0);
+  WAIT_FOR (local_status ().local.errors > 0);
   assert (nbdm_extents (site.volume, REGION, 5 * REGION, &extent, 1) == 1
           && extent.type == NBDM_EXTENT_DATA);
   site_connect (&site, 1);
@@ -34,7 +34,7 @@ hole_of_a_doubted_disk (void)
   assert (end (&flush) == 0);
   assert (end (&copy) == 0);
   site_resync_to_end (&site, 1);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (read_at (5 * REGION) == 7);
   lose (0);
   assert (read_at (5 * REGION) == 7);
@@ -53,16 +53,16 @@ source_refuses_after_a_copy (void)
   open_volume ();
   lose (1);
   assert (write_at (5 * REGION, 7) == 0); /* local fails */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 1);
   peer_hold_flushes (site.peers[1], true);
   start (&copy, do_resync_second);
-  WAIT_FOR (site_status (&site, 1).late_regions == 0
-            && site_status (&site, 1).answered_bytes > 0
-            && site_status (&site, 1).outstanding > 0);
+  WAIT_FOR (site_status (&site, 1).remote.late_regions == 0
+            && site_status (&site, 1).remote.answered_bytes > 0
+            && site_status (&site, 1).remote.outstanding > 0);
   peer_hold (site.peers[0], PEER_HOLD_ALL);
   start (&failing, do_write);
-  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
   peer_cut (site.peers[0], false);
   peer_hold (site.peers[0], PEER_GO);
   assert (end (&failing) == -EIO);
@@ -90,11 +90,11 @@ invalidate_beside_a_doubted_disk (void)
   shut_flush_gate (true);
   start (&flush, do_flush);
   wait_for_flush ();
-  WAIT_FOR (volume_status ().local_errors > 0);
+  WAIT_FOR (local_status ().local.errors > 0);
   assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
   shut_flush_gate (false);
   assert (end (&flush) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (site_status (&site, 0).state == NBDM_IN_SYNC);
   assert (read_at (5 * REGION) == 7);
 }
@@ -111,7 +111,7 @@ invalidate_beside_a_cut_disk (void)
   assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
   assert (truncate (site.local, SIZE / 2) == 0);
   assert (read_at (200 * REGION) == 7);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
   assert (read_at (200 * REGION) == 7);
 }
@@ -126,12 +126,12 @@ addresses_beside_a_doubted_disk (void)
   struct job flush = { 0 };
 
   bring_up (2, 1000 * SITE_DEADLINE_S);
-  nbdm_remote_drop (site.volume, 1, "for the test");
+  nbdm_disk_drop (site.volume, 2, "for the test");
   assert (write_at (5 * REGION, 7) == 0);
   peer_cut (site.peers[0], false);
   site_wait_state (&site, 0, NBDM_HOLDING);
   start (&flush, do_flush);
-  WAIT_FOR (volume_status ().local_errors > 0);
+  WAIT_FOR (local_status ().local.errors > 0);
   assert (connect_at (0, 1) == -EINVAL);
   site_connect (&site, 0);
   end (&flush);

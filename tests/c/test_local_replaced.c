@@ -53,7 +53,7 @@ read_of_a_replaced_disk (void)
   start (&reader, do_read);
   wait_at_gate ();
   assert (write_at (7 * REGION, 1) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   other = make_other_disk ();
   assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
   open_gate ();
@@ -92,7 +92,7 @@ read_that_found_the_disk_good (void)
   start (&reader, do_read);
   wait_at_gate ();
   assert (write_at (7 * REGION, 2) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
   open_gate ();
   assert (end (&reader) == 2);
@@ -113,7 +113,7 @@ copy_from_a_replaced_disk (void)
   start (&copy, do_resync_second);
   wait_at_gate ();
   assert (write_at (100 * REGION, 8) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   other = make_other_disk ();
   assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
   open_gate ();
@@ -138,7 +138,7 @@ copy_back_to_a_replaced_disk (void)
   start (&back, do_copy_back);
   wait_at_gate ();
   assert (write_at (40 * REGION, 2) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   other = make_other_disk ();
   assert (nbdm_local_attach (site.volume, other, 0) == -EBUSY);
   open_gate ();
@@ -197,7 +197,7 @@ flush_that_begins_on_a_failed_disk (void)
   start (&second, do_flush);
   WAIT_FOR (flushes_asked () == asked + 2);
   assert (write_at (7 * REGION, 2) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   open_gate ();
   wait_at ("second");
   assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
@@ -205,7 +205,7 @@ flush_that_begins_on_a_failed_disk (void)
   assert (end (&first) == 0 && end (&second) == 0);
   attach_and_admit ();
   assert (nbdm_flush (site.volume) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
 }
 
 /* --- a disk that hangs when it is admitted -------------------------------- */
@@ -226,7 +226,7 @@ static int
 do_admit (struct job *job)
 {
   (void)job;
-  return nbdm_local_admit (site.volume);
+  return nbdm_disk_admit (site.volume, NBDM_LOCAL);
 }
 
 /* Whatever asks for the volume's lock goes on meanwhile. */
@@ -237,7 +237,7 @@ admitted_disk_hangs (void)
 
   bring_up (1, 300);
   assert (write_at (7 * REGION, 1) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
   hold_describe = true;
   start (&admit, do_admit);
@@ -247,7 +247,7 @@ admitted_disk_hangs (void)
   assert (end (&write) == 0 && read_at (3 * REGION) == 8);
   open_gate ();
   assert (end (&admit) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
 }
 
 /* A flush of what was copied back hangs, in a thread that has flushed before.
@@ -264,9 +264,9 @@ flush_of_a_replaced_disk (void)
   attach_and_admit ();
   start (&back, do_copy_back_one);
   wait_at_gate ();
-  WAIT_FOR (volume_status ().local_silent_ms >= 100);
+  WAIT_FOR (local_status ().local.silent_ms >= 100);
   assert (write_at (40 * REGION, 2) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   other = make_other_disk ();
   assert (nbdm_local_attach (site.volume, other, 0) == -EBUSY);
   open_gate ();
@@ -294,7 +294,7 @@ disk_with_the_only_copy (void)
   snprintf (away, sizeof away, "%s/away", site.dir);
   assert (rename (site.local, away) == 0);
   site_open (&site);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 0);
   assert (read_at (200 * REGION) == -EIO);
   other = make_other_disk ();

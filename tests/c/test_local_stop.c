@@ -34,7 +34,7 @@ stop_while_a_read_mends (void)
   assert (end (&stop) == 0);
   end (&reader);
   open_again ();
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   assert (site_status (&site, 0).dirty_regions == 1);
 }
 
@@ -57,7 +57,7 @@ read_after_the_last_request (void)
   open_gate ();
   assert (end (&reader) == 11);
   open_again ();
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   assert (site_status (&site, 0).dirty_regions == 0);
 }
 

@@ -35,12 +35,12 @@ copy_back (void)
   time_t until = time (NULL) + SITE_DEADLINE_S;
   struct nbdm_resync batch = { .max_bytes = 1u << 20 };
 
-  while (volume_status ().local_state == NBDM_LOCAL_RESYNCING) {
-    assert (nbdm_local_resync (site.volume, &batch) == 0);
+  while (local_status ().state == NBDM_LOCAL_RESYNCING) {
+    assert (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == 0);
     assert (time (NULL) < until);
     batch.first_region = batch.next_region;
   }
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
 }
 
 static void
@@ -67,7 +67,7 @@ write_in_a_takeover (void)
   start (&first, do_write);
   wait_for_flush ();
   start (&second, do_write);
-  WAIT_FOR (volume_status ().local_errors >= 2);
+  WAIT_FOR (local_status ().local.errors >= 2);
   shut_flush_gate (false);
   assert (end (&first) == 0 && end (&second) == 0);
   assert (read_at (EXTENT) == 2);
@@ -92,13 +92,13 @@ successor_crashes_in_a_takeover (void)
   wait_at_gate ();
   peer_hold (site.peers[0], PEER_HOLD_ALL);
   open_gate ();
-  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
   peer_lose_power (site.peers[0], PEER_LOSE_ALL);
   peer_hold (site.peers[0], PEER_GO);
   site_connect (&site, 0);
   assert (end (&failing) == -EIO);
   assert (read_at (0) == 1);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   site_resync_to_end (&site, 0);
   assert (read_at (0) == 1);
   end_equal ();
@@ -114,8 +114,8 @@ second_remote_crashes (void)
   bring_up_small (2, 60000);
   assert (write_at (0, 1) == 0); /* in both servers' caches */
   assert (write_fua (SMALL_REGION, 2) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
-  nbdm_remote_drop (site.volume, 0, "the test said so");
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (SECTOR, 3) == 0); /* the second one alone */
   peer_lose_power (site.peers[1], PEER_LOSE_ALL);
   site_connect (&site, 1);
@@ -144,8 +144,8 @@ fails_while_copying_back (void)
   assert (nbdm_cool (site.volume, 0) == 0);
   assert (volume_status ().active_extents == 0);
   attach_and_admit ();
-  assert (nbdm_local_resync (site.volume, &batch) == -EIO);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == -EIO);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   /* The pages that could not be written are gone. */
   fd = open (site.local, O_WRONLY | O_CLOEXEC);
   assert (fd >= 0 && pwrite (fd, old, sizeof old, 0) == (ssize_t)sizeof old);
@@ -168,7 +168,7 @@ refuses_what_was_copied_back (void)
   bring_up_small (1, 1000);
   assert (write_at (0, 1) == 0);
   attach_and_admit ();
-  nbdm_remote_drop (site.volume, 0, "the test said so");
+  nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (EXTENT, 2) == 0);
   site_connect (&site, 0);
   assert (site_status (&site, 0).state == NBDM_RESYNCING);
@@ -194,7 +194,7 @@ fails_at_the_start (void)
   assert (nbdm_stop (site.volume) == 0);
   nbdm_close (site.volume);
   site_open (&site);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 0);
   assert (read_at (0) == 1);
   attach_and_admit ();
@@ -217,8 +217,8 @@ no_room_and_no_disk (void)
   site_connect (&site, 0);
   for (uint64_t i = 0; i < ACTIVITY_EXTENTS; i++)
     assert (write_at (i * EXTENT_SIZE, 1) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
-  nbdm_remote_drop (site.volume, 0, "the test said so");
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (0, 2) == -EIO);
   assert (write_at (ACTIVITY_EXTENTS * (uint64_t)EXTENT_SIZE, 2) == -EIO);
   site_connect (&site, 0);
@@ -239,7 +239,7 @@ policy_stop_in_a_takeover (void)
   assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
   shut_flush_gate (false);
   assert (end (&failing) == -EIO);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (volume_status ().fenced);
   assert (write_at (EXTENT, 2) == -EIO);
   attach_and_admit ();
@@ -261,10 +261,10 @@ maps_are_durable_first (void)
   bring_up_small (2, 1000);
   assert (write_at (0, 1) == 0);
   attach_and_admit ();
-  assert (nbdm_local_resync (site.volume, &batch) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_RESYNCING);
+  assert (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == 0);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
   assert (!site.volume->local.disk.dm.changed);
-  nbdm_remote_drop (site.volume, 0, "the test said so");
+  nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (EXTENT, 2) == 0); /* the remote misses it, durably */
   assert (site_status (&site, 0).dirty_regions == 1);
   assert (!site.volume->remotes[0].disk.dm.changed);

@@ -196,7 +196,7 @@ test_resync_waits_for_memory (void)
   assert (nbdm_remote_invalidate (site.volume, 0) == 0);
   dirty = site_status (&site, 0).dirty_regions;
   refuse = REFUSE_ENGINE;
-  assert (nbdm_resync (site.volume, 0, &batch) == -ENOMEM);
+  assert (nbdm_disk_resync (site.volume, 1, &batch) == -ENOMEM);
   assert (site_status (&site, 0).dirty_regions == dirty);
   requests (0, 4);
   refuse = REFUSE_NOBODY;

@@ -186,7 +186,7 @@ test_files_with_requests (void)
   hostile.may_end = true;
   peer_hold (site.peers[0], PEER_HOLD_ANSWERS);
   assert (client_request (&hostile, NBD_CMD_WRITE, 0, 1, 0, SECTOR, sector));
-  WAIT_FOR (site_status (&site, 0).outstanding > 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
   send_with_file (hostile.fd, &header, sizeof header);
   poll (NULL, 0, 100); /* either order is right; this is the worse one */
   peer_hold (site.peers[0], PEER_GO);

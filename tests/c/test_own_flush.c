@@ -47,7 +47,7 @@ flush_while_local_is_slow (void)
   /* Its end needs a flush of the remote. */
   assert (nbdm_remote_invalidate (site.volume, 0) == 0);
   while (site_status (&site, 0).state == NBDM_RESYNCING) {
-    assert (nbdm_resync (site.volume, 0, &batch) == 0);
+    assert (nbdm_disk_resync (site.volume, 1, &batch) == 0);
     batch.first_region = batch.next_region;
   }
   assert (!slow.over);

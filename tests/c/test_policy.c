@@ -36,11 +36,11 @@ fenced (void)
 static bool
 fenced_on_disk (void)
 {
-  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   char name[NBDM_NAME_LEN];
   struct nbdm_status s;
 
-  assert (nbdm_peek (path ("state"), name, &s, remotes) == 0);
+  assert (nbdm_peek (path ("state"), name, &s, disks) == 0);
   return s.fenced;
 }
 
@@ -246,9 +246,9 @@ test_degrade_ends_a_flush_that_waits (void)
   /* A hold is no fence yet. */
   assert (nbdm_set_policy (volume, NBDM_STOP, 0) == 0 && !fenced ());
   bring_remote_back ();
-  commands = status ().commands;
+  commands = status ().remote.commands;
   assert (pthread_create (&thread, NULL, one_flush, &rc) == 0);
-  while (status ().commands == commands) {
+  while (status ().remote.commands == commands) {
     assert (time (NULL) < until);
     pause_ms (2);
   }

@@ -321,7 +321,7 @@ static void
 durable_write (uint64_t r, unsigned writer_nr)
 {
   uint64_t offset = 3 * (uint64_t)EXTENT_SIZE + writer_nr * LOSS_UNIT;
-  struct nbdm_remote_status old[PEERS], now[PEERS];
+  struct nbdm_disk_status old[PEERS], now[PEERS];
   uint8_t buf[LOSS_UNIT];
 
   memset (buf, (int)(r >> 32), sizeof buf);
@@ -423,7 +423,7 @@ lose_remote (uint32_t i, uint64_t r)
 {
   switch (r % 4) {
   case 0:
-    nbdm_remote_drop (site.volume, i, "the test dropped it");
+    nbdm_disk_drop (site.volume, i + 1, "the test dropped it");
     break;
   case 1:
     peer_cut (site.peers[i], false);
@@ -456,9 +456,9 @@ step (void)
 {
   uint64_t r = peer_random (&dice);
   uint32_t i = r >> 8 & 1;
-  struct nbdm_remote_status status = site_status (&site, i);
+  struct nbdm_disk_status status = site_status (&site, i);
 
-  if (!status.admitted) {
+  if (!status.remote.admitted) {
     if (r % 4 == 0)
       site_connect (&site, i);
   }

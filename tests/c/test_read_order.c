@@ -24,7 +24,7 @@ remote_takes_the_place (void)
   start (&writer, do_write);
   WAIT_FOR (read_at (7 * REGION) == 2);
   assert (nbdm_flush (site.volume) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (!writer.over);
   start (&reader, do_read);
   assert (!over_soon (&reader) || reader.rc == 2);
@@ -46,19 +46,19 @@ local_serves_again (void)
 
   bring_up (1, 300);
   assert (write_at (7 * REGION, 1) == 0); /* local fails */
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   attach_and_admit ();
   start (&copy, do_copy_back);
   wait_at_gate ();
-  answered = site_status (&site, 0).commands;
+  answered = site_status (&site, 0).remote.commands;
   start (&writer, do_write);
   wait_at ("write");
-  WAIT_FOR (site_status (&site, 0).commands > answered);
+  WAIT_FOR (site_status (&site, 0).remote.commands > answered);
   start (&reader, do_read);
   (void)over_soon (&reader);
   open_gate ();
   assert (end (&copy) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_OK);
+  assert (local_status ().state == NBDM_LOCAL_OK);
   seen = reader.over ? reader.rc : 1;
   assert (read_at (7 * REGION) >= seen);
   open_at ("write");

@@ -75,12 +75,12 @@ open_volume (void)
   return v;
 }
 
-static struct nbdm_remote_status
+static struct nbdm_disk_status
 remote (struct nbdm *v)
 {
-  struct nbdm_remote_status s;
+  struct nbdm_disk_status s;
 
-  assert (nbdm_get_remote_status (v, 0, &s) == 0);
+  assert (nbdm_get_disk_status (v, 1, &s) == 0);
   return s;
 }
 
@@ -148,7 +148,7 @@ static void
 one_late_region (struct nbdm *v)
 {
   assert (remote (v).dirty_regions == 1);
-  assert (remote (v).late_regions == 1);
+  assert (remote (v).remote.late_regions == 1);
 }
 
 static void
@@ -161,7 +161,7 @@ static void
 one_dirty_extent (struct nbdm *v)
 {
   assert (remote (v).dirty_regions == EXTENT / REGION);
-  assert (remote (v).late_regions == EXTENT / REGION);
+  assert (remote (v).remote.late_regions == EXTENT / REGION);
 }
 
 static void
@@ -360,7 +360,7 @@ test_failed_flush_is_final_and_recovered_as_lost_power (void)
 static void
 test_stop_that_failed_to_persist_is_not_clean (void)
 {
-  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   struct nbdm_status s;
   char name[NBDM_NAME_LEN];
   int status;
@@ -377,7 +377,7 @@ test_stop_that_failed_to_persist_is_not_clean (void)
   }
   waitpid (pid, &status, 0);
   assert (status == 0);
-  assert (nbdm_peek (site.path, name, &s, remotes) == 0);
+  assert (nbdm_peek (site.path, name, &s, disks) == 0);
   assert (!s.clean);
   end_volume ();
 }
@@ -419,8 +419,8 @@ test_lost_log_means_all_dirty (void)
     cases[i].harm (cases[i].file, cases[i].where);
     struct nbdm *v = open_volume ();
     assert (remote (v).dirty_regions == NR_REGIONS);
-    assert (remote (v).late_regions == NR_REGIONS);
-    assert (!remote (v).assumed);
+    assert (remote (v).remote.late_regions == NR_REGIONS);
+    assert (!remote (v).remote.assumed);
     nbdm_get_status (v, &s);
     assert (strstr (s.reason, cases[i].file));
     assert (strstr (s.reason, "everything is copied again"));

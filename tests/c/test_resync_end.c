@@ -114,7 +114,7 @@ move_on (void)
 static void
 check_in_sync (unsigned round)
 {
-  struct nbdm_remote_status status = site_status (&site, 0);
+  struct nbdm_disk_status status = site_status (&site, 0);
 
   if (status.state != NBDM_IN_SYNC)
     return;
@@ -159,7 +159,7 @@ begin_round (unsigned round)
   if (r & 1)
     peer_cut (site.peers[0], r & 2);
   else
-    nbdm_remote_drop (site.volume, 0, "the test dropped it");
+    nbdm_disk_drop (site.volume, 1, "the test dropped it");
   if (r & 4)
     site_wait_state (&site, 0, NBDM_OUT_OF_SYNC);
   site_connect (&site, 0);

@@ -33,7 +33,7 @@ call (void *opaque)
 {
   struct call *c = opaque;
 
-  c->rc = nbdm_resync (site.volume, 0, &c->batch);
+  c->rc = nbdm_disk_resync (site.volume, 1, &c->batch);
   return NULL;
 }
 
@@ -76,7 +76,7 @@ wait_all_copied (void)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
 
-  while (site_status (&site, 0).answered_bytes < SIZE) {
+  while (site_status (&site, 0).remote.answered_bytes < SIZE) {
     assert (time (NULL) < until);
     poll (NULL, 0, 1);
   }
@@ -199,7 +199,7 @@ test_a_pause_ends_the_call (void)
                                           .burst_us = 1,
                                           .rest_us = 3600000000u } } };
   assert (pthread_create (&c.thread, NULL, call, &c) == 0);
-  while (site_status (&site, 0).answered_bytes == 0)
+  while (site_status (&site, 0).remote.answered_bytes == 0)
     poll (NULL, 0, 1);
   assert (nbdm_remote_pause (site.volume, 0, 1) == 0);
   pthread_join (c.thread, NULL);
@@ -207,11 +207,12 @@ test_a_pause_ends_the_call (void)
   assert (site_status (&site, 0).dirty_regions > 0);
   assert (nbdm_remote_pause (site.volume, 0, 0) == 0);
   /* Another pace ends a rest too.  The rest begins once a copy was answered. */
-  answered = site_status (&site, 0).answered_bytes;
+  answered = site_status (&site, 0).remote.answered_bytes;
   assert (pthread_create (&c.thread, NULL, call, &c) == 0);
-  WAIT_FOR (site_status (&site, 0).answered_bytes > answered);
+  WAIT_FOR (site_status (&site, 0).remote.answered_bytes > answered);
   do
-    assert (nbdm_resync_pace (site.volume, 0, &(struct nbdm_pace){ .depth = 4 })
+    assert (nbdm_disk_resync_pace (site.volume, 1,
+                                   &(struct nbdm_pace){ .depth = 4 })
             == 0);
   while (site_status (&site, 0).state != NBDM_IN_SYNC
          && poll (NULL, 0, 1) == 0);

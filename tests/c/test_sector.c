@@ -223,7 +223,7 @@ test_unreadable (void)
 static void
 test_local_failed (void)
 {
-  struct nbdm_status status;
+  struct nbdm_disk_status status;
   uint8_t found[700];
 
   bring_up (1);
@@ -231,8 +231,8 @@ test_local_failed (void)
   bad_writes = true;
   assert (nbdm_pwrite (site.volume, model + 2 * REGION, SECTOR, 2 * REGION, 0)
           == 0);
-  nbdm_get_status (site.volume, &status);
-  assert (status.local_state == NBDM_LOCAL_FAILED);
+  assert (nbdm_get_disk_status (site.volume, NBDM_LOCAL, &status) == 0);
+  assert (status.state == NBDM_LOCAL_FAILED);
   for (uint32_t i = 0; i < 20; i++) {
     uint32_t at = REGION + 300 * i;
 

@@ -15,7 +15,7 @@
 static uint32_t
 local_state (void)
 {
-  return volume_status ().local_state;
+  return local_status ().state;
 }
 
 static void
@@ -23,7 +23,7 @@ wait_outstanding (uint32_t remote, uint32_t nr)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
 
-  while (site_status (&site, remote).outstanding < nr) {
+  while (site_status (&site, remote).remote.outstanding < nr) {
     assert (time (NULL) < until);
     poll (NULL, 0, 1);
   }
@@ -35,7 +35,7 @@ wait_flushed (uint32_t remote)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
 
-  while (site_status (&site, remote).unflushed_regions > 0) {
+  while (site_status (&site, remote).remote.unflushed_regions > 0) {
     assert (time (NULL) < until);
     poll (NULL, 0, 1);
   }
@@ -46,7 +46,7 @@ wait_local_error (void)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
 
-  while (volume_status ().local_errors == 0) {
+  while (local_status ().local.errors == 0) {
     assert (time (NULL) < until);
     poll (NULL, 0, 1);
   }
@@ -68,11 +68,11 @@ static void
 resync_what_is_not_late (void)
 {
   struct nbdm_resync batch = { .max_bytes = 64u << 20, .pace.depth = 4 };
-  struct nbdm_remote_status s = site_status (&site, 0);
+  struct nbdm_disk_status s = site_status (&site, 0);
 
-  for (; s.state == NBDM_RESYNCING && s.dirty_regions > s.late_regions;
+  for (; s.state == NBDM_RESYNCING && s.dirty_regions > s.remote.late_regions;
        s = site_status (&site, 0)) {
-    assert (nbdm_resync (site.volume, 0, &batch) == 0);
+    assert (nbdm_disk_resync (site.volume, 1, &batch) == 0);
     batch.first_region = batch.next_region;
   }
 }
@@ -183,7 +183,7 @@ mended_disk_keeps_what_it_has (void)
 static void
 begin_a_long_takeover (struct job *failing)
 {
-  nbdm_remote_drop (site.volume, 0, "for the test");
+  nbdm_disk_drop (site.volume, 1, "for the test");
   assert (write_at (5 * REGION, 7) == 0);
   site_connect (&site, 0);
   assert (site_status (&site, 0).state == NBDM_RESYNCING);
@@ -313,7 +313,7 @@ sample_of_a_doubted_disk (void)
   open_volume ();
   assert (write_at (5 * REGION, 7) == 0);
   wait_flushed (1);
-  nbdm_remote_drop (site.volume, 1, "for the test");
+  nbdm_disk_drop (site.volume, 2, "for the test");
   punch_local (5 * REGION);
   shut_flush_gate (true);
   start (&flush, do_flush);
@@ -325,7 +325,7 @@ sample_of_a_doubted_disk (void)
   shut_flush_gate (false);
   assert (end (&flush) == 0);
   assert (local_state () == NBDM_LOCAL_FAILED);
-  assert (nbdm_remote_admit (site.volume, 1) == 0);
+  assert (nbdm_disk_admit (site.volume, 2) == 0);
   assert (site_status (&site, 1).state == NBDM_IN_SYNC);
   assert (read_at (5 * REGION) == 7);
 }
@@ -343,7 +343,7 @@ copy_back_behind_a_stop (void)
   bring_up (1, 300);
   assert (write_at (7 * REGION, 1) == 0);
   attach_and_admit ();
-  missing = volume_status ().local_dirty_regions;
+  missing = local_status ().dirty_regions;
   assert (write_at (100 * REGION, 2) == 0);
   start (&back, do_copy_back);
   wait_at ("copy");
@@ -358,7 +358,7 @@ copy_back_behind_a_stop (void)
   nbdm_close (site.volume);
   site_open (&site);
   assert (local_state () == NBDM_LOCAL_RESYNCING);
-  assert (volume_status ().local_dirty_regions == missing);
+  assert (local_status ().dirty_regions == missing);
 }
 
 static _Thread_local bool wakes_late; /* behind the last request of a stop */
@@ -401,7 +401,7 @@ copy_back_waits_past_a_stop (void)
   bring_up (1, 300);
   assert (write_at (7 * REGION, 1) == 0);
   attach_and_admit ();
-  missing = volume_status ().local_dirty_regions;
+  missing = local_status ().dirty_regions;
   assert (write_at (100 * REGION, 2) == 0);
   start (&back, do_copy_back_and_wake_late);
   wait_at ("copy");
@@ -422,7 +422,7 @@ copy_back_waits_past_a_stop (void)
   nbdm_close (site.volume);
   site_open (&site);
   assert (local_state () == NBDM_LOCAL_RESYNCING);
-  assert (volume_status ().local_dirty_regions == missing + 1);
+  assert (local_status ().dirty_regions == missing + 1);
 }
 
 /* A write is flushed on the remote when local fails again, and that remote is
@@ -436,7 +436,7 @@ write_of_a_mended_disk (void)
   struct job failing = { .offset = 40 * REGION, .value = 1 };
 
   bring_up (2, 100);
-  nbdm_remote_drop (site.volume, 0, "for the test");
+  nbdm_disk_drop (site.volume, 1, "for the test");
   start (&writer, do_write);
   wait_at_gate ();
   assert (read_at (9 * REGION) == 0);
@@ -470,8 +470,8 @@ other_successor_than_was_asked (void)
   struct job copy = { 0 }, failing = { .offset = 40 * REGION, .value = 1 };
 
   bring_up (3, 1000 * SITE_DEADLINE_S);
-  nbdm_remote_drop (site.volume, 1, "for the test");
-  nbdm_remote_drop (site.volume, 2, "for the test");
+  nbdm_disk_drop (site.volume, 2, "for the test");
+  nbdm_disk_drop (site.volume, 3, "for the test");
   assert (write_at (5 * REGION, 7) == 0);
   site_connect (&site, 1);
   site_connect (&site, 2);
@@ -532,7 +532,7 @@ request_that_both_refuse (void)
   start (&zero, do_zero);
   wait_at_gate ();
   assert (nbdm_flush (site.volume) == 0);
-  assert (volume_status ().local_state == NBDM_LOCAL_FAILED);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
   open_gate ();
   assert (end (&zero) < 0);
   assert (!volume_status ().failed);
@@ -557,7 +557,7 @@ refused_beside_a_failed_flush (void)
   open_volume ();
   peer_hold_flushes (site.peers[0], true);
   start (&flush, do_flush);
-  WAIT_FOR (volume_status ().local_errors > 0);
+  WAIT_FOR (local_status ().local.errors > 0);
   start (&zero, do_zero);
   for (unsigned i = 0; i < 300 && !zero.over; i++)
     poll (NULL, 0, 1);

@@ -36,7 +36,7 @@ bring_in_sync (void)
   struct nbdm_resync batch = { .max_bytes = SIZE, .pace.depth = 4 };
 
   while (site_status (&site, 0).state != NBDM_IN_SYNC) {
-    if (!site_status (&site, 0).admitted) {
+    if (!site_status (&site, 0).remote.admitted) {
       assert (connects++ < 4);
       site_connect (&site, 0);
     }

@@ -360,19 +360,19 @@ put_garbled (const struct state *s, const struct garbled *g)
 static void
 peek (const struct state *s)
 {
-  struct nbdm_remote_status remotes[NBDM_MAX_REMOTES];
+  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   struct nbdm_status status;
   char name[NBDM_NAME_LEN];
 
-  if (nbdm_peek (s->place.params.state_dir, name, &status, remotes) < 0) {
+  if (nbdm_peek (s->place.params.state_dir, name, &status, disks) < 0) {
     assert (last_error ()[0]);
     return;
   }
   assert (memchr (name, 0, sizeof name));
   assert (status.nr_remotes <= NBDM_MAX_REMOTES);
-  for (unsigned i = 0; i < status.nr_remotes; i++) {
-    assert (memchr (remotes[i].name, 0, sizeof remotes[i].name));
-    assert (memchr (remotes[i].reason, 0, sizeof remotes[i].reason));
+  for (unsigned i = 0; i <= status.nr_remotes; i++) {
+    assert (memchr (disks[i].name, 0, sizeof disks[i].name));
+    assert (memchr (disks[i].reason, 0, sizeof disks[i].reason));
   }
 }
 
@@ -398,11 +398,11 @@ compare (const struct state *s, const struct verdict *got)
 static void
 look (struct nbdm *v)
 {
-  struct nbdm_remote_status remote;
+  struct nbdm_disk_status remote;
   uint64_t some[64];
 
   for (uint32_t i = 0; i < 2; i++)
-    assert (nbdm_get_remote_status (v, i, &remote) == 0);
+    assert (nbdm_get_disk_status (v, i + 1, &remote) == 0);
   assert (nbdm_get_active_extents (v, some, 64) <= 64);
   assert (nbdm_get_recent_regions (v, some, 64) <= 64);
 }

@@ -28,7 +28,7 @@ from nbd_mirror.commands import serve
 from nbd_mirror.rules.pace import Plan, quantile
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import config, core, model
-from nbd_mirror.volume.model import HOLE, Verdict
+from nbd_mirror.volume.model import HOLE, Verdict, disk_of
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ class TestRequests:
         done = threading.Event()
 
         def wait() -> None:
-            engine.wait_event(0, serial, 30.0)
+            engine.wait(disk_of(0), serial, 30.0)
             done.set()
 
         thread = threading.Thread(target=wait)
@@ -244,9 +244,9 @@ class TestRemotes:
         engine.pwrite(os.urandom(REGION), 3 * REGION)
         engine.connect(0, remote.uri, 2.0)
         assert engine.compare(0, 3) == Verdict.DIRTY
-        engine.admit(0)
+        engine.admit(disk_of(0))
         assert engine.remote_status(0).state is RemoteState.RESYNCING
-        batch = engine.resync(0, 0, 64 << 20, 0.0, Plan(8, 0))
+        batch = engine.resync(disk_of(0), 0, 64 << 20, 0.0, Plan(8, 0))
         assert batch.error is None
         assert batch.copied_bytes == SIZE
         status = engine.remote_status(0)
@@ -259,7 +259,7 @@ class TestRemotes:
         self, engine: core.Engine
     ) -> None:
         """Nothing copied, and why."""
-        batch = engine.resync(0, 0, REGION, 0.0, Plan(1, 0))
+        batch = engine.resync(disk_of(0), 0, REGION, 0.0, Plan(1, 0))
         assert isinstance(batch.error, RemoteError)
         assert batch.copied_bytes == 0
 
@@ -274,7 +274,7 @@ class TestRemotes:
         """A change between looking and waiting ends the wait at once."""
         seen = engine.remote_status(0).serial
         engine.pause(0, paused=True)
-        assert engine.wait_event(0, seen, None) > seen
+        assert engine.wait(disk_of(0), seen, None) > seen
         assert engine.remote_status(0).state is RemoteState.PAUSED
 
     def test_event_that_does_not_come_ends_with_the_time(
@@ -282,7 +282,7 @@ class TestRemotes:
     ) -> None:
         """A timed wait returns the serial it was given."""
         seen = engine.remote_status(0).serial
-        assert engine.wait_event(0, seen, 0.01) == seen
+        assert engine.wait(disk_of(0), seen, 0.01) == seen
 
     def test_latency_counts_each_request_in_the_bucket_of_its_time(
         self, engine: core.Engine

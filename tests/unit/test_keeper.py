@@ -22,6 +22,7 @@ from nbd_mirror.rules.state import RemoteState, describe
 from nbd_mirror.server.keeper import Keeper, RemotePolicy
 from nbd_mirror.server.sample import BUSY_S
 from nbd_mirror.volume import core
+from nbd_mirror.volume.model import Disk
 
 NR_REGIONS = SIZE // REGION
 
@@ -260,9 +261,9 @@ class TestBackOff:
         """It was never seen admitted, and still each loss is told and waited out."""
 
         class Dying(core.Engine):
-            def admit(self, remote: int) -> None:
-                super().admit(remote)
-                self.drop(remote, "gone at once")
+            def admit(self, disk: Disk) -> None:
+                super().admit(disk)
+                self.drop(disk, "gone at once")
 
         params = make_params(run_dir)
         core.create(params)
@@ -282,10 +283,10 @@ class TestBackOff:
         """In sync for a moment, again and again, is no reason to try at once."""
 
         class Closing(core.Engine):
-            def wait_event(self, remote: int, seen: int, wait_s: float | None) -> int:
-                if self.remote_status(remote).admitted:
-                    self.drop(remote, "closed")
-                return super().wait_event(remote, seen, wait_s)
+            def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
+                if self.remote_status(0).admitted:
+                    self.drop(disk, "closed")
+                return super().wait(disk, seen, timeout_s)
 
         params = make_params(run_dir, assume=True)
         core.create(params)
@@ -313,11 +314,11 @@ class TestBackOff:
                     self.tried_held += 1
                 super().connect(remote, uri, timeout_s)
 
-            def wait_event(self, remote: int, seen: int, wait_s: float | None) -> int:
-                if self.drops and self.remote_status(remote).admitted:
+            def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
+                if self.drops and self.remote_status(0).admitted:
                     self.drops -= 1
-                    self.drop(remote, "closed")
-                return super().wait_event(remote, seen, wait_s)
+                    self.drop(disk, "closed")
+                return super().wait(disk, seen, timeout_s)
 
         params = make_params(run_dir, assume=True)
         core.create(params)
@@ -375,10 +376,10 @@ class TestBackOff:
         lost, go_on = threading.Event(), threading.Event()
 
         class Losing(core.Engine):
-            def admit(self, remote: int) -> None:
-                super().admit(remote)
+            def admit(self, disk: Disk) -> None:
+                super().admit(disk)
                 if not lost.is_set():
-                    self.drop(remote, "lost at once")
+                    self.drop(disk, "lost at once")
                     lost.set()
                     assert go_on.wait(20)
 
@@ -561,12 +562,10 @@ class TestProof:
         sampling = threading.Event()
 
         class Telling(core.Engine):
-            def wait_event(
-                self, remote: int, seen: int, timeout_s: float | None
-            ) -> int:
+            def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
                 if timeout_s == BUSY_S:
                     sampling.set()
-                return super().wait_event(remote, seen, timeout_s)
+                return super().wait(disk, seen, timeout_s)
 
         params = dataclasses.replace(make_params(run_dir, assume=True), hold_ms=20000)
         core.create(params)

@@ -35,7 +35,7 @@ from nbd_mirror.rules.state import LocalState, RemoteState
 from nbd_mirror.server import local_keeper
 from nbd_mirror.server.local_keeper import RETRY_S, LocalKeeper
 from nbd_mirror.volume import core
-from nbd_mirror.volume.model import Batch
+from nbd_mirror.volume.model import LOCAL, Batch, Disk
 
 LIMIT = SIZE // 2  # bytes: more than any log has
 
@@ -63,12 +63,12 @@ class Watched(core.Engine):
         assert hangs is None or hangs.wait(60)
         super().local_attach(path, replaced=replaced)
 
-    def local_resync(
-        self, first: int, max_bytes: int, max_s: float, plan: Plan
+    def resync(
+        self, disk: Disk, first: int, max_bytes: int, max_s: float, plan: Plan
     ) -> Batch:
         """Count the call."""
-        Watched.batches += 1
-        return super().local_resync(first, max_bytes, max_s, plan)
+        Watched.batches += disk == LOCAL
+        return super().resync(disk, first, max_bytes, max_s, plan)
 
 
 class LocalMirror(Mirror):
@@ -159,7 +159,7 @@ class TestCopyingBack:
         remote.kill()
         wait_until(lambda: mirror.state() is RemoteState.OUT_OF_SYNC, "the loss")
         mirror.engine.local_attach(mirror.params.local, replaced=False)
-        mirror.engine.local_admit()
+        mirror.engine.admit(LOCAL)
         Watched.batches, events = 0, mirror.engine.remote_status(0).serial
         started = time.monotonic()
         mirror.local.start()

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What the policy threads call for any disk, by its number. */
+
+#include "api.h"
+#include "base/clock.h"
+#include "base/lock.h"
+#include "life/local_attach.h"
+#include "life/remote.h"
+#include "volume/state.h"
+#include "volume/volume.h"
+
+int
+nbdm_disk_admit (struct nbdm *v, uint32_t disk)
+{
+  if (volume_disk (v, disk) == NULL)
+    return no_such_disk (disk);
+  if (disk == NBDM_LOCAL)
+    return local_admit (v);
+  LOCK_FOR_SCOPE (&v->lock);
+  return remote_admit_locked (&v->remotes[disk - 1]);
+}
+
+int
+nbdm_disk_drop (struct nbdm *v, uint32_t disk, const char *reason)
+{
+  struct remote *r;
+
+  if (volume_disk (v, disk) == NULL)
+    return no_such_disk (disk);
+  if (disk == NBDM_LOCAL)
+    return local_drop (v, reason);
+  r = &v->remotes[disk - 1];
+  LOCK_FOR_SCOPE (&v->lock);
+  remote_broken_locked (r, r->conn, reason);
+  return 0;
+}
+
+uint64_t
+nbdm_disk_wait (struct nbdm *v, uint32_t disk, uint64_t seen,
+                uint32_t timeout_ms)
+{
+  uint64_t until_ns = now_ns () + timeout_ms * NS_PER_MS;
+  const struct disk *d = volume_disk (v, disk);
+  bool in_time = true;
+
+  if (d == NULL)
+    return 0;
+  LOCK_FOR_SCOPE (&v->lock);
+  while (d->serial == seen && !v->waking && in_time)
+    in_time = wait_until (&v->events, &v->lock, until_ns);
+  return d->serial;
+}
+
+void
+nbdm_wake (struct nbdm *v)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  v->waking = true;
+  pthread_cond_broadcast (&v->events);
+}
