@@ -5,15 +5,14 @@
  *
  *   direct_server.c     listens, accepts, ends
  *   direct_clients.c    which clients are connected, and which may be
- *   direct_memory.c     what their requests may take together
- *   direct_handshake.c  what a client and we agree on
+ *   direct_memory.c     how much memory their requests may use together
+ *   direct_handshake.c  the negotiation with a client
  *   direct_session.c    a client's requests and answers
- *   direct_io.c         between a client's request and the executor's
- *   direct_answer.c     an answer's bytes, and their way into the socket
+ *   direct_io.c         translates a client's request for the executor
+ *   direct_answer.c     makes an answer's bytes and sends them
  *
- * A session is one thread, and has a lane of the executor (executor/lane.c):
- * what carries requests out is no part of the door.  An answer of a worker goes
- * straight to the socket.
+ * A session is one thread with a lane of the executor (executor/lane.c), which
+ * carries out its requests.  A worker sends its answer straight to the socket.
  */
 
 #ifndef NBDM_DIRECT_H
@@ -33,19 +32,19 @@
 struct direct_server;
 struct exported;
 
-/* What a connection may have under way, so that a client cannot have all of
- * our memory: the kernel's nbd sends 128 at most.
+/* Requests that a connection may have under way, so that a client cannot use
+ * all of our memory: the kernel's nbd sends at most 128.
  */
 #define DIRECT_MAX_OPS 128u
 #define DIRECT_MAX_BYTES (64u << 20)
-#define DIRECT_SEND_MS 50            /* a worker waits for a slow client */
-#define DIRECT_INBOX (128u << 10)    /* bytes taken in with one recv */
-#define DIRECT_KEEP_BYTES (8u << 20) /* of buffers kept for the next */
+#define DIRECT_SEND_MS 50 /* how long a worker waits for a slow client */
+#define DIRECT_INBOX (128u << 10)    /* bytes received with one recv */
+#define DIRECT_KEEP_BYTES (8u << 20) /* of buffers kept for reuse */
 #define DIRECT_FREE_BYTES                                                      \
-  (256u << 10) /* of them, not counted in the budget                           \
+  (256u << 10) /* of buffers, not counted in the budget                        \
                 */
 
-/* Unless told otherwise. */
+/* The defaults. */
 #define DIRECT_DEFAULT_CLIENTS 1024u
 #define DIRECT_DEFAULT_MEMORY (UINT64_C (1) << 30) /* or a quarter of RAM */
 
@@ -55,7 +54,7 @@ struct budget {
   atomic_u64 used;
   atomic_uint nr_waiting;
   pthread_mutex_t lock;         /* protects the queue; none is taken under it */
-  struct session *first, *last; /* that wait */
+  struct session *first, *last; /* sessions that wait */
   uint64_t pressed_ns;          /* under the clients' lock */
 };
 
@@ -68,12 +67,12 @@ struct clients {
   pthread_cond_t gone;  /* a session's thread has ended */
   struct session *first;
   uint32_t nr, nr_shaking, nr_admitted;
-  bool disconnecting; /* all are told to end */
+  bool disconnecting; /* all sessions are told to end */
 };
 
 enum stage { SHAKING_HANDS, ADMITTED, PUT_OUT };
 
-/* What the handshake came to. */
+/* The result of the handshake. */
 struct agreed {
   bool structured;   /* replies */
   bool block_status; /* base:allocation, as DIRECT_CONTEXT */
@@ -81,7 +80,7 @@ struct agreed {
 
 #define DIRECT_CONTEXT 1u
 
-/* A request of a client's. */
+/* A client's request. */
 struct op {
   struct session *session;
   struct op *next; /* of the one list it is in */
@@ -89,14 +88,14 @@ struct op {
   uint16_t flags;  /* NBD_CMD_FLAG_* */
   uint32_t length;
   uint64_t cookie, offset;
-  uint8_t *buf; /* `room` bytes: the payload, or the answer's */
+  uint8_t *buf; /* `room` bytes: the payload of the request or answer */
   size_t room;
   struct io io; /* the executor's */
   /* The answer. */
   uint8_t head[sizeof (struct nbd_chunk) + sizeof (uint64_t)];
   size_t head_size;
   size_t body_size; /* of buf */
-  bool refused;     /* the volume is stopping: there is none */
+  bool refused;     /* the volume stops: no answer is sent */
 };
 
 struct session {
@@ -106,12 +105,12 @@ struct session {
   int fd;
   uint64_t number; /* of the connection, for the log */
   struct agreed agreed;
-  struct lane lane;   /* its thread's; others ring its box */
-  atomic_bool ending; /* server or volume are: take in no more */
+  struct lane lane;   /* its thread's; other threads ring its box */
+  atomic_bool ending; /* server or volume end: receive no more requests */
   atomic_bool shaking_hands;
-  atomic_bool asked;       /* for anything, ever */
+  atomic_bool asked;       /* the client has sent a request */
   atomic_bool receiving;   /* a payload */
-  atomic_bool stalled_out; /* it kept memory, and moved nothing */
+  atomic_bool stalled_out; /* the client kept memory and moved nothing */
   atomic_u64 moved;        /* bytes, to and from it */
 
   /* Under the clients' lock. */
@@ -123,27 +122,27 @@ struct session {
   /* Under the budget's. */
   struct session *next_waiting;
   uint64_t wants;
-  atomic_u64 granted; /* to be taken by its thread */
+  atomic_u64 granted; /* its thread takes them */
 
   /* Its thread's own. */
   uint8_t *inbox;
-  size_t start, end;  /* of what is in it */
-  struct op *filling; /* a write whose payload is not all there */
+  size_t start, end;  /* of the bytes in it */
+  struct op *filling; /* a write whose payload has not all come */
   size_t filled;      /* bytes of it */
-  uint64_t skip;      /* bytes of a payload to be thrown away */
-  bool stalled;       /* the inbox has a request, and there was no room */
+  uint64_t skip;      /* bytes of a payload to discard */
+  bool stalled;       /* the inbox has a request, but there is no room for it */
   bool waiting;       /* for memory */
   bool no_more;       /* the end of the stream, or of the server */
-  bool ended;         /* it took its leave, or sent nonsense: no requests */
-  bool closed;        /* by the client: poll says so for ever */
+  bool ended;  /* the client disconnected or sent nonsense: no requests */
+  bool closed; /* by the client: poll would report it for ever */
 
   pthread_mutex_t lock;    /* protects all below; before the budget's */
-  struct op *first, *last; /* to be sent */
-  size_t first_sent;       /* bytes of the first that are */
+  struct op *first, *last; /* answers to send */
+  size_t first_sent;       /* bytes of the first that have left */
   bool sending;            /* a thread is in sendmsg */
   bool slow;               /* the socket was full, and not all is sent yet */
-  bool dead;               /* nothing can be sent any more */
-  bool wants_room;         /* its thread waits for ops to end */
+  bool dead;               /* no answer can be sent any more */
+  bool wants_room;         /* its thread waits until ops end */
   uint32_t nr_ops;
   size_t bytes, kept; /* of the buffers of ops under way, and of spare ones */
   size_t promised;    /* to the next op_get */

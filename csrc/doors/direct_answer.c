@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door's answers: their bytes, and their way into the socket.
+/* The direct door's answers: make their bytes and send them.
  *
- * Answers are queued, and sent by one thread at a time, as many in a system
- * call as there are; a thread that comes meanwhile leaves its answer to that
- * one.  A session's thread never blocks in a send: a client that does not read
- * would else keep the requests whose answers that thread is to take in, and the
- * ranges they hold.  A worker does, shortly, as one that copies a megabyte
- * spares that thread the time; then it leaves the rest to it, or clients that
- * do not read would have all workers.
+ * Answers are queued, and one thread at a time sends them, all queued ones with
+ * one system call; another thread leaves its answer to the sending one.  A
+ * session's thread never blocks in a send: otherwise a client that does not
+ * read would delay the requests whose remote answers this thread must receive,
+ * and the ranges that they hold.  A worker blocks shortly, since a worker that
+ * sends a megabyte saves the session's thread the time.  Then it leaves the
+ * rest to that thread, or clients that do not read would occupy all workers.
  */
 
 #define _GNU_SOURCE
@@ -33,9 +33,9 @@
 #include "wire/receive.h"
 
 #define ANSWERS_AT_ONCE 64 /* in one sendmsg */
-#define LINGER_MS 500      /* for the last ones to arrive */
+#define LINGER_MS 500      /* wait for the last answers to arrive */
 #define LINGER_STEP_MS 5
-#define WAITING_BYTES (256u << 10) /* in one that may block */
+#define WAITING_BYTES (256u << 10) /* bytes of one send that may block */
 
 /* --- Ops and their buffers ----------------------------------------------- */
 
@@ -62,7 +62,7 @@ take_spare_locked (struct session *s, size_t room)
   return op;
 }
 
-/* Buffers are kept: a large one is a mapping, made and faulted in anew. */
+/* Keep buffers for reuse: a new large one is a new mapping with page faults. */
 static bool
 has_room (struct op *op, size_t room)
 {
@@ -160,7 +160,7 @@ fill_simple (struct op *op, int rc)
   op->head_size = sizeof head;
 }
 
-/* One chunk, which is the last: `extra` bytes of it follow in the head. */
+/* One chunk, the last one: the head holds `extra` more bytes of it. */
 static void
 fill_chunk (struct op *op, uint16_t type, const void *extra, size_t size)
 {
@@ -208,10 +208,10 @@ finish_op (struct op *op, int rc, size_t body_size)
   op->next = NULL;
 }
 
-/* A request that the volume refused because it stops was not carried out, and
- * its client is not told so: it would take ESHUTDOWN for an error of the disk.
- * The connection ends instead, and a client that reconnects sends the request
- * again to the next server.
+/* A stopping volume refused the request and did not carry it out.  The client
+ * gets no answer, as it would take ESHUTDOWN for an error of the disk.  The
+ * connection ends instead, and a client that reconnects sends the request again
+ * to the next server.
  */
 static void
 queue_locked (struct op *op)
@@ -281,7 +281,7 @@ sent_locked (struct session *s, size_t bytes)
   }
 }
 
-/* The client reads no more. */
+/* The client no longer reads. */
 static void
 die_locked (struct session *s)
 {
@@ -309,8 +309,8 @@ shorten (struct msghdr *msg, size_t max)
 
 /* A blocking send has the socket's own time-out, DIRECT_SEND_MS, for each piece
  * that the kernel makes of it.  So a client that reads a little in that time
- * could keep it for ever: it is given few pieces at once, and no more after
- * that time.
+ * could keep the worker for ever: the worker sends few pieces at once, and none
+ * after that time.
  */
 static void
 push_relock (struct session *s, bool may_wait)
@@ -375,10 +375,10 @@ queue_and_push (struct op *op, int rc, size_t body_size, bool may_wait)
   if (refused || s->wants_room || (s->first && !s->sending)) {
     s->wants_room = false;
     mailbox_ring (
-        s->lane.watch.box); /* its thread goes on, when there is room */
+        s->lane.watch.box); /* its thread sends the rest when there is room */
   }
   pthread_mutex_unlock (&s->lock);
-  /* From here on the session may be gone. */
+  /* From here on the session may be freed. */
   mailbox_ring_all ();
 }
 
@@ -395,7 +395,7 @@ answer_send_shared (struct op *op, int rc)
 }
 
 /* Bytes that the client's machine has not acknowledged; 0 on a unix socket,
- * where what was sent has arrived.
+ * where sent bytes have arrived.
  */
 static int
 unacknowledged (int fd)
@@ -409,9 +409,9 @@ unacknowledged (int fd)
   return bytes;
 }
 
-/* The server ends the connection, and the client may be sending: closing a
- * socket with bytes unread resets the connection, and answers on their way are
- * lost.  So what comes is read and dropped until all of them have arrived.
+/* The server ends the connection while the client may still send.  Closing a
+ * socket with unread bytes resets the connection, and loses answers on the way.
+ * So the thread reads and drops all bytes until all answers have arrived.
  */
 void
 answers_part (struct session *s)

@@ -2,13 +2,13 @@
 
 /* The direct door's clients: which are connected, and which may be.
  *
- * A connection is first in the handshake, where a silent one may be any
- * stranger's, and then a client, which may be silent: the kernel's has nothing
- * to say for hours.  So the two are counted apart.  A new connection always
- * gets into the handshake, if need be in the place of the oldest there; a
- * client is admitted at the end of it, and one too many is told so.  Where all
- * places are taken, a client that never asked for anything gives its place up:
- * none in use is like that, as each begins by reading.
+ * A connection is first in the handshake, where a silent one may belong to any
+ * stranger.  Then it is a client, which may be silent: the kernel's client may
+ * send nothing for hours.  So the two are counted apart.  A new connection
+ * always gets into the handshake, if necessary in the place of the oldest one
+ * there.  A client is admitted at the end of the handshake, or is told that
+ * there are too many.  When all places are taken, a client that never sent a
+ * request loses its place: a client in use begins with a read.
  */
 
 #define _GNU_SOURCE
@@ -44,8 +44,8 @@ default_memory (void)
   return quarter < DIRECT_DEFAULT_MEMORY ? quarter : DIRECT_DEFAULT_MEMORY;
 }
 
-/* A client takes two descriptors.  Returns for how many there are enough, once
- * the limit is raised as far as it may be.
+/* A client uses two descriptors.  Raise the limit as far as allowed, and return
+ * how many clients it is enough for.
  */
 static uint32_t
 make_room (uint32_t max_clients)
@@ -96,7 +96,7 @@ clients_destroy (struct clients *clients)
 /* --- Coming and going ------------------------------------------------------
  */
 
-/* It has no place any more, and its thread will notice. */
+/* The session loses its place, and its thread will notice. */
 static void
 put_out_locked (struct clients *clients, struct session *s)
 {
@@ -108,7 +108,7 @@ put_out_locked (struct clients *clients, struct session *s)
   (void)shutdown (s->fd, SHUT_RDWR);
 }
 
-/* New ones are put in front. */
+/* New sessions are at the front. */
 static struct session *
 oldest_shaking_locked (const struct clients *clients)
 {

@@ -14,20 +14,22 @@ struct session;
 
 void clients_init (struct clients *clients, const struct nbdm_limits *limits);
 void clients_destroy (struct clients *clients);
-/* Into the handshake, if need be in the place of the oldest there. */
+/* Add a session in the handshake, if necessary in the place of the oldest
+ * handshake.
+ */
 void clients_add (struct clients *clients, struct session *session);
-/* There are no descriptors: end the oldest handshake.  False: there is none. */
+/* No descriptor is free: end the oldest handshake.  False: there is none. */
 bool clients_make_room (struct clients *clients);
-/* From the handshake: 0; -EUSERS: there are too many; -ECONNRESET: it was
- * given up meanwhile.
+/* Admit a session after its handshake: 0; -EUSERS: too many clients;
+ * -ECONNRESET: the session was ended in the meantime.
  */
 int clients_admit (struct session *session);
-/* Out of the list; and, when it is freed, out of the count. */
+/* Remove a session from the list, and from the count when it is freed. */
 void clients_remove (struct session *session);
 void clients_removed (struct clients *clients);
-/* Tell all of them to end, and wait until they have. */
+/* Tell all sessions to end, and wait until they have ended. */
 void clients_disconnect (struct clients *clients);
-/* Only wait for that; -ETIMEDOUT. */
+/* Only wait until all sessions have ended; -ETIMEDOUT. */
 int clients_wait_gone (struct clients *clients, uint64_t until_ns);
 
 #endif /* NBDM_DIRECT_CLIENTS_H */

@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door's handshake: fixed newstyle, as doc/proto.md of the NBD
- * project has it.
+/* The direct door's handshake: fixed newstyle, as in doc/proto.md of the NBD
+ * project.
  *
- * A client may ask for an export by any name (export.c): there is mostly one.
- * TLS is not spoken here; the native door has nbdkit for it.
+ * A client may ask for an export by any name (export.c), as mostly there is
+ * only one.  This door has no TLS; the native door uses nbdkit's.
  *
- * All lengths come from an unknown client: an option is read whole into a
- * buffer of fixed size, and taken apart by a cursor that cannot leave the
- * buffer.
+ * All lengths come from an unknown client: an option is read completely into a
+ * buffer of fixed size, and parsed with a cursor that cannot leave the buffer.
  */
 
 #define _GNU_SOURCE
@@ -39,7 +38,7 @@ struct handshake {
   struct session *session;
   int fd;
   const struct exports *exports;
-  const struct exported *mapped; /* whose context was agreed on; or NULL */
+  const struct exported *mapped; /* the export of the agreed context, or NULL */
   struct agreed *agreed;
   bool no_zeroes;
   uint32_t option;
@@ -47,7 +46,7 @@ struct handshake {
   uint8_t data[MAX_OPTION];
 };
 
-/* What an option comes to: -errno ends the connection. */
+/* The result of an option; -errno ends the connection. */
 enum next { ANOTHER_OPTION = 0, TRANSMISSION = 1 };
 
 static int
@@ -65,7 +64,7 @@ read_all (int fd, void *buf, size_t size)
   return (size_t)n == size ? 0 : -ECONNRESET;
 }
 
-/* Short enough for a socket's buffer, so it goes as a whole or not at all. */
+/* It fits into the socket's buffer, so all of it is sent or nothing. */
 static int
 send_all (int fd, struct iovec *iov, int nr)
 {
@@ -96,7 +95,7 @@ reply (const struct handshake *h, uint32_t type, const void *data, size_t size)
   return send_all (h->fd, iov, size > 0 ? 2 : 1);
 }
 
-/* No, and why, for a person to read. */
+/* Refuse an option, with a reason for a person to read. */
 static int __attribute__ ((format (printf, 3, 4)))
 refuse (const struct handshake *h, uint32_t type, const char *fmt, ...)
 {
@@ -109,12 +108,12 @@ refuse (const struct handshake *h, uint32_t type, const char *fmt, ...)
   return reply (h, type, words, strlen (words));
 }
 
-/* --- Taking an option apart ---------------------------------------------- */
+/* --- Parsing an option ---------------------------------------------- */
 
 struct cursor {
   const uint8_t *at;
   uint32_t left;
-  bool bad; /* it wanted more than there is */
+  bool bad; /* a read went past the end */
 };
 
 static const uint8_t *
@@ -166,7 +165,7 @@ transmission_flags (const struct handshake *h, const struct exported *e)
                     | (e->read_only ? NBD_FLAG_READ_ONLY : 0));
 }
 
-/* The client is admitted, and wants this one. */
+/* Admit the client to this export. */
 static void
 choose (struct handshake *h, struct exported *e)
 {
@@ -184,7 +183,7 @@ export_name (struct handshake *h)
                                .flags = htobe16 (transmission_flags (h, e)) };
   size_t size = sizeof export - (h->no_zeroes ? sizeof export.zeroes : 0);
   struct iovec iov = { &export, size };
-  int rc = clients_admit (h->session); /* it knows no error but the end */
+  int rc = clients_admit (h->session); /* this option has no error reply */
 
   if (rc == 0)
     rc = send_all (h->fd, &iov, 1);
@@ -254,7 +253,7 @@ send_infos (struct handshake *h, const struct exported *e, bool block_size,
   return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
 }
 
-/* By the name that comes next. */
+/* Find the export by the name that comes next. */
 static struct exported *
 take_export (const struct handshake *h, struct cursor *c)
 {
@@ -303,7 +302,7 @@ structured_reply (struct handshake *h)
   return reply (h, NBD_REP_ACK, NULL, 0);
 }
 
-/* Does a query ask for the one context there is?  Listing, "base:" does too. */
+/* Does a query ask for the only context?  In a list, "base:" does too. */
 static bool
 wants_context (const uint8_t *query, uint32_t length, bool listing)
 {
@@ -340,7 +339,7 @@ meta_context (struct handshake *h)
       wanted = true;
   }
   if (!listing)
-    h->agreed->block_status = false; /* what was set before is forgotten */
+    h->agreed->block_status = false; /* an earlier choice is void */
   if (c.bad || c.left > 0 || !h->agreed->structured)
     return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
   if (listing && nr == 0)
@@ -361,7 +360,7 @@ leave (struct handshake *h)
   return -ECONNRESET;
 }
 
-/* Read it all the same: what follows is the next option. */
+/* Read its data all the same: the next option follows. */
 static int
 too_long (struct handshake *h)
 {

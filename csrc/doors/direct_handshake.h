@@ -7,8 +7,9 @@
 
 struct session;
 
-/* Negotiate; blocks, for up to half a minute of a client's silence.  0: the
- * client is admitted; or -errno: it left, wants nothing, or speaks no NBD.
+/* Negotiate; blocks, at most half a minute while the client is silent.  0: the
+ * client is admitted; -errno: it disconnected, wants no export, or speaks no
+ * NBD.
  */
 int direct_handshake (struct session *session);
 

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Between the direct door's requests and the executor's: what a client asked
- * for in the engine's terms, and what came of it in the protocol's, with a line
- * in the log of one that failed.
+/* Translates the direct door's requests for the executor, and their ends to NBD
+ * answers.  Logs a line for a request that failed.
  */
 
 #include <endian.h>
@@ -39,7 +38,7 @@ io_flags (const struct op *op)
          | (op->flags & NBD_CMD_FLAG_FAST_ZERO ? NBDM_FAST_ZERO : 0);
 }
 
-/* Returns the bytes of the buffer that are the answer's. */
+/* Returns how many bytes of the buffer belong to the answer. */
 static size_t
 fill_body (struct op *op, const struct io_end *end)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A client's request as the executor's, and its end as an answer.  See
- * direct_io.c.
+/* Translates a client's request for the executor, and its end to an answer.
+ * See direct_io.c.
  */
 
 #ifndef NBDM_DIRECT_IO_H
@@ -9,8 +9,8 @@
 
 struct op;
 
-/* The session's thread: have it carried out, and then answered.  The op is not
- * ours any more.
+/* For the session's thread: let the executor carry out the op and then answer
+ * it.  The caller must not use the op after this.
  */
 void op_submit (struct op *op);
 

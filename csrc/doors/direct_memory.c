@@ -2,20 +2,19 @@
 
 /* The direct door's memory: one budget for the buffers of all clients.
  *
- * A session reserves what the next request's buffer takes before it reads the
- * request's header, and stops reading where there is none: so what clients may
- * have under way is bounded together, however many they are and whatever they
- * leave unread.  A session's first DIRECT_FREE_BYTES are not counted, so small
+ * A session reserves the next request's buffer before it takes the request from
+ * the socket, and stops reading if there is no memory.  So the memory of all
+ * clients together is bounded, however many they are and whatever they leave
+ * unread.  A session's first DIRECT_FREE_BYTES are not counted, so small
  * requests never wait for those of other clients.
  *
  * It cannot deadlock: a request has its whole buffer before its payload is
- * received or its data read, so what is reserved is given back when requests
- * end, and they need none to end.  Two things could keep it for ever, both of
- * them a client's: answers that it does not read, and a payload that it does
- * not send.  Sessions that wait look for those (budget_press), and a client
- * that has moved next to nothing for `stall_ns` is disconnected.  No session
- * starves: sessions are served in the order they came, and the largest request
- * fits the smallest budget.
+ * received or its data is read.  So requests need no more memory to end, and
+ * give it back when they end.  Only a client can keep memory for ever: it does
+ * not read its answers, or does not send a payload.  Sessions that wait look
+ * for such clients (budget_press), and disconnect one that has moved next to
+ * nothing for `stall_ns`.  No session starves: sessions are served in the order
+ * they came, and the largest request fits the smallest budget.
  *
  * A session reserves in whole chunks, so small buffers that come and go cost
  * nothing but a comparison.
@@ -33,9 +32,9 @@
 
 #define CHUNK (UINT64_C (1) << 20)
 #define PRESS_NS (200 * NS_PER_MS) /* between two looks */
-#define STALE_NS (3 * NS_PER_S)    /* since the last: begin anew */
+#define STALE_NS (3 * NS_PER_S)    /* since the last look: begin anew */
 #define MOVED_BYTES                                                            \
-  (256u << 10) /* in `stall_ns`: less is as good as nothing                    \
+  (256u << 10) /* in `stall_ns`: less is nothing                               \
                 */
 
 void
@@ -53,7 +52,7 @@ budget_end (struct budget *budget)
   pthread_mutex_destroy (&budget->lock);
 }
 
-/* What a session with so many bytes of buffers has to reserve. */
+/* How much a session with so many bytes of buffers must reserve. */
 static uint64_t
 charge_of (uint64_t bytes)
 {
@@ -80,7 +79,7 @@ reserve (struct budget *budget, uint64_t bytes)
   return true;
 }
 
-/* --- Those that wait ---------------------------------------------------- */
+/* --- Waiting sessions ---------------------------------------------------- */
 
 /* Under the budget's lock: first come, first served. */
 static void
@@ -139,7 +138,7 @@ leave_queue (struct budget *budget, struct session *s)
     if (budget->last == s)
       budget->last = before;
     atomic_fetch_sub (&budget->nr_waiting, 1);
-    grant (budget); /* those behind may want less */
+    grant (budget); /* the next ones may need less */
   }
 }
 
@@ -166,7 +165,7 @@ budget_is_short (const struct session *s)
          > 0;
 }
 
-/* True: what it waited for is there. */
+/* True: the memory it waited for is granted. */
 static bool
 collect_locked (struct session *s)
 {
@@ -194,8 +193,8 @@ charge_locked (struct session *s, size_t bytes)
   return true;
 }
 
-/* Else it would be granted memory that it never comes for: its client may have
- * nothing more to ask, and nothing that is idle is taken for stalled.
+/* Otherwise it would be granted memory that it never uses: its client may send
+ * nothing more, and an idle client does not count as stalled.
  */
 void
 budget_withdraw_locked (struct session *s)
@@ -208,7 +207,7 @@ budget_withdraw_locked (struct session *s)
   budget_settle_locked (s);
 }
 
-/* Its own requests may have ended meanwhile: then it waits for no other. */
+/* Its own requests may have ended by now: then it need not wait. */
 static bool
 fits_locked (struct session *s, size_t bytes)
 {
@@ -233,7 +232,7 @@ budget_take_locked (struct session *s, size_t bytes)
   spare_free_locked (s);
   if (charge_locked (s, bytes))
     return true;
-  /* Rounded up, it is enough whatever is given back meanwhile. */
+  /* Rounded up, so it stays enough whatever is given back before. */
   s->waiting = true;
   queue (budget, s, (bytes + CHUNK - 1) / CHUNK * CHUNK);
   return collect_locked (s) && charge_locked (s, bytes);
@@ -250,7 +249,9 @@ budget_leave (struct session *s)
   mailbox_ring_all ();
 }
 
-/* --- Clients that keep it ------------------------------------------------- */
+/* --- Clients that keep memory
+ * -------------------------------------------------
+ */
 
 /* Has the client kept memory for so long, and moved next to nothing? */
 static bool

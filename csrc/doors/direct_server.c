@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door: listens, and has a thread for each client.
+/* The direct door: listens, and starts a thread for each client.
  *
  * Why a server of our own beside nbdkit: nbdkit gives each request a thread for
  * as long as it lasts.  A request that waits for a remote then costs two
- * wake-ups, which are dearer than all else a mirror does: half of the writes a
- * second (docs/performance.md).  The native door has nbdkit's filters, and TLS.
+ * wake-ups, more than all other work of a mirror: that halves the writes a
+ * second (docs/performance.md).  The native door has nbdkit's filters and TLS.
  */
 
 #define _GNU_SOURCE
@@ -39,7 +39,7 @@
 struct direct_server {
   struct exports exports;
   struct clients clients;
-  int listen_fds[NBDM_MAX_LISTENERS]; /* not ours to close */
+  int listen_fds[NBDM_MAX_LISTENERS]; /* the caller closes them */
   uint32_t nr_listen_fds;
   int end_fd; /* an eventfd: nbdm_server_end */
   uint64_t accepted;
@@ -73,8 +73,8 @@ session_free (struct session *s)
   free (s);
 }
 
-/* A client whose machine is gone is noticed within two minutes, also one that
- * is asked nothing.  On a unix socket these have no effect.
+/* Notice within two minutes that a client's machine is gone, also if nothing is
+ * sent to it.  On a unix socket these have no effect.
  */
 static void
 set_options (int fd)
@@ -141,7 +141,7 @@ begin_session (struct direct_server *server, int fd)
   return rc;
 }
 
-/* False: not now. */
+/* False: not possible now. */
 static bool
 accept_one (struct direct_server *server, int listen_fd)
 {
@@ -201,7 +201,7 @@ nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
     free (server);
     return rc;
   }
-  /* A client that is gone again must not keep us in accept. */
+  /* A client that has disconnected again must not block us in accept. */
   for (uint32_t i = 0; i < nr && i < NBDM_MAX_LISTENERS; i++) {
     int flags = fcntl (listen_fds[i], F_GETFL);
 
@@ -226,15 +226,16 @@ nbdm_server_max_clients (const struct direct_server *server)
   return server->clients.max_admitted;
 }
 
-/* No more requests; those under way are answered.  A client that is still
- * shaking hands has none, and may not read what it is told.  To all of them it
- * looks like a connection that was lost: those that reconnect send again what
- * was not answered, to the next server.
+/* Take no more requests; answer those under way.  A client in the handshake has
+ * none, and may not read an answer.  To all clients it looks like a lost
+ * connection: those that reconnect send their unanswered requests again, to the
+ * next server.
  */
 static void
 end_sessions (struct direct_server *server)
 {
-  for (uint32_t i = 0; i < server->nr_listen_fds; i++) /* others are refused */
+  for (uint32_t i = 0; i < server->nr_listen_fds;
+       i++) /* new clients are refused */
     (void)shutdown (server->listen_fds[i], SHUT_RDWR);
   clients_disconnect (&server->clients);
 }

@@ -9,9 +9,11 @@ struct direct_server;
 struct exports;
 struct session;
 
-/* What it serves; to be added to before nbdm_server_run. */
+/* The server's exports; add to them before nbdm_server_run. */
 struct exports *direct_exports (struct direct_server *server);
-/* A line of the log, of one client; printf.  So many a second, no more. */
+/* Write a log line about one client, as printf.  Lines beyond a rate are left
+ * out.
+ */
 void direct_log (const struct session *session, const char *fmt, ...)
     __attribute__ ((format (printf, 2, 3)));
 

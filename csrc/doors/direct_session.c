@@ -2,10 +2,11 @@
 
 /* The direct door's session: one client's requests, on one thread.
  *
- * The thread takes in all requests that have come, has them carried out on its
- * lane of the executor (executor/lane.c), and sends the answers together.  It
- * waits in lane_poll alone, for the client, for answers of remotes, and for its
- * mailbox: answers that another thread took in, and workers that made room.
+ * The thread takes in all requests that have come, runs them on its lane of the
+ * executor (executor/lane.c), and sends the answers together.  It waits only in
+ * lane_poll, for the client, for answers of remotes, and for its mailbox, which
+ * rings for answers that another thread received and when workers have made
+ * room.
  */
 
 #define _GNU_SOURCE
@@ -35,9 +36,9 @@
 #include "wire/protocol.h"
 #include "wire/receive.h"
 
-#define RECEIVE_STEPS 16 /* of a large payload, before anything else */
-#define END_MS 1000      /* of a client that takes no answer: it gets none */
-#define PRESS_MS 250     /* while it waits for memory */
+#define RECEIVE_STEPS 16 /* receive calls for a large payload in one turn */
+#define END_MS 1000      /* then drop a client that reads no answers */
+#define PRESS_MS 250     /* between looks, while it waits for memory */
 
 /* --- Taking requests in ----------------------------------------------- */
 
@@ -88,7 +89,7 @@ check_request (const struct session *s, const struct op *op)
     return -EINVAL;
   if (s->exported->read_only && changes (op))
     return -EPERM;
-  /* The protocol has what writes past the end look like a full disk. */
+  /* By the protocol a write past the end fails with ENOSPC. */
   if (is_past_end (s, op))
     return op->type == NBD_CMD_WRITE || op->type == NBD_CMD_WRITE_ZEROES
                ? -ENOSPC
@@ -127,14 +128,14 @@ has_spare_locked (const struct session *s, size_t room)
   return false;
 }
 
-/* From a spare one, or the budget. */
+/* Get the buffer from a spare op, or from the budget. */
 static bool
 has_buffer_locked (struct session *s, size_t room)
 {
   if (!has_spare_locked (s, room))
     return budget_take_locked (s, room);
   budget_withdraw_locked (s);
-  /* A session that waits may have the spare one freed before it is taken. */
+  /* A session that waits may free the spare op before it is used. */
   s->promised = room;
   return true;
 }
@@ -151,11 +152,11 @@ may_take_more (struct session *s, size_t room)
   pthread_mutex_unlock (&s->lock);
   mailbox_ring_all (); /* see look_at_client */
   if (s->waiting && !waited)
-    budget_press (s->clients); /* others may keep what they do not need */
+    budget_press (s->clients); /* others may keep unused memory */
   return may;
 }
 
-/* The header of the next request, made an op; NULL: there is none. */
+/* Make an op from the next request's header; NULL: none has come. */
 static struct op *
 take_header (struct session *s)
 {
@@ -195,7 +196,7 @@ take_header (struct session *s)
   return op;
 }
 
-/* The next request that is all there.  NULL: there is none. */
+/* The next request that has come completely.  NULL: there is none. */
 static struct op *
 take_request (struct session *s)
 {
@@ -210,7 +211,7 @@ take_request (struct session *s)
       return op;
     if (op->length > NBDM_MAX_REQUEST) {
       s->skip = op->length;
-      return op; /* refused; its payload is not kept */
+      return op; /* refused; its payload is discarded */
     }
     s->filling = op;
     s->filled = 0;
@@ -240,7 +241,7 @@ take_requests (struct session *s)
   lane_push (&s->lane);
 }
 
-/* One recv: the rest of a payload goes where it belongs. */
+/* One recv: the rest of a payload goes into its buffer. */
 static bool
 receive_once (struct session *s)
 {
@@ -283,11 +284,11 @@ receive_some (struct session *s)
 
 /* --- The loop --------------------------------------------------------- */
 
-/* What a session can do next with its client. */
+/* The next step of a session with its client. */
 struct next_step {
   short events; /* to poll the socket for */
-  bool at_once; /* there are requests, and room for one */
-  bool over;    /* nothing, ever again */
+  bool at_once; /* there are requests and room for one */
+  bool over;    /* nothing is left to do */
 };
 
 static struct next_step
@@ -304,7 +305,7 @@ look_ahead (struct session *s)
   no_requests = s->ended || s->dead || (s->no_more && !s->stalled);
   if (s->first && !s->sending)
     next.events |= POLLOUT;
-  /* One that is half there has its room already. */
+  /* A request that has come in part has its room already. */
   if ((room || s->filling || s->skip > 0) && !no_requests && !s->no_more)
     next.events |= POLLIN;
   next.at_once = room && !no_requests && (s->stalled || s->closed);
@@ -313,9 +314,8 @@ look_ahead (struct session *s)
   return next;
 }
 
-/* What is sent makes room for other sessions, and they are rung at once: the
- * local disk may keep this thread next, and no other thread rings a mailbox
- * whose ring was put off.
+/* Sent answers make room for other sessions, so ring them at once: the local
+ * disk may delay this thread next, and no other thread rings for it.
  */
 static void
 look_at_client (struct session *s, short wanted, short found)
@@ -331,8 +331,7 @@ look_at_client (struct session *s, short wanted, short found)
     receive_some (s);
 }
 
-/* Wait until there is something to do, and take in what came of it: false, and
- * the session is over.
+/* Wait until there is something to do, and do it.  False: the session is over.
  */
 static bool
 wait_and_receive (struct session *s)
@@ -367,7 +366,7 @@ serve (struct session *s)
     lane_take (&s->lane);
     take_requests (s);
     answers_push (s);
-    mailbox_ring_all (); /* those that waited for memory */
+    mailbox_ring_all (); /* the sessions that waited for memory */
   } while (wait_and_receive (s));
 }
 

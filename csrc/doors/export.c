@@ -2,9 +2,9 @@
 
 /* The list of exports, between a door's handshake and the executors.
  *
- * Each has an executor of its own: what one volume keeps waiting holds up no
- * request of another.  A name that is not in the list means the default, as
- * clients of a server with one export may give any.
+ * Each export has its own executor: a volume that waits delays no request of
+ * another.  A name that is not in the list means the default, as clients of a
+ * server with one export may give any name.
  */
 
 #include <errno.h>

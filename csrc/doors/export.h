@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a door serves; see export.c. */
+/* The exports of a door; see export.c. */
 
 #ifndef NBDM_EXPORT_H
 #define NBDM_EXPORT_H
@@ -12,13 +12,13 @@
 
 #include "executor/executor.h"
 
-#define EXPORT_NAME_LEN 4096u /* bytes at most, as the protocol has it */
+#define EXPORT_NAME_LEN 4096u /* bytes at most, as in the protocol */
 
 struct exported {
-  const char *name;         /* "": it has none */
+  const char *name;         /* "": no name */
   uint64_t size;            /* bytes */
   bool read_only;           /* clients may not change it */
-  struct executor executor; /* what serves it */
+  struct executor executor; /* carries out its requests */
   TAILQ_ENTRY (exported) entry;
 };
 
@@ -29,10 +29,10 @@ TAILQ_HEAD (exports, exported);
  */
 int exports_add (struct exports *exports, const char *name, struct nbdm *volume,
                  bool read_only);
-/* That of the name, or else the default. */
+/* The export of that name, or else the default. */
 struct exported *exports_find (const struct exports *exports, const void *name,
                                size_t length);
-/* As executor_start and executor_end, of all of them. */
+/* As executor_start and executor_end, for all exports. */
 int exports_start (struct exports *exports);
 void exports_end (struct exports *exports);
 void exports_free (struct exports *exports);

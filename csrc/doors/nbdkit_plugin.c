@@ -6,9 +6,8 @@
  * process, embedded by CFFI (door.h): it opens the volume before any fork,
  * runs the policy threads beside the requests, and stops at the end.
  *
- * There is nothing to keep for a connection: every one sees the same volume,
- * and a flush on one covers the answered writes of all, so multi-conn is
- * truthful.
+ * A connection has no state: every connection sees the same volume, and a flush
+ * on one covers the answered writes of all, so multi-conn is truthful.
  */
 
 #include <errno.h>
@@ -33,8 +32,8 @@
 static char *config_path;
 static struct nbdm *volume;
 
-/* Tell the client the errno and nbdkit's log the words, once.  A fast zero
- * that would be slow is an answer and no error, so nothing is logged.
+/* Give the client the errno and nbdkit's log the message, once.  A refused fast
+ * zero is an answer and no error, so it is not logged.
  */
 static int
 answer (int rc)
@@ -67,10 +66,10 @@ door_config (const char *key, const char *value)
   return config_path ? 0 : -1;
 }
 
-/* nbdkit is handed its sockets, and then has the kernel end it with its parent.
- * Ours is a command that returns to the shell, perhaps while a start still
- * recovers.  So this comes first, on the main thread, which the kernel would
- * signal.
+/* nbdkit inherits its sockets, and then asks the kernel to end it with its
+ * parent.  Our parent is a command that returns to the shell, perhaps while a
+ * start still recovers.  So undo that first, on the main thread, which the
+ * kernel would signal.
  */
 static void
 door_load (void)

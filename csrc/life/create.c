@@ -2,8 +2,8 @@
 
 /* Format a state directory.
  *
- * The superblock is what makes it a volume, so it is removed first and
- * written last: whatever a crash or a full disk leaves half made is not one.
+ * A directory is a volume only with a superblock, so create removes it first
+ * and writes it last: a crash or a full disk leaves no half-made volume.
  */
 
 #define _GNU_SOURCE
@@ -29,9 +29,9 @@
 #include "volume/local_open.h"
 #include "volume/volume.h"
 
-/* What an earlier volume sent may still be carried out after it was killed, and
- * its maps, which knew of it, are replaced: so all is late as well.  A log is
- * enough to tell, as a create that was interrupted has removed the superblock.
+/* Servers may still carry out commands of an earlier volume that was killed,
+ * and its maps are replaced: so all regions are late as well.  Any log shows
+ * that there was one, as an interrupted create has removed the superblock.
  */
 static unsigned
 first_contents (int dirfd)
@@ -110,7 +110,7 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
   return superblock_identity (dirfd, sb->boot_id, sb->mount_id);
 }
 
-/* Open and lock the local disk as a server would, and take its size. */
+/* Open and lock the local disk as a server would, and get its size. */
 static int
 measure_local (const struct nbdm_params *params, uint64_t *size)
 {
@@ -134,9 +134,10 @@ measure_local (const struct nbdm_params *params, uint64_t *size)
   return 0;
 }
 
-/* A new volume takes local as the source: what only the remotes have would be
- * lost.  Under the lock, as a server may have lost the disk since the caller
- * looked.  A superblock that cannot be read tells nothing: force is for that.
+/* Refuse if only the remotes have some data: a new volume takes local as the
+ * source.  Checked under the lock, as a server may have lost the disk since the
+ * caller's check.  An unreadable superblock gives no answer; the operator uses
+ * force then.
  */
 static int
 check_local_is_whole (int dirfd, const char *state_dir)

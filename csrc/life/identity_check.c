@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The local disk is compared with what is known of it, before it is used.
+/* Compare the local disk with the volume's samples before it is used.
  *
  *   content compared       the device is          what becomes of it
  *   a sample differs       any                    refused
@@ -10,14 +10,14 @@
  *   none, or only zeroes   the same, or unknown   used
  *   none, or only zeroes   another                refused: nothing tells
  *
- * Nothing is compared after a crash of a small volume that was busy
- * everywhere, and zeroes are what any new disk holds.  What cannot be read
- * proves nothing: sectors go bad.  Not believed at all, and so no reason to
- * refuse anything: samples of another session (an older program ran since), of
- * a superblock that has lost a slot, or with the activity log lost.
+ * No sample can be compared after a crash of a small volume that was busy
+ * everywhere, and any new disk holds zeroes.  A block that cannot be read
+ * proves nothing: sectors go bad.  Some samples are not believed, and so refuse
+ * nothing: those of another session (an older program ran since), of a
+ * superblock that has lost a slot, or if the activity log is lost.
  *
- * All of it comes before a start changes any file (open.c): the right disk,
- * put back, finds the state as it was left.
+ * The check runs before a start changes any file (open.c): if the operator then
+ * puts the right disk back, the state still matches it.
  */
 
 #define _GNU_SOURCE
@@ -43,12 +43,13 @@
 #include "volume/volume.h"
 
 struct comparison {
-  struct disk_sample samples[NR_SAMPLES]; /* that cannot have changed */
+  struct disk_sample
+      samples[NR_SAMPLES]; /* of blocks that cannot have changed */
   uint32_t nr;
   uint32_t compared, with_data, differ;
-  uint64_t offset; /* of the first that differs */
+  uint64_t offset; /* of the first block that differs */
   char device[sizeof ((struct disk_superblock *)0)->local_device];
-  bool same_device; /* or nothing tells */
+  bool same_device; /* or unknown */
 };
 
 static void
@@ -145,7 +146,7 @@ identity_check_size (const struct nbdm *v, const char *path,
 
 /* --- at a start ---------------------------------------------------------- */
 
-/* The set, as a start finds it; it is loaded anew when it may be changed. */
+/* Load the set as the start finds it; recovery loads it again to change it. */
 static bool
 load_activity (struct nbdm *v)
 {
@@ -158,7 +159,7 @@ load_activity (struct nbdm *v)
   return rc == 0 && volume_check_log (v, "activity", &v->activity.header) == 0;
 }
 
-/* Were the samples kept up to the last instant? */
+/* Were the samples maintained up to the last instant? */
 static bool
 believed (const struct nbdm *v)
 {
@@ -205,11 +206,11 @@ note_changes (struct nbdm *v, const struct comparison *c, uint64_t local_size)
               c->device);
 }
 
-/* The same disk, and another mount of its file system or another device: it was
- * pulled out and is back, an array was stopped, a volume on the net came anew.
- * What it had answered and not flushed may be gone, as after lost power, though
- * the state's page cache lived.  Of another disk with the same content nothing
- * of the kind is said: its active extents have to be compared with the remotes.
+/* The same disk with a new mount of its file system, or attached again: it was
+ * unplugged, an array was stopped, a network volume was reconnected.  Its
+ * answered and unflushed writes may be gone, as after lost power, although the
+ * page cache of the state survived.  For another device with the same content
+ * the flag stays false: its active extents must be compared with the remotes.
  */
 static void
 note_instance (struct nbdm *v, const struct comparison *c)
@@ -233,7 +234,7 @@ check_believed (struct nbdm *v, const struct nbdm_params *params,
   struct comparison c = { 0 };
   int rc;
 
-  if (!v->local.disk.map_lost) /* else all of it may be missing there */
+  if (!v->local.disk.map_lost) /* else local may miss everything */
     choose_samples_locked (v, &c);
   rc = compare (v, v->local.file.fd, &c);
   if (rc == 0)
@@ -255,7 +256,7 @@ check_believed (struct nbdm *v, const struct nbdm_params *params,
   return rc;
 }
 
-/* At a start, when no thread waits for another one. */
+/* At a start no other thread runs yet. */
 static void
 adopt (struct nbdm *v)
 {
@@ -275,8 +276,8 @@ identity_check_start (struct nbdm *v, const struct nbdm_params *params,
   if (!believed (v))
     identity_forget_locked (v);
   else if (!active_known) {
-    /* Durably, before an empty log takes the place of the lost one: were this
-     * start to end between the two, the next would take old samples for new.
+    /* Durably, before an empty log replaces the lost one: if this start ended
+     * between the two, the next one would believe old samples.
      */
     identity_forget_locked (v);
     rc = superblock_store (v->sb_fd, &v->sb);
@@ -290,9 +291,8 @@ identity_check_start (struct nbdm *v, const struct nbdm_params *params,
   return rc;
 }
 
-/* A disk that was taken by force is the volume's only now, when all of the
- * remotes' maps are durably dirty: a start that failed before leaves it
- * refused.
+/* A forced disk belongs to the volume only now, when all remotes' maps are
+ * durably dirty: after a start that failed earlier the disk is still refused.
  */
 void
 identity_begin (struct nbdm *v)
@@ -326,12 +326,15 @@ identity_check_attached (const struct nbdm *v, struct attached_check *check,
 
   memcpy (c.samples, check->samples, sizeof c.samples);
   rc = compare (v, disk->fd, &c);
-  /* Where it proves nothing a remote may: that comparison comes next. */
+  /* Where the content proves nothing, the comparison with a remote comes next.
+   */
   check->unproven = c.with_data == 0 && !c.same_device;
   return rc == 0 && c.differ > 0 ? judge (v, path, &c) : rc;
 }
 
-/* Only a remote that misses nothing: what another one misses would be gone. */
+/* Only a remote that misses nothing may serve: data that it misses would be
+ * lost.
+ */
 static bool
 has_everything (const struct nbdm *v, const struct remote *r)
 {
@@ -340,15 +343,17 @@ has_everything (const struct nbdm *v, const struct remote *r)
          && r->disk.dm.map[MAP_DIRTY].nr_set == 0;
 }
 
-/* Its map goes before the superblock says that it has failed: a start that ends
- * before a new one is made must find a lost map, not one of a disk that misses
- * nothing.  Under a superblock that still says ok the old map is not needed.
+/* Delete local's map before the superblock says failed: if this start ends
+ * before it creates a new map, the next must find a lost map, not one of a disk
+ * that misses nothing.  While the superblock still says ok, the old map is not
+ * needed.
  */
 static int
 forget_local_map (struct nbdm *v)
 {
   dirty_map_close (&v->local.disk.dm);
-  v->local.disk.map_lost = true; /* a new one says that it misses everything */
+  v->local.disk.map_lost
+      = true; /* a new map says that local misses everything */
   if (unlinkat (v->dirfd, "dirty." LOCAL_NAME, 0) < 0 && errno != ENOENT)
     return set_error (-errno, "cannot remove dirty." LOCAL_NAME);
   if (fsync (v->dirfd) < 0)

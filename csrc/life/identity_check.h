@@ -15,15 +15,14 @@ struct nbdm;
 struct nbdm_params;
 
 /* At a start, before any file is changed: -EMEDIUMTYPE with a message if this
- * is not the disk that was left.
+ * is not the disk of the last session.
  */
 int identity_check_start (struct nbdm *v, const struct nbdm_params *params,
                           uint64_t local_size);
-/* NBDM_LOCAL_FORCED, if it was needed: after the recovery. */
+/* For NBDM_LOCAL_FORCED, if it was needed; after the recovery. */
 void identity_take_by_force (struct nbdm *v);
-/* As identity_check_start, of a disk that takes the place of a failed one. What
- * it is compared with is chosen before: while the disk is read the logs may be
- * closed.
+/* As identity_check_start, for a disk that replaces a failed one.  The samples
+ * to compare are chosen before: the logs may be closed while the disk is read.
  */
 struct attached_check {
   struct disk_sample samples[NR_SAMPLES];
@@ -37,11 +36,11 @@ int identity_check_attached (const struct nbdm *v, struct attached_check *check,
 /* -ENOMEDIUM with a message if the volume does not fit on it. */
 int identity_check_size (const struct nbdm *v, const char *path,
                          uint64_t local_size);
-/* An operator says that the local disk is lost (NBDM_LOCAL_LOST): a remote
- * that was in sync serves from now on, durably.  Before the recovery.
+/* The operator says that the local disk is lost (NBDM_LOCAL_LOST): a remote
+ * that was in sync serves from now on, durably.  Call it before the recovery.
  */
 int identity_give_up_local (struct nbdm *v);
-/* Of the session that begins. */
+/* For the session that begins. */
 void identity_begin (struct nbdm *v);
 
 #endif /* NBDM_IDENTITY_CHECK_H */

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A volume's start and end, once it is open: threads, drain, flush, stamp.
+/* Start and stop of an open volume: threads, drain, flush, stamp.
  *
  * A clean stop leaves an empty ring, an empty activity set, and logs stamped
- * clean; the superblock is stamped last and vouches for them all, so a stop
- * that was interrupted is recovered as a crash.
+ * clean.  The superblock is stamped last and vouches for all of them, so a
+ * start after an interrupted stop recovers as after a crash.
  */
 
 #define _GNU_SOURCE
@@ -36,12 +36,11 @@
 #include "wire/conn.h"
 #include "wire/transport.h"
 
-/* A file system on this disk may be what the kernel wants to write back when
- * it is short of memory, and then must not wait for us to be given some: no
- * reclaim into block devices from our threads, no page of ours to be read
- * back in.  Best effort, as it wants privileges; threads started from here on
- * inherit it.  Without the limit lifted, locking what is mapped later would
- * make mappings fail that now succeed, so then it is left alone.
+/* When the kernel is short of memory it may write back a file system on this
+ * disk, and must not wait for our threads to get memory: so they do no reclaim
+ * into block devices, and none of our pages is swapped out.  Best effort, as it
+ * needs privileges; later threads inherit it.  If the limit cannot be lifted,
+ * later mappings are not locked, as they could then fail.
  */
 static void
 avoid_reclaim_deadlock (void)
@@ -53,11 +52,10 @@ avoid_reclaim_deadlock (void)
     (void)mlockall (MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
 }
 
-/* A thread that is woken waits for a free core rather than take one from the
- * thread that has it: a server about to answer more, a client about to ask for
- * more.  So answers and requests are dealt with in batches, a wake-up for
- * several.  A thread that is woken still takes an idle core at once.  Threads
- * that are made later inherit the policy.
+/* A woken thread waits for a free core instead of preempting another thread: a
+ * server that will answer more, or a client that will send more.  So one
+ * wake-up handles several answers or requests.  A woken thread still takes an
+ * idle core at once.  Later threads inherit the policy.
  */
 static void
 prefer_batches (void)
@@ -84,8 +82,8 @@ nbdm_start (struct nbdm *v)
   return rc == 0 ? flushers_start (v) : rc;
 }
 
-/* A read is no request that is waited for, unless it has found that local
- * fails: what that does to the maps comes before they are closed.
+/* A stop does not wait for reads, except one that has found that local fails:
+ * it changes the maps, and must end before they are closed.
  */
 static bool
 anybody_waits_locked (const struct nbdm *v)
@@ -93,7 +91,7 @@ anybody_waits_locked (const struct nbdm *v)
   return v->nr_requests > 0 || v->local.taking_over;
 }
 
-/* Refuse what comes, wait for what is under way; false: stopped before. */
+/* Refuse new requests and wait for those under way.  False: stopped already. */
 static bool
 drain (struct nbdm *v)
 {
@@ -135,7 +133,7 @@ disconnect_all (struct nbdm *v)
   }
 }
 
-/* Every log closed, then the superblock says so. */
+/* Close every log, then stamp the superblock. */
 static int
 persist_clean (struct nbdm *v)
 {
@@ -172,7 +170,7 @@ nbdm_stop (struct nbdm *v)
                ? 0
                : set_message (-EIO, "the stop was not clean: %s", v->reason);
   rc = volume_flush (v);
-  /* Local has failed: what its remotes answered they had made durable. */
+  /* Local has failed: the remotes have made durable all that they answered. */
   if (v->local.state == NBDM_LOCAL_FAILED)
     rc = 0;
   fault_point ("stop_flushed");

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A disk in the place of the local one that failed: what the policy threads
- * call.  As with a remote, an open disk is used for nothing until it is
- * admitted, because it may not be the one that was left.
+/* Replace a failed local disk: the calls of the policy threads.  As with a
+ * remote, an open disk is not used until it is admitted, because it may be a
+ * wrong one.
  */
 
 #define _GNU_SOURCE
@@ -31,11 +31,10 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-#define PATIENCE_NS NS_PER_S /* with what began on the failed disk */
+#define PATIENCE_NS NS_PER_S /* for calls that began on the failed disk */
 
-/* The old disk, which somebody may still be waiting for: the descriptor's
- * number stays, and what still uses it finds a directory, that is EBADF or
- * EISDIR.
+/* Detach the old disk, for which a thread may still wait: the descriptor keeps
+ * its number but becomes a directory, so a late call gets EBADF or EISDIR.
  */
 static int
 release_disk (struct nbdm *v, void *unused)
@@ -51,8 +50,8 @@ release_disk (struct nbdm *v, void *unused)
   return 0;
 }
 
-/* The caller closes what is left of `disk`, without the lock: a close may wait
- * for the disk.
+/* The caller closes the rest of `disk` without the lock: a close may wait for
+ * the disk.
  */
 static int
 install_disk_locked (struct nbdm *v, struct local_file *disk)
@@ -77,15 +76,15 @@ install_disk_locked (struct nbdm *v, struct local_file *disk)
   return 0;
 }
 
-/* What a command says of a disk that it waits for no longer. */
+/* The error of a command that no longer waits for a disk. */
 static int
 answered (int rc)
 {
   return rc == LOCAL_GIVEN_UP ? -EIO : rc;
 }
 
-/* What began on the failed disk would go on on the new one, and be taken for
- * what that has said.
+/* A call that began on the failed disk would continue on the new one, and its
+ * result would count as the new disk's.
  */
 static bool
 old_disk_in_use_locked (const struct nbdm *v)
@@ -98,8 +97,8 @@ old_disk_in_use_locked (const struct nbdm *v)
   return local_in_use (v);
 }
 
-/* Drops the lock.  Nothing begins on a disk that has failed, so it ends soon,
- * unless the disk hangs.
+/* Drops the lock.  No call begins on a failed disk, so the wait is short unless
+ * the disk hangs.
  */
 static bool
 await_old_disk_relock (struct nbdm *v)
@@ -116,8 +115,9 @@ await_old_disk_relock (struct nbdm *v)
 }
 
 /* The first region that no remote has and the failed disk may have, or
- * nr_regions.  It had not failed when it got the only copy: a start could not
- * open it.  Bit by bit only where all maps have a reason to be looked at.
+ * nr_regions.  The disk got that only copy before it failed, in a session that
+ * ended; then a start could not open it.  Tests single bits only where all maps
+ * have some set.
  */
 static uint64_t
 only_copy_locked (const struct nbdm *v)
@@ -162,7 +162,7 @@ begin_attach (struct nbdm *v, bool replaced)
   return rc == 0 ? answered (local_call (v, release_disk, NULL, NULL)) : rc;
 }
 
-/* A disk that is opened in the failed one's place. */
+/* A disk that is opened to replace the failed one. */
 struct opening {
   char path[PATH_MAX];
   bool replaced;
@@ -170,10 +170,10 @@ struct opening {
   struct local_file disk;
 };
 
-/* Open it, and see whether it may be the disk that was left.  What another
- * program has put on it, a copy of the failed one perhaps, is in no extent and
- * in no map: it is made durable before the disk counts for anything, as at a
- * start.  One that was replaced is overwritten, and flushed after that.
+/* Open the disk, and check whether it may be the disk of the volume.  Another
+ * program may have written it, perhaps as a copy of the failed disk, and no
+ * extent or map covers that: it is made durable before the disk is used, as at
+ * a start.  A replacement disk is overwritten and flushed anyway.
  */
 static int
 open_disk (struct nbdm *v, void *opaque)
@@ -189,7 +189,7 @@ open_disk (struct nbdm *v, void *opaque)
   if (rc == 0 && !o->replaced && fdatasync (o->disk.fd) < 0)
     rc = set_error (-errno, "cannot make durable what is on the local disk %s",
                     o->path);
-  return rc == -ETIMEDOUT ? -EIO : rc; /* no time-out of ours */
+  return rc == -ETIMEDOUT ? -EIO : rc; /* not our time-out */
 }
 
 static void
@@ -235,7 +235,7 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   return 0;
 }
 
-/* `opened`: what became of it. */
+/* `opened`: the result of that. */
 static int
 take_opened_locked (struct nbdm *v, struct opening *o, int opened)
 {
@@ -260,7 +260,7 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
   return rc;
 }
 
-/* With a deadline none of what may wait for the disk is done by this thread. */
+/* With a deadline this thread makes no call that may wait for the disk. */
 int
 nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
 {
@@ -274,7 +274,7 @@ nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
     return rc;
   rc = local_call (v, open_disk, drop_opening, o);
   if (rc == LOCAL_GIVEN_UP)
-    return answered (rc); /* and it is not ours any more */
+    return answered (rc); /* the carrier owns it now */
   pthread_mutex_lock (&v->lock);
   rc = take_opened_locked (v, o, rc);
   pthread_mutex_unlock (&v->lock);
@@ -297,7 +297,7 @@ describe (struct nbdm *v, void *opaque)
   return 0;
 }
 
-/* No thread may wait for the lock while the disk is asked. */
+/* The lock is not held while the disk is asked. */
 static int
 describe_attached (struct nbdm *v, struct described_disk *disk)
 {
@@ -341,7 +341,7 @@ local_admit (struct nbdm *v)
   struct described_disk disk;
   int rc;
 
-  local_use (v); /* the disk that is described is the one that is admitted */
+  local_use (v); /* so the described disk is the admitted one */
   rc = describe_attached (v, &disk);
   pthread_mutex_lock (&v->lock);
   if (v->stopping)

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* `dirty.local` at a start: opened, made anew, and made to fit the remotes'. */
+/* `dirty.local` at a start: open it, create a lost one again, and make it
+ * consistent with the remotes' maps.
+ */
 
 #include <endian.h>
 #include <errno.h>
@@ -42,8 +44,9 @@ local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
   miss_where_remote_has (v, first, count);
 }
 
-/* While the superblock says ok nothing is missing, by rule 7, whatever the map
- * says: so a lost one is no loss, and a volume of an earlier version has none.
+/* While the superblock says ok, local misses nothing, by rule 7, whatever the
+ * map says.  So a lost map is no loss, and a volume of an earlier version has
+ * none.
  */
 int
 local_map_open (struct nbdm *v)
@@ -75,9 +78,9 @@ local_map_renew (struct nbdm *v)
   return v->local.disk.dm.mapping ? 0 : disk_map_make (&v->local.disk, 0);
 }
 
-/* A region that local misses, and that every remote's map calls dirty: local
- * was made to miss it because a remote had it, so it is one whose map is lost,
- * if there is just one such.
+/* A region that local misses and that is dirty in every remote's map: local
+ * misses it only because a remote had it.  So that is the remote whose map is
+ * lost, if there is exactly one.
  */
 static void
 find_lost_sources (struct nbdm *v)

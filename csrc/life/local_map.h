@@ -9,13 +9,15 @@
 
 struct nbdm;
 
-/* Open dirty.local, or say that it is lost; make it anew if it is; then, with
- * the remotes' maps open as well, make state and maps fit each other.
+/* Three steps: open dirty.local or note that it is lost; create a lost one
+ * again; with the remotes' maps also open, make the state and the maps
+ * consistent.
  */
 int local_map_open (struct nbdm *v);
 int local_map_renew (struct nbdm *v);
 void local_map_recover (struct nbdm *v);
-/* Lost power while local was failed: what it may miss, as there was no msync.
+/* Power was lost while local was failed: mark what it may miss, as its map was
+ * not synced.
  */
 void local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length);
 

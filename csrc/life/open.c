@@ -23,28 +23,27 @@
  *   5  every log is stamped S + 1       S            S, S + 1
  *   6  the superblock is stored         S or S + 1   S + 1
  *
- * The start after one that ended in step 2 takes a map that was made anew as
- * lost still (LOG_RENEWED).  After step 3 it sees that the last session was not
- * closed.  After step 4 it does the same again, as each change only adds bits.
- * After step 5 it stamps the same S + 1.  After step 6 either number is right.
+ * If a start ends in step 2, the next one treats the new map as still lost
+ * (LOG_RENEWED).  After step 3 it sees that the last session was not closed.
+ * After step 4 it does the same again, as each change only adds bits.  After
+ * step 5 it stamps the same S + 1.  After step 6 either number is right.
  *
- * So no start stamps a number that is higher than S + 1.  A number above every
- * stamp that was found, as it once was, leaves S behind: two starts that end in
- * step 5 are enough, and the third believes no log.
+ * So no start stamps a number above S + 1.  If starts stamped a number above
+ * every stamp they found, as an earlier version did, S would fall behind: after
+ * two starts that end in step 5 the third believes no log.
  *
- * Step 1 is for a superblock whose fdatasync failed: it is read back from the
- * page cache, may be nowhere else, and logs that go on from it must not outlive
- * it.  It is written where it lies: the same bytes cannot tear, and the other
- * slot, which is surely durable then, stays.  Step 6 writes into the other
- * slot: torn, it leaves S.
+ * Step 1 is for a superblock whose fdatasync failed: it may exist only in the
+ * page cache, and logs that continue from it must not outlive it.  It is
+ * written in its own place: the same bytes cannot tear, and the other slot,
+ * which is surely durable, stays.  Step 6 writes into the other slot: if that
+ * tears, S is left.
  *
- * With one slot rotten S may be one too low, and a session's number is then
- * used a second time.  What that costs is said in FORMAT.md: an old copy of a
- * log from the same session looks like the one in use.
+ * If one slot is damaged, S may be one too low, and a session number is used
+ * twice.  FORMAT.md says what that costs: an old copy of a log from the same
+ * session looks like the one in use.
  *
- * A start that fails after step 2 leaves word that the page cache is not to be
- * believed (give_up): a failed msync may have dropped bits that no start reads
- * from the disk again.
+ * A start that fails after step 2 notes that the page cache must not be
+ * believed (give_up): a failed msync may have dropped bits that are on no disk.
  */
 
 #define _GNU_SOURCE
@@ -134,7 +133,7 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
                         pid[0] ? pid : "(unknown)");
   }
   snprintf (pid, sizeof pid, "%d\n", (int)getpid ());
-  /* It is only read for a message: a failure here loses a number there. */
+  /* The number is only for a message, so a failure here does no harm. */
   if (ftruncate (fd, 0) < 0 || pwrite (fd, pid, strlen (pid), 0) < 0)
     (void)0;
   *lock_fd = fd;
@@ -154,8 +153,8 @@ stamp_logs (struct nbdm *v, uint64_t session)
     if (rc == 0)
       rc = dirty_map_begin (&d->dm, session);
   fault_point ("begin_maps");
-  /* The names as well: a start before this one may have failed to make a new
-   * log's durable, and believed it all the same.
+  /* Sync the names as well: an earlier start may have failed to make a new
+   * log's name durable, and used the log all the same.
    */
   if (rc == 0) {
     rc = fault_point ("begin_names_sync");
@@ -167,10 +166,10 @@ stamp_logs (struct nbdm *v, uint64_t session)
   return rc;
 }
 
-/* A remote that has left the configuration begins anew if it comes back, so
- * its map is of no use.  After the superblock, which names it no more; best
- * effort, and not synced: a map that lost power brings back is not named by the
- * superblock, so it is not loaded, and a new one takes its place
+/* A remote that has left the configuration begins again if it comes back, so
+ * its map is of no use.  Delete it after the superblock no longer names the
+ * remote; best effort, and not synced: if the map is back after lost power, the
+ * superblock does not name it, so it is not loaded, and a new one replaces it
  * (remote_load and renew_dirty_map in recover.c).
  */
 static void
@@ -185,7 +184,7 @@ remove_left_out_maps (struct nbdm *v, const struct disk_remote *stored)
     }
 }
 
-/* Stamp the logs, then the superblock: in use, of the next session. */
+/* Stamp the logs, then the superblock, as in use by the next session. */
 static int
 begin_session (struct nbdm *v)
 {
@@ -253,7 +252,7 @@ load_superblock (struct nbdm *v, const char *state_dir)
     return rc;
   v->identity.doubted = torn;
   if (torn) {
-    /* The lost slot may be the newer one, which said: in use. */
+    /* The lost slot may be the newer one, which said "in use". */
     v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
     snprintf (
         v->reason, sizeof v->reason,
@@ -277,7 +276,8 @@ load_superblock (struct nbdm *v, const char *state_dir)
   return superblock_identity (v->dirfd, v->boot_id, v->mount_id);
 }
 
-/* Durable with the session: no start finds the fence open, however this ends.
+/* Durable with the session: the next start finds the fence closed, however this
+ * one ends.
  */
 static void
 begin_fence (struct nbdm *v)
@@ -309,10 +309,10 @@ begin_states (struct nbdm *v)
   }
 }
 
-/* What was written to the disk before us is in no extent: not durable, it would
- * be lost with the power, and no map would know.  Where it cannot be made
- * durable the kernel says so once: the next flush succeeds, and means nothing.
- * So the next start must not take the disk's page cache for exact.
+/* No extent covers what other programs wrote to the disk before: if it is not
+ * durable, lost power would lose it, and no map would show that.  If the flush
+ * fails, the kernel reports that only once: the next flush succeeds and proves
+ * nothing.  So the next start must not treat the disk's page cache as exact.
  */
 static int
 flush_what_was_left (struct nbdm *v)
@@ -322,15 +322,16 @@ flush_what_was_left (struct nbdm *v)
   if (rc < 0)
     volume_distrust (v);
   else if (volume_distrusted (v))
-    /* Pages that could not be written count as clean: read what the disk has,
-     * as they go sooner or later, and reads would change by themselves.
+    /* The kernel treats the pages that it could not write as clean.  Drop them
+     * now: they disappear sooner or later, and reads would change by
+     * themselves.
      */
     (void)posix_fadvise (v->local.file.fd, 0, 0, POSIX_FADV_DONTNEED);
   return rc;
 }
 
-/* A local disk that has failed is not opened until an operator brings one back.
- * A disk that was being caught up and cannot be opened now has failed again.
+/* A failed local disk is not opened until an operator attaches one.  A disk
+ * that was resyncing and cannot be opened now has failed again.
  */
 static int
 open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
@@ -377,7 +378,7 @@ start_session (struct nbdm *v)
   return begin_session (v);
 }
 
-/* The next start recovers as after lost power. */
+/* Make the next start recover as after lost power. */
 static int
 give_up (struct nbdm *v, int rc)
 {

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The state directory, opened and locked.  See open.c. */
+/* Open and lock the state directory.  See open.c. */
 
 #ifndef NBDM_OPEN_H
 #define NBDM_OPEN_H
 
-/* How nbdm_chain begins. */
+/* The beginning of nbdm_chain's text. */
 #define VOLUME_CHAIN "nbd_mirror volumes:"
 
-/* A descriptor of the state directory, which must be ours alone: what another
- * user can plant in it, a link or a lock, would be written to or waited for.
+/* A descriptor of the state directory, to which no other user may write: the
+ * server would write to a link or wait for a lock that another user puts there.
  * -EPERM.
  */
 int state_dir_open (const char *path);
 
-/* Only one server, or create, a state directory: -EBUSY names the process.
- * The lock ends with the descriptor.
+/* Allow one server or create at a time in a state directory; the message of
+ * -EBUSY names the other process.  The lock ends with the descriptor.
  */
 int state_lock (int dirfd, const char *state_dir, int *lock_fd);
 

@@ -12,12 +12,12 @@
  *   boot or mount                                    region of every active
  *                                                    extent; the slots are not
  *   any log that is missing, torn, garbled, of another volume or session:
- *   everything, said loudly; the bad file is kept as NAME~bad
+ *     everything, and the log says so; the bad file is kept as NAME~bad
  *
- * Where the superblock says that local had failed, or was being caught up, the
- * same is true with the legs turned round: what it misses is in dirty.local,
- * and a remote is the source of it (local_state.c).  Then a lost map may hide
- * which disk has the newest data of a region:
+ * If the superblock says that local was failed or resyncing, the same holds
+ * with the legs exchanged: dirty.local says what local misses, and a remote is
+ * the source (local_state.c).  Then a lost map may hide which disk has the
+ * newest data of a region:
  *
  *   lost                       a region's source
  *   dirty.local alone          a remote that is clean there; if none is, local
@@ -29,14 +29,13 @@
  *                              and no remote is clean, it cannot be
  *                              known
  *
- * Where it cannot be known, the start is refused (volume_check_sources): any
- * guess might read old data, and resync would write them over the only good
- * copy.
+ * If the source cannot be known, the start is refused (volume_check_sources): a
+ * guess might read old data, and resync would write it over the only good copy.
  *
  * A start changes the maps before it has stamped them, and may end at any
- * instant.  So LOG_CLEAN goes before the first bit changes, and a map that was
- * made in the place of a lost one says so (LOG_RENEWED) until the start is
- * done: the next start finds it lost as well, not empty or full.
+ * instant.  So LOG_CLEAN is cleared before the first bit changes, and a map
+ * that replaces a lost one has LOG_RENEWED until the start is done: after an
+ * early end the next start treats it as lost too, not as empty or full.
  */
 
 #define _GNU_SOURCE
@@ -62,8 +61,8 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-/* Keep a log that cannot be believed, out of the way.  No remote has a "~" in
- * its name: else a map of "a" would take the place of the one of "a.bad".
+/* Rename a log that cannot be believed, to keep it.  With "~", which no remote
+ * has in its name: the bad map of "a" must not replace the map of "a.bad".
  */
 static int
 put_away (struct nbdm *v, const char *file)
@@ -84,7 +83,7 @@ say_copied_again (struct nbdm *v, const char *what)
             what);
 }
 
-/* It is missing or garbled, by what its open returned. */
+/* Is it missing or garbled, by the result of its open? */
 static bool
 log_is_lost (int rc)
 {
@@ -103,10 +102,11 @@ volume_next_session (const struct nbdm *v)
   return le64toh (v->sb.session) + 1;
 }
 
-/* A superblock that is clean vouches for the logs of its session alone.  One of
- * them that was not closed is an old copy put back.  Logs ahead of it are those
- * of a start that did not get far, and then empty; or the superblock is an old
- * copy put back, and they are of a session that was never closed.
+/* A clean superblock vouches only for the logs of its session.  A log of that
+ * session that was not closed is an old copy that was put back.  Logs one
+ * session ahead belong to a start that ended early, and are empty; or the
+ * superblock is an old copy that was put back, and they belong to a session
+ * that was never closed.
  */
 int
 volume_check_log (struct nbdm *v, const char *file,
@@ -140,8 +140,8 @@ volume_check_map (struct disk *d)
   return rc;
 }
 
-/* All dirty, and late as well, as what was under way is not known.  What an
- * operator assumed no longer holds.
+/* Make all regions dirty, and late as well, as the commands under way are not
+ * known.  An operator's assumption no longer holds.
  */
 static void
 mark_all_dirty_and_late (struct remote *r)
@@ -150,9 +150,9 @@ mark_all_dirty_and_late (struct remote *r)
   r->assumed = false;
 }
 
-/* Durable before a fresh, empty log takes the place of the lost one: a start
- * that ends between the two must not let the next one find nothing amiss. Those
- * that are not in sync first: they may not be left as the only source.
+/* Durable before an empty log replaces the lost one: if this start ends between
+ * the two, the next one must not find everything in order.  The remotes that
+ * are not in sync come first: they must not be left as the only source.
  */
 static int
 forget_log (struct nbdm *v, const char *file)
@@ -228,8 +228,8 @@ replay_slot (void *opaque, const struct slot_view *slot)
 {
   struct nbdm *v = opaque;
 
-  /* Killed before the write was marked in local's map: were it only dirty on
-   * the remotes, the failed disk would be the source.
+  /* The process was killed before it marked the write in local's map: if the
+   * region were dirty only on the remotes, the failed disk would be the source.
    */
   if (v->local.state == NBDM_LOCAL_FAILED)
     local_miss_range_locked (v, slot->offset, slot->length);
@@ -237,8 +237,7 @@ replay_slot (void *opaque, const struct slot_view *slot)
     mark_dirty_locked (&v->remotes[i], slot->offset, slot->length, true);
 }
 
-/* What the last session wrote and did not flush is there: the same page cache
- * has held it since.
+/* Are the last session's unflushed writes still there, in the same page cache?
  */
 static bool
 same_page_cache (const struct nbdm *v)
@@ -261,8 +260,8 @@ open_inflight (struct nbdm *v)
       inflight_close (&v->inflight);
   }
   if (rc == 0 && v->was_in_use && !same_page_cache (v)) {
-    /* The slots were never made durable: they may be torn, and say nothing that
-     * the active extents do not cover.
+    /* The slots were never made durable: they may be torn, and the active
+     * extents cover all of them.
      */
     inflight_close (&v->inflight);
     return make_inflight (v);
@@ -312,10 +311,10 @@ open_dirty_map (struct nbdm *v, struct remote *r)
   return 0;
 }
 
-/* A map of a remote that is new in the configuration, or in the place of a lost
- * one.  One that an earlier start made is there already, and may lack bits by
- * now.  All dirty, and all late: commands of an earlier process may be under
- * way to the same disk, whatever it was called then.
+/* Create the map of a remote that is new in the configuration, or replace a
+ * lost one.  A map from an earlier start that ended may be there already, and
+ * may lack bits.  All dirty and all late: commands of an earlier process may be
+ * under way to the same disk, under whatever name.
  */
 static int
 renew_dirty_map (struct nbdm *v, struct remote *r)
@@ -378,7 +377,7 @@ check_left_out (const struct nbdm *v)
   return 0;
 }
 
-/* Of the remotes whose maps are believed. */
+/* Is the region clean on a remote whose map is believed? */
 static bool
 known_clean (const struct nbdm *v, uint64_t region)
 {
@@ -434,7 +433,7 @@ volume_check_sources (struct nbdm *v)
 
 /* --- what may differ --------------------------------------------------- */
 
-/* The maps, as far as they are lost or new; then all of them may be changed. */
+/* Create the lost and new maps; after that all maps may be changed. */
 static int
 prepare_maps (struct nbdm *v)
 {
@@ -455,7 +454,7 @@ prepare_maps (struct nbdm *v)
 }
 
 /* Rule 8: in sync is the same generation and no dirty bit.  A superblock that
- * says in sync of another generation contradicts itself.
+ * says "in sync" with another generation contradicts itself.
  */
 static void
 check_generation (struct nbdm *v, struct remote *r)
@@ -488,8 +487,8 @@ mark_extent (void *opaque, uint64_t extent)
   uint64_t length
       = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
 
-  /* A write that only remotes got: its mark in local's map is lost, and so may
-   * be those of the remotes that did not get it.
+  /* Only remotes got the write: its mark in local's map is lost, and so may be
+   * the marks of the remotes that did not get it.
    */
   if (v->local.state == NBDM_LOCAL_FAILED)
     miss_extent (v, extent);
@@ -500,8 +499,8 @@ mark_extent (void *opaque, uint64_t extent)
     mark_dirty_locked (&v->remotes[i], offset, length, false);
 }
 
-/* The disk was in use before the stop and cannot be opened now: what it
- * answered and had not flushed may be lost, as in a takeover.
+/* The disk was in use before the stop and cannot be opened now: its answered
+ * and unflushed writes may be lost, as in a takeover.
  */
 static bool
 local_lost_at_start (const struct nbdm *v)
@@ -510,8 +509,8 @@ local_lost_at_start (const struct nbdm *v)
          && le32toh (v->sb.local_state) != NBDM_LOCAL_FAILED;
 }
 
-/* After lost power it is not known which commands were under way, only that
- * they were to dirty regions (rule 12).
+/* After lost power the commands under way are not known, only that they were to
+ * dirty regions (rule 12).
  */
 static void
 make_all_late (struct nbdm *v)

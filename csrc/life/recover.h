@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a start believes, and what it makes anew.  See recover.c. */
+/* What a start believes, and what it creates again.  See recover.c. */
 
 #ifndef NBDM_RECOVER_H
 #define NBDM_RECOVER_H
@@ -13,14 +13,14 @@ struct disk_log_header;
 struct nbdm;
 struct nbdm_remote_params;
 
-/* What the superblock and dirty.<remote> say of one remote.  Changes nothing: a
- * map that is new or lost is made by volume_recover.
+/* Load one remote from the superblock and dirty.<remote>.  Changes nothing:
+ * volume_recover creates a new or lost map.
  */
 int remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
                  uint32_t index);
 bool volume_has_remote (const struct nbdm *v, const char *name);
-/* Does a log fit the superblock?  Notes whether the last session was closed, so
- * it is asked before this start stamps any.  -EUCLEAN.
+/* Does a log match the superblock?  Also notes whether the last session was
+ * closed, so call it before this start stamps any log.  -EUCLEAN.
  */
 int volume_check_log (struct nbdm *v, const char *file,
                       const struct disk_log_header *header);
@@ -29,14 +29,14 @@ int volume_check_log (struct nbdm *v, const char *file,
  */
 int volume_check_map (struct disk *d);
 /* With all dirty maps loaded: may the volume be served?  -EINVAL: a remote that
- * may be the only one to have something is not in the configuration;
- * -ENOTRECOVERABLE: local is not ok, and nothing says which disk has the newest
- * data.
+ * may have the only copy of some data is not in the configuration;
+ * -ENOTRECOVERABLE: local is not ok, and it is unknown which disk has the
+ * newest data.
  */
 int volume_check_sources (struct nbdm *v);
 /* The session that a start stamps: one more than the superblock's (open.c). */
 uint64_t volume_next_session (const struct nbdm *v);
-/* Lost maps anew, the other logs, and what may differ. */
+/* Create lost maps again, load the other logs, and mark all that may differ. */
 int volume_recover (struct nbdm *v);
 
 #endif /* NBDM_RECOVER_H */

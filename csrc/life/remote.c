@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A remote's comings and goings: what the policy threads call.
+/* Connect, admit and drop a remote: the calls of the policy threads.
  *
- * A new connection is used for nothing until it is admitted, because the disk
- * behind it may not be the one that was left.  The engine compares single
- * regions; which ones, and what a difference means, is policy.
+ * A new connection is not used until it is admitted, because the disk behind it
+ * may be a wrong one.  The engine compares single regions; Python decides which
+ * ones, and what a difference means.
  */
 
 #include <errno.h>
@@ -31,8 +31,9 @@
 #include "wire/conn.h"
 #include "wire/transport.h"
 
-/* Clients wait for a range that is compared, and a slow link may need minutes
- * for a large region: so after this time what was compared of it has to do.
+/* Clients wait for a range that is being compared, and a slow link may need
+ * minutes for a large region: after this time the part that was compared is
+ * enough.
  */
 #define COMPARE_NS UINT64_C (2000000000)
 #define COMPARE_BYTES (256u << 10) /* in one command, at most */
@@ -59,7 +60,7 @@ uuid_words (const struct nbdm *v, char words[2 * sizeof v->uuid + 1])
 void
 nbdm_chain (const struct nbdm *v, char *words, uint32_t size)
 {
-  /* Read-only but for the lock. */
+  /* Reads only, apart from the lock. */
   pthread_mutex_t *lock = (pthread_mutex_t *)(uintptr_t)&v->lock;
   char uuid[2 * sizeof v->uuid + 1];
   uint32_t n;
@@ -103,8 +104,9 @@ keep_chain (struct remote *r, const char *description)
             chain ? chain + strlen (VOLUME_CHAIN) : "");
 }
 
-/* The error ends the connection, as any other does, and the resync on the next
- * one sends data.  So what a connection can do never changes under its users.
+/* The error ends the connection, as any other error does, and resync on the
+ * next one sends data.  So the abilities of a connection never change under its
+ * users.
  */
 void
 remote_heed_refusal (struct remote *r, const struct command *cmd)
@@ -159,7 +161,8 @@ local_is_open_locked (const struct nbdm *v)
   return v->local.state != NBDM_LOCAL_FAILED || v->local.attached;
 }
 
-/* Lock the region, or what no request has of it, and take the connection. */
+/* Lock the region, or the part that no request holds, and take the connection.
+ */
 static int
 compare_begin (struct remote *r, uint64_t region, struct range *range,
                struct conn **conn)
@@ -176,7 +179,7 @@ compare_begin (struct remote *r, uint64_t region, struct range *range,
   if (!rangelock_try_part (&v->ranges, range))
     return set_message (-EBUSY, "requests hold all of the region");
   *conn = conn_get (r->conn);
-  local_use (v); /* the disk that this was found out of */
+  local_use (v); /* so that the result belongs to this disk */
   return 0;
 }
 
@@ -192,8 +195,8 @@ compare_piece (struct nbdm *v, struct conn *conn, uint64_t offset,
   rc = local_pread_or_pass (v, ours, length, offset);
   if (rc == 0)
     return memcmp (ours, theirs, length) != 0;
-  /* A bad sector of ours says nothing about the remote, which is needed to
-   * write it anew.  Nor does one that hangs: clients wait for the range.
+  /* A bad local sector proves nothing about the remote, which is needed to
+   * rewrite it.  Nor does one that hangs: clients wait for the range.
    */
   if (rc != -ETIMEDOUT)
     local_note_error (v, rc);
@@ -219,9 +222,9 @@ compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
   return rc;
 }
 
-/* A server that has answered nothing yet may never do: clients must not wait
- * for a range that is compared with it.  So it is heard first, whatever it says
- * of these bytes.
+/* A server that has answered nothing yet may never answer, and clients must not
+ * wait for a range that is compared with it.  So wait for its first answer,
+ * with any content, before a range is held.
  */
 static void
 hear (struct remote *r, uint64_t offset, uint64_t length, uint8_t *buf)
@@ -261,7 +264,7 @@ nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
   if (rc == 0) {
     rc = compare_bytes (v, conn, &range, buf);
     pthread_mutex_lock (&v->lock);
-    /* What it has lost says nothing about the remote either. */
+    /* Data that local has lost proves nothing about the remote either. */
     if (rc == 1 && (local_doubted (v) || !local_is_open_locked (v)))
       rc = set_message (-ENODATA, "the local disk may have lost writes");
     local_leave ();
@@ -339,7 +342,7 @@ nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
     remote_broken_locked (r, r->conn, reason);
     disk_explain_locked (&r->disk, "%s", reason);
     if (remote_used_locked (r))
-      remote_degrade_locked (r); /* it was holding: end that, by the rules */
+      remote_degrade_locked (r); /* it was holding: end the hold as always */
     remote_set_locked (r, NBDM_FAILED, "%s", reason);
     fault_point ("remote_failing");
     rc = volume_persist_locked (v);
@@ -378,8 +381,8 @@ nbdm_remote_pause (struct nbdm *v, uint32_t index, int paused)
   return rc;
 }
 
-/* Every region dirty, whatever the remote is used for: local becomes the only
- * source of all of it, so there may be no doubt of that disk.
+/* Make every region dirty, in whatever state the remote is: local becomes the
+ * only source of all data, so local must not be doubted.
  */
 static int
 invalidate_locked (struct remote *r)
@@ -399,7 +402,7 @@ invalidate_locked (struct remote *r)
     remote_set_locked (r, NBDM_RESYNCING, "%s", why);
   else if (!remote_used_locked (r))
     remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
-  /* Else it is holding: the requests that wait are sent again, or degrade. */
+  /* Else it is holding: waiting requests are sent again, or degrade. */
   return volume_persist_locked (v);
 }
 
@@ -422,7 +425,9 @@ nbdm_remote_release_late (struct nbdm *v, uint32_t index)
   FIND_OR_RETURN (r, v, index);
 
   LOCK_FOR_SCOPE (&v->lock);
-  /* Not if it was lost meanwhile: what is late now is late from then on. */
+  /* Not if the connection was lost in the meantime: then the late regions are
+   * newly late.
+   */
   if (r->admitted && !v->stopping)
     bitmap_clear_all (&r->disk.dm.map[MAP_LATE]);
   fault_point ("late_released");

@@ -3,13 +3,13 @@
 /* Remotes that have exchanged their addresses.
  *
  * A plain server does not say which disk it has, and the sample that is
- * compared (nbd_mirror/server/sample.py) may miss that it is another one.  It
- * does so most easily where two remotes of one volume are mixed up: their disks
- * differ in a few regions alone, and the map that is looked at is the other
- * disk's. So the superblock has a hash of the address that each remote was
- * last used at.  It is a hint, and no identity.  A server may move, so a remote
- * at an address that no remote had is used without more ado.  The hint does not
- * see another disk behind the same address.
+ * compared (nbd_mirror/server/sample.py) may miss that it is another one.  That
+ * is most likely if two remotes of one volume are mixed up: their disks differ
+ * in a few regions only, and the map in use is the other disk's.  So the
+ * superblock has a hash of the address at which each remote was last used.  It
+ * is a hint, and no identity.  A server may move, so a remote at an address
+ * that no remote had is used as it is.  The hint does not detect another disk
+ * behind the same address.
  *
  *   connected where                       what becomes of it
  *   the remote itself was, or no remote   used as it is
@@ -20,9 +20,9 @@
  *   one was that has left the             all dirty: its map is gone; refused
  *   configuration                         if local is not ok
  *
- * Then the two exchange what is remembered, so that it is done once.  With
- * three remotes in a ring each pair is met in turn, and what is missed is
- * handed on along the ring.
+ * Then the two exchange their recorded addresses, so that this happens once.
+ * With three remotes in a ring each pair is handled in turn, and the missed
+ * regions spread along the ring.
  */
 
 #include <endian.h>
@@ -83,7 +83,7 @@ forget_left_out (struct nbdm *v, uint64_t address)
     *kept++ = 0;
 }
 
-/* The latest first; the oldest one goes where there is no room. */
+/* The latest first; the oldest one is dropped if there is no room. */
 static void
 note_left_out (struct nbdm *v, uint64_t address)
 {
@@ -107,7 +107,7 @@ nr_missed (const struct remote *r)
   return r->disk.dm.map[MAP_DIRTY].nr_set;
 }
 
-/* What is unflushed became dirty when the connections were lost. */
+/* Unflushed regions became dirty when the connections were lost. */
 static void
 miss_also (struct remote *r, const struct remote *other)
 {
@@ -140,7 +140,7 @@ exchange_locked (struct remote *r, struct remote *other, uint64_t address)
                           "which disk has the only copy of what it misses");
   if (!alike) {
     miss_also (r, other);
-    if (r->address) /* else it had no disk that the other could have now */
+    if (r->address) /* else the other cannot have its disk now */
       miss_also (other, r);
     snprintf (v->reason, sizeof v->reason,
               "%.50s is connected where %.50s was: what either missed is "

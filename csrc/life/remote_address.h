@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Remotes that have exchanged their addresses.  See remote_address.c. */
+/* Detects remotes that have exchanged their addresses.  See remote_address.c.
+ */
 
 #ifndef NBDM_REMOTE_ADDRESS_H
 #define NBDM_REMOTE_ADDRESS_H
@@ -8,14 +9,14 @@
 struct nbdm;
 struct remote;
 
-/* The remote has a new connection, to `uri`.  If that is where another remote's
- * disk was, it misses what either missed, durably.  -EINVAL with a message: not
- * to be used there.  Before it is compared.
+/* The remote has a new connection, to `uri`.  If another remote's disk was
+ * there, each of the two now misses what either missed, durably.  -EINVAL with
+ * a message: the remote must not be used there.  Call it before the comparison.
  */
 int remote_address_locked (struct remote *r, const char *uri);
-/* At a start: note where the remotes of the superblock were that have left the
- * configuration.  Before the store that names them no more, which makes the
- * note durable.
+/* At a start: keep the addresses of the remotes that are in the superblock but
+ * have left the configuration.  Call it before the store that removes their
+ * names; that store makes the addresses durable.
  */
 void remote_addresses_left_out (struct nbdm *v);
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The ticker: a thread of the engine's own, which never waits for a remote.  It
- * is what bounds every wait (rule 13): commands past their deadline, holds that
- * are over, and connections that die while no thread waits on them.  Whatever
- * Python does or does not do meanwhile, no request waits longer.
+/* The ticker: the engine's own thread, which never waits for a remote.  It
+ * bounds every wait (rule 13): it ends commands past their deadline, holds that
+ * are over, and connections that die while no thread waits on them.  So no
+ * request waits longer, whatever Python does.
  */
 
 #include <string.h>
@@ -21,7 +21,7 @@
 
 #define TICK_NS (50 * NS_PER_MS) /* how late a deadline may be noticed */
 
-/* `hurry_ns`: since when the volume stops, or 0. */
+/* `hurry_ns`: when the volume began to stop, or 0. */
 static void
 tick_remote (struct remote *r, uint64_t hurry_ns)
 {
@@ -51,7 +51,7 @@ nap (struct nbdm *v)
 
   LOCK_FOR_SCOPE (&v->lock);
   if (v->nr_waiting > 0)
-    pthread_cond_broadcast (&v->changed); /* they watch the clock too */
+    pthread_cond_broadcast (&v->changed); /* waiters also check the time */
   if (!v->ticker_stop)
     wait_until (&v->ticking, &v->lock, until_ns);
 }
@@ -70,8 +70,8 @@ ticker (void *opaque)
     nap (v);
     pthread_mutex_lock (&v->lock);
     stop = v->ticker_stop;
-    /* A stop does not wait for a slow link: the keepers are told to end first,
-     * and then the requests under way.
+    /* A stop does not wait for a slow link: first the keepers must end, then
+     * the requests under way.
      */
     if (hurry_ns == 0 && (v->waking || v->stopping))
       hurry_ns = now_ns ();

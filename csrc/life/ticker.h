@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The thread that bounds everything.  See ticker.c. */
+/* The thread that enforces all time limits.  See ticker.c. */
 
 #ifndef NBDM_TICKER_H
 #define NBDM_TICKER_H
