@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The engine's C API, and the only source CFFI reads: so no guard, include or
- * conditional stands here.  Every function returns 0 (or a count) or -errno;
- * the words that go with an error are in nbdm_last_error (), per thread.
- * Offsets and lengths are bytes, a `region` is always an index, times end in
- * their unit.  Unless said otherwise a function may block on disk I/O, takes
- * the engine's own lock, and may be called from any thread.
+/* The engine's C API, and the only header that CFFI reads: so it has no guard,
+ * include or conditional.  Every function returns 0 (or a count) or -errno;
+ * nbdm_last_error () has the message of an error, for each thread.  Offsets and
+ * lengths are bytes, a `region` is always an index, times end in their unit.
+ * Unless said otherwise a function may block on disk I/O, takes the engine's
+ * own lock, and may be called from any thread.
  *
  * A `disk` is a number: 0 is the local disk, and a remote's is 1 more than its
  * index, a `remote`, in struct nbdm_params.  -EINVAL: there is none.
@@ -38,25 +38,25 @@ enum nbdm_remote_state {
   NBDM_FAILED = 6
 };
 
-/* The local disk has a dirty map of its own: what it misses, because it failed
- * and a remote in sync took its place.
+/* The local disk has its own dirty map: the regions that it misses, because it
+ * failed and a remote in sync replaced it.
  */
 enum nbdm_local_state {
   NBDM_LOCAL_OK = 1,
-  NBDM_LOCAL_FAILED = 2,   /* not used: remotes serve in its place */
+  NBDM_LOCAL_FAILED = 2,   /* not used: remotes serve instead */
   NBDM_LOCAL_RESYNCING = 3 /* written again; what it misses is copied back */
 };
 
-/* What an operator says of the local disk at a start. */
+/* An operator's statement about the local disk at a start. */
 enum nbdm_local_choice {
-  NBDM_LOCAL_CHECKED = 0, /* nothing: it has to be the one that was left */
-  NBDM_LOCAL_FORCED = 1,  /* it is right, whatever it was: remotes all dirty */
+  NBDM_LOCAL_CHECKED = 0, /* none: it must be the disk of the last session */
+  NBDM_LOCAL_FORCED = 1,  /* use this disk; the remotes become all dirty */
   NBDM_LOCAL_LOST = 2     /* do not use it: failed, a remote in sync serves */
 };
 
 enum nbdm_policy {
-  NBDM_DEGRADE = 1, /* a lost remote: go on with local alone */
-  NBDM_STOP = 2     /* a lost remote: writes get EIO until in sync again */
+  NBDM_DEGRADE = 1, /* if a remote is lost, go on with local alone */
+  NBDM_STOP = 2     /* if a remote is lost, writes get EIO until in sync */
 };
 
 /* Extent types of nbdm_extents, as in the NBD protocol. */
@@ -65,7 +65,7 @@ enum nbdm_policy {
 
 struct nbdm; /* a volume, opaque */
 
-/* What create and open are told.  Strings are UTF-8 and are copied. */
+/* The parameters of create and open.  Strings are UTF-8 and are copied. */
 struct nbdm_params {
   const char *name;      /* the volume's, at most NBDM_NAME_LEN - 1 bytes */
   const char *local;     /* path of a file or block device */
@@ -84,7 +84,7 @@ struct nbdm_params {
   struct nbdm_remote_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
     uint32_t deadline_ms;    /* of every command to it */
-    uint32_t assume_in_sync; /* create: the operator says it is a copy */
+    uint32_t assume_in_sync; /* create: the operator says that it is a copy */
   } remotes[NBDM_MAX_REMOTES];
 };
 
@@ -129,13 +129,13 @@ struct nbdm_disk_status {
     uint32_t unproven;  /* attached; another device, nothing compared */
     uint64_t errors;    /* since start: reads, writes, flushes */
     uint64_t repaired;  /* regions it could not read, rewritten since start */
-    uint64_t silent_ms; /* so long it has owed a request an answer */
-    /* How it has changed since the last session; or "". */
+    uint64_t silent_ms; /* age of its oldest unanswered call */
+    /* How the local disk has changed since the last session; or "". */
     char note[NBDM_REASON_LEN];
   } local;
   struct nbdm_remote_status {
     uint32_t paused;    /* by an operator, whatever the state */
-    uint32_t assumed;   /* in sync on the operator's word alone */
+    uint32_t assumed;   /* in sync only because the operator said so */
     uint32_t connected; /* connected; admitted says whether it is used */
     uint32_t admitted;
     uint64_t late_regions; /* dirty ones, held back for late writes */
@@ -149,7 +149,7 @@ struct nbdm_disk_status {
   } remote;
 };
 
-/* How much resync does at once.  A burst of copies and a rest take turns. */
+/* How fast resync copies.  A burst of copies and a rest alternate. */
 struct nbdm_pace {
   uint32_t depth;      /* copies in flight, 1 to 64 */
   uint32_t copy_bytes; /* of data in one, up to 1 MiB; 0: that */
@@ -157,7 +157,7 @@ struct nbdm_pace {
   uint32_t rest_us;    /* 0: none */
 };
 
-/* One call of resync: what to copy, and what came of it. */
+/* One call of resync: its limits and its result. */
 struct nbdm_resync {
   uint64_t first_region; /* in: where to look for dirty regions, then up */
   uint64_t max_bytes;    /* in: stop after about this much */
@@ -170,7 +170,7 @@ struct nbdm_resync {
 
 /* How many requests took how long, since start. */
 struct nbdm_latency {
-  /* By kind, then bucket: no resync copied meanwhile, and one did. */
+  /* By kind, then bucket: no resync copied during the request, or one did. */
   uint64_t quiet[NBDM_LATENCY_KINDS * NBDM_LATENCY_BUCKETS];
   uint64_t disturbed[NBDM_LATENCY_KINDS * NBDM_LATENCY_BUCKETS];
 };
@@ -190,8 +190,8 @@ const char *nbdm_last_error (void);
 
 /* Format the state directory, which must exist and hold no superblock unless
  * `force`.  Takes no byte of the local disk.  Remotes begin all dirty, or in
- * sync where assumed.  -EEXIST: there is a superblock; -EBUSY: in use;
- * -ENOSPC: no room for the logs; nothing half made is taken for a volume.
+ * sync where assumed.  -EEXIST: there is a superblock; -EBUSY: in use; -ENOSPC:
+ * no room for the logs; a failed create leaves no volume.
  */
 int nbdm_create (const struct nbdm_params *params, int force);
 
@@ -199,10 +199,10 @@ int nbdm_create (const struct nbdm_params *params, int force);
  * recover: after it the dirty maps hold all that may differ.  Starts no thread,
  * so a door may fork after it.  -EBUSY: another process has the volume or the
  * disk; -ENOENT: no state or no disk; -EUCLEAN: the superblock is garbled;
- * -EPROTONOSUPPORT: it is a newer program's; -EINVAL: the parameters are not
- * this volume's; -EMEDIUMTYPE: the local disk is not the one that was left;
- * -ENOMEDIUM: it is too small; -ENOTCONN: NBDM_LOCAL_LOST, and no remote was in
- * sync; -ENOSPC.
+ * -EPROTONOSUPPORT: it is a newer program's; -EINVAL: the parameters do not
+ * match this volume; -EMEDIUMTYPE: the local disk is not the one of the last
+ * session; -ENOMEDIUM: it is too small; -ENOTCONN: NBDM_LOCAL_LOST, and no
+ * remote was in sync; -ENOSPC.
  */
 int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
 
@@ -211,18 +211,18 @@ int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
  */
 int nbdm_start (struct nbdm *volume);
 
-/* Stop cleanly: refuse new requests with -ESHUTDOWN, wait for those under
- * way, flush every leg, persist, mark the logs clean.  Bounded by the
- * deadlines.  -EIO: something could not be persisted, the next start will
- * recover as after a crash.  May be called again, to no effect.
+/* Stop cleanly: refuse new requests with -ESHUTDOWN, wait for those under way,
+ * flush every leg, persist, mark the logs clean.  Bounded by the deadlines.
+ * -EIO: something could not be persisted, the next start will recover as after
+ * a crash.  A second call has no effect.
  */
 int nbdm_stop (struct nbdm *volume);
 
 /* Wake every nbdm_disk_wait for good, so that policy threads can end. */
 void nbdm_wake (struct nbdm *volume);
 
-/* Free everything.  No other call may be under way.  Without nbdm_stop it is
- * as if the process had been killed.
+/* Free everything.  No other call may be under way.  Without nbdm_stop the
+ * effect is that of a killed process.
  */
 void nbdm_close (struct nbdm *volume);
 
@@ -249,8 +249,9 @@ int nbdm_cache (struct nbdm *volume, uint64_t count, uint64_t offset);
 int nbdm_extents (struct nbdm *volume, uint64_t count, uint64_t offset,
                   struct nbdm_extent *extents, uint32_t max);
 
-/* Bytes a request's offset and length should be a multiple of: of other writes
- * and zeroes the first and the last sector are read before they are written.
+/* A request's offset and length should be multiples of this many bytes: for
+ * other writes and zeroes the engine must first read the first and the last
+ * sector.
  */
 uint32_t nbdm_min_block (const struct nbdm *volume);
 
@@ -259,7 +260,7 @@ int nbdm_count_client (struct nbdm *volume, int change);
 
 /* Change the policy of a volume while requests run.  To NBDM_STOP: a remote
  * that is neither in sync nor holding fences writes, durably, before this
- * returns.  To NBDM_DEGRADE: the fence is lifted.  Not kept over a start.
+ * returns.  To NBDM_DEGRADE: the fence is lifted.  A restart does not keep it.
  * -EIO: the volume has failed; -ESHUTDOWN; -EINVAL.
  */
 int nbdm_set_policy (struct nbdm *volume, uint32_t policy,
@@ -325,12 +326,12 @@ int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
 uint64_t nbdm_remote_comparable (struct nbdm *volume, uint32_t remote,
                                  uint64_t region);
 
-/* Say why a remote that is not connected is out of sync. */
+/* Set the reason why a remote that is not connected is out of sync. */
 int nbdm_remote_explain (struct nbdm *volume, uint32_t remote,
                          const char *reason);
 
-/* Drop it and make it `failed`, durably: nothing connects it again until
- * nbdm_remote_reset or nbdm_remote_invalidate.
+/* Drop the remote and make it `failed`, durably: no thread connects it again
+ * until nbdm_remote_reset or nbdm_remote_invalidate.
  */
 int nbdm_remote_fail (struct nbdm *volume, uint32_t remote, const char *reason);
 
@@ -359,9 +360,9 @@ int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
  */
 int nbdm_local_attach (struct nbdm *volume, const char *path, int replaced);
 
-/* Take samples of the local disk, by which a start will know it, if less than
- * `least` could be compared now: there are too few, or writes go on
- * where they are.  Returns how many were taken.
+/* Take samples of the local disk, by which a start identifies it, if a start
+ * could compare fewer than `least` now: because there are too few, or clients
+ * write to their extents.  Returns how many were taken.
  */
 int nbdm_local_sample (struct nbdm *volume, uint32_t least);
 
@@ -370,9 +371,9 @@ int nbdm_local_sample (struct nbdm *volume, uint32_t least);
  */
 int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
 
-/* Which volumes a client of ours reaches: ours, and those that our remotes said
- * they are.  Each door gives it as its export's description, by which a volume
- * that is asked to mirror onto itself, over whatever address, knows it.
+/* The volumes that a client of this server reaches: this one, and those that
+ * its remotes reported.  Each door sends it as its export's description, so
+ * that a volume that would mirror onto itself, over any address, detects that.
  */
 #define NBDM_CHAIN_LEN 1024 /* bytes, with the NUL */
 void nbdm_chain (const struct nbdm *volume, char *words, uint32_t size);
@@ -381,36 +382,37 @@ void nbdm_chain (const struct nbdm *volume, char *words, uint32_t size);
 
 struct direct_server; /* opaque */
 
-/* What clients may take; 0: as much as is usual. */
+/* Limits of the clients; 0: the default. */
 struct nbdm_limits {
   uint32_t max_clients;
-  uint32_t stall_ms;   /* one that others wait for may move nothing so long */
+  uint32_t stall_ms; /* how long a client that blocks others may move nothing */
   uint64_t max_memory; /* bytes of all clients' requests together */
 };
 
-/* Serve the volume to clients of `nr` listening sockets, which stay the
- * caller's, and do not block from now on.  Raises the process's limit of
+/* Serve the volume to clients of `nr` listening sockets, which the caller still
+ * owns, and which become non-blocking.  Raises the process's limit of
  * descriptors as far as `max_clients` needs it.  -ENOMEM, -EMFILE.
  */
 int nbdm_server_open (struct nbdm *volume, const int *listen_fds, uint32_t nr,
                       const struct nbdm_limits *limits,
                       struct direct_server **server);
 
-/* How many there may be: fewer than asked for without the descriptors. */
+/* The limit of clients: lower than requested if descriptors are short. */
 uint32_t nbdm_server_max_clients (const struct direct_server *server);
 
 /* Accept and serve; blocks until nbdm_server_end, then until the requests that
  * were taken in are answered and the clients disconnected: bounded if the
- * volume is stopped, for one that does not read its answers is given up.
- * Its sockets do not listen any more then.  -EAGAIN: no thread could be made.
+ * volume is stopped, as a client that does not read its answers is dropped.
+ * After that the sockets no longer listen.  -EAGAIN: no thread could start.
  */
 int nbdm_server_run (struct direct_server *server);
 
-/* Have nbdm_server_run return; from any thread, as often as one likes. */
+/* Make nbdm_server_run return; from any thread, any number of times. */
 void nbdm_server_end (struct direct_server *server);
 
-/* The same, and wait for the clients to be answered and gone: before nbdm_stop,
- * which refuses what has not begun.  -ETIMEDOUT: some are not, in that time.
+/* The same, and wait until the clients are answered and disconnected.  Call it
+ * before nbdm_stop, which refuses requests that have not begun.  -ETIMEDOUT:
+ * some clients are still connected.
  */
 int nbdm_server_drain (struct direct_server *server, uint32_t timeout_ms);
 
@@ -419,35 +421,39 @@ void nbdm_server_close (struct direct_server *server);
 
 /* --- The log --------------------------------------------------------- */
 
-/* What a line is about: of the first two kinds only so many a second are
- * written, as a client can cause them.
+/* The kind of a line.  The first two kinds are limited to some lines a second,
+ * as a client can cause them.
  */
 #define NBDM_LOG_CLIENTS 0
 #define NBDM_LOG_OTHERS 1 /* what is written to descriptors 1 and 2 */
 #define NBDM_LOG_KINDS 2
 #define NBDM_LOG_OWN 2
 
-/* From now on no line blocks: two threads write what comes, also to descriptors
- * 1 and 2, to what descriptor 2 is now.  To be called after any fork, and
- * before signals are blocked.  Again: no effect.  -EMFILE, -EAGAIN.
+/* From now on no line blocks: two threads move all lines, also those written to
+ * descriptors 1 and 2, to the current file of descriptor 2.  Call it after any
+ * fork, and before signals are blocked.  A second call has no effect.  -EMFILE,
+ * -EAGAIN.
  */
 int nbdm_log_start (void);
 
 /* If the output is `state_dir`'s serve.log: bound its size. */
 int nbdm_log_rotate (const char *state_dir);
 
-/* Write a line: the time, `level` and `words`.  Never blocks, never fails: what
- * cannot be written is counted.  Before nbdm_log_start it may block.
+/* Write a line: the time, `level` and `words`.  Never blocks, never fails:
+ * lines that cannot be written are counted.  Before nbdm_log_start it may
+ * block.
  */
 void nbdm_log (uint32_t kind, const char *level, const char *words);
 
-/* The same for whole lines that are as they should be. */
+/* The same for complete lines, written unchanged. */
 void nbdm_log_raw (const char *text);
 
-/* Wait until all there is was written, or the time is over. */
+/* Wait until all lines are written, or the time is over. */
 void nbdm_log_flush (uint32_t timeout_ms);
 
-/* Lines that could not be written, and those there were too many of. */
+/* Counts of the lines that could not be written, and of those left out by the
+ * limit.
+ */
 void nbdm_log_counts (uint64_t *nr_lost, uint64_t *nr_left_out);
 
 /* --- Looking at it --------------------------------------------------- */
@@ -458,8 +464,7 @@ int nbdm_get_disk_status (struct nbdm *volume, uint32_t disk,
 
 void nbdm_get_latency (struct nbdm *volume, struct nbdm_latency *latency);
 
-/* Indexes of up to `max` active extents, latest used first; returns how
- * many.
+/* Indexes of up to `max` active extents, the last used first; returns how many.
  */
 int nbdm_get_active_extents (struct nbdm *volume, uint64_t *extents,
                              uint32_t max);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a remote was sent and has not flushed; see backlog.c. */
+/* Bytes that were sent to a remote and are not flushed; see backlog.c. */
 
 #ifndef NBDM_BACKLOG_H
 #define NBDM_BACKLOG_H
@@ -23,17 +23,16 @@ enum backlog_kind { BACKLOG_DATA, BACKLOG_ZEROES, BACKLOG_KINDS };
 struct flush_bound {
   uint64_t deadline_ns;
   uint64_t bytes[BACKLOG_KINDS];
-  uint64_t slow_bytes,
-      slow_ns; /* of the last slow flush; 0: the last was not */
+  uint64_t slow_bytes, slow_ns; /* of the last flush, if it was slow; else 0 */
 };
 
 void flush_bound_init (struct flush_bound *bound, uint32_t deadline_ms);
-/* A flush of what had been answered took so long. */
+/* A flush of the `covered` bytes took so long. */
 void flush_bound_took (struct flush_bound *bound, const uint64_t *covered,
                        uint64_t took_ns);
-/* The connection passed its deadline with this unflushed. */
+/* The connection passed its deadline with these bytes unflushed. */
 void flush_bound_lost (struct flush_bound *bound, const uint64_t *covered);
-/* The remote took so long to answer zeroes. */
+/* The remote took so long to answer these zeroes. */
 void flush_bound_zeroed (struct flush_bound *bound, uint64_t bytes,
                          uint64_t took_ns);
 /* How much of `wanted` may be sent with `used` unflushed; 0: none.  With
@@ -45,40 +44,41 @@ uint64_t flush_bound_room (const struct flush_bound *bound,
 /* Is half of the bound used? */
 bool flush_bound_half (const struct flush_bound *bound, const uint64_t *used);
 
-/* One remote's, under volume->lock. */
+/* Of one remote; under volume->lock. */
 struct backlog {
-  struct flush_bound bound;         /* is kept when the connection is lost */
+  struct flush_bound bound;         /* kept when the connection is lost */
   uint64_t sent[BACKLOG_KINDS];     /* and not answered */
   uint64_t answered[BACKLOG_KINDS]; /* since the last flush began */
   uint64_t covered[BACKLOG_KINDS];  /* by the flush under way */
   uint64_t began_ns;                /* when that began */
-  const struct conn *conn;          /* it was sent on; NULL: none is */
-  uint64_t tickets, turn;           /* of the line of waiters for room */
+  const struct conn *conn; /* connection of these bytes; NULL: no bytes */
+  uint64_t tickets, turn;  /* of the queue that waits for room */
 };
 
 /* How much of `wanted` the remote may be sent now; 0: none, wait for room.
- * `first`: between enter and leave; other threads get none while some wait.
- * What is sent counts from the caller's adding it to backlog.sent.
+ * `first`: the caller is between enter and leave; other callers get no room
+ * while a thread waits.  The caller adds the bytes that it sends to
+ * backlog.sent.
  */
 uint64_t backlog_room_locked (const struct remote *r, enum backlog_kind kind,
                               uint64_t wanted, bool first);
-/* What was sent is answered, or never will be.  `unflushed`: it succeeded, and
- * a flush has to follow.
+/* The bytes are answered, or never will be.  `unflushed`: they succeeded and
+ * need a flush.
  */
 void backlog_answer_locked (struct remote *r, const struct conn *conn,
                             enum backlog_kind kind, uint64_t bytes,
                             bool unflushed);
-/* Wait in line until there is room, or the connection is lost; drops the lock.
- * The caller may hold ranges and leads no flush.  It takes its room and leaves
- * the line without dropping the lock.
+/* Wait in the queue until there is room, or the connection is lost; drops the
+ * lock.  The caller may hold ranges and must lead no flush.  It must take its
+ * room and leave the queue without dropping the lock.
  */
 void backlog_enter_relock (struct remote *r, const struct conn *conn,
                            enum backlog_kind kind);
 void backlog_leave_locked (struct remote *r);
-/* So much is unflushed that a flush is due, and none is under way. */
+/* Is so much unflushed that a flush is due, and none is under way? */
 bool backlog_pressed_locked (const struct remote *r);
-/* A flush begins, succeeded; the connection is lost, of which report->why may
- * become clearer; what it had unflushed is forgotten.
+/* Report that a flush begins, that it succeeded, or that the connection is lost
+ * (may improve report->why); the last one drops the unflushed bytes.
  */
 void backlog_flush_begun_locked (struct remote *r);
 void backlog_flushed_locked (struct remote *r, uint64_t answered_ns);

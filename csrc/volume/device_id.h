@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a disk is, by what outlives a reboot.  See device_id.c. */
+/* Identify a disk by properties that survive a reboot.  See device_id.c. */
 
 #ifndef NBDM_DEVICE_ID_H
 #define NBDM_DEVICE_ID_H
@@ -8,13 +8,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What the open file or block device is, by what outlives a reboot: UTF-8, to
- * be compared and to be shown.  "" where nothing is known that does.
+/* Describe the open file or block device by properties that survive a reboot:
+ * UTF-8, to compare and to show.  "" if none is known.
  */
 void device_describe (int fd, char *text, size_t size);
 
-/* Which attachment of the device, or mount of the file's file system, this is:
- * made anew, its page cache is another one.  Zeroes: nothing is known.
+/* Identify the attachment of the device, or the mount of the file's file
+ * system: a new one has a new page cache.  Zeroes: unknown.
  */
 void device_instance (int fd, uint64_t instance[3]);
 

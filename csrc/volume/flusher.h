@@ -17,7 +17,7 @@ void flushers_init (struct nbdm *v, const struct nbdm_params *params);
 int flushers_start (struct nbdm *v);
 void flushers_join (struct nbdm *v); /* while the ticker runs */
 
-/* The flusher need not sleep on: a flush has ended, and another is due. */
+/* Wake the flusher: a flush has ended, and another is due. */
 void flusher_wake_locked (struct remote *r);
 
 #endif /* NBDM_FLUSHER_H */

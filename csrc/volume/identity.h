@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Samples of the local disk: taken, and voided.  See identity.c. */
+/* Take and void samples of the local disk.  See identity.c. */
 
 #ifndef NBDM_IDENTITY_H
 #define NBDM_IDENTITY_H
@@ -12,7 +12,7 @@
 
 struct nbdm;
 
-/* What a superblock says of a local disk. */
+/* A superblock's description of a local disk. */
 struct described_disk {
   uint64_t size;
   char device[sizeof ((struct disk_superblock *)0)->local_device];
@@ -26,19 +26,22 @@ bool sample_in_flux_locked (const struct nbdm *v, uint64_t block);
 /* As struct disk_sample's `crc`. */
 uint64_t sample_crc (const uint8_t *buf, uint64_t length);
 
-/* Before the picked extents leave the activity set: their samples are void,
- * durably.
+/* Void the samples of the picked extents, durably, before these leave the
+ * activity set.
  */
 int identity_cool_locked (struct nbdm *v);
-/* Before regions that were copied back to local stop being dirty on it. */
+/* The same for regions that were copied back to local, before they become clean
+ * there.
+ */
 int identity_copied_back_locked (struct nbdm *v);
-/* Another disk, or one whose state nothing tells: nothing is known of it. */
+/* Drop all samples: the disk is another one, or its state is unknown. */
 void identity_forget_locked (struct nbdm *v);
-/* Asks the local disk, which may hang: the caller holds no lock. */
+/* Asks the local disk, which may hang; the caller must hold no lock. */
 void identity_describe (const struct nbdm *v, struct described_disk *disk);
-/* This is the disk from now on; its samples are as they are. */
+/* This is the volume's disk from now on; the samples stay as they are. */
 void identity_adopt_locked (struct nbdm *v, const struct described_disk *disk);
-/* A clean stop: everything is flushed, and nothing is written any more. */
+/* Take samples at a clean stop: all is flushed, and no thread writes any more.
+ */
 int identity_stop (struct nbdm *v);
 
 #endif /* NBDM_IDENTITY_H */

@@ -7,8 +7,8 @@
 
 struct nbdm;
 
-/* No effect without a deadline for local.  It is joined while the ticker runs,
- * which bounds a takeover.
+/* No effect without a deadline for local.  Join the guard while the ticker
+ * runs, as the ticker bounds a takeover.
  */
 int local_guard_start (struct nbdm *v);
 void local_guard_join (struct nbdm *v);

@@ -12,49 +12,50 @@ struct nbdm;
 
 enum local_act {
   LOCAL_READ,
-  LOCAL_SAMPLE, /* a read of which no error counts */
+  LOCAL_SAMPLE, /* a read whose errors do not count */
   LOCAL_WRITE,
   LOCAL_ZERO,
   LOCAL_FLUSH,
   LOCAL_SEEK,
   LOCAL_SIZE,
   LOCAL_ADVISE,
-  LOCAL_CALL /* also where the disk has been given up */
+  LOCAL_CALL /* runs also if the disk is given up */
 };
 
 struct local_job {
   enum local_act act;
   uint64_t count, offset;
-  void *buf; /* to be read into, or written */
+  void *buf; /* destination of a read, or the bytes to write */
   bool may_trim;
   int whence;
-  uint32_t wait_ms; /* for the disk, if nothing gives it up; 0: no limit */
-  /* Of LOCAL_CALL.  If nobody waits any more, `drop` is called in the end, or
-   * in place of a call that is not begun; or NULL.
+  uint32_t
+      wait_ms; /* limit of the wait, if the disk is not given up; 0: none */
+  /* For LOCAL_CALL.  `drop` or NULL: called after `call`, or instead of it, if
+   * no thread waits for the job any more.
    */
   int (*call) (struct nbdm *v, void *opaque);
   void (*drop) (void *opaque);
   void *opaque;
 };
 
-/* What the call that the job stands for returns, with its words (last_error)
- * and its errno; LOCAL_GIVEN_UP: the local disk was given up first;
- * -ETIMEDOUT.  After these two the call may still be under way on the disk.
+/* Run the job, and return its call's result, message (last_error) and errno.
+ * LOCAL_GIVEN_UP: the local disk was given up first; -ETIMEDOUT.  After these
+ * two the call may still be under way on the disk.
  */
 int64_t local_io_run (struct nbdm *v, const struct local_job *job);
-/* The disk has failed: all askers go on, and nothing begins on the disk. */
+/* The disk has failed: let all askers go on, and begin no call on the disk. */
 void local_io_give_up (struct nbdm *v);
-/* Another disk, or the same one, is open in its place. */
+/* The same or another disk is open again. */
 void local_io_renew (struct nbdm *v);
 
-/* The volume begins and ends: with them, if it has a deadline for local. */
+/* Start and end the carriers with the volume, if local has a deadline. */
 int local_io_start (struct nbdm *v);
 /* No thread asks any more.  False: a call is still under way, and its carrier
  * calls volume_free when it has ended.
  */
 bool local_io_end (struct nbdm *v);
 
-/* local.c: do it, on this thread. */
+/* In local.c: run the job on this thread. */
 int64_t local_carry_out (struct nbdm *v, const struct local_job *job);
 
 #endif /* NBDM_LOCAL_IO_H */

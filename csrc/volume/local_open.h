@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The local disk is opened and measured.  See local_open.c. */
+/* Open the local disk and get its size.  See local_open.c. */
 
 #ifndef NBDM_LOCAL_OPEN_H
 #define NBDM_LOCAL_OPEN_H

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What local misses, and which disk serves it.  See local_state.c. */
+/* What local misses, and which disk serves instead.  See local_state.c. */
 
 #ifndef NBDM_LOCAL_STATE_H
 #define NBDM_LOCAL_STATE_H
@@ -12,49 +12,50 @@
 
 struct nbdm;
 
-/* Count an error of the local disk, if `rc` is one, and keep its words (of
- * last_error).
+/* Count an error of the local disk, if `rc` is one, and keep its message
+ * (last_error).
  */
 void local_note_error (struct nbdm *v, int rc); /* takes the lock */
 void local_note_error_locked (struct nbdm *v, int rc);
-/* Local has failed: a remote in sync takes its place, durably.  0: local is
- * failed and a remote serves; -EIO: there is no such remote, or policy stop;
- * nothing has changed but that more may be dirty.  Drops the lock meanwhile;
- * the caller leads no flush.
+/* Local has failed: let a remote in sync replace it, durably.  0: local is
+ * failed and a remote serves.  -EIO: there is no such remote, or policy stop;
+ * nothing has changed, except that more regions may be dirty.  Drops the lock;
+ * the caller must lead no flush.
  */
 int local_takeover_relock (struct nbdm *v);
-/* Wait until no takeover is under way.  The volume may be drained meanwhile: a
- * thread that a stop does not wait for looks whether it is after this wait, and
- * then begins no takeover.
+/* Wait until no takeover is under way.  The volume may become drained during
+ * the wait: a thread for which a stop does not wait must check that afterwards,
+ * and must not begin a takeover then.
  */
 void local_await_takeover_relock (struct nbdm *v);
-/* The same after a failed flush, where else the volume fails. */
+/* Take over after a failed flush of local; if no remote can, the volume fails.
+ */
 int local_flush_lost_relock (struct nbdm *v);
 /* Local has lost bytes, see local_check_size: fail it, if a remote can serve.
  * Takes the lock.
  */
 void local_give_up (struct nbdm *v);
-/* Could a remote take local's place now? */
+/* Could a remote replace local now? */
 bool local_may_be_replaced_locked (const struct nbdm *v);
-/* A region could not be read on local, and was on a remote: local misses it
- * from now on, so that it is written anew.  Takes the lock.
+/* Local could not read a region, and a remote could: local misses it from now
+ * on, so that it is rewritten.  Takes the lock.
  */
 void local_miss_region (struct nbdm *v, uint64_t region);
-/* Does local miss nothing, and has nothing shown that it may have lost a
- * write?  Ask before an answer of the disk and after it, as it may fail
- * meanwhile.  Takes no lock.
+/* Does local miss nothing, and is there no sign that it lost a write?  Ask
+ * before and after a call on the disk, as it may fail in between.  Takes no
+ * lock.
  */
 bool local_believed (const struct nbdm *v);
-/* May it have lost writes, while it is not known yet which disk serves? */
+/* May local have lost writes, while it is not known yet which disk serves? */
 bool local_doubted (const struct nbdm *v);
 /* May a region be read from local? */
 bool local_has_locked (const struct nbdm *v, uint64_t region);
-/* Has every region of the range a leg in use that has it? */
+/* Does some leg in use have each region of the range? */
 bool range_has_source_locked (const struct nbdm *v, uint64_t offset,
                               uint64_t length);
-/* What a restart may believe: see local_state.c on takeovers. */
+/* The state that a restart may believe: see local_state.c on takeovers. */
 uint32_t local_persistent_state (const struct nbdm *v);
-/* New state, in memory; bumps the serial. */
+/* Set a new state in memory; increments the serial. */
 void local_set_locked (struct nbdm *v, enum nbdm_local_state state);
 /* resyncing -> ok when nothing is missing; durable. */
 void local_update_state_locked (struct nbdm *v);

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The volume: what ties the logs, the local disk and the remotes together.
- * Everything in struct nbdm and struct remote is under volume->lock unless
- * its comment says otherwise.
+/* The volume connects the logs, the local disk and the remotes.  volume->lock
+ * protects all members of struct nbdm and struct remote unless their comment
+ * says otherwise.
  *
  * A function whose name ends in _locked is called with the lock held, and holds
- * it all the time.  One whose name ends in _relock is called with it held as
- * well, and holds it when it returns, but may release it in between: what its
- * caller knew before may have changed.
+ * it all the time.  One whose name ends in _relock is also called with it held,
+ * and holds it when it returns, but may release it in between: the caller must
+ * check its state again.
  *
  * Lock order, the only place it is written:
  *
@@ -81,14 +81,13 @@ struct local_io;
 #define RING_SLOTS 1024u
 #define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
-/* So many connections a read, or a leg of a write, loses before it gives up: a
- * server that dies of it must not hang the client.
+/* A read, or a leg of a write, gives up after so many lost connections: if it
+ * crashes the server each time, its client must not hang.
  */
 #define MAX_LOSSES 4
 
-/* A remote's flush that is under way.  It is no thread's own: the thread that
- * sent it may be busy for long, so any thread that waits for it takes the
- * answer in.
+/* A remote's flush under way.  No thread owns it: the thread that sent it may
+ * be busy for long, so any thread that waits for it may receive the answer.
  */
 struct flush_sent {
   struct conn *conn; /* a reference */
@@ -96,7 +95,7 @@ struct flush_sent {
   struct waiter waiter;
   uint64_t covers;
   bool owned;     /* a thread sends it, or waits for its answer */
-  uint32_t sleep; /* threads that sleep until it is not owned */
+  uint32_t sleep; /* threads that sleep until `owned` is false */
 };
 
 struct remote {
@@ -107,7 +106,7 @@ struct remote {
   char chain[NBDM_REASON_LEN]; /* the volumes behind it, as it described them */
   uint64_t address;            /* as struct disk_remote's */
   uint64_t connected_at;       /* the address of the latest connection */
-  bool admitted; /* the sample was the same: the connection is used */
+  bool admitted;               /* its sample matched: the connection is used */
   enum nbdm_remote_state state; /* never NBDM_PAUSED: see `paused` */
   bool paused;
   bool assumed;
@@ -116,14 +115,14 @@ struct remote {
   unsigned filling; /* 0 or 1: the unflushed map that answers go into */
   struct flush_sent flush_sent; /* while disk.flush.running */
   pthread_t flusher;
-  bool flusher_running; /* of the thread that starts and joins it alone */
+  bool flusher_running; /* used only by the thread that starts and joins it */
   bool flusher_naps;
   pthread_cond_t flush_due; /* ends its nap */
-  uint64_t unflushed_ns;    /* since when the filling map is not empty */
-  struct backlog backlog;   /* how much that is, and may be */
+  uint64_t unflushed_ns;    /* when the filling map got its first bit */
+  struct backlog backlog;   /* unflushed bytes and their bound */
   bool leaves_zeroes; /* a long trim is left to the resync: see long_zero.c */
-  /* The server offered WRITE_ZEROES and refused it: later connections are sent
-   * data in its place.
+  /* The server offered WRITE_ZEROES and refused it: later connections get data
+   * instead.
    */
   atomic_bool refuses_zeroes;
   uint64_t remote_size;
@@ -145,69 +144,68 @@ struct local_file {
   bool is_block;
   bool can_punch, can_zero_range; /* for certain */
   uint64_t size;                  /* bytes, when it was opened */
-  atomic_u64 looked_ns;           /* when its size was last looked at */
-  atomic_bool shrunk; /* it has lost bytes since: nothing of it counts */
+  atomic_u64 looked_ns;           /* when a thread last checked its size */
+  atomic_bool shrunk; /* it became shorter: no answer of it counts */
 };
 
-/* How long a kind of request keeps its thread asleep, of late. */
+/* How long requests of a kind recently kept their thread asleep. */
 struct sleep_average {
   atomic_u64 ns;
-  atomic_uint turn; /* of requests not looked at */
+  atomic_uint turn; /* counts requests that are not measured */
 };
 
-/* The local disk as a leg.  It has a state and a dirty map as a remote has,
- * but it is the one that all reads come from: so only a failure makes it miss
+/* The local disk as a leg.  It has a state and a dirty map like a remote, but
+ * it gets every write and serves all reads: so only a failure makes it miss
  * anything (local_state.c).
  */
 struct local {
   struct disk disk;
   struct local_file file;
-  struct local_io *io;    /* carries requests out; NULL: without a deadline */
+  struct local_io *io;    /* its carriers; NULL: without a deadline */
   _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
   bool attached;          /* failed, and open again */
-  bool repairing;         /* was ok: it misses what it could not read */
-  /* Being made to miss something: no request is answered.  Set under the lock.
-   */
+  bool repairing;         /* was ok: it misses only regions it could not read */
+  /* A takeover is under way: no request is answered.  Set under the lock. */
   atomic_bool taking_over;
   atomic_uint failures; /* times it became failed since start */
   int flush_error;      /* sticky: a failed fsync is never believed again */
-  atomic_bool doubted;  /* a flush failed: it may have lost writes */
+  atomic_bool doubted;  /* a flush failed, so it may have lost writes */
   uint64_t repaired;    /* regions it could not read, rewritten */
-  struct flush_bound flush_bound; /* of what is copied back */
+  struct flush_bound flush_bound; /* for the copies back */
   atomic_u64 errors;
-  atomic_u64 silent_ns;           /* so long it has owed a thread an answer */
-  struct sleep_average asleep[2]; /* by small reads, and writes */
+  atomic_u64 silent_ns;           /* age of its oldest unanswered call */
+  struct sleep_average asleep[2]; /* of small reads, and of small writes */
   uint32_t deadline_ms;           /* 0: it may keep a request for ever */
   pthread_t guard;                /* see local_deadline.c */
-  bool guard_running, guard_stop; /* the first is its starter's alone */
+  bool guard_running, guard_stop; /* the first: only its starter uses it */
 };
 
 /* One request's part on one remote. */
 struct leg {
   struct remote *remote;
   struct conn *conn; /* a reference, or NULL: not connected when planned */
-  bool active;       /* its answer is part of the request's */
-  bool sent;         /* anything was sent: it may arrive late */
-  int result;        /* 0, -errno as the server said, LEG_LOST */
+  bool active;       /* the request's answer depends on it */
+  bool sent;         /* bytes were sent, which may arrive late */
+  int result;        /* 0, the server's -errno, or LEG_LOST */
   uint64_t cursor;   /* bytes planned so far, as an offset */
   unsigned nr;       /* commands of this round */
-  bool first;        /* of the line for room in the backlog */
-  uint64_t began_ns; /* when it began to be waited for */
+  bool first;        /* of the queue for room in the backlog */
+  uint64_t began_ns; /* when the request began to wait for it */
   struct command commands[LEG_WINDOW];
   struct waiter waiter;
 };
 
 #define LEG_LOST (-ENOTCONN) /* no server says this: see conn.h */
 
-/* A sector of which a request changes a part: `count` bytes at `at`. */
+/* A sector in which a request changes `count` bytes at `at`. */
 struct sector {
-  uint8_t *bytes;   /* what is written: the whole of it */
+  uint8_t *bytes;   /* the whole sector, as it is written */
   const void *from; /* NULL: zeroes */
   uint64_t at, count;
 };
 
-/* A client's trim or zero, of as many requests as it takes: how long it has
- * waited for each remote.
+/* How long a client's trim or zero, which may be several requests, has waited
+ * for each remote.
  */
 struct long_zero {
   uint64_t waited_ns[NBDM_MAX_REMOTES];
@@ -218,28 +216,28 @@ struct request {
   uint32_t flags; /* NBDM_* */
   uint64_t offset, length;
   const void *buf; /* the door's private copy of the payload, or NULL */
-  const struct sector *sector; /* to be filled once it is admitted; or NULL */
+  const struct sector *sector; /* or NULL; filled after the admission */
   struct long_zero *long_zero; /* of the client's trim or zero; or NULL */
-  bool on_local;               /* the local disk is to get it */
-  bool remote_fua; /* remotes are to make it durable before they answer */
+  bool on_local;               /* the local disk gets it */
+  bool remote_fua; /* remotes must make it durable before they answer */
   struct range range;
   pthread_cond_t granted;
   int slot;
   uint64_t first_extent, last_extent;
   uint64_t start_ns;
-  char local_words[NBDM_REASON_LEN]; /* of local's error, if it gave one */
-  int answer;                        /* once it is decided: 0 or -errno */
+  char local_words[NBDM_REASON_LEN]; /* the message of local's error, if any */
+  int answer;                        /* the decided answer: 0 or -errno */
   LIST_ENTRY (request) link;         /* of those admitted */
   struct leg legs[NBDM_MAX_REMOTES];
 };
 
-/* Whether the local disk is the one that was left: found out at the start. */
+/* Is the local disk the one of the last session?  Determined at the start. */
 struct identity {
-  bool doubted;    /* what the superblock says of it may be old */
+  bool doubted;    /* the superblock's samples may be old */
   bool given_up;   /* NBDM_LOCAL_LOST */
-  bool forced;     /* NBDM_LOCAL_FORCED, and it is not the one that was left */
-  bool cache_lost; /* it was taken away and is back, without a reboot */
-  bool unproven;   /* the disk that is attached: another device, and no more */
+  bool forced;     /* NBDM_LOCAL_FORCED, and it is another disk */
+  bool cache_lost; /* it was detached and is back, without a reboot */
+  bool unproven; /* the attached disk is another device; no content compared */
   char note[NBDM_REASON_LEN];
 };
 
@@ -248,21 +246,21 @@ struct nbdm {
   char name[NBDM_NAME_LEN];
   uint8_t uuid[NBDM_UUID_LEN];
   int dirfd;   /* state directory */
-  int lock_fd; /* held: only one server a volume */
+  int lock_fd; /* the lock that allows one server a volume */
   int sb_fd;
   uint64_t size;
   uint32_t region_size;
   uint64_t nr_regions;
   uint32_t hold_ms;
-  uint32_t flush_bytes; /* unflushed, and a remote is flushed */
-  uint32_t flush_ms;    /* and when the oldest is of that age */
+  uint32_t flush_bytes; /* a remote is flushed when so much is unflushed */
+  uint32_t flush_ms;    /* or the oldest of it has that age */
   uint32_t nr_remotes;
   uint8_t boot_id[NBDM_UUID_LEN];
   uint64_t mount_id[3];
 
   pthread_mutex_t lock;
-  pthread_cond_t changed; /* anything a request may wait for */
-  pthread_cond_t events;  /* a remote's serial grew, or waking */
+  pthread_cond_t changed; /* signals all that a request may wait for */
+  pthread_cond_t events;  /* a remote's serial grew, or `waking` is set */
   pthread_cond_t ticking; /* ends the ticker's nap */
   pthread_t ticker;
   bool ticker_running, ticker_stop;
@@ -280,11 +278,11 @@ struct nbdm {
 
   LIST_HEAD (, request) requests; /* admitted, in no order */
   uint32_t nr_requests;           /* these and flushes under way */
-  uint32_t nr_waiting;            /* that wait for a slot or an extent */
-  bool stopping;                  /* new requests are refused */
-  bool drained;                   /* and the last one has ended */
-  bool stopped;                   /* cleanly: the logs are empty */
-  bool closed;             /* and the superblock says so: nothing is written */
+  uint32_t nr_waiting;     /* requests that wait for a slot or an extent */
+  bool stopping;           /* new requests are refused */
+  bool drained;            /* stopping, and the last request has ended */
+  bool stopped;            /* cleanly: the logs are empty */
+  bool closed;             /* and the superblock says so: no more writes */
   bool was_in_use;         /* at the start: the last session was not closed */
   bool failed;             /* rule 10: final */
   bool fenced;             /* policy stop: never under degrade */

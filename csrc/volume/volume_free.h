@@ -7,7 +7,7 @@
 
 struct nbdm;
 
-/* The last step of nbdm_close: what a carrier may use after the others. */
+/* The last step of nbdm_close: free what a late carrier may still use. */
 void volume_free (struct nbdm *v);
 
 #endif /* NBDM_VOLUME_FREE_H */
