@@ -34,6 +34,7 @@ from nbd_mirror.rules.pace import Plan
 from nbd_mirror.rules.state import LocalState, RemoteState
 from nbd_mirror.volume import core
 from nbd_mirror.volume.mapview import open_map
+from nbd_mirror.volume.model import LOCAL, disk_of
 
 __all__ = ["EXTENT", "REGION", "SIZE", "Bench", "Failed"]
 
@@ -140,7 +141,7 @@ class Bench:
         """Connect the remote and use it."""
         assert self.child
         self.child.call("connect", 0, self.server.uri, 10.0)
-        self.child.call("admit", 0)
+        self.child.call("admit", disk_of(0))
 
     def write(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Write random bytes and remember them."""
@@ -189,7 +190,7 @@ class Bench:
         copied = 0
         for _ in range(50):
             child.call("release_late", 0)
-            batch = child.call("resync", 0, 0, 32 << 20, 0.0, Plan(16, 0))
+            batch = child.call("resync", disk_of(0), 0, 32 << 20, 0.0, Plan(16, 0))
             copied += batch.copied_bytes
             status = child.call("remote_status", 0)
             if status.state is RemoteState.IN_SYNC:
@@ -209,11 +210,11 @@ class Bench:
             if error.errno != errno.EALREADY:
                 raise
         else:
-            child.call("local_admit")
+            child.call("admit", LOCAL)
         for _ in range(50):
             if child.call("status").local.state is LocalState.OK:
                 return
-            child.call("local_resync", 0, 32 << 20, 0.0, Plan(1, 0))
+            child.call("resync", LOCAL, 0, 32 << 20, 0.0, Plan(1, 0))
         raise AssertionError("copying back does not end")
 
     # --- judging ---

@@ -33,6 +33,7 @@ from nbd_mirror.rules.state import LocalState
 from nbd_mirror.server.keeper import RemotePolicy
 from nbd_mirror.volume import core
 from nbd_mirror.volume.mapview import open_map
+from nbd_mirror.volume.model import LOCAL
 
 HOLD_MS, DEADLINE_MS = 300, 1000
 LATE_S = 0.7
@@ -165,9 +166,9 @@ class MachineSite(RuleBasedStateMachine):
         assert self.child
         with contextlib.suppress(EngineError):  # it has not failed, or is in use
             self.child.call("local_attach", str(self.local), replaced=False)
-            self.child.call("local_admit")
+            self.child.call("admit", LOCAL)
         with contextlib.suppress(EngineError):  # no remote has it just now
-            self.child.call("local_resync", 0, SIZE, 0.0, Plan(1, 0))
+            self.child.call("resync", LOCAL, 0, SIZE, 0.0, Plan(1, 0))
 
     def running(self) -> bool:
         """Tell whether the primary runs."""
