@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Resync: copy to a remote what it misses.  See resync.c. */
+/* Resync: copy to a remote the regions that it misses.  See resync.c. */
 
 #ifndef NBDM_RESYNC_H
 #define NBDM_RESYNC_H

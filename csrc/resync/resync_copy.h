@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What resync.c, which drives a call, and resync_copy.c, which does its copies,
- * share.  All of it belongs to the calling thread, except what is named
- * `_locked`, which wants volume->lock.
+/* The interface between resync.c, which drives a call, and resync_copy.c, which
+ * does its copies.  Only the calling thread uses it; functions named `_locked`
+ * need volume->lock.
  */
 
 #ifndef NBDM_RESYNC_COPY_H
@@ -26,8 +26,8 @@ struct conn;
 #define RESYNC_COPY_COMMANDS 32      /* under way for one copy */
 
 /* Of a hole in one copy.  The range is held until the remote has zeroed it, so
- * it is as long as the remote is seen to be quick at that: a sparse image of
- * 100 GiB in hundreds of commands, a disk that writes its zeroes in 32 MiB.
+ * its length depends on how quickly the remote zeroes: a sparse image of 100
+ * GiB in hundreds of commands, a disk that writes its zeroes in 32 MiB.
  */
 #define RESYNC_MIN_HOLE (32u << 20)
 

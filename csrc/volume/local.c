@@ -35,10 +35,11 @@
 
 #define ZERO_WRITE (1u << 20) /* bytes of zeroes written at a time */
 
-/* --- who uses it ------------------------------------------------------- */
+/* --- its users --------------------------------------------------------- */
 
 /* A thread that does something on a local disk.  Only it writes here, so that a
- * request costs no line that cores share; who looks takes the lock of the list.
+ * request touches no cache line that cores share; a thread that reads it takes
+ * the lock of the list.
  */
 struct user {
   _Atomic (const struct nbdm *) volume;
@@ -83,8 +84,8 @@ list (void)
   me.listed = true;
 }
 
-/* Ordered before what the thread then looks at: either it sees that the disk
- * has failed, or who replaces the disk sees it.
+/* Ordered before what the thread then looks at: either the thread sees that the
+ * disk has failed, or the thread that replaces the disk sees this use.
  */
 void
 local_use (struct nbdm *v)
@@ -365,7 +366,7 @@ pwrite_here (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
   return rc;
 }
 
-/* 0: done; 1: this kind of zeroing is not to be had here; -errno. */
+/* 0: done; 1: the disk does not support this kind of zeroing; -errno. */
 static int
 zero_by_fallocate (struct nbdm *v, int mode, uint64_t count, uint64_t offset)
 {

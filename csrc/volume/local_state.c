@@ -16,15 +16,15 @@
  *   on the last remote that has it (mark_regions_locked).
  * - A remote that is the only one to have some bytes has them durably: it is
  *   flushed before local is said to miss anything, and writes ask it for FUA
- *   from then on.  For if it crashed, nobody could bring back what it lost.
+ *   from then on.  Otherwise its crash would lose the only copy.
  * - When local fails, what it answered and did not flush is not to be relied
  *   on either: so it misses the whole of every active extent, as after lost
  *   power.
  *
  * In a takeover the marks come first, and a superblock that says resyncing,
  * both durable, and only then the remote is flushed.  A process killed from
- * there on has a remote that serves what local may have lost; one killed
- * before has answered nothing by it.  Nobody is answered meanwhile
+ * there on has a remote that serves what local may have lost; one killed before
+ * has answered nothing by it.  No request is answered during the takeover
  * (`taking_over`).
  */
 
@@ -226,7 +226,7 @@ local_await_takeover_relock (struct nbdm *v)
     pthread_cond_wait (&v->changed, &v->lock);
 }
 
-/* Durable before those who wait are answered. */
+/* Durable before the waiting requests are answered. */
 static void
 end_taking_over_locked (struct nbdm *v)
 {
