@@ -58,8 +58,7 @@ choose_samples_locked (const struct nbdm *v, struct comparison *c)
   for (uint32_t i = 0; i < NR_SAMPLES; i++) {
     uint64_t number = le64toh (v->sb.samples[i].block);
 
-    if (number == 0 || number > (v->size - 1) / SAMPLE_BLOCK + 1
-        || sample_in_flux_locked (v, number - 1))
+    if (number == 0 || sample_in_flux_locked (v, number - 1))
       continue;
     c->samples[c->nr++] = v->sb.samples[i];
   }

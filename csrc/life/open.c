@@ -74,6 +74,7 @@
 #include "logs/layout.h"
 #include "logs/superblock.h"
 #include "volume/flusher.h"
+#include "volume/identity.h"
 #include "volume/local.h"
 #include "volume/local_open.h"
 #include "volume/state.h"
@@ -268,6 +269,7 @@ load_superblock (struct nbdm *v, const char *state_dir)
       || le32toh (v->sb.extent_size) != EXTENT_SIZE)
     return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
   v->nr_regions = (v->size - 1) / v->region_size + 1;
+  identity_void_outside (v);
   v->local.state = le32toh (v->sb.local_state);
   if (v->local.state < NBDM_LOCAL_OK || v->local.state > NBDM_LOCAL_RESYNCING)
     v->local.state = NBDM_LOCAL_FAILED;

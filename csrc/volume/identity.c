@@ -133,6 +133,14 @@ sample_in_flux_locked (const struct nbdm *v, uint64_t block)
 
 /* --- samples become void ----------------------------------------------- */
 
+void
+identity_void_outside (struct nbdm *v)
+{
+  for (uint32_t i = 0; i < NR_SAMPLES; i++)
+    if (le64toh (v->sb.samples[i].block) > nr_blocks (v))
+      v->sb.samples[i] = (struct disk_sample){ 0 };
+}
+
 static uint32_t
 void_where_locked (struct nbdm *v,
                    bool (*changes) (const struct nbdm *v, uint64_t block))

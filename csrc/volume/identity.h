@@ -21,6 +21,11 @@ struct described_disk {
 
 /* The bytes of a sample's block that belong to the volume. */
 uint64_t sample_length (const struct nbdm *v, uint64_t block);
+/* Forget the samples of blocks that the volume does not have: a superblock
+ * whose checksum is right can still name some.  At a start, before other
+ * threads run.
+ */
+void identity_void_outside (struct nbdm *v);
 /* May its content have changed since the sample was taken? */
 bool sample_in_flux_locked (const struct nbdm *v, uint64_t block);
 /* As struct disk_sample's `crc`. */
