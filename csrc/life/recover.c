@@ -348,7 +348,7 @@ remote_load (struct nbdm *v, const struct nbdm_remote_params *params,
 
     if (state >= NBDM_IN_SYNC && state <= NBDM_FAILED)
       r->state = state;
-    r->paused = flags & REMOTE_PAUSED;
+    r->disk.paused = flags & REMOTE_PAUSED;
     r->assumed = flags & REMOTE_ASSUMED;
     r->generation = le64toh (disk->generation);
     r->address = le64toh (disk->address);

@@ -374,7 +374,7 @@ nbdm_remote_pause (struct nbdm *v, uint32_t index, int paused)
   LOCK_FOR_SCOPE (&v->lock);
   rc = command_gate_locked (v);
   if (rc == 0) {
-    r->paused = paused;
+    r->disk.paused = paused;
     disk_bump_locked (&r->disk);
     rc = volume_persist_locked (v);
   }

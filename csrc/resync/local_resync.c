@@ -24,14 +24,13 @@
 #include "base/error.h"
 #include "base/fault.h"
 #include "base/file.h"
-#include "base/latency.h"
 #include "base/lock.h"
 #include "logs/bitmap.h"
 #include "logs/dirty_map.h"
 #include "logs/layout.h"
 #include "logs/rangelock.h"
 #include "request/read.h"
-#include "resync/resync.h"
+#include "resync/resync_call.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
 #include "volume/identity.h"
@@ -40,30 +39,27 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-#define COPY_BYTES (1u << 20) /* in one copy, or one region if more */
-#define FLUSH_NS 500000000    /* of what was copied: see resync.c */
-
 struct copy_back {
-  struct nbdm *volume;
-  uint64_t cursor; /* region */
+  struct resync_call call; /* first */
   uint8_t *buf;
-  size_t buf_size;
-  uint64_t max_bytes, until_ns;
-  uint64_t bytes, zero_bytes, cleaned_bytes;
-  uint64_t flushed_bytes, flushed_ns; /* how far it was, and when */
-  uint64_t flushed_zero_bytes;
-  uint64_t burst_ns; /* when the burst under way began */
-  struct resync_pace pace;
+  uint64_t flushed_bytes, flushed_zero_bytes; /* how far it was */
+  bool flush_failed;
 };
+
+static struct copy_back *
+copy_back_of (struct resync_call *c)
+{
+  return (struct copy_back *)c; /* its first member */
+}
 
 /* The next run that is missing and not copied, as long as the pace says. */
 static bool
 find_run_locked (const struct copy_back *b, uint64_t *first, uint64_t *count)
 {
-  const struct nbdm *v = b->volume;
+  const struct nbdm *v = b->call.target->volume;
   const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
   const struct bitmap *copied = &v->local.disk.dm.copied;
-  uint64_t nr = v->nr_regions, region = b->cursor, end;
+  uint64_t nr = v->nr_regions, region = b->call.cursor, end;
 
   for (;;) {
     region = bitmap_next_set (missing, region, nr);
@@ -74,7 +70,7 @@ find_run_locked (const struct copy_back *b, uint64_t *first, uint64_t *count)
       break;
     region = end;
   }
-  end = region + b->pace.copy_bytes / v->region_size;
+  end = region + b->call.pace.copy_bytes / v->region_size;
   end = bitmap_next_clear (missing, region, end < nr ? end : nr);
   end = bitmap_next_set (copied, region, end);
   *first = region;
@@ -106,7 +102,7 @@ lock_range (struct nbdm *v, struct range *range, pthread_cond_t *granted)
 static int
 copy_range (struct copy_back *b, const struct range *range)
 {
-  struct nbdm *v = b->volume;
+  struct nbdm *v = b->call.target->volume;
   int rc = source_pread (v, NULL, b->buf, range->length, range->offset);
 
   if (rc < 0)
@@ -117,7 +113,7 @@ copy_range (struct copy_back *b, const struct range *range)
   fault_point ("local_resync_after_read");
   if (all_zero (b->buf, range->length)) {
     rc = local_zero (v, range->length, range->offset, true);
-    b->zero_bytes += rc == 0 ? range->length : 0;
+    b->call.zero_bytes += rc == 0 ? range->length : 0;
   }
   else
     rc = local_pwrite (v, b->buf, range->length, range->offset);
@@ -133,15 +129,16 @@ copy_range (struct copy_back *b, const struct range *range)
     pthread_mutex_unlock (&v->lock);
     return -EIO;
   }
-  b->bytes += range->length;
+  b->call.issued_bytes += range->length;
   return 0;
 }
 
 /* 1: copied a run; 0: there is none; -errno. */
 static int
-copy_run (struct copy_back *b)
+copy_run (struct resync_call *c)
 {
-  struct nbdm *v = b->volume;
+  struct copy_back *b = copy_back_of (c);
+  struct nbdm *v = b->call.target->volume;
   pthread_cond_t granted = PTHREAD_COND_INITIALIZER;
   uint64_t first, count, end;
   struct range range;
@@ -171,22 +168,23 @@ copy_run (struct copy_back *b)
   pthread_mutex_unlock (&v->lock);
   local_leave ();
   /* Past one that has no source now, as others may have one. */
-  b->cursor = first + count;
+  b->call.cursor = first + count;
   return rc == 0 ? 1 : rc;
 }
 
 static void
 unflushed (const struct copy_back *b, uint64_t *used)
 {
-  used[BACKLOG_ZEROES] = b->zero_bytes - b->flushed_zero_bytes;
-  used[BACKLOG_DATA] = b->bytes - b->flushed_bytes - used[BACKLOG_ZEROES];
+  used[BACKLOG_ZEROES] = b->call.zero_bytes - b->flushed_zero_bytes;
+  used[BACKLOG_DATA]
+      = b->call.issued_bytes - b->flushed_bytes - used[BACKLOG_ZEROES];
 }
 
 /* Only what a flush begun after its copy has covered is no longer missing. */
 static int
 flush_and_clean (struct copy_back *b)
 {
-  struct nbdm *v = b->volume;
+  struct nbdm *v = b->call.target->volume;
   uint64_t cleaned, used[BACKLOG_KINDS], begin = now_ns ();
   int rc;
 
@@ -210,113 +208,99 @@ flush_and_clean (struct copy_back *b)
      */
     if (cleaned > 0)
       volume_persist_locked (v);
-    b->cleaned_bytes += cleaned * v->region_size;
-    v->local.disk.copied_bytes += cleaned * v->region_size;
+    resync_cleaned_locked (&b->call, cleaned);
     if (v->local.repairing)
       v->local.repaired += cleaned;
     local_update_state_locked (v);
   }
   pthread_mutex_unlock (&v->lock);
   local_leave ();
-  b->flushed_bytes = b->bytes;
-  b->flushed_zero_bytes = b->zero_bytes;
-  b->flushed_ns = now_ns ();
+  b->flushed_bytes = b->call.issued_bytes;
+  b->flushed_zero_bytes = b->call.zero_bytes;
+  b->call.flush_ended_ns = now_ns ();
+  b->flush_failed = rc < 0;
   return rc;
 }
 
 /* No deadline bounds a flush of the local disk, but progress is to show. */
-static bool
-flush_due (const struct copy_back *b)
+static int
+drive_flush (struct resync_call *c)
 {
-  uint64_t used[BACKLOG_KINDS], bytes = b->bytes - b->flushed_bytes;
+  struct copy_back *b = copy_back_of (c);
+  uint64_t used[BACKLOG_KINDS];
+  bool due = resync_flush_due (c, c->issued_bytes - b->flushed_bytes);
 
   unflushed (b, used);
-  return bytes >= b->volume->flush_bytes
-         || flush_bound_half (&b->volume->local.flush_bound, used)
-         || (bytes > 0 && now_ns () - b->flushed_ns >= FLUSH_NS);
+  due = due || flush_bound_half (&c->target->volume->local.flush_bound, used);
+  return due ? flush_and_clean (b) : 0;
 }
 
-/* Is the call over, whatever is left?  Else takes the pace to go on at. */
-static bool
-call_over (struct copy_back *b)
+/* Nothing is under way between two copies. */
+static int
+settle (struct resync_call *c)
 {
-  struct nbdm *v = b->volume;
-
-  LOCK_FOR_SCOPE (&v->lock);
-  b->pace = v->local.disk.pace;
-  return v->waking || b->bytes >= b->max_bytes || now_ns () >= b->until_ns;
-}
-
-/* Leave the disks to clients for a while, after a burst. */
-static void
-rest_if_due (struct copy_back *b)
-{
-  struct nbdm *v = b->volume;
-  uint64_t until_ns = now_ns () + b->pace.rest_us * NS_PER_US;
-  bool resting = true;
-
-  if (b->pace.rest_us == 0
-      || now_ns () - b->burst_ns < b->pace.burst_us * NS_PER_US)
-    return;
-  latency_copying (&v->latency, false);
-  pthread_mutex_lock (&v->lock);
-  while (resting && v->local.state == NBDM_LOCAL_RESYNCING && !v->waking
-         && !v->stopping && v->local.disk.pace.rest_us > 0)
-    resting = wait_until (&v->events, &v->lock, until_ns);
-  pthread_mutex_unlock (&v->lock);
-  latency_copying (&v->latency, true);
-  b->burst_ns = now_ns ();
+  (void)c;
+  return 0;
 }
 
 static int
-run_batch (struct copy_back *b, struct nbdm_resync *io)
+finish (struct resync_call *c, int rc)
 {
-  int rc = 1, clean_rc;
+  struct copy_back *b = copy_back_of (c);
+  int clean_rc = 0;
 
-  while (rc == 1 && !call_over (b)) {
-    rc = copy_run (b);
-    if (rc == 1 && flush_due (b)) {
-      clean_rc = flush_and_clean (b);
-      if (clean_rc < 0)
-        return clean_rc;
-    }
-    if (rc == 1)
-      rest_if_due (b);
-  }
-  io->next_region = rc == 0 ? 0 : b->cursor;
-  io->zero_bytes = b->zero_bytes;
-  clean_rc = rc == -EIO ? 0 : flush_and_clean (b);
+  if (rc != -EIO && !b->flush_failed)
+    clean_rc = flush_and_clean (b);
   return rc < 0 ? rc : clean_rc;
 }
 
-int
-resync_local (struct nbdm *v, struct nbdm_resync *io)
+static int
+begin_locked (struct resync_call *c)
 {
-  uint64_t now = now_ns ();
-  struct copy_back b = {
-    .volume = v,
-    .cursor = io->first_region,
-    .max_bytes = io->max_bytes,
-    .until_ns = io->max_ms ? now + io->max_ms * NS_PER_MS : NEVER,
-    .flushed_ns = now,
-    .burst_ns = now,
-  };
-  int rc;
+  const struct nbdm *v = c->target->volume;
+  int rc = command_gate_locked (v);
 
-  pthread_mutex_lock (&v->lock);
-  rc = command_gate_locked (v);
-  pthread_mutex_unlock (&v->lock);
-  if (rc < 0 || atomic_load (&v->local.state) != NBDM_LOCAL_RESYNCING)
-    return rc;
-  b.buf_size = v->region_size > COPY_BYTES ? v->region_size : COPY_BYTES;
-  b.buf = malloc (b.buf_size);
-  if (b.buf == NULL)
-    return set_error (-ENOMEM, "copying back");
-  nbdm_disk_resync_pace (v, NBDM_LOCAL, &io->pace);
-  latency_copying (&v->latency, true);
-  rc = run_batch (&b, io);
-  latency_copying (&v->latency, false);
-  io->copied_bytes = b.cleaned_bytes;
-  free (b.buf);
-  return rc;
+  return rc < 0 ? rc : v->local.state == NBDM_LOCAL_RESYNCING;
+}
+
+static bool
+usable_locked (const struct resync_call *c)
+{
+  return c->target->volume->local.state == NBDM_LOCAL_RESYNCING;
+}
+
+static int
+prepare (struct resync_call *c)
+{
+  struct copy_back *b = copy_back_of (c);
+  uint32_t region = c->target->volume->region_size;
+
+  b->buf = malloc (region > RESYNC_COPY_BYTES ? region : RESYNC_COPY_BYTES);
+  return b->buf ? 0 : set_error (-ENOMEM, "copying back");
+}
+
+static void
+release (struct resync_call *c)
+{
+  free (copy_back_of (c)->buf);
+}
+
+static const struct copy_strategy to_local = {
+  .begin_locked = begin_locked,
+  .prepare = prepare,
+  .release = release,
+  .copy = copy_run,
+  .flush = drive_flush,
+  .settle = settle,
+  .usable_locked = usable_locked,
+  .finish = finish,
+};
+
+int
+resync_to_local (struct nbdm *v, struct nbdm_resync *io)
+{
+  struct copy_back b
+      = { .call = { .target = &v->local.disk, .how = &to_local } };
+
+  return resync_run (&b.call, io);
 }

@@ -19,13 +19,6 @@
  * with a flush of all it copied: so no region is copied again while a flush is
  * under way that would then be taken to cover its second copy.
  *
- * One call goes on for as long as its caller likes, because each end of it
- * leaves the link idle for two round trips.  What may change meanwhile, how
- * much is under way and how long it rests, is read anew for each copy
- * (nbdm_resync_pace); a pause, a stop or a lost connection ends the call.  A
- * copy does not outlive it, as no thread would take its answer and free its
- * range.
- *
  * Never wait for a range while holding another: a client's write may wait for
  * the range we hold and stand before us at the range we want.  So a range that
  * is not free at once is taken only after every copy under way has ended, and
@@ -40,10 +33,9 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/fault.h"
-#include "base/latency.h"
 #include "base/lock.h"
 #include "logs/dirty_map.h"
-#include "resync/resync.h"
+#include "resync/resync_call.h"
 #include "resync/resync_copy.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
@@ -51,14 +43,11 @@
 #include "volume/volume.h"
 #include "wire/conn.h"
 
-#define MAX_DEPTH 64
-#define LEAST_COMMAND (64u << 10) /* a region may be less */
-
-/* What was copied is flushed when it is this old, so that progress shows, or
- * this much (flush_bytes), so that little is copied again after an outage.
- */
-#define FLUSH_NS 500000000
-#define MAX_REST_NS 2000000000 /* that progress shows */
+static struct batch *
+batch_of (struct resync_call *c)
+{
+  return (struct batch *)c; /* its first member */
+}
 
 static int
 end_copy (struct batch *b, struct copy *copy)
@@ -145,8 +134,7 @@ clean (struct batch *b)
   if (cleaned > 0 && v->local.state != NBDM_LOCAL_OK)
     volume_persist_locked (v);
   fault_point ("resync_after_clean");
-  b->cleaned_bytes += cleaned * v->region_size;
-  r->disk.copied_bytes += cleaned * v->region_size;
+  resync_cleaned_locked (&b->call, cleaned);
   pthread_mutex_unlock (&v->lock);
   b->flushing.nr = 0;
 }
@@ -162,7 +150,7 @@ end_flush (struct batch *b, bool wait)
   else if (!remote_flush_poll (&b->flush, &rc))
     return 0;
   b->flush_begun = false;
-  b->flush_ended_ns = now_ns ();
+  b->call.flush_ended_ns = now_ns ();
   if (rc < 0)
     return set_message (-ENOTCONN, "the connection was lost");
   clean (b);
@@ -180,14 +168,14 @@ is_pressed (const struct batch *b)
 
 /* Beside copies that go on: one flush at a time, when it is due. */
 static int
-drive_flush (struct batch *b)
+drive_flush (struct resync_call *c)
 {
+  struct batch *b = batch_of (c);
+
   if (b->flush_begun)
     return end_flush (b, false);
   if (b->copied.nr > 0
-      && (now_ns () - b->flush_ended_ns >= FLUSH_NS
-          || bytes_of (b, &b->copied) >= b->remote->disk.volume->flush_bytes
-          || is_pressed (b)))
+      && (resync_flush_due (c, bytes_of (b, &b->copied)) || is_pressed (b)))
     begin_flush (b);
   return 0;
 }
@@ -199,6 +187,12 @@ end_copies_and_flush (struct batch *b)
   int rc = end_all (b);
 
   return rc == 0 && b->flush_begun ? end_flush (b, true) : rc;
+}
+
+static int
+settle (struct resync_call *c)
+{
+  return end_copies_and_flush (batch_of (c));
 }
 
 /* No copy is under way any more: flush what is not. */
@@ -271,9 +265,9 @@ make_room (struct batch *b)
   bool full;
 
   pthread_mutex_lock (&v->lock);
-  full
-      = backlog_room_locked (b->remote, BACKLOG_DATA, b->pace.copy_bytes, false)
-        == 0;
+  full = backlog_room_locked (b->remote, BACKLOG_DATA, b->call.pace.copy_bytes,
+                              false)
+         == 0;
   pthread_mutex_unlock (&v->lock);
   if (!full)
     return 0;
@@ -312,14 +306,15 @@ copy_run (struct batch *b, struct copy *copy, struct run *run)
   rc = resync_send_copy (b, copy);
   if (rc == -EAGAIN)
     return 0; /* the cursor has not moved */
-  b->cursor = run->first + run->count;
+  b->call.cursor = run->first + run->count;
   return rc < 0 ? rc : 1;
 }
 
 /* Start one copy: 1 go on, 0 nothing left to copy, -errno. */
 static int
-start_copy (struct batch *b)
+start_copy (struct resync_call *c)
 {
+  struct batch *b = batch_of (c);
   struct remote *r = b->remote;
   struct nbdm *v = r->disk.volume;
   struct copy *copy;
@@ -327,7 +322,7 @@ start_copy (struct batch *b)
   bool found;
   int rc = end_answered (b);
 
-  while (rc == 0 && b->nr_busy >= b->pace.depth)
+  while (rc == 0 && b->nr_busy >= b->call.pace.depth)
     rc = end_copy (b, TAILQ_FIRST (&b->busy));
   if (rc == 0)
     rc = make_room (b);
@@ -350,111 +345,60 @@ start_copy (struct batch *b)
   return rc < 0 ? rc : 1;
 }
 
-/* Is the call over, whatever is left?  Else takes the pace to go on at. */
-static bool
-call_over (struct batch *b)
-{
-  struct remote *r = b->remote;
-  struct nbdm *v = r->disk.volume;
-
-  LOCK_FOR_SCOPE (&v->lock);
-  b->pace = r->disk.pace;
-  return r->paused || v->waking || b->issued_bytes >= b->max_bytes
-         || now_ns () >= b->until_ns;
-}
-
-/* Leave the remote to clients for a while; nothing may be under way. */
-static void
-rest (struct batch *b, uint64_t rest_ns)
-{
-  struct remote *r = b->remote;
-  struct nbdm *v = r->disk.volume;
-  uint64_t until_ns = now_ns () + rest_ns;
-  bool resting = true;
-
-  LOCK_FOR_SCOPE (&v->lock);
-  while (resting && r->conn == b->conn && !r->paused && !v->waking
-         && !v->stopping && r->disk.pace.rest_us > 0)
-    resting = wait_until (&v->events, &v->lock, until_ns);
-}
-
-/* After a burst: no thread may have to wait for us while we rest. */
 static int
-rest_if_due (struct batch *b)
+finish (struct resync_call *c, int rc)
 {
-  uint64_t burst_ns = b->pace.burst_us * NS_PER_US;
-  uint64_t rest_ns = b->pace.rest_us * NS_PER_US;
-  uint64_t took_ns = now_ns () - b->burst_ns;
-  int rc;
+  struct batch *b = batch_of (c);
+  int end_rc = end_all (b);
 
-  if (rest_ns == 0 || took_ns < burst_ns)
-    return 0;
-  rc = end_copies_and_flush (b);
-  took_ns = now_ns () - b->burst_ns;
-  /* On a slow link one copy takes many bursts: clients get their share. */
-  if (burst_ns > 0 && took_ns > burst_ns) {
-    double longer = (double)rest_ns * (double)took_ns / (double)burst_ns;
-
-    if (longer > MAX_REST_NS)
-      longer = MAX_REST_NS;
-    if (longer > (double)rest_ns)
-      rest_ns = (uint64_t)longer;
-  }
-  if (rc == 0) {
-    latency_copying (&b->remote->disk.volume->latency, false);
-    rest (b, rest_ns);
-    latency_copying (&b->remote->disk.volume->latency, true);
-  }
-  b->burst_ns = now_ns ();
-  return rc;
-}
-
-static int
-run_batch (struct batch *b, struct nbdm_resync *io)
-{
-  struct nbdm *v = b->remote->disk.volume;
-  int rc = 1, end_rc;
-
-  while (rc == 1 && !call_over (b)) {
-    rc = start_copy (b);
-    if (rc == 1) {
-      int flush_rc = drive_flush (b);
-
-      if (flush_rc == 0)
-        flush_rc = rest_if_due (b);
-      if (flush_rc < 0)
-        rc = flush_rc;
-    }
-  }
-  end_rc = end_all (b);
-  io->next_region = rc == 1 || rc < 0 ? b->cursor : 0;
-  io->zero_bytes = b->zero_bytes;
   if (rc >= 0)
     rc = end_rc;
   /* A local read error must not keep the others from becoming clean. */
   end_rc = flush_all (b);
   if (rc >= 0)
     rc = end_rc;
-  io->copied_bytes = b->cleaned_bytes;
-  LOCK_FOR_SCOPE (&v->lock);
+  LOCK_FOR_SCOPE (&c->target->volume->lock);
   if (b->remote->state == NBDM_RESYNCING)
     remote_update_state_locked (b->remote);
   return rc;
 }
 
 static int
-allocate (struct batch *b)
+begin_locked (struct resync_call *c)
 {
-  const struct nbdm *v = b->remote->disk.volume;
+  struct batch *b = batch_of (c);
+  struct remote *r = b->remote;
+  const struct nbdm *v = r->disk.volume;
+
+  if (v->failed || v->stopping || !r->admitted)
+    return set_message (-ENOTCONN, "the remote is not connected");
+  b->conn = conn_get (r->conn);
+  r->answer_ns = UINT64_MAX;
+  return 1;
+}
+
+static bool
+usable_locked (const struct resync_call *c)
+{
+  const struct batch *b = (const struct batch *)c;
+
+  return b->remote->conn == b->conn;
+}
+
+static int
+prepare (struct resync_call *c)
+{
+  const struct nbdm *v = c->target->volume;
+  struct batch *b = batch_of (c);
 
   TAILQ_INIT (&b->idle);
   TAILQ_INIT (&b->busy);
   b->buf_size
       = v->region_size > RESYNC_COPY_BYTES ? v->region_size : RESYNC_COPY_BYTES;
-  b->copies = calloc (MAX_DEPTH, sizeof *b->copies);
+  b->copies = calloc (RESYNC_MAX_DEPTH, sizeof *b->copies);
   if (b->copies == NULL)
     return set_error (-ENOMEM, "resync");
-  for (uint32_t i = 0; i < MAX_DEPTH; i++) {
+  for (uint32_t i = 0; i < RESYNC_MAX_DEPTH; i++) {
     pthread_cond_init (&b->copies[i].granted, NULL);
     TAILQ_INSERT_HEAD (&b->idle, &b->copies[i], link);
   }
@@ -462,9 +406,11 @@ allocate (struct batch *b)
 }
 
 static void
-release (struct batch *b)
+release (struct resync_call *c)
 {
-  for (uint32_t i = 0; b->copies && i < MAX_DEPTH; i++) {
+  struct batch *b = batch_of (c);
+
+  for (uint32_t i = 0; b->copies && i < RESYNC_MAX_DEPTH; i++) {
     free (b->copies[i].buf);
     pthread_cond_destroy (&b->copies[i].granted);
   }
@@ -474,98 +420,26 @@ release (struct batch *b)
   conn_put (b->conn);
 }
 
-struct resync_pace
-resync_pace (const struct nbdm *v, const struct nbdm_pace *pace)
-{
-  uint32_t bytes = pace->copy_bytes ? pace->copy_bytes : RESYNC_COPY_BYTES;
-  uint32_t region = v->region_size;
-  uint32_t depth = pace->depth < 1           ? 1
-                   : pace->depth > MAX_DEPTH ? MAX_DEPTH
-                                             : pace->depth;
-  struct resync_pace found
-      = { .burst_us = pace->burst_us, .rest_us = pace->rest_us };
-
-  bytes = bytes < RESYNC_COPY_BYTES ? bytes : RESYNC_COPY_BYTES;
-  found.command_bytes = bytes > LEAST_COMMAND ? bytes : LEAST_COMMAND;
-  found.window = depth < RESYNC_COPY_COMMANDS ? depth : RESYNC_COPY_COMMANDS;
-  found.copy_bytes = bytes > region ? bytes - bytes % region : region;
-  /* As much is under way in fewer copies, if a region is longer than one. */
-  found.depth = (uint32_t)((uint64_t)depth * bytes / found.copy_bytes);
-  if (found.depth < 1)
-    found.depth = 1;
-  if (found.depth > depth)
-    found.depth = depth;
-  return found;
-}
-
-static void
-set_pace_locked (struct disk *d, const struct nbdm_pace *pace)
-{
-  if (d->pace.rest_us > 0 && pace->rest_us == 0)
-    pthread_cond_broadcast (&d->volume->events); /* ends the rest */
-  d->pace = resync_pace (d->volume, pace);
-}
+static const struct copy_strategy to_remote = {
+  .begin_locked = begin_locked,
+  .prepare = prepare,
+  .release = release,
+  .copy = start_copy,
+  .flush = drive_flush,
+  .settle = settle,
+  .usable_locked = usable_locked,
+  .finish = finish,
+  .stretches_rests = true,
+};
 
 int
-nbdm_disk_resync_pace (struct nbdm *v, uint32_t disk,
-                       const struct nbdm_pace *pace)
+resync_to_remote (struct remote *r, struct nbdm_resync *io)
 {
-  struct disk *d = volume_disk (v, disk);
-
-  if (d == NULL)
-    return no_such_disk (disk);
-  LOCK_FOR_SCOPE (&v->lock);
-  set_pace_locked (d, pace);
-  return 0;
-}
-
-static int
-resync_remote (struct remote *r, struct nbdm_resync *io)
-{
-  struct nbdm *v = r->disk.volume;
-  uint64_t now = now_ns ();
   struct batch b = {
-    .cursor = io->first_region,
-    .max_bytes = io->max_bytes,
-    .until_ns = io->max_ms ? now + io->max_ms * NS_PER_MS : NEVER,
-    .burst_ns = now,
-    .flush_ended_ns = now,
+    .call = { .target = &r->disk, .how = &to_remote },
+    .remote = r,
     .hole_bytes = RESYNC_MIN_HOLE,
   };
-  int rc = 0;
 
-  b.remote = r;
-  pthread_mutex_lock (&v->lock);
-  if (v->failed || v->stopping || !r->admitted)
-    rc = set_message (-ENOTCONN, "the remote is not connected");
-  else {
-    b.conn = conn_get (r->conn);
-    r->disk.copying = true;
-    r->disk.pace = resync_pace (v, &io->pace);
-    r->answer_ns = UINT64_MAX;
-  }
-  pthread_mutex_unlock (&v->lock);
-  if (rc < 0)
-    return rc;
-  rc = allocate (&b);
-  if (rc == 0) {
-    latency_copying (&v->latency, true);
-    rc = run_batch (&b, io);
-    latency_copying (&v->latency, false);
-  }
-  pthread_mutex_lock (&v->lock);
-  r->disk.copying = false;
-  pthread_mutex_unlock (&v->lock);
-  release (&b);
-  return rc;
-}
-
-int
-nbdm_disk_resync (struct nbdm *v, uint32_t disk, struct nbdm_resync *io)
-{
-  if (volume_disk (v, disk) == NULL)
-    return no_such_disk (disk);
-  io->next_region = io->copied_bytes = io->zero_bytes = 0;
-  return disk == NBDM_LOCAL ? resync_local (v, io)
-                            : resync_remote (&v->remotes[disk - 1], io);
+  return resync_run (&b.call, io);
 }

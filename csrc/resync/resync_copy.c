@@ -38,7 +38,7 @@ resync_find_run_locked (struct batch *b, struct run *run)
   const struct bitmap *dirty = &r->disk.dm.map[MAP_DIRTY];
   const struct bitmap *late = &r->disk.dm.map[MAP_LATE];
   const struct bitmap *lost = &r->disk.dm.lost;
-  uint64_t nr = v->nr_regions, first = b->cursor, end;
+  uint64_t nr = v->nr_regions, first = b->call.cursor, end;
   bool was_late = false;
 
   for (;;) {
@@ -89,8 +89,8 @@ resync_size_copy (struct batch *b, struct copy *copy, struct run *run)
   copy->hole = hole_end > offset && conn_info (b->conn)->can_zero;
   if (copy->hole)
     end = hole_end;
-  else if (end - offset > b->pace.copy_bytes)
-    end = offset + b->pace.copy_bytes;
+  else if (end - offset > b->call.pace.copy_bytes)
+    end = offset + b->call.pace.copy_bytes;
   run->count = (end - offset + v->region_size - 1) / v->region_size;
   copy->range = (struct range){ .offset = offset,
                                 .length = end - offset,
@@ -171,8 +171,8 @@ static uint64_t
 next_length (struct batch *b, struct copy *copy, bool zero, uint64_t wanted)
 {
   enum backlog_kind kind = zero ? BACKLOG_ZEROES : BACKLOG_DATA;
-  unsigned max = copy->range.length > b->pace.command_bytes && !copy->hole
-                     ? b->pace.window
+  unsigned max = copy->range.length > b->call.pace.command_bytes && !copy->hole
+                     ? b->call.pace.window
                      : RESYNC_COPY_COMMANDS;
   struct nbdm *v = b->remote->disk.volume;
   uint64_t room = 0;
@@ -200,8 +200,8 @@ send_segment (struct batch *b, struct copy *copy, uint64_t offset,
   uint64_t max = info->max_payload;
 
   zero = zero && info->can_zero;
-  if (!zero && max > b->pace.command_bytes)
-    max = b->pace.command_bytes;
+  if (!zero && max > b->call.pace.command_bytes)
+    max = b->call.pace.command_bytes;
   while (length > 0) {
     uint64_t room = next_length (b, copy, zero, length < max ? length : max);
     struct command *cmd = &copy->commands[copy->nr++];
@@ -216,7 +216,7 @@ send_segment (struct batch *b, struct copy *copy, uint64_t offset,
     if (conn_issue (b->conn, cmd, &copy->waiter) < 0)
       cmd->error = ENOTCONN;
     if (zero)
-      b->zero_bytes += cmd->length;
+      b->call.zero_bytes += cmd->length;
     offset += cmd->length;
     length -= cmd->length;
   }
@@ -296,7 +296,7 @@ resync_send_copy (struct batch *b, struct copy *copy)
     send_data (b, copy);
   }
   fault_point ("resync_after_send");
-  b->issued_bytes += length;
+  b->call.issued_bytes += length;
   return 0;
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The interface between resync.c, which drives a call, and resync_copy.c, which
- * does its copies.  Only the calling thread uses it; functions named `_locked`
- * need volume->lock.
+/* The interface between resync.c, which orders a remote's copies and flushes,
+ * and resync_copy.c, which does the copies.  Only the calling thread uses it;
+ * functions named `_locked` need volume->lock.
  */
 
 #ifndef NBDM_RESYNC_COPY_H
@@ -15,15 +15,13 @@
 #include <sys/queue.h>
 
 #include "logs/rangelock.h"
+#include "resync/resync_call.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
 #include "volume/volume.h"
 #include "wire/conn.h"
 
 struct conn;
-
-#define RESYNC_COPY_BYTES (1u << 20) /* of data in one copy, or one region */
-#define RESYNC_COPY_COMMANDS 32      /* under way for one copy */
 
 /* Of a hole in one copy.  The range is held until the remote has zeroed it, so
  * its length depends on how quickly the remote zeroes: a sparse image of 100
@@ -55,15 +53,11 @@ struct runs {
   size_t nr, max;
 };
 
-/* One call of nbdm_disk_resync. */
+/* A call that copies to a remote. */
 struct batch {
-  struct remote *remote;
+  struct resync_call call; /* first */
+  struct remote *remote;   /* the target */
   struct conn *conn;
-  uint64_t cursor; /* region */
-  uint64_t max_bytes, until_ns;
-  uint64_t issued_bytes, zero_bytes, cleaned_bytes;
-  struct resync_pace pace; /* as it was when the last copy began */
-  uint64_t burst_ns;       /* when the burst under way began */
   uint64_t hole_bytes;
   size_t buf_size;
   struct copy *copies;
@@ -75,7 +69,6 @@ struct batch {
   struct runs flushing; /* answered before `flush` began */
   struct remote_flush flush;
   bool flush_begun;
-  uint64_t flush_ended_ns; /* the last one, or the call's begin */
 };
 
 /* The next run of regions to copy, at most as long as a hole may be; false:

@@ -47,6 +47,7 @@ struct disk {
   int64_t since; /* in this state, seconds since 1970 */
   uint64_t serial;
   struct flush_group flush;
+  bool paused;  /* by an operator: no resync; not local */
   bool copying; /* a resync call is under way */
   struct resync_pace pace;
   uint64_t copied_bytes; /* made clean, since start */

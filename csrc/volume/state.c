@@ -209,7 +209,7 @@ disk_remote (const struct remote *r)
 {
   struct disk_remote disk = {
     .state = htole32 (persistent_state (r)),
-    .flags = htole32 ((r->paused ? REMOTE_PAUSED : 0)
+    .flags = htole32 ((r->disk.paused ? REMOTE_PAUSED : 0)
                       | (r->assumed ? REMOTE_ASSUMED : 0)),
     .generation = htole64 (r->generation),
     .since = (int64_t)htole64 ((uint64_t)r->disk.since),

@@ -122,10 +122,11 @@ tell_remote_locked (const struct remote *r, struct nbdm_disk_status *status)
     report = conn_report (r->conn);
   tell_disk_locked (&r->disk, status);
   status->state = r->state;
-  if (r->paused && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
+  if (r->disk.paused
+      && (r->state == NBDM_OUT_OF_SYNC || r->state == NBDM_RESYNCING))
     status->state = NBDM_PAUSED;
   status->remote = (struct nbdm_remote_status){
-    .paused = r->paused,
+    .paused = r->disk.paused,
     .assumed = r->assumed,
     .connected = r->conn != NULL,
     .admitted = r->admitted,

@@ -107,8 +107,7 @@ struct remote {
   uint64_t address;            /* as struct disk_remote's */
   uint64_t connected_at;       /* the address of the latest connection */
   bool admitted;               /* its sample matched: the connection is used */
-  enum nbdm_remote_state state; /* never NBDM_PAUSED: see `paused` */
-  bool paused;
+  enum nbdm_remote_state state; /* never NBDM_PAUSED: see disk.paused */
   bool assumed;
   uint64_t generation; /* the volume's when last in sync */
   uint64_t hold_until_ns;
