@@ -145,7 +145,9 @@ struct nbdm_disk_status {
     uint64_t remote_size;    /* bytes, of the last connection; or 0 */
     uint64_t commands;       /* answered since start */
     uint64_t answered_bytes; /* of copies since start, made clean or not yet */
-    uint64_t answer_ns; /* shortest time of a copy in the last call; 0: none */
+    uint64_t answered_zero_bytes; /* of these, sent as zeroes */
+    uint64_t answer_ns; /* shortest time of a copy of data in the last call, or
+                           0: none */
   } remote;
 };
 

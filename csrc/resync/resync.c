@@ -439,6 +439,7 @@ resync_to_remote (struct remote *r, struct nbdm_resync *io)
     .call = { .target = &r->disk, .how = &to_remote },
     .remote = r,
     .hole_bytes = RESYNC_MIN_HOLE,
+    .answer_ns = UINT64_MAX,
   };
 
   return resync_run (&b.call, io);

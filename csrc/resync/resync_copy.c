@@ -215,8 +215,10 @@ send_segment (struct batch *b, struct copy *copy, uint64_t offset,
     };
     if (conn_issue (b->conn, cmd, &copy->waiter) < 0)
       cmd->error = ENOTCONN;
-    if (zero)
+    if (zero) {
       b->call.zero_bytes += cmd->length;
+      copy->zero_bytes += cmd->length;
+    }
     offset += cmd->length;
     length -= cmd->length;
   }
@@ -276,6 +278,7 @@ resync_send_copy (struct batch *b, struct copy *copy)
 
   copy->nr = 0;
   copy->error = 0;
+  copy->zero_bytes = 0;
   copy->waiter = (struct waiter)WAITER_INIT;
   copy->sent_ns = now_ns ();
   if (copy->hole) {
@@ -322,8 +325,9 @@ remember_run (struct runs *runs, const struct run *run)
   return 0;
 }
 
-/* What the answer's time tells: how far the remote is, and how quickly it
- * zeroes.
+/* The time of the answer tells how far the remote is and how quickly it zeroes.
+ * Zeroes cost the link nothing, so they are counted apart: the pace measures
+ * the link by the data alone.
  */
 static void
 measure_locked (struct batch *b, const struct copy *copy)
@@ -332,13 +336,16 @@ measure_locked (struct batch *b, const struct copy *copy)
   uint64_t took_ns = now_ns () - copy->sent_ns;
 
   r->answered_bytes += copy->range.length;
-  if (took_ns < r->answer_ns)
+  r->answered_zero_bytes += copy->zero_bytes;
+  if (copy->zero_bytes < copy->range.length && took_ns < r->answer_ns)
     r->answer_ns = took_ns;
+  if (took_ns < b->answer_ns)
+    b->answer_ns = took_ns;
   if (!copy->hole)
     return;
-  if (took_ns > r->answer_ns + 2 * QUICK_NS && b->hole_bytes > RESYNC_MIN_HOLE)
+  if (took_ns > b->answer_ns + 2 * QUICK_NS && b->hole_bytes > RESYNC_MIN_HOLE)
     b->hole_bytes /= 2;
-  else if (took_ns < r->answer_ns + QUICK_NS && b->hole_bytes < MAX_HOLE
+  else if (took_ns < b->answer_ns + QUICK_NS && b->hole_bytes < MAX_HOLE
            && copy->range.length > b->hole_bytes / 2)
     b->hole_bytes *= 2;
 }

@@ -33,8 +33,9 @@ struct copy {
   struct range range;
   pthread_cond_t granted;
   bool hole;
-  bool was_late; /* before: its answer says nothing of the late command */
-  int error;     /* -errno of commands already answered */
+  uint64_t zero_bytes; /* of the range, sent as zeroes */
+  bool was_late;       /* before: its answer says nothing of the late command */
+  int error;           /* -errno of commands already answered */
   uint8_t *buf;
   unsigned nr;
   struct command commands[RESYNC_COPY_COMMANDS];
@@ -59,6 +60,7 @@ struct batch {
   struct remote *remote;   /* the target */
   struct conn *conn;
   uint64_t hole_bytes;
+  uint64_t answer_ns; /* the shortest time of a copy, data or zeroes */
   size_t buf_size;
   struct copy *copies;
   /* The one used last first: its buffer is in the cache. */

@@ -138,6 +138,7 @@ tell_remote_locked (const struct remote *r, struct nbdm_disk_status *status)
     .commands = r->commands + report.answered,
     .remote_size = r->remote_size,
     .answered_bytes = r->answered_bytes,
+    .answered_zero_bytes = r->answered_zero_bytes,
     .answer_ns = r->answer_ns == UINT64_MAX ? 0 : r->answer_ns,
   };
 }

@@ -125,9 +125,10 @@ struct remote {
    */
   atomic_bool refuses_zeroes;
   uint64_t remote_size;
-  uint64_t commands;       /* answered on earlier connections */
-  uint64_t answered_bytes; /* of copies, since start */
-  uint64_t answer_ns;      /* the shortest time of a copy in this call */
+  uint64_t commands;            /* answered on earlier connections */
+  uint64_t answered_bytes;      /* of copies, since start */
+  uint64_t answered_zero_bytes; /* of these, sent as zeroes */
+  uint64_t answer_ns; /* the shortest time of a copy of data in this call */
 };
 
 /* Which of a request's legs is this remote's. */

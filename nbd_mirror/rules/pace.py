@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Counts", "Latency", "Pace", "Plan", "Window", "quantile"]
+__all__ = ["Answered", "Counts", "Latency", "Pace", "Plan", "Window", "quantile"]
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -38,6 +38,23 @@ class Latency:
 
     quiet: Sequence[Counts]
     disturbed: Sequence[Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """
+    What a remote has answered of copies.
+
+    Args:
+        data_bytes, zero_bytes: running counts since the start; zeroes travel as a
+            command without data.
+        answer_s: the shortest time of a copy of data in the present call, seconds; 0:
+            none was answered yet.
+    """
+
+    data_bytes: int
+    zero_bytes: int
+    answer_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,11 @@ class Window:
     rates: answers come in bursts, and a flush or a busy machine holds them up, so that
     one low rate says nothing of the link.
 
+    Only data counts. The remote answers a hole of a gigabyte in a moment, whatever the
+    link: with it a slow link would seem quick. And a time in which more zeroes than
+    data were answered had less data than the link takes, so its rate counts only if it
+    is the best one, as BBR has it for a sender without enough to send.
+
     With one copy under way a long way looks like a slow link: its answer takes as long
     on either. So two are tried now and then. Else a link that was slow for a while
     would never be filled again.
@@ -105,7 +127,7 @@ class Window:
         self._lone = 0  # rates in a row that asked for one copy
         self._opened = self.FIRST  # what `bytes` was when the rate began
         self._grown_by = 0  # answered bytes that the window has grown by
-        self._since: tuple[float, int] | None = None
+        self._since: tuple[float, Answered] | None = None
         self._answer_s = 0.0
 
     def restart(self) -> None:
@@ -118,32 +140,32 @@ class Window:
             self.bytes = min(self.bytes, self._opened)
         self._since = None
 
-    def update(self, now: float, answered_bytes: int, answer_s: float) -> None:
-        """
-        Take the running count of bytes answered and the shortest time of a copy.
-
-        Args:
-            answer_s: in the present call, seconds; 0 if none was answered yet.
-        """
+    def update(self, now: float, answered: Answered) -> None:
+        """Take what was answered until *now*."""
+        data_bytes, answer_s = answered.data_bytes, answered.answer_s
         if answer_s <= 0:
             return
-        if self._since is None or answered_bytes < self._since[1]:
-            self._since, self._answer_s = (now, answered_bytes), answer_s
-            self._grown_by, self._opened = answered_bytes, self.bytes
+        if self._since is None or data_bytes < self._since[1].data_bytes:
+            self._since, self._answer_s = (now, answered), answer_s
+            self._grown_by, self._opened = data_bytes, self.bytes
             if answer_s > self.SLOW_S:
                 self.bytes = self.LEAST
             return
         # A new call begins with an empty link and measures anew, so only grow slowly.
         self._answer_s = min(answer_s, self._answer_s * 1.1)
         if not self._full:
-            self.bytes = min(self.bytes + answered_bytes - self._grown_by, self.MOST)
-            self._grown_by = answered_bytes
+            self.bytes = min(self.bytes + data_bytes - self._grown_by, self.MOST)
+            self._grown_by = data_bytes
         then, before = self._since
         periods = self.PERIODS if self._full else 1
-        if now - then < periods * self._answer_s or answered_bytes == before:
+        data = data_bytes - before.data_bytes
+        if now - then < periods * self._answer_s or data == 0:
             return
-        self._take_rate((answered_bytes - before) / (now - then))
-        self._since, self._opened = (now, answered_bytes), self.bytes
+        rate = data / (now - then)
+        mostly_zeroes = answered.zero_bytes - before.zero_bytes > data
+        if not mostly_zeroes or rate > max(self._rates, default=0.0):
+            self._take_rate(rate)
+        self._since, self._opened = (now, answered), self.bytes
 
     def _take_rate(self, rate: float) -> None:
         """Judge by one more rate (bytes per second) whether the window is right."""
@@ -230,15 +252,13 @@ class Pace:
             return self._busy_plan()
         return self.sized(self.window.bytes, 8)
 
-    def judge(
-        self, now: float, latency: Latency, answered_bytes: int, answer_s: float
-    ) -> Plan:
+    def judge(self, now: float, latency: Latency, answered: Answered) -> Plan:
         """
         Take what the engine has counted by *now*, and plan on.
 
         Args:
             latency: counted since the start.
-            answered_bytes, answer_s: as for `Window.update`.
+            answered: by the target of the copies.
         """
         requests = self._take(latency)
         if self._request_at is None or requests:
@@ -250,7 +270,7 @@ class Pace:
                 self._start_over(now)
             self._climb(now)
         else:
-            self.window.update(now, answered_bytes, answer_s)
+            self.window.update(now, answered)
         return self.plan
 
     def _take(self, latency: Latency) -> bool:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..rules.pace import Latency, Pace, Plan
+from ..rules.pace import Answered, Latency, Pace, Plan
 from ..volume.model import Batch
 
 __all__ = ["Copier", "Copying"]
@@ -35,13 +35,13 @@ class Copying:
     Args:
         copy: from a region on, at most so many bytes and seconds, at a pace.
         set_pace: of the call that is under way.
-        answered: bytes copied since the start, the shortest time of a copy (seconds).
+        answered: what a remote has answered of copies; local answers nothing.
         latency: of clients' requests, since the start.
     """
 
     copy: Callable[[int, int, float, Plan], Batch]
     set_pace: Callable[[Plan], None]
-    answered: Callable[[], tuple[int, float]]
+    answered: Callable[[], Answered]
     latency: Callable[[], Latency]
 
 
@@ -96,7 +96,7 @@ class Copier:
 
     def _judge(self) -> Plan:
         latency, answered = self._copying.latency(), self._copying.answered()
-        return self._pace.judge(self._clock(), latency, *answered)
+        return self._pace.judge(self._clock(), latency, answered)
 
     def _rest_s(self, first: int, copied_bytes: int) -> float:
         """

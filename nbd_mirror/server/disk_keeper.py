@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import MirrorError
 from ..base.threads import begin, keep_going
+from ..rules.pace import Answered
 from ..rules.progress import Progress
 from .copier import Copier, Copying
 from .sample import Sample, take_sample
@@ -143,7 +144,7 @@ class DiskKeeper(ABC):
         )
 
     @abstractmethod
-    def _answered(self) -> tuple[int, float]:
+    def _answered(self) -> Answered:
         """Say what `Copying.answered` does."""
 
     def _say_resync(self, text: str) -> None:

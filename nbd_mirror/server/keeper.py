@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base.errors import MirrorError
+from ..rules.pace import Answered
 from ..rules.state import (
     Action,
     Facts,
@@ -239,9 +240,10 @@ class Keeper(DiskKeeper):
             self._error = self._last_error = words
             self._retry_at = self._clock() + wait_s
 
-    def _answered(self) -> tuple[int, float]:
+    def _answered(self) -> Answered:
         status = self._engine.remote_status(self._remote)
-        return status.answered_bytes, status.answer_s
+        zeroes = status.answered_zero_bytes
+        return Answered(status.answered_bytes - zeroes, zeroes, status.answer_s)
 
     def _note_progress(self) -> None:
         self._progressed = True

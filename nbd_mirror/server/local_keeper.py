@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..base.errors import BusyError, RemoteError, WrongDiskError
+from ..rules.pace import Answered
 from ..rules.progress import Progress
 from ..rules.state import LocalFacts, LocalState, describe_local
 from ..volume.model import LOCAL, LocalStatus, VolumeStatus, disk_of
@@ -307,8 +308,8 @@ class LocalKeeper(DiskKeeper):
         rate = progress.done_bytes / max(progress.elapsed_s, 1e-3)
         return f"{DiskKeeper._done(progress)}, {rate:.0f} bytes/s"
 
-    def _answered(self) -> tuple[int, float]:
-        return 0, 0.0  # a copy at a time: there is no link to fill
+    def _answered(self) -> Answered:
+        return Answered(0, 0, 0.0)  # a copy at a time: there is no link to fill
 
     def _say_resync(self, text: str) -> None:
         """Say it of a disk that is copied back; a sector is counted instead."""

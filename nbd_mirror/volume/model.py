@@ -160,7 +160,8 @@ class RemoteStatus:
     commands: int
     copied_bytes: int
     answered_bytes: int  # the same, made clean or not yet
-    answer_s: float  # shortest time of a copy in the last call; 0: none
+    answered_zero_bytes: int  # of these, sent as zeroes
+    answer_s: float  # shortest time of a copy of data in the last call; 0: none
     since: int
     serial: int
     reason: str
@@ -275,6 +276,7 @@ def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
         commands=c.remote.commands,
         copied_bytes=c.copied_bytes,
         answered_bytes=c.remote.answered_bytes,
+        answered_zero_bytes=c.remote.answered_zero_bytes,
         answer_s=c.remote.answer_ns / 1e9,
         since=c.since,
         serial=c.serial,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import support
@@ -17,7 +18,7 @@ from e2e.lib.links import LinkSite
 
 pytestmark = pytest.mark.slow
 
-KIB = 1024
+KIB, MIB = 1024, 1024 * 1024
 DEADLINE_S = 1.0
 Links = Callable[..., LinkSite]
 
@@ -109,3 +110,28 @@ def test_stop_does_not_wait_for_a_slow_link(new_link: Links) -> None:
     started = time.monotonic()
     site.stop()
     assert time.monotonic() - started < 10
+
+
+def test_data_behind_a_hole_does_not_flood_the_link(new_link: Links) -> None:
+    """A hole of half a gigabyte costs the link nothing: it says nothing of its rate."""
+    size, tail = 512 * MIB, 32 * MIB
+    site = new_link(size=size)
+    with site.local.open("r+b") as file:
+        file.seek(size - tail)
+        file.write(os.urandom(4 * MIB))
+    site.link.shape("1mbit")
+    served(site)
+    site.wait_remote(lambda one: one["dirty_bytes"] <= tail, "the hole's end")
+    under_way: list[int] = []
+
+    def copied(one: dict[str, Any]) -> bool:
+        # What was sent and is not answered is late.
+        under_way.append(one["late_bytes"])
+        return bool(one["dirty_bytes"] <= tail - MIB)
+
+    site.wait_remote(copied, "some of the data to be copied", timeout_s=60)
+    assert 0 < max(under_way) <= MIB
+    site.link.shape("1gbit")
+    site.wait_in_sync(timeout_s=60)
+    site.stop()
+    site.assert_equal()

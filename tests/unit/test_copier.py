@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 
-from nbd_mirror.rules.pace import Latency, Plan, Window
+from nbd_mirror.rules.pace import Answered, Latency, Plan, Window
 from nbd_mirror.server.copier import Copier, Copying
 from nbd_mirror.volume.model import Batch
 
@@ -49,7 +49,7 @@ class Engine:
         copying = Copying(
             copy=self.copy,
             set_pace=self.set_pace,
-            answered=lambda: (0, 0.0),
+            answered=lambda: Answered(0, 0, 0.0),
             latency=self.latency,
         )
         return Copier(copying, time.monotonic)

@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_mirror.rules.pace import KIB, MIB, Latency, Pace, Plan, Window, quantile
+from nbd_mirror.rules.pace import (
+    KIB,
+    MIB,
+    Answered,
+    Latency,
+    Pace,
+    Plan,
+    Window,
+    quantile,
+)
 
 BUCKETS = 112
 TICK_S = 0.05
@@ -102,7 +111,9 @@ class Model:
                 [list(one) for one in self.quiet], [list(one) for one in self.disturbed]
             )
             answer_s = self.way_s if self.answered else 0.0
-            plan = self.pace.judge(self.now, counted, int(self.answered), answer_s)
+            plan = self.pace.judge(
+                self.now, counted, Answered(int(self.answered), 0, answer_s)
+            )
             self.plans.append(plan)
             self._tick(plan)
         return self.plans[before:]
@@ -158,7 +169,7 @@ class TestWindow:
         """Return the window after some seconds of that link."""
         window, answered = Window(), 0.0
         for tick in range(200):
-            window.update(tick * TICK_S, int(answered), way_s)
+            window.update(tick * TICK_S, Answered(int(answered), 0, way_s))
             answered += TICK_S * min(rate, window.bytes / way_s)
         return window.bytes
 
@@ -191,7 +202,7 @@ class TestWindow:
         while now < seconds:
             line.run(window, now, look_at)
             now = look_at
-            window.update(now, line.answered, line.answer_s)
+            window.update(now, Answered(line.answered, 0, line.answer_s))
             look_at = now + TICK_S + next(looks)
         assert line.answered >= 0.8 * rate * now
 
@@ -203,7 +214,7 @@ class TestWindow:
         for rate in (125e6, 125e3, 125e6):
             took_s = way_s + 64 * KIB / rate
             for _ in range(600):
-                window.update(next(looks) * TICK_S, int(answered), took_s)
+                window.update(next(looks) * TICK_S, Answered(int(answered), 0, took_s))
                 answered += TICK_S * min(rate, window.bytes / took_s)
             seen.append(window.bytes)
         before, slow, after = seen
@@ -214,12 +225,43 @@ class TestWindow:
         """Clients leave 0.8 s of idle time, again and again, and a copy takes 0.9 s."""
         window, answered, now = Window(), 0, 0.0
         for _ in range(100):
-            window.update(now, answered, 0.9)
+            window.update(now, Answered(answered, 0, 0.9))
             answered += 64 * KIB
-            window.update(now + 0.8, answered, 0.9)
+            window.update(now + 0.8, Answered(answered, 0, 0.9))
             window.restart()
             now += 1.3
         assert window.bytes <= Window.FIRST
+
+    def test_hole_does_not_open_the_window(self) -> None:
+        """1 Mbit/s: a remote that zeroes a gigabyte a second has no quicker link."""
+        rate, took_s = 125e3, 64 * KIB / 125e3
+        window, data, zeroes, now = Window(), 0, 0, 0.0
+        for _ in range(20):
+            now += took_s
+            data += int(rate * took_s)
+            zeroes += int(1e9 * took_s)
+            window.update(now, Answered(data, zeroes, took_s))
+            assert window.bytes <= Window.FIRST + data
+        for _ in range(20):  # behind the hole
+            now += took_s
+            data += int(rate * took_s)
+            window.update(now, Answered(data, zeroes, took_s))
+        assert window.bytes == Window.LEAST
+
+    def test_little_data_beside_a_hole_says_nothing_of_the_link(self) -> None:
+        """1 Gbit/s at 50 ms stays filled behind a hole with some data in it."""
+        rate, way_s = 125e6, 0.05
+        window, data, zeroes, now = Window(), 0.0, 0, 0.0
+        sizes = []
+        for tick in range(400):
+            window.update(now, Answered(int(data), zeroes, way_s))
+            now += TICK_S
+            in_hole = tick >= 200
+            zeroes += 64 * MIB * in_hole
+            most = 1e6 if in_hole else rate
+            data += TICK_S * min(most, window.bytes / way_s)
+            sizes.append(window.bytes)
+        assert sizes[-1] == pytest.approx(sizes[199], rel=0.1)
 
     def test_window_has_bounds(self) -> None:
         """Memory is bounded on any link; on a slow one little waits in the queue."""
@@ -234,7 +276,7 @@ class TestWindow:
             copy_s = 64 * KIB / rate
             now += copy_s
             answered += 64 * KIB
-            window.update(now, int(answered), copy_s + 0.01)
+            window.update(now, Answered(int(answered), 0, copy_s + 0.01))
         assert window.bytes == 64 * KIB
 
     def test_window_of_a_medium_link_keeps_it_busy(self) -> None:
@@ -244,7 +286,7 @@ class TestWindow:
     def test_first_answer_that_takes_long_is_enough(self) -> None:
         """Nothing more is put into the queue of a link that turns out to be slow."""
         window = Window()
-        window.update(4.0, 128 * KIB, 4.0)
+        window.update(4.0, Answered(128 * KIB, 0, 4.0))
         assert window.bytes == Window.LEAST
 
     def test_window_of_a_short_way_is_what_is_copied_in_a_moment(self) -> None:
@@ -354,7 +396,7 @@ class TestPace:
             answered += more
             now += elapsed
             counted = Latency([list(quiet[0])], [list(disturbed[0])])
-            plan = pace.judge(now, counted, answered, answer_s)
+            plan = pace.judge(now, counted, Answered(answered, 0, answer_s))
             assert 1 <= plan.depth <= 64
             assert 64 * KIB <= plan.copy_bytes <= MIB
             assert plan.depth * plan.copy_bytes <= Window.MOST

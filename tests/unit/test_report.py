@@ -69,6 +69,7 @@ REMOTE = RemoteStatus(
     commands=1,
     copied_bytes=65536,
     answered_bytes=65536,
+    answered_zero_bytes=0,
     answer_s=0.1,
     since=1,
     serial=1,
