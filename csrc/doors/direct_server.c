@@ -81,6 +81,7 @@ set_options (int fd)
 {
   const int on = 1, idle_s = 60, step_s = 10, steps = 6;
 
+  receive_prepare (fd);
   (void)setsockopt (fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   (void)setsockopt (fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
   (void)setsockopt (fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);

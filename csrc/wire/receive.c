@@ -9,6 +9,10 @@
  * block the ticker, and a hostile client a thread that holds a range.  This
  * file receives the descriptors, and a separate thread closes them.
  *
+ * Urgent bytes (MSG_OOB) carry files too.  A recv skips such a byte, and the
+ * kernel closes its files at once, on the same thread.  So the socket is told
+ * to deliver urgent bytes like others: receive_prepare.
+ *
  * The close of a socket closes the files of its unread messages.  So such a
  * thread also closes a socket that still has bytes.
  */
@@ -82,6 +86,14 @@ give_away (struct msghdr *msg)
   }
   if (!close_apart (files))
     free (files);
+}
+
+void
+receive_prepare (int fd)
+{
+  const int on = 1;
+
+  (void)setsockopt (fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof on);
 }
 
 ssize_t

@@ -11,6 +11,8 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+/* Of a connected socket, before anything is received from it. */
+void receive_prepare (int fd);
 /* As recv and readv with flags.  EBADMSG: open files came with the bytes, which
  * no honest peer sends: the caller must end the connection.
  */

@@ -29,6 +29,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "wire/conn.h"
+#include "wire/receive.h"
 #include "wire/silence.h"
 #include "wire/transport.h"
 #include "wire/transport_libnbd.h"
@@ -224,6 +225,10 @@ libnbd_connect (struct conn *conn, const char *uri, uint64_t until_ns,
     int err = nbd_get_errno ();
     return set_message (err ? -err : -ECONNREFUSED, "%s", libnbd_words ());
   }
+  /* It receives nothing before the first step of the handshake.  Over TCP the
+   * socket may be another one by then, and there it makes no difference.
+   */
+  receive_prepare (nbd_aio_get_fd (conn->nbd));
   rc = handshake (conn, until_ns, timeout_ms);
   return rc < 0 ? rc : check_info (conn);
 }

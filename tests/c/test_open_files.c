@@ -76,7 +76,7 @@ tear_down_walls (void)
 }
 
 static void
-send_with_file (int fd, const void *bytes, size_t size)
+send_with_file (int fd, const void *bytes, size_t size, int flags)
 {
   union {
     char room[CMSG_SPACE (sizeof (int))];
@@ -93,8 +93,17 @@ send_with_file (int fd, const void *bytes, size_t size)
   control.header.cmsg_type = SCM_RIGHTS;
   control.header.cmsg_len = CMSG_LEN (sizeof file);
   memcpy (CMSG_DATA (&control.header), &file, sizeof file);
-  assert (sendmsg (fd, &msg, MSG_NOSIGNAL) == (ssize_t)size);
+  assert (sendmsg (fd, &msg, flags | MSG_NOSIGNAL) == (ssize_t)size);
   close (file); /* it is in the message, and in no other place */
+}
+
+/* A byte that a receiver passes over unless it asks for it: the kernel throws
+ * it away, and closes its files, on the way to the bytes behind it.
+ */
+static void
+send_urgent_with_file (int fd)
+{
+  send_with_file (fd, "!", 1, MSG_OOB);
 }
 
 /* --- a remote ----------------------------------------------------------------
@@ -108,7 +117,7 @@ answer_with_file (uint64_t cookie)
   const struct wire_reply reply
       = { .magic = htobe32 (REPLY_MAGIC), .cookie = cookie };
 
-  send_with_file (v.fd, &reply, sizeof reply);
+  send_with_file (v.fd, &reply, sizeof reply, 0);
 }
 
 /* With an answer, with the bytes of a read: the ticker takes them in. */
@@ -126,7 +135,7 @@ test_files_with_answers (void)
     if (with_payload) {
       villain_reply (&v, cookie, 0);
       conn_tick (v.conn, LONG_MS, 0);
-      send_with_file (v.fd, e->data, SECTOR);
+      send_with_file (v.fd, e->data, SECTOR, 0);
     }
     else
       answer_with_file (cookie);
@@ -141,6 +150,27 @@ test_files_with_answers (void)
     free (e);
     tear_down_walls ();
   }
+}
+
+static void
+test_files_with_urgent_bytes (void)
+{
+  struct errand *e = errand_make (COMMAND_READ, SECTOR);
+
+  villain_connect (&v);
+  assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+  conn_push (v.conn);
+  (void)villain_request (&v);
+  send_urgent_with_file (v.fd);
+  begin ();
+  for (unsigned i = 0; i < 10; i++)
+    conn_tick (v.conn, LONG_MS, 0);
+  assert_soon ();
+  assert (errand_done (&v, e) && e->cmd.error == ENOTCONN);
+  assert (strstr (conn_report (v.conn).why, "open files"));
+  villain_end (&v);
+  free (e);
+  tear_down_walls ();
 }
 
 /* They were not taken in when the connection ended for another reason: by a
@@ -169,13 +199,23 @@ test_files_left_in_a_dead_connection (void)
 
 static uint8_t sector[SECTOR];
 
+static void
+send_request_with_file (struct client *hostile, int urgent)
+{
+  struct nbd_request header = client_header (NBD_CMD_READ, 0, 2, 0, SECTOR);
+
+  if (urgent)
+    send_urgent_with_file (hostile->fd);
+  else
+    send_with_file (hostile->fd, &header, sizeof header, 0);
+}
+
 /* It has a write under way, and sends a file.  Others write to the same range,
  * and the server ends.
  */
 static void
-test_files_with_requests (void)
+send_files_with_requests (int urgent)
 {
-  struct nbd_request header = client_header (NBD_CMD_READ, 0, 2, 0, SECTOR);
   struct client hostile, c;
 
   bring_up (1, 1000);
@@ -187,7 +227,7 @@ test_files_with_requests (void)
   peer_hold (site.peers[0], PEER_HOLD_ANSWERS);
   assert (client_request (&hostile, NBD_CMD_WRITE, 0, 1, 0, SECTOR, sector));
   WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
-  send_with_file (hostile.fd, &header, sizeof header);
+  send_request_with_file (&hostile, urgent);
   poll (NULL, 0, 100); /* either order is right; this is the worse one */
   peer_hold (site.peers[0], PEER_GO);
   begin ();
@@ -198,6 +238,13 @@ test_files_with_requests (void)
   take_down ();
   assert_soon ();
   tear_down_walls ();
+}
+
+static void
+test_files_with_requests (void)
+{
+  send_files_with_requests (0);
+  send_files_with_requests (1);
 }
 
 /* At each place where a client is read: in the handshake, or never. */
@@ -211,14 +258,14 @@ test_files_at_other_places (void)
 
   bring_up (1, 1000);
   greeting = client_connect (door, NBD_FLAG_FIXED_NEWSTYLE);
-  send_with_file (greeting.fd, &flags, sizeof flags);
+  send_with_file (greeting.fd, &flags, sizeof flags, 0);
   leaving = client_open (door, false);
   assert (client_request (&leaving, NBD_CMD_DISC, 0, 0, 0, 0, NULL));
   leaving.may_end = true;
   address = served.address;
   unmet = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
   assert (connect (unmet, (struct sockaddr *)&address, sizeof address) == 0);
-  send_with_file (unmet, &flags, sizeof flags);
+  send_with_file (unmet, &flags, sizeof flags, 0);
   c = client_open (door, false);
   assert (client_do (&c, NBD_CMD_READ, 0, 0, SECTOR, sector) == 0);
   client_leave (&c);
@@ -236,6 +283,7 @@ main (void)
 {
   dice = site_seed (1);
   RUN (test_files_with_answers);
+  RUN (test_files_with_urgent_bytes);
   RUN (test_files_left_in_a_dead_connection);
   RUN (test_files_with_requests);
   RUN (test_files_at_other_places);
