@@ -65,6 +65,7 @@ static bool
 leg_account_locked (struct request *req, struct leg *leg, int alike)
 {
   struct remote *r = leg->remote;
+  struct nbdm *v = r->disk.volume;
   char why[NBDM_REASON_LEN];
 
   leg_count_locked (req, leg, leg->result == 0);
@@ -88,6 +89,11 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
   mark_dirty_locked (r, req->offset, req->length, leg->sent);
   if (leg->result == LEG_LOST && r->state == NBDM_IN_SYNC)
     remote_update_state_locked (r); /* back, but the request gave up */
+  /* A remote that refused the request and was lost at once may be on hold, and
+   * then no change of state has made the mark durable: see remote_miss_locked.
+   */
+  if (v->local.state != NBDM_LOCAL_OK && r->disk.dm.changed)
+    volume_persist_locked (v);
   return false;
 }
 

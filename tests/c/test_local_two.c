@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "volume/volume.h"
+#include "nbd_peer.h"
 #include "schedules.h"
 
 #define SMALL_REGION 4096u
@@ -281,7 +282,94 @@ maps_are_durable_first (void)
   end_equal ();
 }
 
+/* Replace a remote's server by one that refuses to zero. */
+static void
+refuse_zeroes_at (uint32_t remote)
+{
+  struct peer_params peer = { .socket = site.sockets[remote],
+                              .size = SMALL_SIZE,
+                              .seed = 1,
+                              .refuse_zeroes = EIO };
+
+  peer_stop (site.peers[remote]);
+  unlink (site.sockets[remote]);
+  site.peers[remote] = peer_start (&peer);
+}
+
+static int
+do_trim (struct job *job)
+{
+  return nbdm_trim (site.volume, SECTOR, job->offset, 0);
+}
+
+static void
+copy_files (const char *from, const char *to)
+{
+  char command[300];
+
+  snprintf (command, sizeof command, "cp -r %s %s", from, to);
+  assert (system (command) == 0);
+}
+
+/* The next start recovers as after lost power. */
+static void
+distrust_page_cache (void)
+{
+  char mark[100];
+  int fd;
+
+  snprintf (mark, sizeof mark, "%s/" DISTRUST_FILE, site.state);
+  fd = open (mark, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  assert (fd >= 0);
+  close (fd);
+}
+
+/* The second remote refuses a request and is lost before that is noticed.  The
+ * request is answered, as the first one has carried it out.  Local has failed,
+ * so after lost power only the maps tell which of the two remotes has it.
+ */
+static void
+refused_by_a_lost_remote (void)
+{
+  struct job trim = { .offset = 0 };
+  char map[100], kept[100];
+  bool synced;
+
+  make_volume (SMALL_SIZE, SMALL_REGION, 2, 1000 * SITE_DEADLINE_S);
+  refuse_zeroes_at (1);
+  for (uint32_t i = 0; i < 2; i++)
+    site.params.remotes[i].assume_in_sync = 1;
+  assert (nbdm_create (&site.params, 1) == 0);
+  site_open (&site);
+  site_connect (&site, 0);
+  site_connect (&site, 1);
+  assert (write_at (0, 9) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  snprintf (map, sizeof map, "%s/dirty.dr1", site.state);
+  snprintf (kept, sizeof kept, "%s/kept", site.dir);
+  assert (!site.volume->remotes[1].disk.dm.changed);
+  copy_files (map, kept);
+  start (&trim, do_trim);
+  wait_at_gate ();
+  peer_cut (site.peers[1], false);
+  site_wait_state (&site, 1, NBDM_HOLDING);
+  open_gate ();
+  assert (end (&trim) == 0);
+  /* Power is lost: of the map what was synced is left. */
+  synced = !site.volume->remotes[1].disk.dm.changed;
+  nbdm_close (site.volume);
+  if (!synced)
+    copy_files (kept, map);
+  distrust_page_cache ();
+  site_open (&site);
+  site_connect (&site, 0);
+  site_connect (&site, 1);
+  assert (read_at (0) == 0);
+}
+
 static const struct schedule schedules[] = {
+  { "refused_by_a_lost_remote", "local_write:1=error,leg_answered:4=wait:gate",
+    refused_by_a_lost_remote },
   { "write_in_a_takeover", "local_write:1=error,local_write:2=error",
     write_in_a_takeover },
   { "successor_crashes_in_a_takeover",
