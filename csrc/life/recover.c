@@ -220,6 +220,19 @@ make_inflight (struct nbdm *v)
   return rc;
 }
 
+/* The remotes that are not in sync come first: they must not be left as the
+ * only source.
+ */
+static void
+mark_remotes (struct nbdm *v, uint64_t offset, uint64_t length, bool late)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_IN_SYNC)
+      mark_dirty_locked (&v->remotes[i], offset, length, late);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    mark_dirty_locked (&v->remotes[i], offset, length, late);
+}
+
 /* An open slot of a killed process: the write may have reached any leg, and
  * may still reach a remote late (rule 12).
  */
@@ -233,8 +246,7 @@ replay_slot (void *opaque, const struct slot_view *slot)
    */
   if (v->local.state == NBDM_LOCAL_FAILED)
     local_miss_range_locked (v, slot->offset, slot->length);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    mark_dirty_locked (&v->remotes[i], slot->offset, slot->length, true);
+  mark_remotes (v, slot->offset, slot->length, true);
 }
 
 /* Are the last session's unflushed writes still there, in the same page cache?
@@ -492,11 +504,7 @@ mark_extent (void *opaque, uint64_t extent)
    */
   if (v->local.state == NBDM_LOCAL_FAILED)
     miss_extent (v, extent);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].state != NBDM_IN_SYNC)
-      mark_dirty_locked (&v->remotes[i], offset, length, false);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    mark_dirty_locked (&v->remotes[i], offset, length, false);
+  mark_remotes (v, offset, length, false);
 }
 
 /* The disk was in use before the stop and cannot be opened now: its answered

@@ -367,7 +367,52 @@ refused_by_a_lost_remote (void)
   assert (read_at (0) == 0);
 }
 
+/* What a process that is killed now leaves, served from the first remote. */
+static int
+read_after_a_kill (uint64_t offset)
+{
+  struct nbdm_params params = site.params;
+  uint8_t buf[SECTOR];
+  char state[100], uri[160];
+  struct nbdm *v;
+  int rc;
+
+  snprintf (state, sizeof state, "%s/left", site.dir);
+  copy_files (site.state, state);
+  params.state_dir = state;
+  assert (nbdm_open (&params, &v) == 0 && nbdm_start (v) == 0);
+  snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", site.sockets[0]);
+  assert (nbdm_remote_connect (v, 0, uri, 10000) == 0);
+  assert (nbdm_disk_admit (v, 1) == 0);
+  rc = nbdm_pread (v, buf, sizeof buf, offset);
+  nbdm_close (v);
+  return rc < 0 ? rc : buf[0];
+}
+
+/* The process is killed when a write has its slot and nothing else.  The second
+ * remote is away and out of sync, and has what is there so far: the first one
+ * remains a source of it.
+ */
+static void
+killed_before_the_marks (void)
+{
+  struct job writer = { .offset = 0, .value = 3 };
+
+  bring_up_small (2, 1000);
+  assert (write_at (0, 1) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  nbdm_disk_drop (site.volume, 2, "the test said so");
+  assert (write_at (EXTENT, 2) == 0);
+  start (&writer, do_write);
+  wait_at_gate ();
+  assert (read_after_a_kill (0) == 1);
+  open_gate ();
+  assert (end (&writer) == 0 && read_at (0) == 3);
+}
+
 static const struct schedule schedules[] = {
+  { "killed_before_the_marks", "local_write:1=error,slot_reserved:3=wait:gate",
+    killed_before_the_marks },
   { "refused_by_a_lost_remote", "local_write:1=error,leg_answered:4=wait:gate",
     refused_by_a_lost_remote },
   { "write_in_a_takeover", "local_write:1=error,local_write:2=error",
