@@ -172,9 +172,12 @@ static int
 region_pread (struct nbdm *v, const struct remote *except, void *buf,
               uint64_t count, uint64_t offset)
 {
-  bool had;
+  bool had, doubted = local_doubted (v);
   int rc = try_region (v, except, buf, count, offset, &had);
 
+  /* Local may have lost during the read what was read. */
+  if (rc == 0 && !doubted && local_doubted (v))
+    rc = try_region (v, except, buf, count, offset, &had);
   /* A takeover made local miss the region and then failed. */
   if (rc < 0 && !had && given_back (v, offset / v->region_size))
     rc = try_region (v, except, buf, count, offset, &had);

@@ -138,7 +138,38 @@ addresses_beside_a_doubted_disk (void)
   assert (site_status (&site, 1).dirty_regions == 1);
 }
 
+/* Local misses another region, so it is read region by region.  A flush of it
+ * fails during such a read, and its page cache has lost what is read.
+ */
+static void
+doubt_during_a_read (void)
+{
+  struct job reader = { .offset = 5 * REGION }, flush = { 0 };
+  uint64_t errors;
+
+  bring_up (1, 300);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (read_at (200 * REGION) == 0); /* local cannot read it */
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+  errors = local_status ().local.errors;
+  start (&reader, do_read);
+  wait_at_gate ();
+  punch_local (5 * REGION);
+  shut_flush_gate (true);
+  start (&flush, do_flush);
+  WAIT_FOR (local_status ().local.errors > errors);
+  open_gate ();
+  assert (!over_soon (&reader) || reader.rc == 7);
+  shut_flush_gate (false);
+  assert (end (&reader) == 7);
+  assert (end (&flush) == 0);
+}
+
 static const struct schedule schedules[] = {
+  { "doubt_during_a_read",
+    "local_read:1=error,local_read:2=error,local_read:3=wait:gate,"
+    "local_flush:2=error",
+    doubt_during_a_read },
   { "invalidate_beside_a_doubted_disk", "local_flush:2=error",
     invalidate_beside_a_doubted_disk },
   { "invalidate_beside_a_cut_disk", NULL, invalidate_beside_a_cut_disk },
