@@ -263,6 +263,14 @@ flush_local_once_relock (struct nbdm *v)
   unsigned failures = v->local.failures;
   int rc;
 
+  /* It has failed since the caller looked, and another disk may be about to
+   * take its place: begin nothing on it.
+   */
+  if (v->local.state == NBDM_LOCAL_FAILED) {
+    group->done = covers;
+    pthread_cond_broadcast (&v->changed);
+    return;
+  }
   group->running = true;
   local_use (v); /* it is not replaced before its answer was taken in */
   pthread_mutex_unlock (&v->lock);

@@ -5,6 +5,7 @@
  */
 
 #include "api.h"
+#include "volume/flush.h"
 #include "schedules.h"
 
 struct nbdm;
@@ -147,7 +148,8 @@ copy_back_to_a_replaced_disk (void)
   assert_untouched (other);
 }
 
-static atomic_uint hold_flushes; /* by the wrapped local_flush: 2 of them */
+static atomic_uint hold_flushes; /* of 2 the wrapped local_flush holds one */
+static atomic_bool fail_flush;   /* that one, which is not carried out */
 
 int __real_local_flush (struct nbdm *v);
 int __wrap_local_flush (struct nbdm *v);
@@ -155,16 +157,14 @@ int
 __wrap_local_flush (struct nbdm *v)
 {
   unsigned left = hold_flushes;
-  int rc;
 
   if (left > 0)
     hold_flushes = left - 1;
   if (left == 2)
     stand_at ("gate");
-  rc = __real_local_flush (v);
-  if (left == 1)
-    stand_at ("second");
-  return rc;
+  if (left == 2 && fail_flush)
+    return -EIO;
+  return __real_local_flush (v);
 }
 
 static uint64_t
@@ -178,12 +178,11 @@ flushes_asked (void)
   return asked;
 }
 
-/* A flush began on a disk that had failed, as a client asked for it before that
- * and waited for another one.  Its error is not the new disk's, which is not
- * there before the error was taken in.
+/* A client asked for a flush before the disk failed, and waited for another
+ * flush meanwhile: it begins nothing on the failed disk.
  */
 static void
-flush_that_begins_on_a_failed_disk (void)
+flush_that_waited_for_a_failed_disk (void)
 {
   struct job first = { 0 }, second = { 0 };
   uint64_t asked;
@@ -199,11 +198,67 @@ flush_that_begins_on_a_failed_disk (void)
   assert (write_at (7 * REGION, 2) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   open_gate ();
-  wait_at ("second");
-  assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
-  open_at ("second");
   assert (end (&first) == 0 && end (&second) == 0);
+  assert (hold_flushes == 1); /* no second one came to the disk */
   attach_and_admit ();
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+}
+
+static atomic_bool hold_call; /* by the wrapped local_call */
+
+int __real_local_call (struct nbdm *v, int (*call) (struct nbdm *v, void *),
+                       void (*drop) (void *), void *opaque);
+int __wrap_local_call (struct nbdm *v, int (*call) (struct nbdm *v, void *),
+                       void (*drop) (void *), void *opaque);
+int
+__wrap_local_call (struct nbdm *v, int (*call) (struct nbdm *v, void *),
+                   void (*drop) (void *), void *opaque)
+{
+  if (atomic_exchange (&hold_call, false))
+    stand_at ("attach");
+  return __real_local_call (v, call, drop, opaque);
+}
+
+static int
+do_attach (struct job *job)
+{
+  (void)job;
+  return nbdm_local_attach (site.volume, site.local, 0);
+}
+
+static int
+do_flush_local (struct job *job)
+{
+  (void)job;
+  return flush_local_group (site.volume);
+}
+
+/* A flush found the disk good, and comes to it when it has failed and an
+ * operator's command has found it without users.  Were the flush to begin, its
+ * error would come when the new disk is in use.
+ */
+static void
+flush_that_comes_to_a_failed_disk (void)
+{
+  struct job attach = { 0 }, flush = { 0 };
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  hold_call = true;
+  start (&attach, do_attach);
+  wait_at ("attach");
+  hold_flushes = 2;
+  fail_flush = true;
+  start (&flush, do_flush_local);
+  WAIT_FOR (flush.over || access ("gate.reached", F_OK) == 0);
+  open_at ("attach");
+  assert (end (&attach) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
+  open_gate ();
+  (void)end (&flush);
+  hold_flushes = 0;
   assert (nbdm_flush (site.volume) == 0);
   assert (local_status ().state == NBDM_LOCAL_RESYNCING);
 }
@@ -318,9 +373,10 @@ static const struct schedule schedules[] = {
     "local_write:1=error,local_write:2=error,"
     "local_resync_after_read:1=wait:gate",
     copy_back_to_a_replaced_disk },
-  { "flush_that_begins_on_a_failed_disk",
-    "local_write:2=error,local_flush:3=error",
-    flush_that_begins_on_a_failed_disk },
+  { "flush_that_waited_for_a_failed_disk", "local_write:2=error",
+    flush_that_waited_for_a_failed_disk },
+  { "flush_that_comes_to_a_failed_disk", "local_write:1=error",
+    flush_that_comes_to_a_failed_disk },
   { "admitted_disk_hangs", "local_write:1=error", admitted_disk_hangs },
   { "flush_of_a_replaced_disk",
     "local_write:1=error,local_write:3=error,local_flush:3=wait:gate",
