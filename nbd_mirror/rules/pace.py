@@ -162,21 +162,45 @@ class Window:
         if now - then < periods * self._answer_s or data == 0:
             return
         rate = data / (now - then)
-        mostly_zeroes = answered.zero_bytes - before.zero_bytes > data
-        if not mostly_zeroes or rate > max(self._rates, default=0.0):
-            self._take_rate(rate)
+        zeroes = answered.zero_bytes - before.zero_bytes
+        # Where a copy takes so long, the link was not idle.
+        limited = zeroes > data and self._answer_s <= self.SLOW_S
+        self._take_rate(rate, limited=limited)
         self._since, self._opened = (now, answered), self.bytes
 
-    def _take_rate(self, rate: float) -> None:
-        """Judge by one more rate (bytes per second) whether the window is right."""
+    def _take_rate(self, rate: float, *, limited: bool) -> None:
+        """
+        Judge by one more rate (bytes per second) whether the window is right.
+
+        Args:
+            limited: by the data that there was to send, and perhaps not by the link.
+        """
+        best = max(self._rates, default=0.0)
         if not self._full:
-            grew = not self._rates or rate >= self.GROWTH * max(self._rates)
-            self._stood = 0 if grew else self._stood + 1
-            self._full = self._stood >= self.FULL_ROUNDS
-        self._rates.append(rate)
+            self._judge_growth(rate, best, limited=limited)
+        if rate >= best or not limited:
+            self._rates.append(rate)
         if self._full:
             self.bytes = self._wanted(max(self._rates))
             self._try_two()
+
+    def _judge_growth(self, rate: float, best: float, *, limited: bool) -> None:
+        """
+        Find out whether the rate has followed the window, or the link is full.
+
+        A limited rate does not show that it is full. But the window keeps only what it
+        grew by if the rate grew too: else holes between the data would open it.
+        """
+        wanted = self.GROWTH
+        if limited:  # the window grew by the data alone, which may be little
+            wanted = 1 + (self.GROWTH - 1) * (self.bytes / self._opened - 1)
+        if rate >= wanted * best:
+            self._stood = 0
+        elif limited:
+            self.bytes = min(self.bytes, self._opened)
+        else:
+            self._stood += 1
+            self._full = self._stood >= self.FULL_ROUNDS
 
     def _try_two(self) -> None:
         """Have two copies under way for a rate, where one has been for some rates."""

@@ -283,6 +283,28 @@ class TestWindow:
         """10 Mbit/s at 20 ms: a copy under way, and another on it."""
         assert self.settled(1.25e6, 0.02 + 64 * KIB / 1.25e6) == 2 * 64 * KIB
 
+    @pytest.mark.parametrize("rate", [125e3, 1.25e6])
+    def test_holes_between_data_do_not_open_the_window(self, rate: float) -> None:
+        """Copies of data take turns with holes, for as long as it likes."""
+        window, now = Window(), 0.0
+        copy_s = 64 * KIB / rate
+        for count in range(1, 400):
+            now += copy_s
+            took = Answered(count * 64 * KIB, count * 32 * MIB, copy_s + 0.01)
+            window.update(now, took)
+            assert window.bytes <= 2 * Window.FIRST
+
+    def test_window_grows_where_most_is_zeroes(self) -> None:
+        """1 Gbit/s at 50 ms, and nine bytes in ten are zeroes: soon it is full."""
+        window, answered, zeroes, way_s = Window(), 0.0, 0.0, 0.05
+        for tick in range(100):
+            took = Answered(int(answered), int(zeroes), way_s)
+            window.update(tick * TICK_S, took)
+            came = TICK_S * min(125e6, 0.1 * window.bytes / way_s)
+            answered += came
+            zeroes += 9 * came
+        assert window.bytes >= 16 * MIB
+
     def test_first_answer_that_takes_long_is_enough(self) -> None:
         """Nothing more is put into the queue of a link that turns out to be slow."""
         window = Window()
