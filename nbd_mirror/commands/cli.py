@@ -3,9 +3,7 @@
 The command line, `nbd-mirror`.
 
 A command reads the configuration, calls one function that does the work, and
-prints.  Errors are the exceptions of errors.py and end here, in `main`: as one
-line `nbd-mirror: what happened`, `  try: ` what helps, and the exit code of
-their class.  A traceback is shown only with NBD_MIRROR_DEBUG=1.
+prints.  Errors are the exceptions of errors.py, and end in ending.py.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ import contextlib
 import errno
 import functools
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec, TypeVar
@@ -40,7 +36,6 @@ from ..volume import offline
 from ..volume.client import ask, ask_policy, ask_status
 from ..volume.config import VolumeConfig, load
 from ..volume.mapview import save_png
-from . import serve as server
 from .cli_types import (
     BlockSizeOption,
     Config,
@@ -52,8 +47,11 @@ from .cli_types import (
     duration,
 )
 from .create import create_volume
+from .ending import run
 from .output import finish_output, guard_output, keep_descriptors, plain
+from .serve import ServerEndedError, exec_server, start
 from .show import describe_policy, map_json, name_volume, show_map, show_status
+from .stop import stop as stop_server
 from .watch import status_of, wait_for
 from .watch import watch as watch_volume
 
@@ -90,7 +88,7 @@ def _command(function: Callable[_P, _R]) -> Callable[_P, _R]:
             asked = kwargs.get("config")
             if isinstance(asked, str):
                 error.hint = name_volume(error.hint, asked)
-                if isinstance(error, server.ServerEndedError):
+                if isinstance(error, ServerEndedError):
                     error.message = name_volume(error.message, asked)
             raise
 
@@ -181,8 +179,8 @@ def serve(
     volume = load(config)
     choice = "forced" if force else "lost" if without_local else ""
     if foreground:
-        server.exec_server(volume, door.value, choice)
-    pid = server.start(volume, door.value, choice)
+        exec_server(volume, door.value, choice)
+    pid = start(volume, door.value, choice)
     _say(f"volume {volume.name} is served at {volume.listen.uri} by process {pid}")
 
 
@@ -190,7 +188,7 @@ def serve(
 def stop(config: Config) -> None:
     """Stop the server cleanly. Drain, flush both sides, persist the logs."""
     volume = load(config)
-    server.stop(volume)
+    stop_server(volume)
     status = offline.stopped_status(volume)
     if not status.clean_stop:
         raise MetadataFailedError(
@@ -391,65 +389,11 @@ def inspect(
                 ) from None
 
 
-# --- where every error ends ----------------------------------------------
-
-
-def report(error: MirrorError) -> None:
-    """Print an error as the user sees it, on standard error."""
-    lines = [f"nbd-mirror: {line}" for line in error.message.splitlines()]
-    if isinstance(error, server.ServerEndedError):
-        lines = error.message.splitlines()
-    first, *rest = error.hint.splitlines() or [""]
-    if first:
-        lines += [f"  try: {first}", *(f"       {line}" for line in rest)]
-    sys.stderr.write(plain("\n".join(lines)) + "\n")
-
-
-def _run() -> int:
-    try:
-        _run_app()
-        finish_output()
-    except OutputError as error:
-        if error.quiet:
-            return 0
-        report(error)
-        return error.exit_code
-    except MirrorError as error:
-        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
-            traceback.print_exc()
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    except Exception as error:
-        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
-            traceback.print_exc()
-        sys.stderr.write(
-            f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
-            "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
-        )
-        return 1
-    return 0
-
-
-def _run_app() -> None:
-    """Run the command; click ends each with SystemExit."""
-    try:
-        app(prog_name="nbd-mirror")
-    except SystemExit as ended:
-        if ended.code:
-            with contextlib.suppress(OutputError):
-                finish_output()
-            raise
-
-
 def main() -> NoReturn:
     """Run the command line, and exit with the code errors.py documents."""
     keep_descriptors()
     guard_output()
-    code = _run()
+    code = run(app)
     with contextlib.suppress(OutputError):
         finish_output()
     sys.exit(code)

@@ -25,12 +25,13 @@ from ..base.errors import (
 from ..base.threads import begin, keep_going
 from ..device.attach import RECONNECT_S, attached_device, let_go, take_back
 from ..volume import config as _config
-from ..volume.control import ControlServer, control_path
+from ..volume.control import control_path
 from ..volume.core import bound_log, log_counts, start_log
 from ..volume.loops import own_address
 from ..volume.model import VolumeStatus
 from ..volume.report import Server, report
 from ..volume.status import Status
+from .control_server import ControlServer
 from .keeper import Keeper, RemotePolicy
 from .local_keeper import LocalKeeper
 from .opening import open_engine

@@ -5,7 +5,8 @@ A volume's configuration: one TOML file, checked as a whole before use.
 The models are the list of keys there is; a key more or less is an error.  Every
 message names the file, the key, the value as it stands there and what is
 allowed, one line each, because a wrong file is usually wrong in one place and
-the reader has it open.  Values are kept in base units: bytes and seconds.
+the reader has it open.  config_values.py checks each value, and the values are kept
+in base units: bytes and seconds.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ import difflib
 import fnmatch
 import json
 import os
-import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -29,13 +28,11 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
 )
 
 from ..base.errors import AccessError, ConfigError, MissingError
-from ..base.listen import LISTEN_RULE, Listen, parse_listen
-from ..base.units import parse_duration, parse_size
-from ..base.unix import MAX_UNIX_PATH
+from ..base.listen import Listen, parse_listen
+from . import config_values as values
 from .model import Params, RemoteParams
 
 __all__ = [
@@ -58,18 +55,10 @@ CONFIG_DIR_ENV = "NBD_MIRROR_CONFIG_DIR"
 CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
 DEFAULT_CONFIG_DIR = Path("/etc/nbd-mirror")
 MAX_CONFIG_BYTES = 1 << 20
-MAX_SIZE = 1 << 50  # 1 PiB
-MIN_REGION, MAX_REGION = 4 << 10, 4 << 20
-MAX_REMOTES = 8  # NBDM_MAX_REMOTES
 # NBDM_STARVED_DEADLINES: the engine's bound on a command that starves while others
 # are answered.
 STARVED_DEADLINES = 8
 STOP_S = 60.0  # of a stop, beside a starved command and the hold
-MAX_CLIENTS = 1 << 16
-MIN_MEMORY, MAX_MEMORY = 64 << 20, 1 << 40  # one of the largest requests must fit
-
-# Shorter than NBDM_NAME_LEN.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 # Names in the state directory that we give, as patterns.
 STATE_FILES = (
     "superblock*",
@@ -85,128 +74,11 @@ STATE_FILES = (
 # What the engine adds to the name of a log: while it makes one, and where it puts one
 # that cannot be believed.
 _FILE_ENDS = (".new", ".bad")
-_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
-
-_NAME_RULE = (
-    "1 to 63 letters, digits, '_', '.' or '-', beginning with a letter or a digit"
-)
-_URI_RULE = (
-    "an NBD URI: nbd://HOST/NAME, nbds://HOST/NAME, "
-    "nbd+unix:///NAME?socket=/PATH or nbds+unix:///NAME?socket=/PATH"
-)
-
-# What is allowed, by key: used where a value is of the wrong type altogether.
-_RULES = {
-    "name": _NAME_RULE,
-    "size": 'a size above 0 and at most 1PiB, as in "10GiB", or "adopt"',
-    "local": "the path of a file or a block device",
-    "state": "the path of a directory for the logs",
-    "listen": LISTEN_RULE,
-    "region_size": "a power of two from 4KiB to 4MiB",
-    "policy": '"degrade" or "stop"',
-    "fenced_reads": '"serve" or "fail"',
-    "hold": "a time from 0s to 5min",
-    "local_deadline": '"off", or a time from 1s to 10min',
-    "late_write_window": "a time from 0s to 1h",
-    "max_clients": "a whole number from 1 to 65536",
-    "max_memory": "a size from 64MiB to 1TiB, or 0",
-    "remote": f"1 to {MAX_REMOTES} [[remote]] tables",
-    "uri": _URI_RULE,
-    "deadline": "a time from 100ms to 10min",
-}
-
-
-def _check_name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError(f"must be {_NAME_RULE}")
-    return value
-
-
-def _check_remote_name(value: str) -> str:
-    if value == "local":
-        raise ValueError('"local" is the local disk\'s name; choose another')
-    return _check_name(value)
-
-
-def _parse_volume_size(value: object) -> int:
-    """Return bytes; 0 stands for "adopt"."""
-    if value == "adopt":
-        return 0
-    size = parse_size(value)
-    if not 0 < size <= MAX_SIZE:
-        raise ValueError(f"must be {_RULES['size']}")
-    return size
-
-
-def _parse_region_size(value: object) -> int:
-    size = parse_size(value)
-    if size & (size - 1) or not MIN_REGION <= size <= MAX_REGION:
-        raise ValueError(f"must be {_RULES['region_size']}")
-    return size
-
-
-def _check_max_clients(value: int) -> int:
-    if not 1 <= value <= MAX_CLIENTS:
-        raise ValueError(f"must be {_RULES['max_clients']}")
-    return value
-
-
-def _parse_max_memory(value: object) -> int:
-    size = parse_size(value)
-    if size and not MIN_MEMORY <= size <= MAX_MEMORY:
-        raise ValueError(f"must be {_RULES['max_memory']}")
-    return size
-
-
-def _parse_local_deadline(value: object) -> float:
-    seconds = 0.0 if value == "off" else parse_duration(value)
-    if value != "off" and not 1 <= seconds <= 600:
-        raise ValueError(f"must be {_RULES['local_deadline']}")
-    return seconds
-
-
-def _between(key: str, least_s: float, most_s: float) -> BeforeValidator:
-    def check(value: object) -> float:
-        seconds = parse_duration(value)
-        if not least_s <= seconds <= most_s:
-            raise ValueError(f"must be {_RULES[key]}")
-        return seconds
-
-    return BeforeValidator(check)
-
-
-def _check_uri(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError:
-        raise ValueError(f"must be {_URI_RULE}") from None
-    # C ends it at a NUL, and urlsplit passes over a line's end: not the same address.
-    if parts.scheme not in _SCHEMES or not value.isprintable():
-        raise ValueError(f"must be {_URI_RULE}")
-    sockets = parse_qs(parts.query).get("socket", [])
-    if parts.scheme.endswith("+unix"):
-        if len(sockets) != 1 or sockets[0][:1] != "/" or "\0" in sockets[0]:
-            raise ValueError("needs ?socket=/absolute/path of the server's socket")
-        if len(os.fsencode(sockets[0])) > MAX_UNIX_PATH:
-            raise ValueError(f"the socket's path is over {MAX_UNIX_PATH} bytes")
-    elif not parts.hostname or port == 0:
-        raise ValueError(f"has no host; must be {_URI_RULE}")
-    if parts.fragment:
-        raise ValueError("an NBD URI has no '#' part")
-    return value
-
-
-def _check_path(value: str, info: ValidationInfo) -> str:
-    """Make it absolute; a relative one is relative to the file's folder."""
-    if not value or "\0" in value:
-        raise ValueError(f"must be {_RULES[info.field_name or 'local']}")
-    return os.path.normpath(Path((info.context or {}).get("folder", "/"), value))
 
 
 def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...]:
-    if not 1 <= len(remotes) <= MAX_REMOTES:
-        raise ValueError(f"must be {_RULES['remote']}, not {len(remotes)}")
+    if not 1 <= len(remotes) <= values.MAX_REMOTES:
+        raise ValueError(f"must be {values.RULES['remote']}, not {len(remotes)}")
     names = [remote.name for remote in remotes]
     for name in names:
         if names.count(name) > 1:
@@ -222,7 +94,7 @@ def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...
     return remotes
 
 
-_AnyPath = Annotated[str, AfterValidator(_check_path)]
+_AnyPath = Annotated[str, AfterValidator(values.check_path)]
 
 
 class RemoteConfig(BaseModel):
@@ -230,9 +102,9 @@ class RemoteConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: Annotated[str, AfterValidator(_check_remote_name)]
-    uri: Annotated[str, AfterValidator(_check_uri)]
-    deadline: Annotated[float, _between("deadline", 0.1, 600)] = 5.0
+    name: Annotated[str, AfterValidator(values.check_remote_name)]
+    uri: Annotated[str, AfterValidator(values.check_uri)]
+    deadline: Annotated[float, values.between("deadline", 0.1, 600)] = 5.0
 
 
 class VolumeConfig(BaseModel):
@@ -245,19 +117,21 @@ class VolumeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: Annotated[str, AfterValidator(_check_name)]
-    size: Annotated[int, BeforeValidator(_parse_volume_size)]
+    name: Annotated[str, AfterValidator(values.check_name)]
+    size: Annotated[int, BeforeValidator(values.parse_volume_size)]
     local: _AnyPath
     state: _AnyPath
     listen: Annotated[Listen, BeforeValidator(parse_listen)]
-    region_size: Annotated[int, BeforeValidator(_parse_region_size)] = 64 << 10
+    region_size: Annotated[int, BeforeValidator(values.parse_region_size)] = 64 << 10
     policy: Literal["degrade", "stop"] = "degrade"
     fenced_reads: Literal["serve", "fail"] = "serve"
-    hold: Annotated[float, _between("hold", 0, 300)] = 2.0
-    local_deadline: Annotated[float, BeforeValidator(_parse_local_deadline)] = 0.0
-    late_write_window: Annotated[float, _between("late_write_window", 0, 3600)] = 30.0
-    max_clients: Annotated[int, AfterValidator(_check_max_clients)] = 1024
-    max_memory: Annotated[int, BeforeValidator(_parse_max_memory)] = 0
+    hold: Annotated[float, values.between("hold", 0, 300)] = 2.0
+    local_deadline: Annotated[float, BeforeValidator(values.parse_local_deadline)] = 0.0
+    late_write_window: Annotated[
+        float, values.between("late_write_window", 0, 3600)
+    ] = 30.0
+    max_clients: Annotated[int, AfterValidator(values.check_max_clients)] = 1024
+    max_memory: Annotated[int, BeforeValidator(values.parse_max_memory)] = 0
     remotes: Annotated[
         tuple[RemoteConfig, ...],
         Field(alias="remote", strict=False),
@@ -439,9 +313,11 @@ def _explain_key(
         fields = model.model_fields.items()
         return _explain_unknown(key, [field.alias or name for name, field in fields])
     if item["type"] == "missing":
-        return f"{key}: is missing; it must be {_RULES[key]}"
+        return f"{key}: is missing; it must be {values.RULES[key]}"
     cause = item.get("ctx", {}).get("error")
-    rule = str(cause) if item["type"] == "value_error" else f"must be {_RULES[key]}"
+    rule = (
+        str(cause) if item["type"] == "value_error" else f"must be {values.RULES[key]}"
+    )
     value = table[key]
     if isinstance(value, list | dict):
         return f"{key}: {rule}"
@@ -455,7 +331,7 @@ def _explain_unknown(key: str, allowed: Collection[str]) -> str:
     # A key of the other kind of table is most often one put after [[remote]].
     if near:
         return f"{key}: unknown key; did you mean {near[0]}?"
-    if key in _RULES:
+    if key in values.RULES:
         place = (
             "in a [[remote]] table"
             if key in ("uri", "deadline")

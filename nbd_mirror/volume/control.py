@@ -8,53 +8,34 @@ A unix socket `control` in the state directory; a request is one line of JSON,
 connection ends.  One request a connection keeps both ends free of any state,
 and a client that hangs holds only its own thread, and that for seconds.
 
-Only the owner may open it, twice over: the mode is 0600 from the moment the
-socket is bound (set on the descriptor before, so no umask of the whole process
-need change while nbdkit's threads make files), and the peer's uid is asked of
-the kernel.
+This is the protocol and the side that asks; server/control_server.py answers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import select
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..base import strangers, unix
 from ..base.errors import (
     AccessError,
-    BusyError,
     FormatError,
-    MirrorError,
     MirrorIOError,
     NotRunningError,
     WaitTimeoutError,
-    from_errno,
     from_name,
 )
-from ..base.threads import begin, keep_going
 
-__all__ = ["ControlServer", "Handler", "call", "control_path", "exchange"]
+__all__ = ["call", "control_path", "encode", "exchange", "peer", "receive_line"]
 
-Handler = Callable[[str, dict[str, Any]], object]
-
-MAX_REQUEST = 64 << 10  # bytes
 MAX_ANSWER = 4 << 20  # bytes
-CLIENT_TIMEOUT_S = 5.0  # to send a request, and to take the answer
-MAX_CLIENTS = 8  # at once; more wait in the kernel's queue
-BACKLOG = 64
-STACK_BYTES = 1 << 20  # of a client's thread: they may be locked in memory
-LOOK_S = 2.0  # between two looks whether the socket's name is still there
-SHORT_S = 0.1  # until the next try, without descriptors
 
 
 def control_path(state_dir: str | os.PathLike[str]) -> Path:
@@ -62,7 +43,7 @@ def control_path(state_dir: str | os.PathLike[str]) -> Path:
     return Path(state_dir) / "control"
 
 
-def _receive_line(sock: socket.socket, limit: int, deadline: float) -> bytes:
+def receive_line(sock: socket.socket, limit: int, deadline: float) -> bytes:
     """Read to the first newline; raises TimeoutError, or EOFError on an early end."""
     data = bytearray()
     while not data.endswith(b"\n"):
@@ -79,247 +60,18 @@ def _receive_line(sock: socket.socket, limit: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _ignore(level: str, text: str) -> None:
-    """Say nothing: the next turn comes."""
-
-
-class ControlServer:
-    """
-    Answers requests with *handler*, each in its own thread.
-
-    *handler* gets the command and its arguments and returns what JSON can
-    carry; a MirrorError it raises goes to the client, any other exception too,
-    as a bug, and never ends the server.
-
-    Args:
-        path: of the socket.  The caller holds the volume's lock: a socket
-            file on which no server answers is a dead one's and is replaced.
-        handler: called from several threads at once.
-        timeout_s: for a client to send its request, and to take the answer.
-        log: is told of a bug, and the thread goes on.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        handler: Handler,
-        *,
-        timeout_s: float = CLIENT_TIMEOUT_S,
-        log: Callable[[str, str], object] = _ignore,
-    ) -> None:
-        self._path = Path(path)
-        self._handler = handler
-        self._timeout_s = timeout_s
-        self._log = log
-        self._lock = threading.Lock()  # guards the listener and the reserve
-        self._listener: socket.socket | None = None
-        self._workers = [
-            threading.Thread(target=self._work, name="control", daemon=True)
-            for _ in range(MAX_CLIENTS)
-        ]
-        self._closing = False
-        self._wake_r = self._wake_w = -1
-        self._reserve = -1  # a descriptor to give up when none is left
-
-    def start(self) -> None:
-        """
-        Bind the socket and begin to answer.
-
-        Raises:
-            BusyError: another server answers on it. MirrorError of another
-            class: the socket cannot be made.
-        """
-        if self._listener is not None:
-            raise RuntimeError("the control server is started already")
-        self._listener = self._bind()
-        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC)
-        self._keep_reserve()
-        # All of them now: a thread that is started when memory is out may die on its
-        # first step, and Thread.start() then waits for it for ever.
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            for worker in self._workers:
-                begin(worker)
-        finally:
-            threading.stack_size(before)
-
-    def close(self) -> None:
-        """
-        Stop answering, remove the socket, and join every thread.
-
-        A request under way is answered first; bounded by its handler and the
-        client's time-out.  From a handler's own thread it joins all but that.
-        """
-        if self._listener is None or self._closing:
-            return
-        self._closing = True
-        # Remove the name first: no client may connect to what will not answer.
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        os.write(self._wake_w, b"x")
-        for worker in self._workers:
-            if worker.ident is not None and worker is not threading.current_thread():
-                worker.join()
-        self._listener.close()
-        for fd in (self._wake_r, self._wake_w, self._reserve):
-            if fd >= 0:
-                os.close(fd)
-
-    def __enter__(self) -> ControlServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _bind(self) -> socket.socket:
-        try:
-            if unix.answers(self._path):
-                raise BusyError(
-                    f"another server answers on {self._path}: "
-                    "the volume is served already"
-                )
-            self._path.unlink(missing_ok=True)
-            sock = unix.bind(self._path, BACKLOG)
-        except MirrorError:
-            raise
-        except OSError as error:
-            raise from_errno(
-                error.errno or errno.EIO,
-                f"the control socket {self._path} cannot be made: {error.strerror}",
-            ) from None
-        sock.setblocking(False)
-        return sock
-
-    def _work(self) -> None:
-        """Serve clients until the end, also while memory or descriptors run out."""
-        keep_going(self._serve_one, lambda: self._closing, self._log, "control")
-
-    def _serve_one(self) -> None:
-        if not self._wait_for_client():
-            return
-        with self._lock:
-            listener = self._listener
-            client = None if self._closing or listener is None else self._take(listener)
-        if client is not None:
-            self._serve(client)
-        else:
-            self._rest(SHORT_S)
-
-    def _wait_for_client(self) -> bool:
-        """Wait a while for a client; meanwhile see to what else is ours."""
-        with self._lock:
-            assert self._listener is not None
-            fd = self._listener.fileno()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.register(self._wake_r, select.POLLIN)
-        found = poll.poll(LOOK_S * 1000)
-        with self._lock:
-            self._keep_reserve()
-            if not found:
-                self._keep_name()
-        return any(one == fd for one, _ in found)
-
-    def _rest(self, seconds: float) -> None:
-        """Sleep, but not over the end."""
-        poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
-        poll.poll(seconds * 1000)
-
-    def _take(self, listener: socket.socket) -> socket.socket | None:
-        """Accept a client if there still is one; the lock is held."""
-        try:
-            return listener.accept()[0]
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._reserve < 0:
-                return None  # another thread has it, it went away, no memory
-        # One client at a time is served on the reserve.
-        os.close(self._reserve)
-        self._reserve = -1
-        try:
-            return listener.accept()[0]
-        except OSError:
-            return None
-
-    def _keep_reserve(self) -> None:
-        if self._reserve < 0:
-            with contextlib.suppress(OSError):
-                self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-
-    def _keep_name(self) -> None:
-        """Bind anew if the socket was removed, by a clean-up of old files, say."""
-        if self._closing or os.path.lexists(self._path):
-            return
-        with contextlib.suppress(MirrorError, OSError):
-            old, self._listener = self._listener, self._bind()
-            if old is not None:
-                old.close()
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            with client:
-                answer = self._answer(client)
-                if answer is not None:
-                    client.settimeout(self._timeout_s)
-                    client.sendall(answer)
-        except OSError:
-            pass  # the client is gone: there is none to be told
-
-    def _answer(self, client: socket.socket) -> bytes | None:
-        try:
-            try:
-                deadline = time.monotonic() + self._timeout_s
-                line = _receive_line(client, MAX_REQUEST, deadline)
-                # Only now: closed on before it has sent its request, a client gets
-                # a broken pipe and not the refusal. Nothing of it is looked at.
-                _check_peer(client)
-                request = json.loads(line)
-                command = request.pop("command")
-                if not isinstance(command, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise FormatError(
-                    "the request is no line of JSON with a command"
-                ) from None
-            except (EOFError, TimeoutError):
-                return None
-            result = self._handler(command, request)
-            return _encode({"ok": True, "result": result})
-        except MirrorError as error:
-            return _encode_error(type(error).__name__, error)
-        except Exception as error:  # a bug in a command must not end the server
-            text = f"internal error in the server: {type(error).__name__}: {error}"
-            return _encode_error("MirrorError", MirrorError(text))
-
-
-def _encode(answer: dict[str, Any]) -> bytes:
+def encode(answer: dict[str, Any]) -> bytes:
+    """Write an answer or a request as one line of JSON."""
     return json.dumps(answer, separators=(",", ":")).encode() + b"\n"
 
 
-def _encode_error(name: str, error: MirrorError) -> bytes:
-    fields = {
-        "class": name,
-        "message": error.message,
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-    }
-    return _encode({"ok": False, "error": fields})
-
-
-def _peer(sock: socket.socket) -> tuple[int, int]:
+def peer(sock: socket.socket) -> tuple[int, int]:
     """Return the other end's process and user, as the kernel has them."""
     size = struct.calcsize("3i")
     pid, uid, _ = struct.unpack(
         "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     )
     return pid, uid
-
-
-def _check_peer(client: socket.socket) -> None:
-    _, uid = _peer(client)
-    if uid not in (0, os.geteuid()):
-        raise AccessError(f"only the server's owner may command it, not uid {uid}")
 
 
 def call(
@@ -360,17 +112,17 @@ def exchange(
         user's, and say anything. 0: it is in a namespace that is not seen here.
     """
     deadline = time.monotonic() + timeout_s
-    request = _encode({**args, "command": command})
+    request = encode({**args, "command": command})
     with strangers.closing(unix.unix_socket()) as sock:
         sock.settimeout(timeout_s)
         try:
             with unix.short_name(control_path(state_dir)) as name:
                 sock.connect(name)
-            pid, _ = _peer(sock)
+            pid, _ = peer(sock)
             # A user who may not ask is answered at once, perhaps before we have asked.
             with contextlib.suppress(BrokenPipeError):
                 sock.sendall(request)
-            answer = json.loads(_receive_line(sock, MAX_ANSWER, deadline))
+            answer = json.loads(receive_line(sock, MAX_ANSWER, deadline))
         except (FileNotFoundError, NotADirectoryError, ConnectionError, EOFError):
             raise NotRunningError(
                 "no server answers for this volume", "nbd-mirror serve CONFIG"

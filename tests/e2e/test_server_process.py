@@ -25,7 +25,7 @@ from e2e.conftest import DOORS
 from e2e.lib.harness import Site
 
 from nbd_mirror.base.errors import MetadataFailedError
-from nbd_mirror.commands import serve
+from nbd_mirror.commands import serve_log, stop
 from nbd_mirror.volume import control
 from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.offline import stopped_status
@@ -126,16 +126,16 @@ def test_server_that_gives_no_status_is_stopped(
     site.bring_up(fault=f"invalidate_marked=wait:{go_on}")
     waiting = threading.Thread(target=site.tell, args=("invalidate",))
     waiting.start()
-    ask = serve.ask
+    ask = stop.ask
 
     def ask_and_go_on(config: VolumeConfig, command: str, timeout_s: float) -> object:
         go_on.touch()
         return ask(config, command, timeout_s)
 
-    monkeypatch.setattr(serve, "ask", ask_and_go_on)
+    monkeypatch.setattr(stop, "ask", ask_and_go_on)
     try:
         support.wait_until(Path(f"{go_on}.reached").exists, "the command's middle")
-        serve.stop(load(site.config))
+        stop.stop(load(site.config))
     finally:
         go_on.touch()
         waiting.join(20)
@@ -149,19 +149,19 @@ def test_server_that_a_signal_ends_before_the_stop_comes(
 ) -> None:
     """Whether it ended cleanly is not known by its silence: the superblock says."""
     site.bring_up()
-    ask = serve.ask
+    ask = stop.ask
 
     def ask_too_late(config: VolumeConfig, command: str, timeout_s: float) -> object:
         os.kill(site.pid, number)
         site.ended()
         return ask(config, command, timeout_s)
 
-    monkeypatch.setattr(serve, "ask", ask_too_late)
+    monkeypatch.setattr(stop, "ask", ask_too_late)
     if number == signal.SIGTERM:
-        serve.stop(load(site.config))
+        stop.stop(load(site.config))
     else:
         with pytest.raises(MetadataFailedError, match="without a clean stop"):
-            serve.stop(load(site.config))
+            stop.stop(load(site.config))
 
 
 def test_control_socket_that_was_removed_comes_back(site: Site) -> None:
@@ -265,7 +265,7 @@ def test_start_keeps_what_another_process_logs(site: Site) -> None:
         assert other.stdout is not None
         other.stdout.readline()
         while other.poll() is None:
-            with serve._open_log(log):
+            with serve_log.open_log(log):
                 pass
         assert other.returncode == 0
     assert log.read_text().splitlines() == [f"line {n}" for n in range(count)]
@@ -277,7 +277,7 @@ def test_start_leaves_the_log_of_a_server_in_its_place(site: Site) -> None:
     site.cli("serve", str(site.config))
     log = site.state / "serve.log"
     with log.open("a") as file:
-        file.write("long\n" * (serve.MAX_LOG_BYTES // 4))
+        file.write("long\n" * (serve_log.MAX_LOG_BYTES // 4))
     before = log.stat()
     pid = site.status()["pid"]
     (site.state / "control").unlink()

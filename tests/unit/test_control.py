@@ -33,10 +33,11 @@ from nbd_mirror.base.errors import (
     NotRunningError,
     WaitTimeoutError,
 )
+from nbd_mirror.server.control_server import MAX_REQUEST, ControlServer
 from nbd_mirror.volume import offline
 from nbd_mirror.volume.client import serving_pid
 from nbd_mirror.volume.config import VolumeConfig
-from nbd_mirror.volume.control import MAX_REQUEST, ControlServer, call, control_path
+from nbd_mirror.volume.control import call, control_path
 from nbd_mirror.volume.offline import lock_holder
 
 release = threading.Event()

@@ -24,10 +24,10 @@ from nbd_mirror.base.errors import (
     NotRunningError,
     RemoteError,
 )
-from nbd_mirror.commands import serve
+from nbd_mirror.commands import listeners
 from nbd_mirror.rules.pace import Plan, quantile
 from nbd_mirror.rules.state import RemoteState
-from nbd_mirror.volume import config, core, model
+from nbd_mirror.volume import config, config_values, core, model
 from nbd_mirror.volume.model import HOLE, Verdict, disk_of
 
 
@@ -59,10 +59,10 @@ def remote(processes: Processes, run_dir: Path) -> Remote:
 def test_numbers_that_python_states_again_are_the_engine_s() -> None:
     """Commands need some limits without the compiled code: they equal nbdm.h's."""
     stated = {
-        "NBDM_MAX_REMOTES": config.MAX_REMOTES,
+        "NBDM_MAX_REMOTES": config_values.MAX_REMOTES,
         "NBDM_STARVED_DEADLINES": config.STARVED_DEADLINES,
-        "NBDM_MAX_REQUEST": config.MIN_MEMORY,
-        "NBDM_MAX_LISTENERS": serve.MAX_LISTENERS,
+        "NBDM_MAX_REQUEST": config_values.MIN_MEMORY,
+        "NBDM_MAX_LISTENERS": listeners.MAX_LISTENERS,
         "NBDM_EXTENT_HOLE": model.HOLE,
     }
     assert stated == {name: getattr(lib, name) for name in stated}

@@ -30,8 +30,9 @@ from nbd_mirror.base.errors import (
 )
 from nbd_mirror.base.listen import parse_listen
 from nbd_mirror.base.units import parse_duration, parse_size
+from nbd_mirror.server.control_server import MAX_REQUEST, ControlServer
 from nbd_mirror.volume.config import VolumeConfig, load, to_params
-from nbd_mirror.volume.control import MAX_REQUEST, ControlServer, call, control_path
+from nbd_mirror.volume.control import call, control_path
 
 GOOD = b"""\
 name = "pg"

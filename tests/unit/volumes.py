@@ -59,3 +59,15 @@ class Remote:
         """End it as a crash would."""
         assert self.process is not None
         self._processes.kill(self.process)
+
+
+def make_file(tmp_path: Path) -> Path:
+    """Write a volume's file, and return its path; its state directory exists."""
+    (tmp_path / "st").mkdir()
+    path = tmp_path / "v.toml"
+    path.write_text(
+        'name="v"\nsize="1MiB"\nlocal="d.img"\nstate="st"\n'
+        f'listen="unix:{tmp_path}/v.sock"\n'
+        '[[remote]]\nname="dr"\nuri="nbd://h/x"\n'
+    )
+    return path

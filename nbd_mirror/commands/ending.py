@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Where every error of a command ends: words on standard error, and an exit code.
+
+An error is one line `nbd-mirror: what happened`, `  try: ` what helps, and the exit
+code of its class. A traceback is shown only with NBD_MIRROR_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from ..base.errors import MirrorError, OutputError
+from .output import finish_output, plain
+from .serve import ServerEndedError
+
+__all__ = ["report", "run"]
+
+
+def report(error: MirrorError) -> None:
+    """Print an error as the user sees it, on standard error."""
+    lines = [f"nbd-mirror: {line}" for line in error.message.splitlines()]
+    if isinstance(error, ServerEndedError):
+        lines = error.message.splitlines()
+    first, *rest = error.hint.splitlines() or [""]
+    if first:
+        lines += [f"  try: {first}", *(f"       {line}" for line in rest)]
+    sys.stderr.write(plain("\n".join(lines)) + "\n")
+
+
+def run(app: Callable[..., object]) -> int:
+    """Run the command line *app*; say what went wrong, and return the exit code."""
+    try:
+        _run_app(app)
+        finish_output()
+    except OutputError as error:
+        if error.quiet:
+            return 0
+        report(error)
+        return error.exit_code
+    except MirrorError as error:
+        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
+            traceback.print_exc()
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except Exception as error:
+        if os.environ.get("NBD_MIRROR_DEBUG") == "1":
+            traceback.print_exc()
+        sys.stderr.write(
+            f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
+            "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
+        )
+        return 1
+    return 0
+
+
+def _run_app(app: Callable[..., object]) -> None:
+    """Run the command; click ends each with SystemExit."""
+    try:
+        app(prog_name="nbd-mirror")
+    except SystemExit as ended:
+        if ended.code:
+            with contextlib.suppress(OutputError):
+                finish_output()
+            raise

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Bind the sockets that a volume listens on, before its server is started.
+
+We bind them ourselves and hand them on: so a socket in use is our own clear error, a
+stale one of a killed server is replaced, and a unix socket is 0600 from its first
+moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..base import unix
+from ..base.errors import BusyError, MirrorError, from_errno
+from ..base.listen import Listen
+
+__all__ = ["MAX_LISTENERS", "Listeners", "bind", "remove_stale"]
+
+FOLDER_LOCK_S = 2.0  # for the lock of the listening socket's folder, then without
+STALE_LOOKS, STALE_PAUSE_S = 3, 0.03  # at a socket on which no server answers
+MAX_LISTENERS = 16  # NBDM_MAX_LISTENERS
+BACKLOG = 128  # connections that wait to be accepted
+
+
+class Listeners(contextlib.ExitStack):
+    """The *sockets* a volume listens on; they are closed with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sockets: list[socket.socket] = []
+
+    def add(self, sock: socket.socket) -> None:
+        """Take *sock* over."""
+        self.sockets.append(self.enter_context(sock))
+
+
+def bind(listen: Listen) -> Listeners:
+    """
+    Bind and listen; a socket file on which no server answers is replaced.
+
+    A host's name, and no host at all, stand for several addresses: all of them are
+    listened on that this host has.
+
+    Raises:
+        BusyError: another server listens there. MissingError, AccessError: the
+        folder is not there or may not be written. ConfigError: no such address.
+    """
+    if listen.path is None:
+        return _bind_tcp(listen)
+    listeners = Listeners()
+    listeners.add(_bind_unix(Path(listen.path)))
+    return listeners
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    try:
+        with _locked_folder(path.parent):
+            _remove_in_the_way(path)
+            return unix.bind(path, BACKLOG)
+    except MirrorError:
+        raise
+    except OSError as error:
+        raise from_errno(
+            error.errno or errno.EIO, f"cannot listen on {path}: {error.strerror}"
+        ) from None
+
+
+def _remove_in_the_way(path: Path) -> None:
+    """Remove the socket file of a server that has ended; nothing else."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise BusyError(f"{path} is there and is no socket: choose another")
+    if not _is_stale(path):
+        raise BusyError(f"socket in use: another server listens on {path}")
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """
+    Let one process at a time look at and replace a socket in *folder*.
+
+    Else two that start at once both find it stale, and the second removes the
+    first one's. But any user who can read the folder can lock it, so the wait is
+    short: without the lock `_is_stale` still looks more than once.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + FOLDER_LOCK_S
+    try:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_stale(path: Path) -> bool:
+    """
+    Say whether no server answers on a socket's name.
+
+    Asked again after a moment: another server may have bound it just now, and not be
+    listening yet.
+    """
+    first = path.lstat()
+    for _ in range(STALE_LOOKS):
+        if unix.answers(path):
+            return False
+        time.sleep(STALE_PAUSE_S)
+    last = path.lstat()
+    return (first.st_dev, first.st_ino) == (last.st_dev, last.st_ino)
+
+
+def _bind_tcp(listen: Listen) -> Listeners:
+    found = _addresses(listen)
+    both = {family for family, _ in found} == {socket.AF_INET, socket.AF_INET6}
+    listeners = Listeners()
+    missing: OSError | None = None
+    try:
+        for family, address in found:
+            try:
+                listeners.add(_listen_on(family, address, v6only=both))
+            except OSError as error:
+                # "localhost" is ::1 as well on a host without IPv6.
+                if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                    raise
+                missing = error
+        if not listeners.sockets and missing is not None:
+            raise missing
+    except OSError as error:
+        listeners.close()
+        if error.errno == errno.EADDRINUSE:
+            raise BusyError(
+                f"socket in use: another server listens on {listen}"
+            ) from None
+        number = errno.EINVAL if error is missing else error.errno
+        raise from_errno(
+            number or errno.EIO, f"cannot listen on {listen}: {error.strerror}"
+        ) from None
+    return listeners
+
+
+def _addresses(listen: Listen) -> Sequence[tuple[socket.AddressFamily, Any]]:
+    try:
+        found = socket.getaddrinfo(
+            listen.host or None,
+            listen.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+    except OSError as error:
+        raise from_errno(
+            errno.EINVAL, f"cannot listen on {listen}: {error.strerror or error}"
+        ) from None
+    unique = list(dict.fromkeys((one[0], one[4]) for one in found))
+    if len(unique) > MAX_LISTENERS:
+        raise from_errno(
+            errno.EINVAL,
+            f"cannot listen on {listen}: it stands for {len(unique)} addresses, "
+            f"more than {MAX_LISTENERS}",
+        )
+    return unique
+
+
+def _listen_on(
+    family: socket.AddressFamily, address: Any, *, v6only: bool
+) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # Beside one for IPv4; alone, "[::]" takes IPv4 too.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a socket file whose server has ended; nbdkit leaves it behind."""
+    with contextlib.suppress(OSError), _locked_folder(path.parent):
+        if stat.S_ISSOCK(path.lstat().st_mode) and _is_stale(path):
+            path.unlink()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The serve.log that a server in the background writes to, as its start sees it.
+
+The start opens the file, keeps it short, and repeats to the user what the server said
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..base.errors import MirrorError, from_errno
+from ..base.files import open_plain, opened_folder
+
+__all__ = ["MAX_LOG_BYTES", "last_words", "open_log", "pass_on_warnings", "said_since"]
+
+MAX_LOG_BYTES = 1 << 20  # of serve.log, before a start puts it aside as serve.log.1
+_SAID = "nbd-mirror: ", "  try: ", "       "  # how a line of an error begins
+_WORDS = 4096  # bytes there must be room for in serve.log
+FALLOC_FL_KEEP_SIZE = 1  # <linux/falloc.h>
+
+
+def said_since(fd: int, begin: int) -> list[str]:
+    """Return what was said since *begin*: in this file, whatever has its name now."""
+    return os.pread(fd, 64 << 10, begin).decode(errors="replace").splitlines()
+
+
+def pass_on_warnings(said: list[str]) -> None:
+    """Repeat on standard error what the start found wrong with the volume itself."""
+    for line in said:
+        _, _, warning = line.partition(" warning volume ")
+        if warning:
+            sys.stderr.write(f"nbd-mirror: warning: volume {warning}\n")
+
+
+@contextlib.contextmanager
+def open_log(log: Path) -> Iterator[int]:
+    """
+    Open the log to append to it; what a server that runs says there stays as it is.
+
+    This start does not know yet whether one does: a socket may have been removed.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        with opened_folder(log.parent) as dir_fd:
+            _put_aside(log.name, dir_fd)
+            try:
+                fd = open_plain(log.name, flags, dir_fd)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                # A link, say, from where others could write here: not followed.
+                os.unlink(log.name, dir_fd=dir_fd)
+                fd = open_plain(log.name, flags | os.O_EXCL, dir_fd)
+    except OSError as error:
+        raise _log_error(log, error) from None
+    try:
+        _check_room(log, fd)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _put_aside(name: str, dir_fd: int) -> None:
+    """
+    Begin a new log where the old one is long, unless a server has the volume.
+
+    A server does it by itself, but only as long as the name leads to its file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size <= MAX_LOG_BYTES:
+            return
+        with _volume_lock(dir_fd) as ours:
+            for older, newer in ((".2", ".1"), (".1", "")) if ours else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(
+                        name + newer, name + older, src_dir_fd=dir_fd, dst_dir_fd=dir_fd
+                    )
+
+
+@contextlib.contextmanager
+def _volume_lock(dir_fd: int) -> Iterator[bool]:
+    """Take the volume's lock for a moment; say whether that was possible."""
+    with contextlib.ExitStack() as stack:
+        try:
+            # Where there is none, or a link, the server makes one or says so.
+            fd = open_plain("lock", os.O_RDWR, dir_fd)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _check_room(log: Path, fd: int) -> None:
+    """
+    Check that a disk too full for the logs can be said in this one.
+
+    Room is taken beyond the end of the file, and the file does not become longer. So
+    there is nothing to undo, and no line of another process to be cut off with it.
+    """
+    end = os.lseek(fd, 0, os.SEEK_END)
+    libc = ctypes.CDLL(None, use_errno=True)
+    off_t = ctypes.c_int64
+    if libc.fallocate64(fd, FALLOC_FL_KEEP_SIZE, off_t(end), off_t(_WORDS)) == 0:
+        return
+    number = ctypes.get_errno()
+    if number in {errno.EOPNOTSUPP, errno.ENOSYS}:
+        found = os.fstatvfs(fd)
+        # ramfs counts no blocks at all.
+        full = found.f_blocks > 0 and found.f_bavail * found.f_frsize < _WORDS
+        number = errno.ENOSPC if full else 0
+    if number:
+        raise _log_error(log, OSError(number, os.strerror(number)))
+
+
+def _log_error(log: Path, error: OSError) -> MirrorError:
+    hint = f"make room in {log.parent}" if error.errno == errno.ENOSPC else ""
+    text = f"cannot write {log}: {error.strerror}"
+    return from_errno(error.errno or errno.EIO, text, hint)
+
+
+def last_words(log: Path, said: list[str]) -> str:
+    """Return what the server said before it ended: our own lines if there are any."""
+    ours = [line for line in said if line.startswith(_SAID)]
+    words = "\n".join(ours or said[-3:])
+    return words or f"nbd-mirror: the server ended without a word; see {log}"

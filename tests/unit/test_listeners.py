@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The listening socket: bound for the server, in use, stale, or by a name."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbd_mirror.base.errors import BusyError, ConfigError, MissingError
+from nbd_mirror.base.listen import parse_listen
+from nbd_mirror.commands.listeners import Listeners, bind
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_uri_of_a_path_with_a_space_is_one_clients_take() -> None:
+    """%20, as URIs have it: libnbd takes a plus sign for a plus sign."""
+    listen = parse_listen("unix:/run/my disk.sock")
+    assert listen.uri == "nbd+unix:///?socket=/run/my%20disk.sock"
+
+
+def test_bind_to_a_socket_in_use_is_refused_and_leaves_it(tmp_path: Path) -> None:
+    """A living server keeps its socket."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    with bind(listen):
+        with pytest.raises(BusyError, match="socket in use"):
+            bind(listen)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+
+
+def test_bind_replaces_a_stale_socket_with_mode_0600(tmp_path: Path) -> None:
+    """A killed server's socket is replaced; only the owner may connect."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    bind(listen).close()
+    with bind(listen):
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+
+
+def test_bind_over_a_file_is_refused_and_leaves_it(tmp_path: Path) -> None:
+    """A path that holds data is never removed."""
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(BusyError, match="is no socket"):
+        bind(parse_listen(f"unix:{tmp_path}/s"))
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_bind_without_the_folder_is_told(tmp_path: Path) -> None:
+    """A missing folder is named."""
+    with pytest.raises(MissingError, match="cannot listen on"):
+        bind(parse_listen(f"unix:{tmp_path}/none/s"))
+
+
+def test_bind_to_a_port_in_use_is_refused() -> None:
+    """TCP ports too."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(BusyError, match="socket in use"):
+            bind(parse_listen(f"tcp:127.0.0.1:{port}"))
+
+
+def test_bind_to_an_address_of_another_host_is_refused() -> None:
+    """An address this host does not have is a wrong configuration."""
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        bind(parse_listen("tcp:192.0.2.1:10809"))
+
+
+def _families(listeners: Listeners) -> set[int]:
+    return {int(sock.family) for sock in listeners.sockets}
+
+
+@pytest.mark.parametrize("host", ["localhost", ""])
+def test_bind_to_a_name_takes_all_its_addresses(host: str) -> None:
+    """IPv4 and IPv6, as a client may try either first; and the URI leads there."""
+    port = _free_port()
+    listen = parse_listen(f"tcp:{host}:{port}")
+    found = socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)
+    with bind(listen) as listeners:
+        assert {socket.AF_INET} <= _families(listeners)
+        assert {one[0] for one in found} <= _families(listeners)
+        for _, _, _, _, address in found:
+            with socket.create_connection(address[:2]):
+                pass
+        with pytest.raises(BusyError, match="socket in use"):
+            bind(listen)
+    assert listen.uri == f"nbd://localhost:{port}"
+    with bind(listen):
+        pass
+
+
+def test_bind_to_all_of_ipv6_takes_ipv4_too() -> None:
+    """One socket for both, whatever this host's default is."""
+    port = _free_port()
+    with bind(parse_listen(f"tcp:[::]:{port}")) as listeners:
+        assert len(listeners.sockets) == 1
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)):
+                pass
+
+
+def test_bind_passes_over_an_address_this_host_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name of several addresses works with those that are there."""
+    port = _free_port()
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
+        for host in ("192.0.2.1", "127.0.0.1", "127.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with bind(parse_listen(f"tcp:somewhere:{port}")) as listeners:
+        assert [one.getsockname()[0] for one in listeners.sockets] == ["127.0.0.1"]
+
+
+def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
+    """However they interleave, exactly one gets a stale socket's place."""
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    for _ in range(20):
+        results: list[object] = []
+
+        def attempt(results: list[object] = results) -> None:
+            try:
+                results.append(bind(listen))
+            except BusyError as error:
+                results.append(error)
+
+        threads = [threading.Thread(target=attempt) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sockets = [one for one in results if isinstance(one, Listeners)]
+        assert len(sockets) == 1
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+        sockets[0].close()

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`wait` and `watch`, and the status they ask of a server of any version."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from unit.answers import a_local, a_remote, a_status
+from unit.volumes import make_file
+
+from nbd_mirror.base.errors import (
+    FormatError,
+    MetadataFailedError,
+    NotRunningError,
+    WaitTimeoutError,
+)
+from nbd_mirror.commands import watch
+from nbd_mirror.commands.show import show_status
+from nbd_mirror.server.control_server import ControlServer
+from nbd_mirror.volume.config import VolumeConfig, load
+from nbd_mirror.volume.control import control_path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> VolumeConfig:
+    """Give a volume; its state directory exists."""
+    return load(make_file(tmp_path))
+
+
+def _served(config: VolumeConfig, *answers: dict[str, Any]) -> ControlServer:
+    """Answer status with each of *answers* in turn, then with the last one."""
+    left = list(answers)
+
+    def handler(command: str, _: dict[str, Any]) -> object:
+        assert command == "status"
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return ControlServer(control_path(config.state_dir), handler)
+
+
+def _wait(config: VolumeConfig, timeout_s: float, remote: str | None = None) -> None:
+    watch.wait_for(config, "in_sync", timeout_s, remote, lambda _: None)
+
+
+def test_wait_ends_when_all_remotes_have_the_state(config: VolumeConfig) -> None:
+    """It asks again until all are there."""
+    later = a_remote(state="resyncing", name="b")
+    answers = [a_status(a_remote(), later), a_status(a_remote(), a_remote(name="b"))]
+    with _served(config, *answers):
+        _wait(config, 10)
+
+
+def test_wait_for_one_remote_does_not_mind_the_others(config: VolumeConfig) -> None:
+    """--remote looks at that one alone."""
+    with _served(config, a_status(a_remote(), a_remote(state="failed", name="b"))):
+        _wait(config, 10, "dr")
+
+
+def test_wait_for_all_waits_for_the_local_disk_too(config: VolumeConfig) -> None:
+    """Remotes that are in sync are not enough while local is copied back."""
+    local = a_local(state="resyncing", reason="1 MiB left")
+    answers = [a_status(a_remote(), local=local), a_status(a_remote())]
+    with _served(config, *answers):
+        _wait(config, 10)
+    with (
+        _served(config, answers[0]),
+        pytest.raises(WaitTimeoutError, match="local is resyncing: 1 MiB left"),
+    ):
+        _wait(config, 0.2)
+
+
+def test_wait_for_the_local_disk_alone(config: VolumeConfig) -> None:
+    """--remote local does not mind the remotes; one remote does not mind local."""
+    failed = a_local(state="failed", reason="EIO")
+    with _served(config, a_status(a_remote(state="out_of_sync"))):
+        _wait(config, 10, "local")
+    with _served(config, a_status(a_remote(), local=failed)):
+        _wait(config, 10, "dr")
+        with pytest.raises(WaitTimeoutError, match="local is failed: EIO"):
+            _wait(config, 0.2, "local")
+
+
+def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
+    """A `wait` in vain says why."""
+    remote = a_remote(state="out_of_sync", reason="refused", hint="nbd-mirror resume")
+    with (
+        _served(config, a_status(remote)),
+        pytest.raises(WaitTimeoutError, match="dr is out_of_sync: refused") as caught,
+    ):
+        _wait(config, 0.2)
+    assert caught.value.hint == "nbd-mirror resume"
+
+
+def test_wait_on_a_failed_volume_ends_at_once(config: VolumeConfig) -> None:
+    """What can never come is not waited for."""
+    status = a_status(a_remote(), state="failed", reason="fdatasync: EIO")
+    with (
+        _served(config, status),
+        pytest.raises(MetadataFailedError, match="fdatasync: EIO"),
+    ):
+        _wait(config, 60)
+
+
+def test_wait_without_server_ends_in_time(config: VolumeConfig) -> None:
+    """No server in time: said as such."""
+    with pytest.raises(NotRunningError):
+        _wait(config, 0.2)
+
+
+def test_status_of_another_volumes_server_is_refused(config: VolumeConfig) -> None:
+    """A wrong `state` reaches another volume: nothing is shown or done."""
+    with (
+        _served(config, a_status(a_remote(), volume="other")),
+        pytest.raises(FormatError, match="is the state of volume other, not of v"),
+    ):
+        watch.status_of(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": "1"},
+        {"remotes": {}},
+        {"remotes": [7]},
+        {"local": None},
+        {"local": {"path": "/d.img"}},
+        {"hint": None},
+        {"clients": 1 << 4000},
+        {"max_clients": "1"},
+        {"remotes": [{"name": "dr"}]},
+        {"local": {**a_local(), "resync": {"done_bytes": 1}}},
+        {"local": {**a_local(), "dirty_bytes": 1e999}},
+    ],
+)
+def test_status_that_is_none_is_one_clear_error(
+    config: VolumeConfig, changes: dict[str, Any]
+) -> None:
+    """Of another user's server, or another version's, no answer is a bug of ours."""
+    with (
+        _served(config, a_status(a_remote(), **changes)),
+        pytest.raises(FormatError, match="no nbd-mirror server, or one of another"),
+    ):
+        watch.status_of(config)
+
+
+def test_status_of_an_earlier_versions_server_is_shown(config: VolumeConfig) -> None:
+    """A server goes on as it was begun when a newer version is installed."""
+    remote, local = a_remote(), {"path": "/d.img", "state": "ok"}
+    del remote["flush_bound_bytes"]
+    status = a_status(remote, local=local)
+    del status["fenced_reads"]
+    out = io.StringIO()
+    with _served(config, status):
+        answer = watch.status_of(config)
+        show_status(Console(file=out, width=200), answer, "v")
+        _wait(config, 10)
+    assert "in_sync" in out.getvalue()
+    assert "/d.img" in out.getvalue()
+    # Programs find every key, with what it would say if nothing had happened.
+    found = answer.dump()
+    assert (found["fenced_reads"], found["persists"]) == ("serve", None)
+    assert (found["local"]["dirty_bytes"], found["local"]["reason"]) == (0, "")
+    assert found["remotes"][0]["flush_bound_bytes"] is None
+
+
+def test_status_of_a_later_versions_server_is_shown(config: VolumeConfig) -> None:
+    """What it says beside what is known is left out."""
+    later = {"from_now_on": {"x": [1 << 4000]}}
+    status = a_status({**a_remote(), **later}, local={**a_local(), **later}, **later)
+    with _served(config, status):
+        answer = watch.status_of(config)
+    assert "from_now_on" not in json.dumps(answer.dump())
+    assert answer.remotes[0].state == "in_sync"
+
+
+def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> None:
+    """Same states give no second line; it ends at --until."""
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1,
+        "eta_s": None,
+    }
+    answers = [
+        a_status(a_remote(state="out_of_sync", dirty_bytes=1 << 20)),
+        a_status(a_remote(state="out_of_sync", dirty_bytes=1 << 20)),
+        a_status(a_remote(state="resyncing", resync=resync)),
+        a_status(a_remote()),
+    ]
+    out = io.StringIO()
+    with _served(config, *answers):
+        watch.watch(config, Console(file=out, width=100), "v", "in_sync")
+    lines = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "dr: out_of_sync, 1MiB dirty",
+        "dr: resyncing, 50% of 1MiB",
+        "dr: in_sync",
+    ]
+
+
+def test_watch_shows_the_local_disk_until_it_is_ok(config: VolumeConfig) -> None:
+    """What is copied back has its lines and its bar, and ends like a resync."""
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1 << 20,
+        "eta_s": 3.0,
+        "growing": False,
+    }
+    answers = [
+        a_status(a_remote(), local=a_local(state="failed", dirty_bytes=1 << 20)),
+        a_status(a_remote(), local=a_local(state="resyncing", resync=resync)),
+        a_status(a_remote()),
+    ]
+    plain, live = io.StringIO(), io.StringIO()
+    with _served(config, *answers):
+        watch.watch(config, Console(file=plain, width=100), "v", "in_sync")
+    console = Console(file=live, width=120, force_terminal=True)
+    with _served(config, *answers):
+        watch.watch(config, console, "v", "in_sync")
+    lines = [line.split(" ", 1)[1] for line in plain.getvalue().splitlines()]
+    assert lines == [
+        "local: failed, 1MiB dirty",
+        "dr: in_sync",
+        "local: resyncing, 50% of 1MiB",
+    ]
+    for part in ("local", "50.0%", "3s left"):
+        assert part in live.getvalue()
+
+
+def test_watch_on_a_narrow_terminal_is_readable(config: VolumeConfig) -> None:
+    """At 40 columns the state is whole, and the reason has the line to itself."""
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, color_system=None)
+    reason = "could not connect to the remote host: Connection refused"
+    first = a_status(a_remote(state="out_of_sync", reason=reason))
+    with _served(config, first, a_status(a_remote())):
+        watch.watch(config, console, "v", "in_sync")
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert "could not connect to the remote" in lines
+    assert "host: Connection refused" in lines
+    assert any(line.startswith("dr  out_of_sync  ") for line in lines)
+
+
+def test_watch_on_a_terminal_draws_and_ends(config: VolumeConfig) -> None:
+    """The live picture holds state, bar and reason."""
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    resync = {
+        "done_bytes": 1 << 19,
+        "total_bytes": 1 << 20,
+        "bytes_per_s": 1 << 20,
+        "eta_s": 3.0,
+    }
+    first = a_status(a_remote(state="resyncing", resync=resync, reason="copying"))
+    with _served(config, first, a_status(a_remote())):
+        watch.watch(config, console, "v", "in_sync")
+    text = out.getvalue()
+    for part in ("resyncing", "50.0%", "3s left", "copying", "in_sync"):
+        assert part in text
