@@ -134,13 +134,13 @@ measure_local (const struct nbdm_params *params, uint64_t *size)
   return 0;
 }
 
-/* Refuse if only the remotes have some data: a new volume takes local as the
- * source.  Checked under the lock, as a server may have lost the disk since the
- * caller's check.  An unreadable superblock gives no answer; the operator uses
- * force then.
+/* Refuse if a server has the superblock, or if only the remotes have some data:
+ * a new volume takes local as the source.  Checked under the lock, as a server
+ * may have lost the disk since the caller's check.  An unreadable superblock
+ * gives no answer; the operator uses force then.
  */
 static int
-check_local_is_whole (int dirfd, const char *state_dir)
+check_replaceable (int dirfd, const char *state_dir)
 {
   struct disk_superblock sb;
   bool torn, whole = true;
@@ -148,6 +148,10 @@ check_local_is_whole (int dirfd, const char *state_dir)
 
   if (fd < 0)
     return 0;
+  if (superblock_lock (fd, state_dir) < 0) {
+    close (fd);
+    return -EBUSY;
+  }
   if (superblock_load (fd, &sb, &torn) == 0)
     whole = le32toh (sb.local_state) == NBDM_LOCAL_OK;
   close (fd);
@@ -170,7 +174,7 @@ check_absent (int dirfd, const char *state_dir, int force)
   if (!force)
     return set_message (-EEXIST, "%s already holds a volume's state",
                         state_dir);
-  rc = check_local_is_whole (dirfd, state_dir);
+  rc = check_replaceable (dirfd, state_dir);
   if (rc < 0)
     return rc;
   if (unlinkat (dirfd, "superblock", 0) < 0 || fsync (dirfd) < 0)

@@ -141,6 +141,19 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
   return 0;
 }
 
+int
+superblock_lock (int fd, const char *state_dir)
+{
+  if (flock (fd, LOCK_EX | LOCK_NB) == 0)
+    return 0;
+  if (errno != EWOULDBLOCK)
+    return set_error (-errno, "cannot lock the superblock in %s", state_dir);
+  return set_message (-EBUSY,
+                      "%s is in use by another process, though its file `lock` "
+                      "was removed: stop that process first",
+                      state_dir);
+}
+
 static int
 stamp_logs (struct nbdm *v, uint64_t session)
 {
@@ -246,7 +259,9 @@ load_superblock (struct nbdm *v, const char *state_dir)
                ? set_message (-ENOENT, "there is no volume in %s", state_dir)
                : set_error (-errno, "cannot open the superblock in %s",
                             state_dir);
-  rc = superblock_load (v->sb_fd, &v->sb, &torn);
+  rc = superblock_lock (v->sb_fd, state_dir);
+  if (rc == 0)
+    rc = superblock_load (v->sb_fd, &v->sb, &torn);
   if (rc == 0)
     rc = superblock_settle (v->sb_fd, &v->sb);
   if (rc < 0)

@@ -18,5 +18,9 @@ int state_dir_open (const char *path);
  * -EBUSY names the other process.  The lock ends with the descriptor.
  */
 int state_lock (int dirfd, const char *state_dir, int *lock_fd);
+/* The second lock, on the open superblock: an operator may have removed the
+ * file of the first one.  -EBUSY.  The lock ends with the descriptor.
+ */
+int superblock_lock (int fd, const char *state_dir);
 
 #endif /* NBDM_OPEN_H */

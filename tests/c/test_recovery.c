@@ -518,6 +518,26 @@ test_volume_is_opened_once (void)
   end_volume ();
 }
 
+/* While local has failed nothing locks it. */
+static void
+test_volume_whose_lock_was_removed_is_opened_once (void)
+{
+  struct nbdm *second = NULL;
+
+  make_volume (SIZE, REGION);
+  params.local_choice = NBDM_LOCAL_LOST;
+  struct nbdm *v = open_volume ();
+  assert (unlinkat (site.fd, "lock", 0) == 0);
+  assert (nbdm_open (&params, &second) == -EBUSY);
+  ASSERT_SAYS ("is in use by another process");
+  assert (nbdm_create (&params, 1) == -EBUSY);
+  nbdm_close (v);
+  v = open_volume ();
+  nbdm_close (v);
+  params.local_choice = NBDM_LOCAL_CHECKED;
+  end_volume ();
+}
+
 static void
 test_other_parameters_are_refused (void)
 {
@@ -610,6 +630,7 @@ main (void)
   RUN (test_log_in_use_under_a_clean_superblock_means_all_dirty);
   RUN (test_one_torn_superblock_slot_goes_on);
   RUN (test_volume_is_opened_once);
+  RUN (test_volume_whose_lock_was_removed_is_opened_once);
   RUN (test_other_parameters_are_refused);
   RUN (test_one_pebibyte_volume_tracks_its_last_region);
   RUN (test_more_extents_than_the_log_holds);
