@@ -5,7 +5,8 @@ Talk to a process that may be another user's.
 Over a unix socket it can send open files along. The kernel closes those that nobody
 takes, on the thread that receives or closes the socket, and the last close of a file
 may wait for as long as that user likes (csrc/wire/receive.c). A command takes them, or
-leaves the socket open: at its end the kernel closes all without a wait.
+leaves the socket open: at its end the kernel closes all without a wait. An urgent byte
+(MSG_OOB) can bring files too, and a receive that passes over it closes them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def receive(sock: socket.socket, most: int) -> bytes:
         ValueError: open files came with them, which no honest process sends.
         OSError: as `recv`.
     """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # passes over none
     room = socket.CMSG_SPACE(MAX_FILES * struct.calcsize("i"))
     data, control, flags, _ = sock.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
     if control or flags & socket.MSG_CTRUNC:

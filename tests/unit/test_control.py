@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import json
@@ -62,7 +63,9 @@ LINGER_S = 30  # of a file's close
 SOON_S = 12.0
 
 
-def _send_with_file(client: socket.socket, data: bytes) -> list[socket.socket]:
+def _send_with_file(
+    client: socket.socket, data: bytes, flags: int = 0
+) -> list[socket.socket]:
     """Send *data* with a file whose last close waits; return what makes it wait."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         file = socket.create_connection(listener.getsockname())
@@ -73,14 +76,15 @@ def _send_with_file(client: socket.socket, data: bytes) -> list[socket.socket]:
             file.send(bytes(65536))
     linger = struct.pack("ii", 1, LINGER_S)
     file.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    socket.send_fds(client, [data], [file.fileno()])
+    files = array.array("i", [file.fileno()])
+    client.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)], flags)
     file.close()  # it is in the message, and in no other place
     return [wall]
 
 
-@pytest.mark.parametrize("when", ["before", "behind", "late"])
+@pytest.mark.parametrize("when", ["before", "behind", "late", "urgent"])
 def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> None:
-    """Sent before the answer, behind it, or in no answer: the command ends in time."""
+    """Sent before the answer, behind it, or urgently: the command ends in time."""
     kept: list[socket.socket] = []
     # As long as what is received at once, so that what is behind it stays unread.
     answer = b'{"ok": true, "result": 7}'.ljust(65535) + b"\n"
@@ -92,7 +96,11 @@ def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> No
         os.kill(struct.unpack("3i", peer)[0], signal.SIGSTOP)
         if when == "behind":
             client.sendall(answer)
-        kept.extend(_send_with_file(client, answer if when == "before" else b"x"))
+        flags = socket.MSG_OOB if when == "urgent" else 0
+        data = answer if when == "before" else b"x"
+        kept.extend(_send_with_file(client, data, flags))
+        if when == "urgent":
+            client.sendall(answer)
         os.kill(struct.unpack("3i", peer)[0], signal.SIGCONT)
 
     with socket.socket(socket.AF_UNIX) as listener:
