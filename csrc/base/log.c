@@ -472,7 +472,8 @@ redirect (void)
   if (fstat (out_fd, &st) == 0 && S_ISREG (st.st_mode))
     file_bytes = (uint64_t)st.st_size;
   in_fd = ends[0];
-  /* For this end alone: each end of a pipe has its own flags. */
+  /* Only this end becomes non-blocking: each end of a pipe has its own flags.
+   */
   (void)fcntl (ends[1], F_SETFL, O_NONBLOCK);
   if (dup2 (ends[1], STDOUT_FILENO) < 0 || dup2 (ends[1], STDERR_FILENO) < 0)
     return set_error (-errno, "cannot redirect the output");

@@ -9,8 +9,8 @@
 
 struct op;
 
-/* For the session's thread: let the executor carry out the op and then answer
- * it.  The caller must not use the op after this.
+/* Let the executor carry out the op and then answer it.  The caller must not
+ * use the op after this.  Only the session's thread calls it.
  */
 void op_submit (struct op *op);
 

@@ -15,12 +15,14 @@ struct session;
 
 void budget_init (struct budget *budget, uint64_t limit, uint64_t stall_ns);
 void budget_end (struct budget *budget);
-/* For the session's thread: reserve a new buffer of that size for its next op.
- * False: the mailbox rings when there is memory; until then the thread calls
- * budget_press.
+/* Reserve a new buffer of that size for the next op.  False: the mailbox
+ * rings when there is memory; until then the thread calls budget_press.
+ * Only the session's thread calls it.
  */
 bool budget_take_locked (struct session *session, size_t bytes);
-/* For the session's thread: it found another buffer and waits no more. */
+/* The session found another buffer and waits no more.  Only its thread
+ * calls it.
+ */
 void budget_withdraw_locked (struct session *session);
 /* Buffers were freed. */
 void budget_settle_locked (struct session *session);

@@ -19,7 +19,9 @@ struct nbdm_params;
  */
 int identity_check_start (struct nbdm *v, const struct nbdm_params *params,
                           uint64_t local_size);
-/* For NBDM_LOCAL_FORCED, if it was needed; after the recovery. */
+/* Make every remote dirty, if NBDM_LOCAL_FORCED was needed.  Call it after the
+ * recovery.
+ */
 void identity_take_by_force (struct nbdm *v);
 /* As identity_check_start, for a disk that replaces a failed one.  The samples
  * to compare are chosen before: the logs may be closed while the disk is read.
@@ -40,7 +42,7 @@ int identity_check_size (const struct nbdm *v, const char *path,
  * that was in sync serves from now on, durably.  Call it before the recovery.
  */
 int identity_give_up_local (struct nbdm *v);
-/* For the session that begins. */
+/* The samples count for the session that begins. */
 void identity_begin (struct nbdm *v);
 
 #endif /* NBDM_IDENTITY_CHECK_H */

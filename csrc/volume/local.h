@@ -21,8 +21,8 @@ struct nbdm;
  */
 void local_use (struct nbdm *v);
 void local_leave (void);
-/* For the ticker and the guard: the age of the oldest system call on the disk
- * that has not returned.
+/* The age of the oldest system call on the disk that has not returned.  The
+ * ticker and the guard call it.
  */
 uint64_t local_watch (struct nbdm *v);
 /* Does any thread use the disk? */

@@ -37,8 +37,9 @@ void mailbox_ring (struct mailbox *box);
  * lock.
  */
 void mailbox_ring_all (void);
-/* For the owner: the waiters posted since the last call, in that order, linked
- * by `next`; or NULL.  With `woken` it reads the eventfd first.
+/* The waiters posted since the last call, in that order, linked by `next`;
+ * or NULL.  With `woken` it reads the eventfd first.  Only the owner calls
+ * it.
  */
 struct waiter *mailbox_take (struct mailbox *box, bool woken);
 

@@ -19,8 +19,8 @@ void silence_free (struct conn *conn);
 /* The bytes of a request and its answer. */
 uint64_t command_bytes (const struct command *cmd);
 bool is_ask (const struct conn *conn, const struct command *cmd);
-/* For the ticker: kill the connection if it was silent for too long, and ask
- * the server if it was silent for a while.
+/* Kill the connection if it was silent for too long, and ask the server if
+ * it was silent for a while.  The ticker calls it.
  */
 void silence_tick (struct conn *conn, uint64_t deadline_ns, uint64_t hurry_ns);
 /* Bytes in the socket that the other side has not taken. */

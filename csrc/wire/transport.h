@@ -34,8 +34,9 @@ struct transport {
    * send only what the socket has room for.
    */
   void (*push) (struct conn *conn, const struct waiter *waiter);
-  /* For the poller: receive the answers that have come; with `wait` block until
-   * some come or the connection is killed.  False: there were none.
+  /* Receive the answers that have come; with `wait` block until some come or
+   * the connection is killed.  False: there were none.  Only the poller calls
+   * it.
    */
   bool (*step) (struct conn *conn, bool wait);
   /* The connection is dead: make a poller that waits in `step` return. */

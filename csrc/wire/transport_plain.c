@@ -226,8 +226,9 @@ receive_some (struct conn *conn, int flags)
                   flags);
 }
 
-/* For the poller, while the socket is full: the thread that waits for room
- * leaves once it has its answers, and a poller in recv would not send the rest.
+/* The poller waits here while the socket is full.  The thread that waits for
+ * room leaves once it has its answers, and a poller in recv would not send the
+ * rest.
  */
 static void
 await_either (struct conn *conn)

@@ -66,9 +66,7 @@ def test_without_descriptors_commands_are_answered(site: Site, door: str) -> Non
         before, begin = cpu_s(site.pid), time.monotonic()
         while time.monotonic() - begin < 1:
             site.status()
-            time.sleep(
-                0.1
-            )  # as a `watch` asks: the questions are not to use the second
+            time.sleep(0.1)  # as `watch` does: the questions use little of the second
         assert cpu_s(site.pid) - before < 0.5
         site.stop()
     site.assert_equal()
