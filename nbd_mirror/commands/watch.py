@@ -31,20 +31,21 @@ __all__ = ["reached", "status_of", "wait_for", "watch"]
 
 WAIT_POLL_S = 0.1
 WATCH_POLL_S = 0.25
+ASK_S = 10.0  # a server that needs longer hangs
 LAST_ASK_S = 1.0
 STATE_WIDTH = len("out_of_sync")
 
 
-def status_of(config: VolumeConfig, timeout_s: float = 10.0) -> Status:
+def status_of(config: VolumeConfig) -> Status:
     """
-    Return the server's status, or what the logs say if no server answers.
+    Return the server's status, or what the logs say if no server answers in time.
 
     Raises:
         MissingError: the volume was not created. FormatError: see stopped_status.
     """
     try:
-        return ask_status(config, timeout_s)
-    except NotRunningError:
+        return ask_status(config, ASK_S)
+    except (NotRunningError, WaitTimeoutError):
         return stopped_status(config)
 
 
@@ -88,7 +89,8 @@ def wait_for(
     A server that does not answer yet is waited for too.
 
     Raises:
-        WaitTimeoutError: the time was over; it says the present state and why.
+        WaitTimeoutError: the time was over; it says the present state and why, or
+        that the server still does not answer.
         NotRunningError: no server answered by then. MetadataFailedError: the
         volume is failed, which only an operator can change.
     """
@@ -98,8 +100,8 @@ def wait_for(
         # Also the last question gets its time: a busy host is no silent server.
         left = max(deadline - time.monotonic(), LAST_ASK_S)
         try:
-            status = ask_status(config, min(left, 10.0))
-        except NotRunningError:
+            status = ask_status(config, min(left, ASK_S))
+        except (NotRunningError, WaitTimeoutError):
             if time.monotonic() >= deadline:
                 raise
             if not told:

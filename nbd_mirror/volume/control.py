@@ -127,7 +127,7 @@ def exchange(
             raise NotRunningError(
                 "no server answers for this volume", "nbd-mirror serve CONFIG"
             ) from None
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # or its queue of connections is full
             raise WaitTimeoutError(
                 f'the server did not answer "{command}" within {timeout_s:g}s'
             ) from None

@@ -117,7 +117,7 @@ def silent_server(state_dir: Path) -> tuple[str, str] | None:
         return None
     return (
         f"process {pid} holds the volume, but does not answer on {state_dir}/control: "
-        "it starts or ends just now, or the socket was removed",
+        "it starts or ends just now, hangs, or the socket was removed",
         f"wait a moment; if it stays so, kill -TERM {pid} (a clean stop), then "
         "nbd-mirror serve CONFIG",
     )

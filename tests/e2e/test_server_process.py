@@ -7,6 +7,7 @@ Limits are set on the running server, so that what runs out is what the kernel g
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -217,6 +218,20 @@ def test_remote_that_is_the_volume_itself_is_refused(site: Site) -> None:
     assert "stopped" in site.cli("status", file).stdout
     site.config.write_bytes(right.encode("utf-16"))
     site.refused(3, "UTF-16", "UTF-8", commands=["status", file])
+
+
+def test_status_of_a_server_that_hangs_is_what_the_logs_say(site: Site) -> None:
+    """It holds the volume and answers nothing: the process is named."""
+    site.bring_up()
+    pid = site.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        shown = json.loads(site.cli("status", "--json", str(site.config)).stdout)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert shown["state"] == "no_answer"
+    assert f"process {pid} holds the volume" in shown["reason"]
+    support.wait_until(lambda: site.status()["state"] == "in_sync", "it to go on")
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,49 @@ def test_wait_on_a_failed_volume_ends_at_once(config: VolumeConfig) -> None:
         pytest.raises(MetadataFailedError, match="fdatasync: EIO"),
     ):
         _wait(config, 60)
+
+
+def test_wait_goes_on_while_a_server_is_silent(
+    config: VolumeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the question and answers nothing: the next question may be answered."""
+    monkeypatch.setattr(watch, "ASK_S", 0.2)
+    path = control_path(config.state_dir)
+    asked = threading.Event()
+
+    def be_silent(listener: socket.socket) -> None:
+        with listener.accept()[0] as client:
+            while client.recv(4096):
+                asked.set()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        silent = threading.Thread(target=be_silent, args=[listener])
+        silent.start()
+        waiting = threading.Thread(target=_wait, args=[config, 20])
+        waiting.start()
+        silent.join()
+        assert asked.is_set()
+        assert waiting.is_alive()
+    path.unlink()
+    with _served(config, a_status(a_remote())):
+        waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_wait_for_a_server_that_stays_silent_says_so(
+    config: VolumeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its queue of connections is full, too."""
+    monkeypatch.setattr(watch, "LAST_ASK_S", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(control_path(config.state_dir)))
+        listener.listen(0)
+        with pytest.raises(WaitTimeoutError, match="did not answer"):
+            _wait(config, 0.5)
+    with pytest.raises(NotRunningError):
+        _wait(config, 0.1)
 
 
 def test_wait_without_server_ends_in_time(config: VolumeConfig) -> None:
