@@ -80,6 +80,9 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
+#define LOCK_PATIENCE_NS NS_PER_S
+#define LOCK_RETRY_NS (10 * NS_PER_MS)
+
 int
 state_dir_open (const char *path)
 {
@@ -108,12 +111,29 @@ state_dir_open (const char *path)
   return rc < 0 ? rc : fd;
 }
 
+/* Another start holds the lock for a moment to put serve.log aside, and a
+ * server that ends may hold it a moment longer.  Neither is a reason to refuse.
+ */
+static int
+lock_patiently (int fd)
+{
+  uint64_t until = now_ns () + LOCK_PATIENCE_NS;
+
+  while (flock (fd, LOCK_EX | LOCK_NB) < 0) {
+    if (errno != EWOULDBLOCK || now_ns () >= until)
+      return -errno;
+    sleep_ns (LOCK_RETRY_NS);
+  }
+  return 0;
+}
+
 int
 state_lock (int dirfd, const char *state_dir, int *lock_fd)
 {
   char pid[32] = "";
   int fd = openat (dirfd, "lock", O_RDWR | O_CREAT | PLAIN_FILE, 0600);
   struct stat st;
+  int rc;
 
   if (fd < 0)
     return set_error (-errno, "cannot open the lock in %s", state_dir);
@@ -122,13 +142,13 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
     return set_message (
         -EPERM, "the lock in %s is no file of its own: remove it", state_dir);
   }
-  if (flock (fd, LOCK_EX | LOCK_NB) < 0) {
-    int err = errno;
+  rc = lock_patiently (fd);
+  if (rc < 0) {
     if (pread (fd, pid, sizeof pid - 1, 0) < 0)
       pid[0] = '\0';
     close (fd);
-    if (err != EWOULDBLOCK)
-      return set_error (-err, "cannot lock %s", state_dir);
+    if (rc != -EWOULDBLOCK)
+      return set_error (rc, "cannot lock %s", state_dir);
     pid[strcspn (pid, "\n")] = '\0';
     return set_message (-EBUSY, "%s is in use by process %s", state_dir,
                         pid[0] ? pid : "(unknown)");

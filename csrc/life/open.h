@@ -14,8 +14,9 @@
  */
 int state_dir_open (const char *path);
 
-/* Allow one server or create at a time in a state directory; the message of
- * -EBUSY names the other process.  The lock ends with the descriptor.
+/* Allow one server or create at a time in a state directory.  A process that
+ * holds the lock for a moment is waited for; the message of -EBUSY names one
+ * that keeps it.  The lock ends with the descriptor.
  */
 int state_lock (int dirfd, const char *state_dir, int *lock_fd);
 /* The second lock, on the open superblock: an operator may have removed the

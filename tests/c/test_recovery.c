@@ -6,6 +6,8 @@
  * point killed: the page cache lives in both.
  */
 
+#include <sys/file.h>
+
 #include "api.h"
 #include "logs/layout.h"
 #include "logs/superblock.h"
@@ -518,6 +520,35 @@ test_volume_is_opened_once (void)
   end_volume ();
 }
 
+/* Another start holds the lock for a moment, to put serve.log aside. */
+static void
+test_lock_of_a_moment_is_waited_for (void)
+{
+  int ready[2], status;
+  char byte;
+
+  make_volume (SIZE, REGION);
+  assert (pipe (ready) == 0);
+  pid_t pid = fork ();
+  assert (pid >= 0);
+  if (pid == 0) {
+    int fd = openat (site.fd, "lock", O_RDWR);
+
+    if (fd < 0 || flock (fd, LOCK_EX | LOCK_NB) < 0
+        || write (ready[1], "", 1) != 1)
+      _exit (1);
+    usleep (100000);
+    _exit (0);
+  }
+  assert (read (ready[0], &byte, 1) == 1);
+  nbdm_close (open_volume ());
+  waitpid (pid, &status, 0);
+  assert (status == 0);
+  close (ready[0]);
+  close (ready[1]);
+  end_volume ();
+}
+
 /* While local has failed nothing locks it. */
 static void
 test_volume_whose_lock_was_removed_is_opened_once (void)
@@ -630,6 +661,7 @@ main (void)
   RUN (test_log_in_use_under_a_clean_superblock_means_all_dirty);
   RUN (test_one_torn_superblock_slot_goes_on);
   RUN (test_volume_is_opened_once);
+  RUN (test_lock_of_a_moment_is_waited_for);
   RUN (test_volume_whose_lock_was_removed_is_opened_once);
   RUN (test_other_parameters_are_refused);
   RUN (test_one_pebibyte_volume_tracks_its_last_region);
