@@ -1,31 +1,35 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Bound what a remote has unflushed, so that its next flush fits the deadline.
+/* Limit the bytes that a remote has unflushed, so that its next flush ends
+ * within the deadline.
  *
- * A server with a write cache answers writes as quickly as the link brings
- * them, and pays at the flush.  No byte moves while it flushes, so a flush of
- * all that the cache took would pass the deadline: the connection would be
- * lost, all of it copied again, and the next flush would end the same way.  So
- * each remote has a bound in bytes.  A flush begins when half of it is
- * unflushed; a write or a copy that finds it used up waits for a flush.
+ * A server with a write cache answers writes as fast as the link delivers them,
+ * and does the slow work in the flush.  No byte moves during a flush.  If the
+ * cache held too much, the flush would pass the deadline, the connection would
+ * be lost, all the data would be copied again, and the next flush would end the
+ * same way.  So each remote has a bound in bytes.  A flush begins when half of
+ * the bound is unflushed.  A write or a copy that finds no room waits for a
+ * flush.
  *
- * The bound is measured.  It begins with what a disk of 1 MB/s flushes in a
+ * The bound is measured.  It starts with what a disk of 1 MB/s flushes in a
  * quarter of the deadline.  It doubles when a flush of at least half of it took
- * a sixth of the deadline or less, so that twice as much still fits twice.  It
- * becomes four times as large when the flush took a quarter of that: a link of
- * a long round trip would stand idle in more and smaller steps.  It shrinks
- * when a flush took more than a third of the deadline, to what takes a sixth at
- * that rate; and far more when a deadline passed, as then nothing but an upper
- * limit of the rate is known.  A new connection keeps it.
+ * a sixth of the deadline or less: twice as many bytes then take at most a
+ * third.  It grows fourfold when the flush took a quarter of that time: on a
+ * link with a long round trip many small steps would waste time.  When a flush
+ * took more than a third of the deadline, the bound shrinks to what takes a
+ * sixth at that rate.  When a deadline passed, it shrinks much more, because
+ * then only an upper limit of the rate is known.  A new connection keeps the
+ * bound.
  *
- * Bytes count when they are sent, because the server may have them, and by
- * bytes and not by regions: what a flush costs is the bytes written.  A server
- * may punch a hole for zeroes or write every byte, so they have a bound of
- * their own, and each kind uses up its share of the other's.
+ * Bytes count from the moment they are sent, because the server may have them.
+ * The bound counts bytes, not regions, because the bytes written determine the
+ * cost of a flush.  A server may punch a hole for zeroes or write every byte,
+ * so zeroes have a bound of their own.  Each kind also uses up its share of the
+ * other kind's bound.
  *
- * Waiters stand in line, and the first of them flushes if no other thread does:
- * so none waits for a thread to be started or woken.  A waiter may hold ranges,
- * as a flush waits for no range; but it leads no flush.
+ * Waiters form a queue, and the first of them flushes if no other thread does.
+ * So no waiter depends on another thread being started or woken.  A waiter may
+ * hold ranges, because a flush waits for no range; but it leads no flush.
  */
 
 #include <stdio.h>
@@ -80,15 +84,15 @@ lower (struct flush_bound *bound, int kind, uint64_t to, uint64_t least)
     bound->bytes[kind] = to;
 }
 
-/* So much of the bound that the time tells something of it? */
+/* Is this enough of the bound for the flush time to be meaningful? */
 static bool
 weighs (const struct flush_bound *bound, int kind, uint64_t bytes)
 {
   return bytes >= bound->bytes[kind] / 4;
 }
 
-/* Little data and a long flush: the disk may be busy with something else.  So
- * back to the start, and no further.
+/* If little data took a long time, the disk may be busy with other work.  Then
+ * lower the bound by half, but not below its start value.
  */
 static void
 slow (struct flush_bound *bound, int kind, uint64_t bytes, uint64_t took_ns)
@@ -122,7 +126,7 @@ flush_bound_took (struct flush_bound *bound, const uint64_t *covered,
                 || took_ns < bound->slow_ns - bound->slow_ns / 4;
 
   if (took_ns > bound->deadline_ns / SLOW_PART) {
-    /* Half as much took as long: it is not the bytes that take the time. */
+    /* If half the bytes took as long, the bytes are not the cause. */
     for (int k = 0; k < BACKLOG_KINDS && gained; k++)
       slow (bound, k, covered[k], took_ns);
     if (gained) {
@@ -147,7 +151,8 @@ flush_bound_lost (struct flush_bound *bound, const uint64_t *covered)
              weighs (bound, k, covered[k]) ? LEAST : start_bytes (bound));
 }
 
-/* A quick answer says nothing of the flush: only a flush makes it grow. */
+/* A quick answer does not prove a quick flush: only a flush raises the bound.
+ */
 void
 flush_bound_zeroed (struct flush_bound *bound, uint64_t bytes, uint64_t took_ns)
 {
@@ -171,7 +176,7 @@ flush_bound_room (const struct flush_bound *bound, const uint64_t *used,
     return all < wanted ? all : wanted;
   room = taken < all ? all - taken : 0;
   if (room < all / 4 || room < STEP)
-    return 0; /* in few pieces */
+    return 0; /* avoid many small pieces */
   return room - room % STEP;
 }
 
@@ -182,7 +187,7 @@ flush_bound_half (const struct flush_bound *bound, const uint64_t *used)
          || used[BACKLOG_ZEROES] >= bound->bytes[BACKLOG_ZEROES] / 2;
 }
 
-/* --- a remote's -------------------------------------------------------- */
+/* --- the backlog of a remote ------------------------------------------- */
 
 uint64_t
 backlog_room_locked (const struct remote *r, enum backlog_kind kind,
@@ -282,8 +287,8 @@ backlog_flushed_locked (struct remote *r, uint64_t answered_ns)
   log->conn = NULL;
 }
 
-/* What was sent and not answered counts too: it may be FUA, or the server's
- * cache is full and it writes before it answers.
+/* Bytes that were sent and not answered count too: they may be FUA, or the
+ * server's cache is full and the server writes before it answers.
  */
 void
 backlog_lost_locked (struct remote *r, struct conn_report *report)

@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What names a disk across reboots, as far as the kernel tells.
+/* Properties that identify a disk across reboots, as far as the kernel reports
+ * them.
  *
- * Names like /dev/sdb and device numbers are dealt out anew at each boot, so
- * they say nothing.  What does:
+ * The kernel assigns names like /dev/sdb and device numbers anew at each boot,
+ * so they identify nothing.  These properties do:
  *
- *   a file          its inode's number and time of birth
- *   a loop device   the file behind it, and where in it the device begins
+ *   a file          its inode number and time of birth
+ *   a loop device   the file behind it, and the offset in that file
  *   device mapper   its uuid (LVM, LUKS, multipath), else its name
  *   md              the array's uuid
  *   a partition     its number, and its disk
  *   another device  its wwid, else its serial number
  *
- * A file system whose inodes' numbers change (FUSE) names nothing.
+ * A file system whose inode numbers change (FUSE) gives no identity.
  */
 
 #define _GNU_SOURCE
@@ -33,7 +34,7 @@
 #include "logs/superblock.h"
 #include "volume/device_id.h"
 
-/* Linux 5.15; older headers do not know it, and older kernels refuse it. */
+/* Since Linux 5.15; older headers lack it, and older kernels refuse it. */
 #ifndef BLKGETDISKSEQ
 #define BLKGETDISKSEQ _IOR (0x12, 128, __u64)
 #endif
@@ -60,8 +61,9 @@ describe_file (int fd, char *text, size_t size)
     snprintf (text, size, "inode %llu", (unsigned long long)stx.stx_ino);
 }
 
-/* The first line of a file below the device's folder in /sys, without what
- * would not look well in a message; false if there is none.
+/* Read the first line of a file below the device's folder in /sys, without
+ * trailing spaces and with unprintable characters replaced.  False: no such
+ * line.
  */
 static bool
 read_word (const char *folder, const char *name, char *word)
@@ -99,7 +101,7 @@ describe_loop (int fd, const char *backing, char *text, size_t size)
     return;
   snprintf (behind, sizeof behind, "inode %llu",
             (unsigned long long)info.lo_inode);
-  /* The path may lead elsewhere by now. */
+  /* The path may lead to another file by now. */
   file = open (backing, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file >= 0 && fstat (file, &st) == 0 && st.st_ino == info.lo_inode)
     describe_file (file, behind, sizeof behind);
@@ -165,7 +167,7 @@ device_describe (int fd, char *text, size_t size)
     describe_file (fd, text, size);
 }
 
-/* A device's number is dealt out again, what its kernel counts it as is not. */
+/* The kernel reuses a device number, but never a disk sequence number. */
 void
 device_instance (int fd, uint64_t instance[3])
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What is done alike to the local disk and to a remote. */
+/* Operations that are the same for the local disk and for a remote. */
 
 #include <endian.h>
 #include <errno.h>

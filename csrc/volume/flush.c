@@ -2,19 +2,19 @@
 
 /* Flushes, shared by the threads that ask at the same time (group commit).
  *
- * A remote answers from memory; what it answered since its last flush is in
- * its *unflushed* set, and becomes dirty if the connection is lost (rule 4).
- * The set is two maps: answers go into the one that is `filling`, and a flush
- * turns them over before it is sent, so that its success clears exactly what
- * was answered before it began.
+ * A remote answers writes from memory.  What it answered since its last flush
+ * is its *unflushed* set, and becomes dirty if the connection is lost (rule 4).
+ * The set consists of two maps.  Answers go into the map that is `filling`.  A
+ * flush switches the maps before it is sent, so that its success clears exactly
+ * what was answered before it began.
  *
- * The thread that sent a flush may wait for other things before it comes back:
- * for the local disk, for a takeover, for a remote that is on hold.  Any of
- * them may wait for that very flush.  So a thread that waits takes its answer
- * in, and no thread waits for the thread that sent it.
+ * The thread that sent a flush may first wait for something else: the local
+ * disk, a takeover, a remote that is on hold.  Each of these may itself wait
+ * for that flush.  So any thread that waits for a flush may receive its answer,
+ * and no thread waits for the thread that sent it.
  *
- * A flush covers every write answered on any connection of ours, so clients
- * may be told that several connections see one disk (multi-conn).
+ * A flush covers every write answered on any client connection, so clients may
+ * be told that several connections see one disk (multi-conn).
  */
 
 #include <errno.h>
@@ -59,8 +59,8 @@ send_flush (struct remote *r)
 {
   struct flush_sent *sent = &r->flush_sent;
 
-  /* A server without flush admits to no cache: there is nothing to send, and
-   * its answers to writes are all that it can promise.
+  /* A server without flush claims to have no cache: its answers to writes are
+   * all that it can promise, and no flush is sent.
    */
   if (!conn_info (sent->conn)->can_flush)
     return;
@@ -68,7 +68,7 @@ send_flush (struct remote *r)
     sent->command.error = ENOTCONN;
 }
 
-/* From here on any thread that waits for it may take its answer in. */
+/* From now on any thread that waits for the flush may receive its answer. */
 static void
 disown_locked (struct remote *r)
 {
@@ -77,8 +77,8 @@ disown_locked (struct remote *r)
     pthread_cond_broadcast (&r->disk.volume->changed);
 }
 
-/* The flush under way was answered, or its connection died: do what that means
- * for the remote.
+/* The flush under way was answered, or its connection died: apply the result to
+ * the remote's state.
  */
 static void
 apply_answer_locked (struct remote *r)
@@ -109,8 +109,8 @@ apply_answer_locked (struct remote *r)
   conn_put (conn);
 }
 
-/* Wait for the answer of the flush under way, which no thread owns, and say
- * what it means.  Drops the lock; bounded by the remote's deadline.
+/* Wait for the answer of the flush under way, which no thread owns, and apply
+ * it.  Releases the lock while it waits; bounded by the remote's deadline.
  */
 static void
 take_answer_relock (struct remote *r)
@@ -148,7 +148,7 @@ done_locked (const struct remote_flush *flush)
   return flush->remote->disk.flush.done >= flush->ticket;
 }
 
-/* Is there nothing more to wait for?  `*rc`: as remote_flush_end returns. */
+/* Is there nothing left to wait for?  `*rc`: the result of remote_flush_end. */
 static bool
 over_locked (const struct remote_flush *flush, int *rc)
 {
@@ -161,7 +161,7 @@ over_locked (const struct remote_flush *flush, int *rc)
          || (v->drained && !r->admitted);
 }
 
-/* Send one if none is under way.  Drops the lock to send it. */
+/* Send a flush if none is under way.  Releases the lock to send it. */
 static bool
 start_relock (struct remote *r)
 {
@@ -201,7 +201,7 @@ remote_flush_end (struct remote_flush *flush)
 
   LOCK_FOR_SCOPE (&v->lock);
   while (!done_locked (flush)) {
-    /* Before all else: it may be the one that we sent. */
+    /* Do this first: the flush may be the one that this thread sent. */
     if (remote_flush_take_relock (r))
       continue;
     if (over_locked (flush, &rc))
@@ -228,7 +228,7 @@ remote_flush_poll (struct remote_flush *flush, int *rc)
       && conn_answered_all (r->flush_sent.conn, &r->flush_sent.waiter))
     take_answer_relock (r);
   over = over_locked (flush, rc);
-  /* It may be the one that we sent, and its connection is dead. */
+  /* It may be the flush that this thread sent, on a dead connection. */
   if (over && *rc < 0 && can_take_locked (r))
     over = false;
   if (!over)
@@ -263,8 +263,8 @@ flush_local_once_relock (struct nbdm *v)
   unsigned failures = v->local.failures;
   int rc;
 
-  /* It has failed since the caller looked, and another disk may be about to
-   * take its place: begin nothing on it.
+  /* The disk has failed since the caller looked, and another disk may be about
+   * to replace it: start nothing on it.
    */
   if (v->local.state == NBDM_LOCAL_FAILED) {
     group->done = covers;
@@ -272,18 +272,20 @@ flush_local_once_relock (struct nbdm *v)
     return;
   }
   group->running = true;
-  local_use (v); /* it is not replaced before its answer was taken in */
+  local_use (v); /* no replacement before the answer is applied */
   pthread_mutex_unlock (&v->lock);
   rc = local_flush (v);
   pthread_mutex_lock (&v->lock);
   local_leave ();
   group->running = false;
   group->done = covers;
-  /* Not of a disk that has failed meanwhile, and been replaced. */
+  /* Ignore the result of a disk that has failed and been replaced during the
+   * flush.
+   */
   if (rc < 0 && rc != LOCAL_GIVEN_UP && v->local.flush_error == 0
       && v->local.failures == failures) {
-    /* The kernel has dropped the pages it could not write: another fsync
-     * would succeed and mean nothing (rule 10).
+    /* The kernel has dropped the pages that it could not write.  Another fsync
+     * would succeed and prove nothing (rule 10).
      */
     v->local.flush_error = rc;
     local_note_error_locked (v, rc);
@@ -308,7 +310,7 @@ flush_local_group (struct nbdm *v)
       flush_local_once_relock (v);
   rc = v->local.flush_error;
   pthread_mutex_unlock (&v->lock);
-  /* Another thread may have led the flush, or one of long ago failed. */
+  /* Another thread may have led the flush, or an earlier flush failed. */
   return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
 }
 
@@ -324,8 +326,8 @@ volume_flush (struct nbdm *v)
 
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     pthread_mutex_lock (&v->lock);
-    /* Once drained nothing waits for a held remote, and it has nothing that
-     * is not dirty already.
+    /* Once the volume is drained, no request waits for a remote on hold, and
+     * all that such a remote misses is dirty already.
      */
     begun[i] = remote_used_locked (&v->remotes[i])
                && (v->remotes[i].admitted || !v->drained);
@@ -338,10 +340,10 @@ volume_flush (struct nbdm *v)
            : flush_local_group (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (begun[i] && remote_flush_end (&flushes[i]) == 0)
-      flushed = true; /* lost: a state, and not an error while local is ok */
+      flushed = true; /* a lost remote is a state, no error while local is ok */
 
   pthread_mutex_lock (&v->lock);
-  /* Then whatever local said was not of the disk that had the writes. */
+  /* Local was replaced: the result is not of the disk that got the writes. */
   replaced = v->local.failures != failures;
   if (rc < 0 && !replaced)
     rc = local_flush_lost_relock (v);
@@ -354,8 +356,9 @@ volume_flush (struct nbdm *v)
   return rc;
 }
 
-/* Does a remote miss bytes that were answered?  Those of a region that is late
- * and not lost were sent again, and it is only copied once more.
+/* Does a remote miss bytes that were answered?  A region that is late but not
+ * lost is no such case: its bytes were sent again, and resync only copies it
+ * once more.
  */
 static bool
 any_behind_locked (const struct nbdm *v)
@@ -369,9 +372,9 @@ any_behind_locked (const struct nbdm *v)
   return false;
 }
 
-/* Policy stop: what a server lost that was back within the hold is dirty, and
- * a flush is not answered before it has been copied; bounded.  The ticker
- * wakes us.
+/* Policy stop: a server that was lost and came back within the hold may have
+ * lost writes, which are dirty now.  Answer the flush only after resync has
+ * copied them.  The wait is bounded, and the ticker wakes this thread.
  */
 static int
 wait_for_both_relock (struct nbdm *v)
@@ -417,7 +420,7 @@ nbdm_flush (struct nbdm *v)
   v->flushes++;
   if (v->stopping)
     pthread_cond_broadcast (&v->changed);
-  /* Policy stop: what the remote did not flush is not safe on both. */
+  /* Policy stop: what the remote did not flush is not safe on both disks. */
   if (rc == 0 && (v->failed || v->fenced))
     rc = set_message (-EIO, "the flush did not reach every leg: %s",
                       v->failed ? v->reason : "a remote is out of sync");

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Flush what clients do not: a thread a remote.
+/* Flush the remotes when clients do not: one thread per remote.
  *
- * What a remote answered and did not flush is copied again when it is lost
- * (rule 4).  Clients that never flush would let that grow to all they ever
- * wrote, so each remote is flushed from here when its unflushed set is large or
- * old, and when half of what it may have unflushed is (backlog.c).  It joins
- * the group commit like any other thread, holds no lock while it waits, and is
- * bounded by the ticker's deadline.  Each remote has a flusher of its own, as a
- * remote that hangs must not keep the others' sets growing, and as the ticker
- * itself may never wait.  Nothing unflushed: it sleeps, sends nothing.
+ * All that a remote answered but did not flush is copied again when the remote
+ * is lost (rule 4).  If clients never flush, that grows to all they ever wrote.
+ * So a flusher thread flushes its remote when the unflushed set is large or
+ * old, and when half of the remote's bound is unflushed (backlog.c).  It joins
+ * the group commit like any other thread, holds no lock while it waits, and the
+ * ticker's deadline bounds its wait.  Each remote has its own flusher, because
+ * a remote that hangs must not let the sets of the others grow, and because the
+ * ticker must never wait.  With nothing unflushed the flusher sleeps and sends
+ * nothing.
  */
 
 #include "api.h"
@@ -23,19 +24,21 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-/* Copied again in about half a second on a link of 1 Gbit/s. */
+/* This takes about half a second to copy again on a link of 1 Gbit/s. */
 #define FLUSH_BYTES (64u << 20)
-/* How often file systems commit, and the kernel looks for old dirty pages. */
+/* File systems commit, and the kernel looks for old dirty pages, about this
+ * often.
+ */
 #define FLUSH_MS 5000
-/* A flush that took long slows the remote's writes: rest for so many times as
- * long, and it has most of its time for clients.
+/* A long flush slows the remote's writes.  After a flush rest for this many
+ * times its duration, so that the remote works mostly for clients.
  */
 #define REST_TIMES 3
-#define LOCAL_FLUSH_MS 6000 /* of what local is copied back: see backlog.c */
+#define LOCAL_FLUSH_MS 6000 /* for copies back to local: see backlog.c */
 /* When to look again after another thread's flush. */
 #define BUSY_NS (50 * NS_PER_MS)
 
-/* So much that its age does not matter. */
+/* Is so much unflushed that its age does not matter? */
 static bool
 enough_unflushed_locked (const struct remote *r)
 {
@@ -45,8 +48,8 @@ enough_unflushed_locked (const struct remote *r)
          >= v->flush_bytes;
 }
 
-/* When to flush next, NEVER while there is nothing to flush.  Not before
- * `rest_until`, unless writers would have to wait.
+/* When to flush next; NEVER: nothing is unflushed.  Not before `rest_until`,
+ * unless writers would have to wait.
  */
 static uint64_t
 next_flush_locked (const struct remote *r, uint64_t rest_until)
@@ -120,7 +123,9 @@ unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length)
     r->unflushed_ns = now_ns ();
   region_span (r->disk.volume, offset, length, &region, &count);
   bitmap_set (map, region, count);
-  /* It naps until the first grows old: later ones matter by their number. */
+  /* The flusher sleeps until the oldest bit is old enough.  A later bit matters
+   * only if the set becomes large.
+   */
   if (r->flusher_naps
       && (first || enough_unflushed_locked (r) || backlog_pressed_locked (r))) {
     r->flusher_naps = false;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Flushes that no client asked for.  See flusher.c. */
+/* Flush the remotes when clients do not.  See flusher.c. */
 
 #ifndef NBDM_FLUSHER_H
 #define NBDM_FLUSHER_H
@@ -15,9 +15,9 @@ struct remote;
 void unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length);
 void flushers_init (struct nbdm *v, const struct nbdm_params *params);
 int flushers_start (struct nbdm *v);
-void flushers_join (struct nbdm *v); /* while the ticker runs */
+void flushers_join (struct nbdm *v); /* call it while the ticker runs */
 
-/* Wake the flusher: a flush has ended, and another is due. */
+/* Wake the flusher if a flush has ended and another is due. */
 void flusher_wake_locked (struct remote *r);
 
 #endif /* NBDM_FLUSHER_H */

@@ -1,35 +1,35 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the local disk is known by: samples of its content.
+/* The identity of the local disk: samples of its content.
  *
- * A path says nothing: a symbolic link leads elsewhere, devices change names,
- * an older copy is put in a disk's place.  So the superblock keeps the CRC of
- * up to 64 blocks, and a start compares them before it serves or writes
- * anything (identity_check.c).  The device's own name, device_id.c, counts
- * only where there is no content to compare.
+ * A path proves nothing: a symbolic link may lead to another disk, devices
+ * change names, and an operator may put an older copy in a disk's place.  So
+ * the superblock keeps the CRC of up to 64 blocks, and a start compares them
+ * before it serves or writes anything (identity_check.c).  The device's own
+ * name (device_id.c) counts only if there is no content to compare.
  *
- * The rule that makes a difference a proof, at every instant, also after lost
- * power:
+ * A difference must be a proof at every instant, also after lost power.  This
+ * rule ensures it:
  *
- *   a sample that is durable is of a block that was not written since, or
- *   whose extent is in the durable activity set, or of which a region is
- *   durably dirty in dirty.local; a start passes the latter two over.
+ *   A durable sample is of a block that was not written since, or whose extent
+ *   is in the durable activity set, or with a region that is durably dirty in
+ *   dirty.local. A start skips samples of the last two kinds.
  *
- * It costs writes nothing, as their extents are in the set anyway.  It is
- * kept at the few places where something leaves the set or the map:
+ * The rule costs a write nothing, because its extent is in the set anyway.
+ * These functions keep the rule where a block leaves the set or the map:
  *
  *   extents go cold          identity_cool_locked
  *   copied back to local     identity_copied_back_locked
  *   a clean stop             identity_stop
  *
- * Where samples become void new ones are taken: at a clean stop, when
- * everything is flushed, all of them; else by the maintenance thread, of
- * extents that are cold, which are flushed too.  Taking one holds its range,
- * so the block's next write finds it either not taken, or in the list that
- * going cold looks at.
+ * New samples replace void ones.  A clean stop takes all of them, when
+ * everything is flushed.  Otherwise the maintenance thread takes samples of
+ * extents that are cold, and therefore flushed.  A sampler holds the block's
+ * range, so the block's next write comes either before the sample or when the
+ * sample is already in the list that going cold looks at.
  *
- * A program that does not know of samples keeps their bytes but not the rule.
- * So they carry the session they belong to, which it would have changed.
+ * An older program that does not know of samples keeps their bytes but not the
+ * rule.  So samples carry their session, which such a program changes.
  */
 
 #define _GNU_SOURCE
@@ -57,8 +57,8 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-/* Places in the list, by what is looked for: the ends, where partition tables
- * and superblocks are; what was written last, which an older copy lacks; and
+/* Places in the list, by their purpose: the ends of the disk, where partition
+ * tables and superblocks are; the latest writes, which an older copy lacks; and
  * blocks spread over the disk.
  */
 #define PLACE_FIRST 0u
@@ -67,14 +67,14 @@
 #define PLACE_SPREAD 32u
 #define NR_SPREAD (NR_SAMPLES - PLACE_SPREAD)
 
-#define MAX_RECENT 256u /* writes looked at */
-#define TRIES 4u        /* of a place, for a block that can be taken */
+#define MAX_RECENT 256u /* latest writes looked at */
+#define TRIES 4u        /* attempts to find a block for a place */
 
 struct taker {
   struct nbdm *v;
   uint8_t *buf;
   uint64_t random; /* state of the generator */
-  bool quiet;      /* a clean stop: also of active extents */
+  bool quiet;      /* a clean stop: active extents too */
   uint32_t taken;
   uint32_t next_recent, nr_recent;
   uint64_t recent[MAX_RECENT]; /* blocks written last, each once */
@@ -131,7 +131,7 @@ sample_in_flux_locked (const struct nbdm *v, uint64_t block)
          || missing_on_local_locked (v, block);
 }
 
-/* --- samples become void ----------------------------------------------- */
+/* --- void samples ------------------------------------------------------ */
 
 void
 identity_void_outside (struct nbdm *v)
@@ -192,7 +192,7 @@ identity_forget_locked (struct nbdm *v)
   v->sb.local_size = 0;
 }
 
-/* --- samples are taken ------------------------------------------------- */
+/* --- take samples ------------------------------------------------------ */
 
 static uint64_t
 random_below (struct taker *t, uint64_t end)
@@ -222,8 +222,8 @@ may_take_locked (const struct taker *t, uint64_t block)
          && (t->quiet || !activity_in_set (&v->activity, extent_of (block)));
 }
 
-/* An extent that became active meanwhile does no harm: this block is ours, and
- * going cold will find the sample.
+/* The extent may become active during the read.  That does no harm: this thread
+ * holds the block's range, and going cold will find the sample.
  */
 static bool
 take_in_use (struct taker *t, uint32_t place, uint64_t block)
@@ -242,7 +242,9 @@ take_in_use (struct taker *t, uint32_t place, uint64_t block)
   pthread_mutex_unlock (&v->lock);
   if (!free)
     return false;
-  /* Not local_pread: no request asked for it, so it counts as no error. */
+  /* Not local_pread: no request asked for this read, so its error does not
+   * count.
+   */
   rc = local_sample (v, t->buf, range.length, range.offset);
   fault_point ("sample_read");
   pthread_mutex_lock (&v->lock);
@@ -257,7 +259,7 @@ take_in_use (struct taker *t, uint32_t place, uint64_t block)
   return rc == 0;
 }
 
-/* The disk is not replaced meanwhile: its sample would be the new one's. */
+/* Keep the disk from being replaced: the sample would be of the new one. */
 static bool
 take (struct taker *t, uint32_t place, uint64_t block)
 {
@@ -269,7 +271,9 @@ take (struct taker *t, uint32_t place, uint64_t block)
   return taken;
 }
 
-/* A block of data in the place's part of the disk, as holes are alike. */
+/* Prefer a block with data in the place's part of the disk, because all holes
+ * look the same.
+ */
 static uint64_t
 spread_block (struct taker *t, uint32_t place)
 {
@@ -314,7 +318,9 @@ contains (const uint64_t *blocks, uint32_t nr, uint64_t block)
   return false;
 }
 
-/* What was written last, latest first, as far as there are places for it. */
+/* List the blocks of the latest writes, latest first, as many as there are
+ * places.
+ */
 static void
 find_recent_locked (struct taker *t)
 {
@@ -331,8 +337,8 @@ find_recent_locked (struct taker *t)
     t->nr_recent = PLACE_SPREAD - PLACE_RECENT;
 }
 
-/* At a clean stop: samples of extents that were active are of old content, and
- * those of what was written long ago make room for what was written last.
+/* At a clean stop: drop samples of active extents, because their content is
+ * old, and drop samples of old writes to make room for the latest ones.
  */
 static void
 make_places_locked (struct taker *t)
@@ -380,7 +386,7 @@ fill_places (struct taker *t)
   }
 }
 
-/* Samples that a start could compare if we died now. */
+/* Count the samples that a start could compare if the process died now. */
 static uint32_t
 count_still_locked (const struct nbdm *v)
 {
@@ -393,8 +399,8 @@ count_still_locked (const struct nbdm *v)
   return nr;
 }
 
-/* Places whose sample is in flux are taken for others: theirs would be void
- * before long.  In memory alone, which costs nothing if there is no other.
+/* Reuse places whose sample is in flux, because it will be void soon.  This
+ * changes memory only; the old sample stays if no other block can be taken.
  */
 static void
 replace_in_flux (struct taker *t)

@@ -21,32 +21,33 @@ struct described_disk {
 
 /* The bytes of a sample's block that belong to the volume. */
 uint64_t sample_length (const struct nbdm *v, uint64_t block);
-/* Forget the samples of blocks that the volume does not have: a superblock
- * whose checksum is right can still name some.  At a start, before other
- * threads run.
+/* Remove the samples of blocks that the volume does not have: a superblock with
+ * a correct checksum can still name such blocks.  Called at a start, before
+ * other threads run.
  */
 void identity_void_outside (struct nbdm *v);
-/* May its content have changed since the sample was taken? */
+/* May the block's content have changed since its sample was taken? */
 bool sample_in_flux_locked (const struct nbdm *v, uint64_t block);
-/* As struct disk_sample's `crc`. */
+/* The `crc` of struct disk_sample. */
 uint64_t sample_crc (const uint8_t *buf, uint64_t length);
 
-/* Void the samples of the picked extents, durably, before these leave the
- * activity set.
+/* Void the samples of the extents that go cold, durably, before these extents
+ * leave the activity set.
  */
 int identity_cool_locked (struct nbdm *v);
-/* The same for regions that were copied back to local, before they become clean
- * there.
+/* Void the samples of regions that were copied back to local, durably, before
+ * these regions become clean there.
  */
 int identity_copied_back_locked (struct nbdm *v);
-/* Drop all samples: the disk is another one, or its state is unknown. */
+/* Drop all samples: the disk was exchanged, or its state is unknown. */
 void identity_forget_locked (struct nbdm *v);
-/* Asks the local disk, which may hang; the caller must hold no lock. */
-void identity_describe (const struct nbdm *v, struct described_disk *disk);
-/* This is the volume's disk from now on; the samples stay as they are. */
-void identity_adopt_locked (struct nbdm *v, const struct described_disk *disk);
-/* Take samples at a clean stop: all is flushed, and no thread writes any more.
+/* Reads properties of the local disk, which may hang; the caller must hold no
+ * lock.
  */
+void identity_describe (const struct nbdm *v, struct described_disk *disk);
+/* From now on this is the volume's disk; the samples stay. */
+void identity_adopt_locked (struct nbdm *v, const struct described_disk *disk);
+/* Take samples at a clean stop, when all is flushed and no thread writes. */
 int identity_stop (struct nbdm *v);
 
 #endif /* NBDM_IDENTITY_H */

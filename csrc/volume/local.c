@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The local disk: a file or a block device, adopted as it is.
+/* The local disk: a file or a block device, used as it is.
  *
- * Reads and writes go through the page cache; what is durable is what a flush
- * or FUA made so, as with any disk that has a write cache.  Zeroing must
- * leave zeroes behind whatever the file system can do: hole, zeroed range, or
- * plain writes.
+ * Reads and writes go through the page cache.  As on any disk with a write
+ * cache, only a flush or FUA makes data durable.  Zeroing must leave zeroes,
+ * whatever the file system can do: a hole, a zeroed range or plain writes.
  *
- * What may wait for the disk is done by the thread that asks for it, or, where
- * the disk has a deadline, by a carrier of local_io.c: either calls the
- * functions that end in _here.  What is asked for beside reads and writes
- * stands in local_calls.c.
+ * The calling thread makes the system calls that may wait for the disk.  If the
+ * disk has a deadline, a carrier of local_io.c makes them.  Both use the
+ * functions whose names end in _here. local_calls.c has the operations other
+ * than reads and writes.
  */
 
 #define _GNU_SOURCE
@@ -35,17 +34,17 @@
 
 #define ZERO_WRITE (1u << 20) /* bytes of zeroes written at a time */
 
-/* --- its users --------------------------------------------------------- */
+/* --- threads that use the disk ----------------------------------------- */
 
-/* A thread that does something on a local disk.  Only it writes here, so that a
- * request touches no cache line that cores share; a thread that reads it takes
- * the lock of the list.
+/* A thread that uses a local disk.  Only that thread writes here, so that a
+ * request touches no cache line that cores share.  Other threads read it under
+ * users_lock.
  */
 struct user {
   _Atomic (const struct nbdm *) volume;
   unsigned depth;
   atomic_uint turns; /* odd: a system call on the disk is under way */
-  unsigned seen;     /* of these, by the ticker, and since when */
+  unsigned seen;     /* turns when the ticker last looked, and since when */
   uint64_t seen_ns;
   LIST_ENTRY (user) link;
   bool listed;
@@ -72,7 +71,9 @@ make_key (void)
   pthread_key_create (&users_key, unlist);
 }
 
-/* Once a thread; without memory of its own, which a write may not need. */
+/* Once per thread.  It allocates no memory, because a write must not fail for
+ * lack of memory.
+ */
 static void
 list (void)
 {
@@ -84,8 +85,9 @@ list (void)
   me.listed = true;
 }
 
-/* Ordered before what the thread then looks at: either the thread sees that the
- * disk has failed, or the thread that replaces the disk sees this use.
+/* The store is ordered before what the thread then looks at: either the thread
+ * sees that the disk has failed, or the thread that replaces the disk sees this
+ * use.
  */
 void
 local_use (struct nbdm *v)
@@ -111,7 +113,7 @@ turn (void)
   atomic_store_explicit (&me.turns, turns + 1, memory_order_release);
 }
 
-/* Around what may wait for the disk itself. */
+/* Around a system call that may wait for the disk. */
 static void
 begin (struct nbdm *v)
 {
@@ -126,7 +128,9 @@ finish (void)
   local_leave ();
 }
 
-/* The ticker looks 20 times a second, so that requests read no clock for it. */
+/* The ticker calls this 20 times a second, so that requests need not read the
+ * clock.
+ */
 uint64_t
 local_watch (struct nbdm *v)
 {
@@ -134,7 +138,7 @@ local_watch (struct nbdm *v)
   struct user *user;
 
   LOCK_FOR_SCOPE (&users_lock);
-  now = now_ns (); /* not before what another one has seen */
+  now = now_ns (); /* under the lock: not earlier than seen_ns */
   LIST_FOREACH (user, &users, link) {
     unsigned turns = atomic_load (&user->turns);
 
@@ -187,9 +191,9 @@ shrunk_error (const struct nbdm *v)
                       (unsigned long long)v->local.file.size);
 }
 
-/* A file that was cut reads as zeroes once a write past its end has made it
- * longer again: so it counts for nothing from the first look that finds it
- * smaller, whatever its size is later.
+/* If a file was cut, a write past its new end makes it longer again, and the
+ * gap reads as zeroes.  So once it was found smaller, no answer of it counts,
+ * whatever its size is later.
  */
 static int
 check_size_here (struct nbdm *v)
@@ -204,9 +208,9 @@ check_size_here (struct nbdm *v)
   return shrunk_error (v);
 }
 
-/* A look costs a quarter of a small write where system calls are dear, and a
- * disk is cut once in its life: so one look each 10 ms, by a thread that
- * reads or writes then.
+/* Checking the size costs a quarter of a small write where system calls are
+ * expensive, and a disk is cut at most once.  So a thread that reads or writes
+ * checks the size once in 10 ms.
  */
 #define LOOK_NS (10 * NS_PER_MS)
 
@@ -223,7 +227,7 @@ look_at_size (struct nbdm *v)
   return check_size_here (v);
 }
 
-/* Only what survives the wire and means the same there. */
+/* Map to error codes that survive the wire and keep their meaning there. */
 static int
 local_error (int err, const char *what, uint64_t offset)
 {
@@ -236,20 +240,20 @@ local_error (int err, const char *what, uint64_t offset)
                     (unsigned long long)offset);
 }
 
-/* A disk is slow that keeps threads asleep, not one that takes long: what only
- * computes takes a worker as long, and waking one takes longer on such a
- * machine too.  By the clock the page cache was a slow disk where the CPU is
- * emulated, and every write went the long way.
+/* A disk is slow if it blocks threads, not if a call takes long.  Work that
+ * only computes takes just as long in a worker thread, and waking a worker
+ * takes longer on such a machine too.  Measured by the clock, the page cache of
+ * an emulated CPU would be a slow disk, and every write would go to a worker.
  */
-#define WATCHED_BYTES (64u << 10) /* larger ones tell of copying */
-#define WATCH_EVERY 8u            /* so many go by unseen, while none sleeps */
-#define AWAKE_NS 1000             /* what is left of an average then */
+#define WATCHED_BYTES (64u << 10) /* larger ones mostly measure copying */
+#define WATCH_EVERY 8u            /* measure one in so many while none blocks */
+#define AWAKE_NS 1000 /* an average below this counts as not blocked */
 #define QUICK_NS 60000
-#define STALL_NS 500000 /* at most: one stall says nothing of the next */
+#define STALL_NS 500000 /* limit for one call: a stall is no trend */
 
 struct watch {
   bool watching;
-  long sleeps; /* of the thread, in its life */
+  long sleeps; /* number of times the thread has blocked so far */
   uint64_t start_ns;
 };
 
@@ -262,7 +266,9 @@ thread_sleeps (void)
   return usage.ru_nvcsw;
 }
 
-/* Threads may overtake each other in the average, and a sample be lost. */
+/* Threads may overwrite each other's update of the average; losing one is
+ * harmless.
+ */
 static struct watch
 watch_begin (struct sleep_average *asleep, uint64_t count)
 {
@@ -276,7 +282,7 @@ watch_begin (struct sleep_average *asleep, uint64_t count)
   return (struct watch){ true, thread_sleeps (), now_ns () };
 }
 
-/* The average is over the last sixteen or so. */
+/* The average covers about the last sixteen measurements. */
 static void
 watch_end (struct sleep_average *asleep, const struct watch *watch)
 {
@@ -316,15 +322,16 @@ pread_here (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
   if (rc == 0 && !v->local.file.is_block)
     rc = look_at_size (v);
   watch_end (&v->local.asleep[false], &watch);
-  /* Its end where there should be bytes is no bad sector. */
+  /* A read past the end of a file that was cut is no bad sector. */
   if (rc < 0 && check_size_here (v) == 0)
     rc = local_error (-rc, "read", offset);
   finish ();
   return rc < 0 ? -EIO : 0;
 }
 
-/* A write past the end of a file that was cut makes it longer without a word.
- * Where it does not reach the old end that shows afterwards; else before it.
+/* A write past the end of a file that was cut makes it longer without an error.
+ * If the write does not reach the old end, a check afterwards finds the cut;
+ * otherwise the check must come first.
  */
 static int
 pwrite_inside (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
@@ -342,7 +349,7 @@ pwrite_inside (struct nbdm *v, const void *buf, uint64_t count, uint64_t offset)
   return rc;
 }
 
-/* What the disk said, unless it is no longer the disk it was. */
+/* The disk's error, unless the disk has lost bytes. */
 static int
 write_error (struct nbdm *v, int rc, const char *what, uint64_t offset)
 {
@@ -521,9 +528,10 @@ local_carry_out (struct nbdm *v, const struct local_job *job)
   return -EINVAL;
 }
 
-/* --- what the engine calls ---------------------------------------------- */
+/* --- functions for the engine -------------------------------------------- */
 
-/* Apart, so that nothing of it is done where there is no deadline. */
+/* A function of its own, so that a disk without a deadline pays nothing for it.
+ */
 static int __attribute__ ((noinline))
 carried (struct nbdm *v, enum local_act act, void *buf, uint64_t count,
          uint64_t offset)

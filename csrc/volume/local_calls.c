@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the engine asks of the local disk beside reads and writes: carried out
- * by local.c, on this thread or, where the disk has a deadline, on another.
+/* Operations on the local disk other than reads and writes. local.c carries
+ * them out on the calling thread, or on a carrier if the disk has a deadline.
  */
 
 #define _GNU_SOURCE
@@ -127,7 +127,7 @@ hole_end (struct nbdm *v, uint64_t offset, uint64_t end)
   data = seek (v, offset, SEEK_DATA);
   if (data < 0 && (errno != ENXIO || v->local.file.is_block))
     return offset;
-  /* Past the end of a file that was cut there is a hole, it says. */
+  /* A file that was cut reports a hole past its end. */
   if (check_size (v, v->local.deadline_ms) < 0 || !local_believed (v))
     return offset;
   return data >= 0 && (uint64_t)data < end ? (uint64_t)data : end;
@@ -138,7 +138,7 @@ local_hole_end (struct nbdm *v, uint64_t offset, uint64_t end)
 {
   uint64_t found;
 
-  local_use (v); /* one disk is believed, asked, and believed again */
+  local_use (v); /* the same disk throughout */
   found = hole_end (v, offset, end);
   local_leave ();
   return found;

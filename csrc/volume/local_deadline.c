@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A local disk that keeps a request for longer than `local_deadline`.
+/* Replace a local disk that keeps a request longer than `local_deadline`.
  *
- * With that key the disk's system calls are made by threads that may hang in
- * them (local_io.c).  The guard looks how long the oldest call has not
- * returned, and has a remote in sync take local's place: then all threads that
- * wait for the disk are let go.  It is not the ticker, which must never wait
- * for a remote, and which bounds how long a takeover does.
+ * With that key, threads that may hang make the disk's system calls
+ * (local_io.c).  The guard thread checks the age of the oldest call.  When it
+ * is over the deadline, the guard lets a remote in sync replace local, and all
+ * threads that wait for the disk continue.  The ticker cannot do this: it must
+ * never wait for a remote, and it bounds the time of a takeover.
  */
 
 #include <stdio.h>
@@ -22,7 +22,7 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-#define LOOK_NS (50 * NS_PER_MS) /* how late it may be noticed */
+#define LOOK_NS (50 * NS_PER_MS) /* check at this interval */
 
 static void
 nap_relock (struct nbdm *v)
@@ -37,7 +37,7 @@ say_silent (char *reason, size_t size, uint64_t silent)
             (double)silent / 1e9);
 }
 
-/* Its reason is the disk's only if it has failed. */
+/* Set the reason only if the takeover succeeds. */
 static void
 replace_relock (struct nbdm *v, uint64_t silent)
 {
@@ -49,8 +49,8 @@ replace_relock (struct nbdm *v, uint64_t silent)
     memcpy (v->local.disk.reason, before, sizeof before);
 }
 
-/* One that was attached and not admitted yet: it is compared with a remote,
- * and clients' writes wait for the range.
+/* Detach a disk that was attached and is not admitted yet.  Its content is
+ * being compared with a remote, and clients' writes wait for that range.
  */
 static void
 put_away_locked (struct nbdm *v, uint64_t silent)

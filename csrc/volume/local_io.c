@@ -1,23 +1,24 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What may hang at the local disk, where it has a deadline: *carriers*, threads
- * that make the system calls for the threads that ask for them.
+/* *Carriers*: threads that make the local disk's system calls for other
+ * threads, if the disk has a deadline, because these calls may hang.
  *
- * Nothing ends a system call that the disk keeps.  So the thread that asks does
- * not make it: it waits for its carrier, or until the disk is given up.  Then
- * it goes on as after an error of a disk that has failed, and a remote in sync
- * has the bytes.  The carrier stays in the call, with memory of its own: what
- * is written was copied into it, what is read is copied out of it by the asker
- * alone.
+ * Nothing can end a system call that the disk keeps.  So the asking thread does
+ * not make the call: it waits for its carrier, or until the disk is given up.
+ * Then it continues as after an error of a failed disk, and a remote in sync
+ * has the bytes.  The carrier stays in the call with memory of its own: bytes
+ * to write were copied into that memory, and only the asker copies read bytes
+ * out of it.
  *
- * What a late call does is harmless.  It is on the disk that failed, of which
- * the volume misses all that was active, and so all that a write was under way
- * to.  It counts as a use of that disk until it has returned: no disk is
- * attached before, this one least of all.  And the descriptor stays open so
- * long, the volume's end or not: its lock keeps other servers away.
+ * A late call does no harm.  It goes to the failed disk, and the volume already
+ * treats all active regions of that disk as missing, including every range with
+ * a write under way.  The call counts as a use of that disk until it returns,
+ * so no disk, and above all not the same one, is attached before that.  The
+ * descriptor also stays open until then, even if the volume ends: its lock
+ * keeps other servers away.
  *
- * Carriers are made when they are needed, up to MAX_CARRIERS, and kept for a
- * while; one is there from the start, as there may be no thread left later.
+ * Carriers are created on demand, up to MAX_CARRIERS, and end after some idle
+ * time.  One exists from the start, because creating a thread may fail later.
  */
 
 #define _GNU_SOURCE
@@ -39,24 +40,24 @@
 #include "volume/volume_free.h"
 
 #define MAX_CARRIERS 128u        /* calls under way at a time */
-#define CARRIED_BYTES (1u << 20) /* by one call: longer ones are several */
-#define IDLE_NS (10 * NS_PER_S)  /* and a carrier ends */
+#define CARRIED_BYTES (1u << 20) /* by one call; longer ones are split */
+#define IDLE_NS (10 * NS_PER_S)  /* then an idle carrier ends */
 #define STACK_BYTES (512u << 10)
 
 enum stage {
   IDLE,     /* in the list */
-  RESERVED, /* an asker's, which fills it in */
+  RESERVED, /* an asker fills it in */
   AT_WORK,
-  DONE /* the asker's again */
+  DONE /* the asker reads the result */
 };
 
 struct carrier {
   struct local_io *io;
   SLIST_ENTRY (carrier) link; /* of the idle ones */
-  pthread_cond_t work;        /* tells the carrier */
-  pthread_cond_t done;        /* tells the asker */
+  pthread_cond_t work;        /* wakes the carrier */
+  pthread_cond_t done;        /* wakes the asker */
   enum stage stage;
-  bool left; /* at work, and the asker has gone on without it */
+  bool left; /* at work, and the asker no longer waits */
   struct local_job job;
   int64_t result;
   int error; /* errno */
@@ -68,13 +69,13 @@ struct carrier {
 struct local_io {
   struct nbdm *volume;
   pthread_mutex_t lock; /* protects all below, and the carriers */
-  pthread_cond_t freed; /* a carrier is idle or has ended; or the disk failed */
-  SLIST_HEAD (, carrier) idle; /* the one used last first */
+  pthread_cond_t freed; /* a carrier is idle or has ended, or the disk failed */
+  SLIST_HEAD (, carrier) idle; /* most recently used first */
   struct carrier *all[MAX_CARRIERS];
-  uint32_t nr, nr_left; /* of carriers, and of those without an asker */
-  bool given_up;        /* the disk: nothing begins on it */
-  bool ending;          /* the volume */
-  bool abandoned;       /* the last carrier is to free it */
+  uint32_t nr, nr_left; /* carriers; of these, those whose asker left */
+  bool given_up;        /* the disk: no call starts on it */
+  bool ending;          /* the volume is ending */
+  bool abandoned;       /* the last carrier frees this struct */
 };
 
 static void
@@ -99,7 +100,7 @@ put_idle_locked (struct carrier *c)
     pthread_cond_signal (&c->work);
 }
 
-/* False: this carrier is to end, and is in the list no more. */
+/* False: this carrier must end, and is no longer in the list. */
 static bool
 await_work_relock (struct carrier *c)
 {
@@ -119,8 +120,8 @@ await_work_relock (struct carrier *c)
   return true;
 }
 
-/* It counts as a use before the asker may leave, so that the disk is not
- * replaced before the call.
+/* The use begins before the asker may leave, so that the disk is not replaced
+ * before the call.
  */
 static void
 work_relock (struct carrier *c)
@@ -137,7 +138,7 @@ work_relock (struct carrier *c)
   local_leave ();
 }
 
-/* It may wait for a disk as well. */
+/* `drop` may wait for a disk as well. */
 static void
 drop_relock (struct carrier *c)
 {
@@ -215,7 +216,8 @@ carrier_make (struct local_io *io)
   return 0;
 }
 
-/* Make one more, if there may be one.  False: there is none.  Drops the lock.
+/* Create one more carrier if the limit allows.  False: none was created.
+ * Releases the lock.
  */
 static bool
 add_carrier_relock (struct local_io *io)
@@ -235,8 +237,8 @@ add_carrier_relock (struct local_io *io)
 
 /* --- the asker ----------------------------------------------------------- */
 
-/* A job with a limit is not begun while the disk keeps a call that an asker has
- * given up: else each job would wait for its whole limit.
+/* A job with a time limit does not start while the disk still keeps a call that
+ * its asker left: otherwise each job would wait for its whole limit.
  */
 static int
 refusal_locked (const struct local_io *io, const struct local_job *job)
@@ -246,7 +248,7 @@ refusal_locked (const struct local_io *io, const struct local_job *job)
   return job->wait_ms > 0 && io->nr_left > 0 ? -ETIMEDOUT : 0;
 }
 
-/* A carrier for the job, or why it is not begun. */
+/* Reserve a carrier for the job, or return why the job cannot start. */
 static int
 reserve (struct local_io *io, const struct local_job *job, uint64_t until_ns,
          struct carrier **out)
@@ -268,7 +270,8 @@ reserve (struct local_io *io, const struct local_job *job, uint64_t until_ns,
     *out = c;
   }
   else if (!SLIST_EMPTY (&io->idle))
-    pthread_cond_signal (&io->freed); /* it may have been this thread's turn */
+    /* this wake-up may belong to another asker */
+    pthread_cond_signal (&io->freed);
   return rc;
 }
 
@@ -281,7 +284,7 @@ release (struct carrier *c)
   put_idle_locked (c);
 }
 
-/* 0: it has done what it was asked for.  Else it is not ours any more. */
+/* 0: the carrier is done.  Otherwise it no longer belongs to this thread. */
 static int
 await (struct carrier *c, uint64_t until_ns)
 {
@@ -310,7 +313,7 @@ not_answered (int err)
                            "up");
 }
 
-/* At most CARRIED_BYTES of a buffer. */
+/* Run at most CARRIED_BYTES of a buffer. */
 static int64_t
 run_part (struct local_io *io, const struct local_job *job)
 {
@@ -350,7 +353,7 @@ local_io_run (struct nbdm *v, const struct local_job *job)
   uint64_t left = job->count;
   int64_t rc;
 
-  local_use (v); /* also until this thread has seen that it was given up */
+  local_use (v); /* until this thread has seen that the disk was given up */
   do {
     if (job->buf && left > CARRIED_BYTES - part.offset % CARRIED_BYTES)
       part.count = CARRIED_BYTES - part.offset % CARRIED_BYTES;
@@ -392,7 +395,7 @@ local_io_renew (struct nbdm *v)
   io->given_up = false;
 }
 
-/* --- the volume begins and ends ------------------------------------------ */
+/* --- start and end of the volume ------------------------------------------ */
 
 int
 local_io_start (struct nbdm *v)

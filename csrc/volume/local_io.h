@@ -19,7 +19,7 @@ enum local_act {
   LOCAL_SEEK,
   LOCAL_SIZE,
   LOCAL_ADVISE,
-  LOCAL_CALL /* runs also if the disk is given up */
+  LOCAL_CALL /* also runs if the disk is given up */
 };
 
 struct local_job {
@@ -30,32 +30,35 @@ struct local_job {
   int whence;
   uint32_t
       wait_ms; /* limit of the wait, if the disk is not given up; 0: none */
-  /* For LOCAL_CALL.  `drop` or NULL: called after `call`, or instead of it, if
-   * no thread waits for the job any more.
+  /* For LOCAL_CALL.  `drop`, if not NULL, runs after `call`, or instead of it,
+   * when no thread waits for the job any more.
    */
   int (*call) (struct nbdm *v, void *opaque);
   void (*drop) (void *opaque);
   void *opaque;
 };
 
-/* Run the job, and return its call's result, message (last_error) and errno.
- * LOCAL_GIVEN_UP: the local disk was given up first; -ETIMEDOUT.  After these
- * two the call may still be under way on the disk.
+/* Run the job.  Returns the result of its call, and sets the call's message
+ * (last_error) and errno.  LOCAL_GIVEN_UP: the local disk was given up first;
+ * -ETIMEDOUT: wait_ms has passed.  In both cases the call may still be under
+ * way on the disk.
  */
 int64_t local_io_run (struct nbdm *v, const struct local_job *job);
-/* The disk has failed: let all askers go on, and begin no call on the disk. */
+/* The disk has failed: release all waiting threads, and start no call on the
+ * disk.
+ */
 void local_io_give_up (struct nbdm *v);
 /* The same or another disk is open again. */
 void local_io_renew (struct nbdm *v);
 
 /* Start and end the carriers with the volume, if local has a deadline. */
 int local_io_start (struct nbdm *v);
-/* No thread asks any more.  False: a call is still under way, and its carrier
- * calls volume_free when it has ended.
+/* Called when no thread asks any more.  False: a call is still under way, and
+ * its carrier calls volume_free when the call ends.
  */
 bool local_io_end (struct nbdm *v);
 
-/* In local.c: run the job on this thread. */
+/* In local.c: run the job on the calling thread. */
 int64_t local_carry_out (struct nbdm *v, const struct local_job *job);
 
 #endif /* NBDM_LOCAL_IO_H */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The local disk is opened and locked, so that no other program writes to it.
- * Whether it is large enough the caller says.
+/* Open the local disk and lock it, so that no other program writes to it.  The
+ * caller checks whether it is large enough.
  */
 
 #define _GNU_SOURCE
@@ -19,9 +19,9 @@
 #include "volume/local_open.h"
 #include "volume/volume.h"
 
-/* One writer a disk.  An open-file-description lock is seen by qemu, which
- * locks its images this way, as well as by another server of ours; a mounted
- * or otherwise claimed block device refuses O_EXCL.
+/* One writer per disk. qemu sees an open-file-description lock, because it
+ * locks its images this way, and so does another server of ours.  A block
+ * device that is mounted or otherwise claimed refuses O_EXCL.
  */
 static int
 lock_disk (int fd, const char *path)
@@ -36,8 +36,9 @@ lock_disk (int fd, const char *path)
   return set_error (-errno, "cannot lock the local disk %s", path);
 }
 
-/* Which kinds of zeroing the file system can do, tried on a nameless file
- * beside the disk: trying on the disk would change it.
+/* Find out which kinds of zeroing the file system supports.  Try them on an
+ * unnamed file beside the disk, because trying them on the disk would change
+ * it.
  */
 static void
 probe_zeroing (struct local_file *disk, const char *path)
@@ -82,7 +83,7 @@ check_kind (struct local_file *disk, const char *path)
   return 0;
 }
 
-/* A read-only device may be opened for writing, and then fails each write. */
+/* A read-only device can be opened for writing, and then fails each write. */
 static int
 check_writable (const struct local_file *disk, const char *path)
 {

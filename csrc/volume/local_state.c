@@ -10,22 +10,21 @@
  *   an operator attaches and admits a disk      failed         resyncing
  *   nothing is missing any more                 resyncing      ok
  *
- * What local misses is a set bit in its own dirty map.  The rules it lives by:
+ * A bit in local's own dirty map marks a region that local misses.  The rules:
  *
- * - Every region keeps a source: a region that local misses is not made dirty
- *   on the last remote that has it (mark_regions_locked).
- * - A remote that is the only one to have some bytes has them durably: it is
- *   flushed before local is said to miss anything, and writes ask it for FUA
- *   from then on.  Otherwise its crash would lose the only copy.
- * - When local fails, what it answered and did not flush is not to be relied
- *   on either: so it misses the whole of every active extent, as after lost
- *   power.
+ * - Every region keeps a source. A region that local misses is not made dirty
+ * on the last remote that has it (mark_regions_locked).
+ * - A remote that holds the only copy of some bytes holds it durably: it is
+ *   flushed before local is recorded as missing them, and later writes to it
+ * use FUA. Otherwise its crash would lose the only copy.
+ * - When local fails, what it answered and did not flush may be lost too. So
+ *   local misses the whole of every active extent, as after lost power.
  *
- * In a takeover the marks come first, and a superblock that says resyncing,
- * both durable, and only then the remote is flushed.  A process killed from
- * there on has a remote that serves what local may have lost; one killed before
- * has answered nothing by it.  No request is answered during the takeover
- * (`taking_over`).
+ * In a takeover the marks and a superblock that says resyncing become durable
+ * first, and only then the remote is flushed.  If the process is killed after
+ * that point, a remote serves what local may have lost.  If it is killed
+ * before, nothing was answered on the strength of the takeover.  No request is
+ * answered during the takeover (`taking_over`).
  */
 
 #include <endian.h>
@@ -130,9 +129,11 @@ range_has_source_locked (const struct nbdm *v, uint64_t offset, uint64_t length)
   return true;
 }
 
-/* --- what local is made to miss ---------------------------------------- */
+/* --- the regions that local misses -------------------------------------- */
 
-/* The takeover that is under way makes local miss it, for good or not. */
+/* Mark regions as missing on local.  If the takeover under way fails, these
+ * marks are undone: `owed` records them.
+ */
 static void
 miss_locked (struct nbdm *v, uint64_t first, uint64_t count)
 {
@@ -164,9 +165,9 @@ miss_active_locked (struct nbdm *v)
   }
 }
 
-/* No remote could take local's place: local misses no more than it did before,
- * and a remote gets the marks that it was spared.  It gets no others: what
- * local cannot read would be left without a source.
+/* No remote could take local's place.  Undo the marks of this takeover on
+ * local, and give the remotes the marks that were deferred.  The remotes get no
+ * other marks: a region that local cannot read would have no source.
  */
 static void
 take_back_locked (struct nbdm *v)
@@ -187,11 +188,12 @@ take_back_locked (struct nbdm *v)
   }
 }
 
-/* Flush every remote: any of them may become the only one to have something,
- * when the others are lost.  `durable`: all that it answered before is.  One
- * that was lost on the way and came back is not, though its flush succeeds:
- * that was of another connection, and what the first one answered became dirty
- * where another remote had it, and nowhere else.  Drops the lock.
+/* Flush every remote: any of them may become the only source of a region when
+ * the others are lost.  `durable`: all that the remote answered before is
+ * durable.  If a remote was lost and came back in the meantime, it is not,
+ * though its flush succeeds: that flush was on another connection, and what the
+ * first connection answered became dirty only where another remote had it.
+ * Releases the lock.
  */
 static void
 flush_remotes_relock (struct nbdm *v, bool *durable)
@@ -206,7 +208,8 @@ flush_remotes_relock (struct nbdm *v, bool *durable)
   for (uint32_t i = 0; i < nr; i++)
     if (conns[i]) {
       remote_flush_begin (&v->remotes[i], &flushes[i]);
-      flushes[i].conn = conns[i]; /* all requests wait for this: no hold */
+      /* all requests wait for this: do not wait for a hold */
+      flushes[i].conn = conns[i];
     }
   for (uint32_t i = 0; i < nr; i++)
     durable[i] = conns[i] && remote_flush_end (&flushes[i]) == 0;
@@ -226,7 +229,7 @@ local_await_takeover_relock (struct nbdm *v)
     pthread_cond_wait (&v->changed, &v->lock);
 }
 
-/* Durable before the waiting requests are answered. */
+/* The end is durable before the waiting requests are answered. */
 static void
 end_taking_over_locked (struct nbdm *v)
 {
@@ -235,16 +238,17 @@ end_taking_over_locked (struct nbdm *v)
   FOR_EACH_DISK (d, v)
     dirty_map_forgive (&d->dm);
   volume_persist_locked (v);
-  /* What it missed before may have been copied back meanwhile. */
+  /* Resync may have copied back all other missing regions during the takeover.
+   */
   local_update_state_locked (v);
   if (v->local.state == NBDM_LOCAL_FAILED)
     local_io_give_up (v);
   pthread_cond_broadcast (&v->changed);
 }
 
-/* In sync is not enough: a write that both refused alike has made its range
- * dirty on the remote, to be copied from local again.  `durable`: only of
- * these; NULL: of all.
+/* Being in sync is not enough: a write that both disks refused with the same
+ * error made its range dirty on the remote, to be copied from local again.
+ * `durable`: consider only these remotes; NULL: all.
  */
 static bool
 successor_locked (const struct nbdm *v, const bool *durable)
@@ -260,20 +264,21 @@ successor_locked (const struct nbdm *v, const bool *durable)
 }
 
 /* Requests that came while the remotes were flushed may have activated more
- * extents, and local has failed under them too.  And what was copied back and
- * not flushed is lost with the rest.
+ * extents, and local has failed for these too.  And what was copied back but
+ * not flushed is lost as well.
  */
 static void
 fail_locked (struct nbdm *v)
 {
   miss_active_locked (v);
-  /* It may have lost any of its bytes, and be as long again when it is back. */
+  /* It may have lost any of its bytes, even if its size is right again later.
+   */
   if (atomic_load (&v->local.file.shrunk))
     dirty_map_mark (&v->local.disk.dm, 0, v->nr_regions, false);
   bitmap_clear_all (&v->local.disk.dm.copied);
   v->local.attached = false;
   v->local.failures++;
-  /* It may have been switched to meanwhile. */
+  /* The policy may have been switched during the takeover. */
   if (v->policy == NBDM_STOP)
     v->fenced = true;
   local_set_locked (v, NBDM_LOCAL_FAILED);
@@ -315,7 +320,7 @@ local_give_up (struct nbdm *v)
 {
   LOCK_FOR_SCOPE (&v->lock);
   local_await_takeover_relock (v);
-  /* Once drained the maps are about to be closed, and change no more. */
+  /* Once drained, the maps are about to be closed and must not change. */
   if (v->local.state != NBDM_LOCAL_FAILED && !v->drained) {
     disk_explain_locked (&v->local.disk, "%s", last_error ());
     local_takeover_relock (v);
@@ -350,7 +355,7 @@ local_miss_region (struct nbdm *v, uint64_t region)
 
   LOCK_FOR_SCOPE (&v->lock);
   local_await_takeover_relock (v);
-  /* Once drained the maps are about to be closed, and change no more. */
+  /* Once drained, the maps are about to be closed and must not change. */
   if (kept_locked (v, region, NULL) && !v->failed && !v->drained
       && local_has_locked (v, region)) {
     bool was_ok = v->local.state == NBDM_LOCAL_OK;
@@ -382,5 +387,3 @@ local_update_state_locked (struct nbdm *v)
   lift_fence_locked (v);
   volume_persist_locked (v);
 }
-
-/* --- at the start -------------------------------------------------------- */

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What local misses, and which disk serves instead.  See local_state.c. */
+/* The regions that local misses, and the disk that serves instead.  See
+ * local_state.c.
+ */
 
 #ifndef NBDM_LOCAL_STATE_H
 #define NBDM_LOCAL_STATE_H
@@ -18,42 +20,45 @@ struct nbdm;
 void local_note_error (struct nbdm *v, int rc); /* takes the lock */
 void local_note_error_locked (struct nbdm *v, int rc);
 /* Local has failed: let a remote in sync replace it, durably.  0: local is
- * failed and a remote serves.  -EIO: there is no such remote, or policy stop;
- * nothing has changed, except that more regions may be dirty.  Drops the lock;
- * the caller must lead no flush.
+ * failed and a remote serves.  -EIO: no such remote exists, or the policy is
+ * stop; then nothing has changed, except that more regions may be dirty.
+ * Releases the lock; the caller must lead no flush.
  */
 int local_takeover_relock (struct nbdm *v);
 /* Wait until no takeover is under way.  The volume may become drained during
- * the wait: a thread for which a stop does not wait must check that afterwards,
- * and must not begin a takeover then.
+ * the wait.  A thread for which a stop does not wait must check that
+ * afterwards, and must then begin no takeover.
  */
 void local_await_takeover_relock (struct nbdm *v);
-/* Take over after a failed flush of local; if no remote can, the volume fails.
+/* Take over after a failed flush of local.  If no remote can replace it, the
+ * volume fails.
  */
 int local_flush_lost_relock (struct nbdm *v);
-/* Local has lost bytes, see local_check_size: fail it, if a remote can serve.
- * Takes the lock.
+/* Local has lost bytes, see local_check_size: fail it if a remote can serve
+ * instead.  Takes the lock.
  */
 void local_give_up (struct nbdm *v);
 /* Could a remote replace local now? */
 bool local_may_be_replaced_locked (const struct nbdm *v);
-/* Local could not read a region, and a remote could: local misses it from now
- * on, so that it is rewritten.  Takes the lock.
+/* Local could not read a region, and a remote could.  Mark the region as
+ * missing on local, so that it is rewritten.  Takes the lock.
  */
 void local_miss_region (struct nbdm *v, uint64_t region);
 /* Does local miss nothing, and is there no sign that it lost a write?  Ask
- * before and after a call on the disk, as it may fail in between.  Takes no
- * lock.
+ * before and after a call on the disk, because the disk may fail in between.
+ * Takes no lock.
  */
 bool local_believed (const struct nbdm *v);
-/* May local have lost writes, while it is not known yet which disk serves? */
+/* May local have lost writes, while it is not decided yet which disk serves? */
 bool local_doubted (const struct nbdm *v);
 /* May a region be read from local? */
 bool local_has_locked (const struct nbdm *v, uint64_t region);
-/* Does some leg in use have each region of the range? */
+/* Does each region of the range have at least one disk in use that holds it? */
 bool range_has_source_locked (const struct nbdm *v, uint64_t offset,
                               uint64_t length);
-/* The state that a restart may believe: see local_state.c on takeovers. */
+/* The state to store for a restart.  During a takeover it differs from
+ * local.state: see local_state.c.
+ */
 uint32_t local_persistent_state (const struct nbdm *v);
 /* Set a new state in memory; increments the serial. */
 void local_set_locked (struct nbdm *v, enum nbdm_local_state state);

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a lost remote means for clients, and how that changes while they run.
+/* The policy: what clients get when a remote is lost, and the switch between
+ * policies at runtime.
  *
- * The whole switch is made under the volume's lock, and a fence it closes is
- * durable before the lock is let go, so that no request is answered by a policy
- * that is no longer, or not yet, in force:
+ * The switch happens under the volume's lock.  A fence that it sets is durable
+ * before the lock is released, so that no request is answered under a policy
+ * that is not in force:
  *
- *   degrade -> stop   a leg that is behind closes the fence at once.  What
- *                     was admitted before and left regions to resync still
- *                     runs; decide_relock () answers it EIO, as the fence
- *                     cannot be lifted before its range is free and copied.
- *   stop -> degrade   the fence is lifted: clients may write at once.  The
- *                     states stay what they are, and the first write that a
- *                     remote misses begins a new generation.
+ *   degrade -> stop   A leg that is behind sets the fence at once. Requests
+ * that were admitted before, and left regions to resync, still run.
+ * decide_relock () answers them EIO, because the fence cannot be lifted before
+ * their range is free and copied. stop -> degrade   The fence is lifted:
+ * clients may write at once. The states do not change, and the first write that
+ * a remote misses begins a new generation.
  *
- * A remote that is holding misses nothing that was answered: it is judged
- * when its hold ends, by the policy that is in force then.
+ * A remote that is holding misses nothing that was answered.  When its hold
+ * ends, the policy then in force decides.
  *
  * The policy itself is not stored: at a start the configuration decides.
  */
@@ -46,7 +46,7 @@ switch_locked (struct nbdm *v, enum nbdm_policy policy)
 
   v->policy = policy;
   v->fenced = policy == NBDM_STOP && (v->fenced || any_missing_locked (v));
-  pthread_cond_broadcast (&v->changed); /* flushes wait for both or not */
+  pthread_cond_broadcast (&v->changed); /* policy stop makes flushes wait */
   return v->fenced == was_fenced ? 0 : volume_persist_locked (v);
 }
 

@@ -7,7 +7,7 @@
 
 struct nbdm;
 
-/* -EIO: the volume is fenced, and reads must fail too. */
+/* -EIO: the volume is fenced, and the configuration makes fenced reads fail. */
 int fenced_read_check (struct nbdm *v);
 
 #endif /* NBDM_POLICY_H */

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Changes of a remote's and the volume's state.
+/* Changes of the state of a remote or of the volume.
  *
- * All of them go through here, so that the order of rules 3, 4 and 7 is written
- * once: what may differ becomes dirty, the dirty map and then the superblock
- * become durable, and only then is the lock let go and a request answered.  C
- * only takes the transitions that I/O forces; when to connect, what to copy and
- * how fast is policy, and Python's.
+ * All of them happen here, so that the order of rules 3, 4 and 7 is written
+ * once: regions that may differ become dirty, the dirty map and then the
+ * superblock become durable, and only then the lock is released and requests
+ * are answered.  C only makes the transitions that I/O forces.  When to
+ * connect, which regions to copy and how fast is policy, and belongs to Python.
  *
  *   event                     from                   to
  *   connection lost           in_sync                holding
@@ -72,12 +72,13 @@ other_has_locked (const struct remote *r, uint64_t region)
   return false;
 }
 
-/* The remote is the only source of a region, and whatever would have made it
- * dirty means that it may have old bytes where others have new ones.  So it is
- * the others that are not equal to it: what was copied from it is copied again.
+/* The remote is the only source of a region.  An event that would have made the
+ * region dirty means that this remote may have old bytes where others have new
+ * ones.  The remote stays the source, so the others now differ from it: what
+ * was copied from it is copied again.
  *
- * In a takeover that is not over the source may turn out to be local, so the
- * mark is put by.  Until then the region is read from neither (read.c).
+ * During a takeover local may turn out to be the source after all, so the mark
+ * is deferred.  Until then the region is read from neither disk (read.c).
  */
 static void
 keep_source_locked (struct remote *r, uint64_t region, bool late)
@@ -109,9 +110,9 @@ remotes_pay_locked (struct nbdm *v)
   }
 }
 
-/* Every region keeps a source.  Where local misses it, "may differ from local"
- * says nothing against the remote it was last written to, and were that one
- * dirty too, nothing would be left to read or to copy from.
+/* Every region keeps a source.  If local misses a region, "may differ from
+ * local" does not speak against the remote that was last written to.  If that
+ * remote were dirty too, no disk would be left to read or to copy from.
  */
 void
 mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
@@ -144,7 +145,7 @@ unflushed_lost_locked (struct remote *r)
   uint64_t nr = r->disk.volume->nr_regions, region = 0;
 
   if (r->disk.volume->local.disk.dm.map[MAP_DIRTY].nr_set > 0)
-    /* In two steps: a kill between them finds the bits in both maps. */
+    /* In two steps: after a kill between them the bits are in both maps. */
     for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
       struct bitmap *map = &r->disk.dm.map[i];
 
@@ -190,8 +191,8 @@ remote_used_locked (const struct remote *r)
          || r->state == NBDM_RESYNCING;
 }
 
-/* What a restart may believe.  A connection does not outlive the process, so
- * holding and resyncing are told by the dirty map.
+/* The state to store for a restart.  A connection does not outlive the process,
+ * so the dirty map determines holding and resyncing.
  */
 static uint32_t
 persistent_state (const struct remote *r)
@@ -259,23 +260,23 @@ volume_persist_locked (struct nbdm *v)
   return rc;
 }
 
-/* What the kernel could not write it may have dropped, and our mappings with
- * it: the next start must not take the page cache for exact, but recover as
- * after lost power.  No boot has the id 0.  A file says it too: the store may
- * fail, and the slot it went into may be garbled later.  Best effort both, for
- * the volume has failed already.
+/* The kernel may have dropped the pages that it could not write, including
+ * pages of our mappings.  So the next start must not treat the page cache as
+ * exact, but recover as after lost power.  No boot has the id 0.  A file
+ * records this too: the store may fail, and its slot may be garbled later.
+ * Both are best effort, because the volume has failed already.
  */
 static void
 distrust_page_cache (struct nbdm *v)
 {
   memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
-  /* It may be the store that was to say so which failed. */
+  /* The store that failed may be the one that was to set the flag. */
   v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
   superblock_store (v->sb_fd, &v->sb);
   volume_distrust (v);
 }
 
-/* Not synced: lost power takes the page cache along. */
+/* No fsync: lost power drops the page cache too. */
 void
 volume_distrust (const struct nbdm *v)
 {
@@ -297,7 +298,7 @@ volume_fail_locked (struct nbdm *v, const char *why)
 {
   size_t length;
 
-  /* After a clean stop there is nothing left that could be lost. */
+  /* After a clean stop nothing is left that could be lost. */
   if (v->failed || v->closed)
     return;
   v->failed = true;
@@ -311,8 +312,8 @@ volume_fail_locked (struct nbdm *v, const char *why)
   pthread_cond_broadcast (&v->changed);
 }
 
-/* Every admitted request whose answer waits for this remote: the remote may
- * or may not get it, and if it was sent, it may get it late (rule 12).
+/* Every admitted request whose answer depends on this remote: the remote may or
+ * may not get it, and if it was sent, it may arrive late (rule 12).
  */
 static void
 strand_requests_locked (struct remote *r)
@@ -350,7 +351,7 @@ generation_advance_locked (struct nbdm *v, struct remote *r)
   memmove (&v->sb.history[1], &v->sb.history[0],
            sizeof v->sb.history - sizeof v->sb.history[0]);
   v->sb.history[0] = htole64 (v->generation);
-  /* The others that are in sync get this write, and are of the new one. */
+  /* The other remotes in sync get this write, and join the new generation. */
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *other = &v->remotes[i];
     if (other != r
@@ -381,8 +382,8 @@ remote_degrade_locked (struct remote *r)
     volume_persist_locked (v);
 }
 
-/* The connection is no longer ours; what it answered and did not flush is
- * not to be relied on, as a server that died may have lost it (rule 4).
+/* Give up the connection.  What the remote answered and did not flush becomes
+ * dirty, because a server that died may have lost it (rule 4).
  */
 static void
 detach_locked (struct remote *r)
@@ -415,8 +416,8 @@ remote_lost_locked (struct remote *r, struct conn *conn)
   detach_locked (r);
   if (!admitted)
     return;
-  /* With a deadline passed clients have waited enough: no hold on top.  And
-   * once the volume stops no keeper connects again.
+  /* After a passed deadline clients have waited long enough: add no hold.  And
+   * once the volume stops, no keeper connects again.
    */
   if (r->state == NBDM_IN_SYNC && r->disk.volume->hold_ms > 0 && !report.overdue
       && !r->disk.volume->stopping) {
@@ -441,7 +442,7 @@ remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
   if (r->state == NBDM_FAILED)
     return;
   disk_explain_locked (&r->disk, "%s", why);
-  /* One that was never admitted does not end the hold it was to save. */
+  /* A connection that was never admitted does not end the hold. */
   if (admitted && remote_used_locked (r))
     remote_degrade_locked (r);
 }

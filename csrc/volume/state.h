@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Changes of state, durable before any request is answered.  See state.c. */
+/* Changes of state.  They are durable before any request is answered.  See
+ * state.c.
+ */
 
 #ifndef NBDM_STATE_H
 #define NBDM_STATE_H
@@ -19,9 +21,9 @@ struct remote;
  */
 int volume_persist_locked (struct nbdm *v);
 void volume_fail_locked (struct nbdm *v, const char *why);
-/* The kernel may have dropped pages that it could not write: leave a mark for
- * the next start, which then recovers as after lost power.  volume_distrusted:
- * is there such a mark?
+/* The kernel may have dropped pages that it could not write.  Leave a mark for
+ * the next start, which then recovers as after lost power. volume_distrusted:
+ * does such a mark exist?
  */
 void volume_distrust (const struct nbdm *v);
 bool volume_distrusted (const struct nbdm *v);
@@ -29,21 +31,22 @@ bool volume_distrusted (const struct nbdm *v);
 void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
                         const char *fmt, ...)
     __attribute__ ((format (printf, 3, 4)));
-/* -ESHUTDOWN once a stop has begun: operators' commands change nothing any
- * more.  The logs are closed or will be soon, and a bit set after a map's CRC
- * was computed would make the next start reject the map.
+/* -ESHUTDOWN once a stop has begun: operators' commands then change nothing.
+ * The logs are closed or will be soon, and a bit set after a map's CRC was
+ * computed would make the next start reject the map.
  */
 int command_gate_locked (const struct nbdm *v);
 /* Must writes to its clean and late regions be sent to the remote? */
 bool remote_used_locked (const struct remote *r);
-/* The remote's connection is dead: hold, or go out of sync.  No effect if it
- * has another connection by now.  Drops the remote's reference.
+/* The remote's connection is dead: begin a hold, or make the remote out of
+ * sync.  Does nothing if the remote already has another connection.  Drops the
+ * remote's reference.
  */
 void remote_lost_locked (struct remote *r, struct conn *conn);
 /* Make the remote out of sync, durably; requests in flight become dirty. */
 void remote_degrade_locked (struct remote *r);
-/* The remote answered an error, or was dropped: kill the connection, then
- * degrade.
+/* The remote answered an error, or the keeper dropped it: kill the connection,
+ * then degrade.
  */
 void remote_broken_locked (struct remote *r, struct conn *conn,
                            const char *why);
@@ -51,25 +54,27 @@ void remote_broken_locked (struct remote *r, struct conn *conn,
  * offered?
  */
 void remote_heed_refusal (struct remote *r, const struct command *cmd);
-/* in_sync if that is proven (rule 8), else resyncing; durable. */
+/* Set in_sync if that is proven (rule 8), else resyncing; durable. */
 void remote_update_state_locked (struct remote *r);
 /* This remote misses a write: the first such write begins a new generation. */
 void generation_advance_locked (struct nbdm *v, struct remote *r);
 /* The regions that a byte range touches, rounded outwards. */
 void region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
                   uint64_t *first, uint64_t *count);
-/* Mark the regions dirty, except those of which this remote holds the only
- * copy, as local and every other remote misses them.  With `late` also late.
+/* Mark the regions dirty, except those of which this remote holds the only copy
+ * because local and every other remote miss them.  With `late` also mark them
+ * late.
  */
 void mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
                           bool late);
 void mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
                         bool late);
-/* A takeover ends: a remote that kept a region clean as the only source gets
- * the mark if another remote has the region by now.
+/* A takeover ends.  A remote that kept a region clean as its only source gets
+ * the deferred mark if another remote has the region now.
  */
 void remotes_pay_locked (struct nbdm *v);
-/* The connection is lost: unflushed regions become dirty, with that exception.
+/* The connection is lost: make the unflushed regions dirty, with the exception
+ * of mark_regions_locked.
  */
 void unflushed_lost_locked (struct remote *r);
 /* Lift the fence of policy stop once every remote is in sync. */

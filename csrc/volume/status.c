@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a volume tells of itself, and what a superblock tells without one. */
+/* The status of a volume, and the status in a superblock without a running
+ * volume.
+ */
 
 #define _GNU_SOURCE
 #include <endian.h>
@@ -71,7 +73,8 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   snprintf (status->reason, sizeof status->reason, "%s", v->reason);
 }
 
-/* Late, and copied only when the window is over. */
+/* Count the late regions that resync copies only after the late-write window.
+ */
 static uint64_t
 held_back_locked (const struct dirty_map *dm)
 {
@@ -175,7 +178,7 @@ nbdm_get_active_extents (struct nbdm *v, uint64_t *extents, uint32_t max)
   return (int)activity_list (&v->activity, extents, max);
 }
 
-#define MAX_RECENT 256 /* writes looked at */
+#define MAX_RECENT 256 /* latest writes looked at */
 
 static bool
 contains (const uint64_t *regions, uint32_t nr, uint64_t region)
@@ -198,7 +201,7 @@ nbdm_get_recent_regions (struct nbdm *v, uint64_t *regions, uint32_t max)
   for (uint32_t i = 0; i < nr_offsets && nr < max; i++) {
     uint64_t region = offsets[i] / v->region_size;
 
-    /* A slot's words are believed only while it is open; these are hints. */
+    /* A slot's fields are trusted only while it is open.  These are hints. */
     if (region < v->nr_regions && !contains (regions, nr, region))
       regions[nr++] = region;
   }
@@ -227,7 +230,7 @@ peek_remote (const struct disk_remote *disk, struct nbdm_disk_status *status)
   snprintf (status->reason, sizeof status->reason, "%.159s", disk->reason);
   status->state = le32toh (disk->state);
   if (status->state < NBDM_IN_SYNC || status->state > NBDM_FAILED)
-    status->state = NBDM_OUT_OF_SYNC; /* as a start takes it */
+    status->state = NBDM_OUT_OF_SYNC; /* as at a start */
   status->remote.paused = (flags & REMOTE_PAUSED) != 0;
   status->remote.assumed = (flags & REMOTE_ASSUMED) != 0;
   status->since = (int64_t)le64toh ((uint64_t)disk->since);
@@ -250,8 +253,9 @@ peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
   status->clean = (flags & SUPERBLOCK_CLEAN) != 0;
 }
 
-/* It may be another user's, who can write what no engine does: a name is that
- * of a file in the directory, and of none elsewhere.
+/* The superblock may belong to another user, who can write anything into it.  A
+ * remote's name becomes a file name in the state directory, and must not lead
+ * outside it.
  */
 static bool
 is_plausible (const struct disk_superblock *sb)

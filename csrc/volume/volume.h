@@ -1,54 +1,55 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The volume connects the logs, the local disk and the remotes.  volume->lock
- * protects all members of struct nbdm and struct remote unless their comment
- * says otherwise.
+/* The volume connects the logs, the local disk and the remotes. volume->lock
+ * protects all members of struct nbdm and struct remote, unless a member's
+ * comment names another rule.
  *
- * A function whose name ends in _locked is called with the lock held, and holds
- * it all the time.  One whose name ends in _relock is also called with it held,
- * and holds it when it returns, but may release it in between: the caller must
- * check its state again.
+ * A function whose name ends in _locked is called with the lock held and never
+ * releases it.  A function whose name ends in _relock is also called with the
+ * lock held, and holds it again when it returns, but may release it in between:
+ * the caller must then check its state again.
  *
- * Lock order, the only place it is written:
+ * Lock order (defined only here):
  *
  *   0. clients->lock, session->lock, budget->lock  of the direct door, in this
- *                         order; executor->lock, by itself: nothing of the
- *                         engine is called with them held
+ *                         order; executor->lock, alone: no function of the
+ *                         engine is called with these locks held
  *   1. volume->lock       every log, map and state of the volume
- *   2. libnbd's own lock  inside the handle, held while it calls us back
+ *   2. libnbd's own lock  inside the handle, held while libnbd calls us back
  *   3. conn->lock         the connection's outstanding commands
- *   4. io->lock           of local_io.c, then the list of local.c
+ *   4. io->lock           of local_io.c, then users_lock of local.c
  *
- * What a thread may wait for, the only place it is written.  A thread that
- * holds one of these, or that others wait to see finish one, waits only for
- * those below it:
+ * What a thread may wait for (defined only here).  A thread that holds an item
+ * of this list, or that must finish it, waits only for items below it:
  *
- *   1. a byte range       of rangelock.c; a client's request holds one and
- *                         waits for none, a resync that holds some takes
- *                         another only if it is free; a client's read that is
- *                         not served by local alone holds one at a time
- *   2. room               in the activity log (`cooling`), then a slot: it is
- *                         made by requests that end, and by flushes
- *   3. a hold's end       the ticker ends it
- *   4. room in what a remote may have unflushed (backlog.c): by a flush that
- *                         the first waiter makes itself
- *   5. a takeover         (`taking_over`) by the thread that began it
+ *   1. a byte range       of rangelock.c. A client's request holds one and
+ * waits for no other. A resync that holds ranges takes another only if it is
+ * free. A client's read that local cannot serve alone holds one range at a
+ * time.
+ *   2. room               in the activity log (`cooling`), then a slot.
+ * Requests that end, and flushes, make room.
+ *   3. the end of a hold  The ticker ends it.
+ *   4. room in what a remote may have unflushed (backlog.c). The first waiter
+ *                         makes room with a flush.
+ *   5. a takeover         (`taking_over`) The thread that began it ends it.
  *   6. a flush            of a remote: no thread owns the flush under way, and
- *                         any thread that waits for it takes its answer in
- *                         (flush.c); of local: the thread that leads it
- *   7. an answer          of a remote, bounded by its deadline; of local, by
- *                         nothing, or by `local_deadline` where a remote may
- *                         take its place: then a carrier is in the call
- *                         (local_io.c)
+ *                         any thread that waits for it receives its answer
+ *                         (flush.c). Of local: the thread that leads it ends
+ * it.
+ *   7. an answer          of a remote, bounded by its deadline; of local,
+ *                         unbounded, or bounded by `local_deadline` if a remote
+ *                         may replace local: then a carrier makes the system
+ *                         call (local_io.c).
  *
  * So a takeover may wait for any remote's flush, whatever the thread that sent
- * it waits for by now.  The policy threads wait for no range: a sample passes
- * over what requests hold.
+ * this flush waits for.  The policy threads wait for no range: a sample skips
+ * blocks that requests hold.
  *
- * No disk or network I/O is done under volume->lock, except for the superblock
- * and msync at a change of state: those are rare, and rule 7 wants no request
- * answered meanwhile.  The activity log is written without the lock, by one
- * thread at a time (volume->activity_writing).
+ * No thread does disk or network I/O under volume->lock, except to write the
+ * superblock and to msync the maps at a change of state.  Such changes are
+ * rare, and rule 7 requires that no request is answered until the change is
+ * durable.  One thread at a time writes the activity log, without the lock
+ * (volume->activity_writing).
  */
 
 #ifndef NBDM_VOLUME_H
@@ -74,15 +75,15 @@
 
 struct local_io;
 
-#define MAX_PIECE (32u << 20)  /* bytes; longer requests are several */
-#define LEG_WINDOW 8           /* commands a request has under way a leg */
+#define MAX_PIECE (32u << 20)  /* bytes; a longer request is split */
+#define LEG_WINDOW 8           /* commands of a request under way on one leg */
 #define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
 #define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
 #define RING_SLOTS 1024u
 #define DISTRUST_FILE "failed" /* in the state directory: see state.c */
 
-/* A read, or a leg of a write, gives up after so many lost connections: if it
- * crashes the server each time, its client must not hang.
+/* A read, or a leg of a write, gives up after this many lost connections.  If a
+ * request crashes the server each time, its client must not hang.
  */
 #define MAX_LOSSES 4
 

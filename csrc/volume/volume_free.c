@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The last step of a volume's end.  It stands here, as a thread that the local
- * disk still keeps takes it (local_io.c).
+/* The last step of a volume's end.  It is a module of its own because a carrier
+ * thread that the local disk keeps may have to run it (local_io.c).
  */
 
 #include <pthread.h>
@@ -11,8 +11,8 @@
 #include "volume/volume.h"
 #include "volume/volume_free.h"
 
-/* A file that is closed writes nothing, a block device may: so the disk is
- * last, and a thread that it still keeps does it.
+/* Closing a block device may write and wait, so this closes the disk last.  If
+ * a carrier still uses the disk, the carrier does it.
  */
 void
 volume_free (struct nbdm *v)

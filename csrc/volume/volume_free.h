@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The last step of a volume's end.  See volume_free.c. */
+/* Free the volume.  See volume_free.c. */
 
 #ifndef NBDM_VOLUME_FREE_H
 #define NBDM_VOLUME_FREE_H
