@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the policy threads call for any disk, by its number. */
+/* The functions that the policy threads call for any disk, by its number. */
 
 #include "api.h"
 #include "base/clock.h"

@@ -2,19 +2,20 @@
 
 /* Compare the local disk with the volume's samples before it is used.
  *
- *   content compared       the device is          what becomes of it
+ *   content compared       the device is          result
  *   a sample differs       any                    refused
  *   same, and not empty    the same, or unknown   used
- *   same, and not empty    another                used, and said: a copy, or a
- *                                                 device with a new name
+ *   same, and not empty    another                used, and reported: a copy
+ *                                                 or a device with a new name
  *   none, or only zeroes   the same, or unknown   used
- *   none, or only zeroes   another                refused: nothing tells
+ *   none, or only zeroes   another                refused: nothing proves it
  *
- * No sample can be compared after a crash of a small volume that was busy
- * everywhere, and any new disk holds zeroes.  A block that cannot be read
- * proves nothing: sectors go bad.  Some samples are not believed, and so refuse
- * nothing: those of another session (an older program ran since), of a
- * superblock that has lost a slot, or if the activity log is lost.
+ * After a crash of a small volume that was busy everywhere, no sample can be
+ * compared.  Any new disk holds zeroes, so zeroes prove nothing.  Nor does a
+ * block that cannot be read: sectors go bad.  Some samples are not believed,
+ * and so refuse nothing: those of another session (an older program ran since),
+ * those of a superblock that has lost a slot, and all samples if the activity
+ * log is lost.
  *
  * The check runs before a start changes any file (open.c): if the operator then
  * puts the right disk back, the state still matches it.

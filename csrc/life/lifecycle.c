@@ -82,8 +82,8 @@ nbdm_start (struct nbdm *v)
   return rc == 0 ? flushers_start (v) : rc;
 }
 
-/* A stop does not wait for reads, except one that has found that local fails:
- * it changes the maps, and must end before they are closed.
+/* A stop does not wait for reads, except for one that has started a takeover:
+ * the takeover changes the maps, and must end before they are closed.
  */
 static bool
 anybody_waits_locked (const struct nbdm *v)
@@ -91,7 +91,9 @@ anybody_waits_locked (const struct nbdm *v)
   return v->nr_requests > 0 || v->local.taking_over;
 }
 
-/* Refuse new requests and wait for those under way.  False: stopped already. */
+/* Refuse new requests and wait for those under way.  False: an earlier call has
+ * done so.
+ */
 static bool
 drain (struct nbdm *v)
 {
@@ -101,8 +103,8 @@ drain (struct nbdm *v)
   first = !v->stopping;
   v->stopping = true;
   pthread_cond_broadcast (&v->changed);
-  /* No keeper connects any more: held requests would wait in vain, and so would
-   * a flush for extents that go cold.
+  /* No keeper connects any more: held requests would wait for nothing, and so
+   * would a flush for extents that go cold.
    */
   held = anybody_waits_locked (v) || v->cooling;
   for (uint32_t i = 0; i < v->nr_remotes && held; i++)

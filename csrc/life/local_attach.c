@@ -235,7 +235,7 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   return 0;
 }
 
-/* `opened`: the result of that. */
+/* `opened`: the result of open_disk. */
 static int
 take_opened_locked (struct nbdm *v, struct opening *o, int opened)
 {
@@ -260,7 +260,7 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
   return rc;
 }
 
-/* With a deadline this thread makes no call that may wait for the disk. */
+/* With a deadline, this thread makes no call that may wait for the disk. */
 int
 nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
 {
@@ -297,7 +297,7 @@ describe (struct nbdm *v, void *opaque)
   return 0;
 }
 
-/* The lock is not held while the disk is asked. */
+/* The lock is not held while the disk is queried. */
 static int
 describe_attached (struct nbdm *v, struct described_disk *disk)
 {

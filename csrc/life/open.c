@@ -111,7 +111,7 @@ state_dir_open (const char *path)
   return rc < 0 ? rc : fd;
 }
 
-/* Another start holds the lock for a moment to put serve.log aside, and a
+/* Another start holds the lock for a moment to set serve.log aside, and a
  * server that ends may hold it a moment longer.  Neither is a reason to refuse.
  */
 static int

@@ -203,7 +203,9 @@ compare_piece (struct nbdm *v, struct conn *conn, uint64_t offset,
   return -ENODATA;
 }
 
-/* One piece at least, and small ones unless the first came quickly. */
+/* Compare at least one piece.  Keep the pieces small unless the first came
+ * quickly.
+ */
 static int
 compare_bytes (struct nbdm *v, struct conn *conn, const struct range *range,
                uint8_t *buf)
@@ -311,7 +313,7 @@ remote_admit_locked (struct remote *r)
     return set_message (-EIO, "the volume has failed: %s", v->reason);
   r->admitted = true;
   r->address = r->connected_at;
-  /* Unflushed became dirty meanwhile. */
+  /* The unflushed regions became dirty when the connection was lost. */
   r->disk.flush.done = r->disk.flush.asked;
   fault_point ("admitted");
   remote_update_state_locked (r);
@@ -402,7 +404,7 @@ invalidate_locked (struct remote *r)
     remote_set_locked (r, NBDM_RESYNCING, "%s", why);
   else if (!remote_used_locked (r))
     remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
-  /* Else it is holding: waiting requests are sent again, or degrade. */
+  /* Otherwise it is holding: waiting requests are sent again, or degrade it. */
   return volume_persist_locked (v);
 }
 

@@ -2,23 +2,23 @@
 
 /* Remotes that have exchanged their addresses.
  *
- * A plain server does not say which disk it has, and the sample that is
- * compared (nbd_mirror/server/sample.py) may miss that it is another one.  That
- * is most likely if two remotes of one volume are mixed up: their disks differ
- * in a few regions only, and the map in use is the other disk's.  So the
- * superblock has a hash of the address at which each remote was last used.  It
- * is a hint, and no identity.  A server may move, so a remote at an address
- * that no remote had is used as it is.  The hint does not detect another disk
- * behind the same address.
+ * A plain server does not report which disk it has, and the compared sample
+ * (nbd_mirror/server/sample.py) may not show that it is another one.  That is
+ * most likely if two remotes of one volume are mixed up: their disks differ in
+ * a few regions only, and each would be used with the other's map.  So the
+ * superblock stores a hash of the address at which each remote was last used.
+ * The hash is a hint, not an identity.  A server may move, so a remote at an
+ * address that no remote had is used as it is.  The hint does not detect
+ * another disk behind the same address.
  *
- *   connected where                       what becomes of it
- *   the remote itself was, or no remote   used as it is
- *   another remote was, local is ok       each of the two misses what either
- *                                         did: one of the maps is the disk's
- *   another one was, local is not ok, or  refused: no map says which disk has
- *   it is connected there                 the only copy of what
- *   one was that has left the             all dirty: its map is gone; refused
- *   configuration                         if local is not ok
+ *   the address belonged to              result
+ *   the remote itself, or no remote      used as it is
+ *   another remote, local is ok          each of the two gets the dirty
+ *                                        regions of both, as one map is right
+ *   another remote, and local is not     refused: no map says which disk has
+ *   ok or the other is connected there   the only copy of a region
+ *   a remote that has left the           all dirty, because its map is gone;
+ *   configuration                        refused if local is not ok
  *
  * Then the two exchange their recorded addresses, so that this happens once.
  * With three remotes in a ring each pair is handled in turn, and the missed
@@ -70,7 +70,7 @@ was_left_out (const struct nbdm *v, uint64_t address)
   return false;
 }
 
-/* The next store of the superblock makes it durable. */
+/* The next store of the superblock makes this durable. */
 static void
 forget_left_out (struct nbdm *v, uint64_t address)
 {
@@ -94,7 +94,7 @@ note_left_out (struct nbdm *v, uint64_t address)
   *first = htole64 (address);
 }
 
-/* Else the maps also say which disk has the only copy of what local misses. */
+/* If local misses regions, the maps also say which disk has their only copy. */
 static bool
 local_has_all_locked (const struct nbdm *v)
 {

@@ -2,8 +2,8 @@
 
 /* The ticker: the engine's own thread, which never waits for a remote.  It
  * bounds every wait (rule 13): it ends commands past their deadline, holds that
- * are over, and connections that die while no thread waits on them.  So no
- * request waits longer, whatever Python does.
+ * are over, and connections that die while no thread waits on them.  So every
+ * wait has a limit, whatever Python does.
  */
 
 #include <string.h>
@@ -19,7 +19,7 @@
 #include "wire/conn.h"
 #include "wire/transport.h"
 
-#define TICK_NS (50 * NS_PER_MS) /* how late a deadline may be noticed */
+#define TICK_NS (50 * NS_PER_MS) /* how late it may notice a deadline */
 
 /* `hurry_ns`: when the volume began to stop, or 0. */
 static void

@@ -115,17 +115,17 @@ int activity_write (struct activity *act, const struct activity_batch *batch);
 void activity_written (struct activity *act, struct activity_batch *batch);
 void activity_discard (struct activity_batch *batch);
 
-/* Going cold, in two steps around the caller's flush.  activity_pick picks up
- * to `max` extents without users and last used before `before_ns`, the longest
- * unused first; returns how many.  After the flush, activity_drop drops those
- * that no request has taken since the pick; returns how many.  One pick and
- * drop at a time.  A pick forgets the earlier one: if the flush failed, the
- * caller just does not drop.
+/* Extents go cold in two steps around the caller's flush. activity_pick picks
+ * up to `max` extents without users and last used before `before_ns`, the
+ * longest unused first, and returns how many.  After the flush, activity_drop
+ * drops those that no request has taken since the pick, and returns how many.
+ * One pick and drop at a time.  A new pick replaces the earlier one: if the
+ * flush failed, the caller does not call activity_drop.
  */
 uint32_t activity_pick (struct activity *act, uint32_t max, uint64_t before_ns);
 uint32_t activity_drop (struct activity *act);
-/* Remove the cold extents from their places, so that the next write leaves only
- * the set on disk.  Without it an idle volume would copy long-cold extents
+/* Remove the cold extents from their places, so that after the next write only
+ * the set is on disk.  Otherwise an idle volume would copy long-cold extents
  * again after lost power.
  */
 void activity_forget (struct activity *act);

@@ -241,7 +241,7 @@ bitmap_merge (struct bitmap *into, const struct bitmap *from)
 
 /* The first bit of [from, end) that is `value`.  The count identifies a page
  * with no such bit or with only such bits.  So at most one page at each end of
- * the range is read in vain, and none when the remote is in sync.
+ * the range is read without a result, and none when the remote is in sync.
  */
 static uint64_t
 next (const struct bitmap *map, uint64_t from, uint64_t end, bool value)

@@ -437,8 +437,8 @@ dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late)
     bitmap_set (&dm->owed_late, region, 1);
 }
 
-/* An answered write that was lost and one under way cannot be told apart any
- * more, so each region counts as both.
+/* The map cannot tell a lost answered write from one under way any more, so
+ * each region counts as both.
  */
 void
 dirty_map_pay (struct dirty_map *dm, uint64_t region)
@@ -463,7 +463,7 @@ dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
   uint64_t total = 0;
 
   assert (first <= dm->copied.nr_bits && count <= dm->copied.nr_bits - first);
-  /* In runs that are copied and not late. */
+  /* Clear runs that are copied and not late. */
   for (uint64_t region = bitmap_next_set (&dm->copied, first, end);
        region < end; region = bitmap_next_set (&dm->copied, region, end)) {
     uint64_t stop = bitmap_next_clear (&dm->copied, region, end);
@@ -475,7 +475,9 @@ dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
       bitmap_clear (&dm->lost, region, late - region);
     }
     region = bitmap_next_clear (&dm->map[MAP_LATE], late, stop);
-    /* Nothing is lost there any more, but resync copies them once more. */
+    /* Nothing is lost there any more, but resync copies these regions once
+     * more.
+     */
     bitmap_clear (&dm->copied, late, region - late);
     bitmap_clear (&dm->lost, late, region - late);
   }

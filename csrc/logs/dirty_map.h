@@ -82,9 +82,11 @@ void dirty_map_mark (struct dirty_map *dm, uint64_t first, uint64_t count,
  * cleared.  Returns how many became clean.
  */
 uint64_t dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count);
-/* Set `lost` on the dirty regions of these. */
+/* Set `lost` on those of these regions that are dirty. */
 void dirty_map_mark_lost (struct dirty_map *dm, uint64_t first, uint64_t count);
-/* Keep a region's mark for later; make a kept mark; forget all kept marks. */
+/* dirty_map_owe defers a mark of a region, dirty_map_pay makes the deferred
+ * mark, dirty_map_forgive drops all deferred marks.
+ */
 void dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late);
 void dirty_map_pay (struct dirty_map *dm, uint64_t region);
 void dirty_map_forgive (struct dirty_map *dm);

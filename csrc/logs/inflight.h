@@ -11,7 +11,7 @@
 
 #include "logs/layout.h"
 
-/* The in-flight log: a ring of slots in a shared mapping, one a request. */
+/* The in-flight log: a ring of slots in a shared mapping, one per request. */
 struct inflight {
   int fd;
   void *mapping;
@@ -42,7 +42,7 @@ int inflight_begin (struct inflight *log, uint64_t session);
 int inflight_finish (struct inflight *log); /* no slot may be open */
 void inflight_close (struct inflight *log);
 
-/* Open a slot; its index, or -EAGAIN if all are open. */
+/* Open a slot.  Returns its index, or -EAGAIN if all slots are open. */
 int inflight_reserve (struct inflight *log, uint64_t offset, uint64_t length,
                       enum slot_kind kind, uint8_t flags);
 /* The offsets of the last `max` writes at most, latest first: a slot keeps

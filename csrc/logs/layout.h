@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The format on disk, byte for byte.  docs/FORMAT.md describes it in prose.
+/* The format on disk, byte for byte. docs/FORMAT.md describes it in prose.
  *
- * Every integer is little-endian.  Every file opens with a page that carries a
+ * Every integer is little-endian.  Every file begins with a page that holds a
  * magic, a version, the volume's uuid and the *session*: a counter that grows
  * at each start and is stamped into every log.  A log with another session is
- * an old copy that was put back, and is not believed, like a torn one: both
+ * an old copy that was put back.  It is not believed, like a torn one: both
  * mean "all dirty" (rule 9).
  *
- * Nothing here may change without a new version or a feature bit; the reserved
+ * Nothing here may change without a new version or a feature bit.  The reserved
  * bytes are zero, for later use.
  */
 

@@ -71,7 +71,7 @@ counter (struct rangelock *rl, uint64_t block)
   return &rl->counts[(block ^ block >> 10 ^ block >> 20) % RANGE_COUNTERS];
 }
 
-/* Add 1 or, modulo 2^32, -1 to the counters of the range. */
+/* Add 1 or -1 (modulo 2^32) to the counters of the range. */
 static void
 count (struct rangelock *rl, const struct range *range, uint32_t one)
 {
@@ -83,7 +83,7 @@ count (struct rangelock *rl, const struct range *range, uint32_t one)
     *counter (rl, b) += one;
 }
 
-/* True: surely no counted range overlaps it. */
+/* True: no counted range overlaps it, for certain. */
 static bool
 is_alone (struct rangelock *rl, const struct range *range)
 {
@@ -207,7 +207,7 @@ rangelock_try_part (struct rangelock *rl, struct range *range)
   return true;
 }
 
-/* The later ranges that it blocked. */
+/* Release the later ranges that it blocked. */
 static void
 unblock (const struct range *range)
 {

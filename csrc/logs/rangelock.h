@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* One writer a byte range.  See rangelock.c. */
+/* One writer per byte range.  See rangelock.c. */
 
 #ifndef NBDM_RANGELOCK_H
 #define NBDM_RANGELOCK_H

@@ -2,17 +2,17 @@
 
 /* Copy back to the local disk what it misses, while clients read and write.
  *
- * The mirror image of resync.c, with one leg's order turned round:
+ * The mirror image of resync.c, in the other direction:
  *
  *   range lock -> read from a remote that is clean there -> write to local ->
  *   `copied`, unlock ... -> local flushed -> dirty bit cleared
  *
- * Clients' writes go to local from the moment it is admitted, whole regions
- * missing or not, so a copied region stays equal until its bit is cleared.
- * One copy at a time: a local disk has no round trips to hide, and it is the
- * disk that clients' reads wait for.  No copy goes on beside a flush, for the
- * same reason; but as there, a call goes on for long, its pace may be changed
- * meanwhile, and nothing is held while it rests.
+ * Once local is admitted, clients' writes go to it, whether it misses the
+ * regions or not.  So a copied region stays equal until its bit is cleared.
+ * This makes one copy at a time: a local disk has no round trips to hide, and
+ * clients' reads wait for this disk.  For the same reason no copy runs beside a
+ * flush.  As in resync.c, a call runs for a long time, its pace may change
+ * while it runs, and it holds nothing while it rests.
  */
 
 #include <errno.h>
@@ -42,7 +42,8 @@
 struct copy_back {
   struct resync_call call; /* first */
   uint8_t *buf;
-  uint64_t flushed_bytes, flushed_zero_bytes; /* how far it was */
+  /* bytes already covered by a flush */
+  uint64_t flushed_bytes, flushed_zero_bytes;
   bool flush_failed;
 };
 
@@ -52,7 +53,8 @@ copy_back_of (struct resync_call *c)
   return (struct copy_back *)c; /* its first member */
 }
 
-/* The next run that is missing and not copied, as long as the pace says. */
+/* Find the next run that is missing and not copied, as long as the pace allows.
+ */
 static bool
 find_run_locked (const struct copy_back *b, uint64_t *first, uint64_t *count)
 {
@@ -78,8 +80,8 @@ find_run_locked (const struct copy_back *b, uint64_t *first, uint64_t *count)
   return true;
 }
 
-/* Hold the range, if local is still to be written; and the disk, which is not
- * to be replaced before that was done.
+/* Lock the range, if local must still be written, and keep the disk from being
+ * replaced until the copy has ended.
  */
 static bool
 lock_range (struct nbdm *v, struct range *range, pthread_cond_t *granted)
@@ -121,8 +123,8 @@ copy_range (struct copy_back *b, const struct range *range)
     local_note_error (v, rc);
     pthread_mutex_lock (&v->lock);
     local_await_takeover_relock (v);
-    /* To failed again, if a remote can serve; but once drained the maps are
-     * about to be closed, and change no more.
+    /* Local fails again if a remote can serve.  Once drained, the maps are
+     * about to be closed and must not change.
      */
     if (!v->drained)
       local_takeover_relock (v);
@@ -133,7 +135,7 @@ copy_range (struct copy_back *b, const struct range *range)
   return 0;
 }
 
-/* 1: copied a run; 0: there is none; -errno. */
+/* 1: copied a run; 0: no run is left; -errno. */
 static int
 copy_run (struct resync_call *c)
 {
@@ -160,14 +162,16 @@ copy_run (struct resync_call *c)
     return set_message (-ENOTCONN, "copying back was interrupted");
   rc = copy_range (b, &range);
   pthread_mutex_lock (&v->lock);
-  /* It may have failed and been replaced while we wrote: to the old one. */
+  /* The disk may have failed and been replaced during the copy.  Then the bytes
+   * went to the old one.
+   */
   if (rc == 0 && v->local.state == NBDM_LOCAL_RESYNCING
       && v->local.failures == failures)
     bitmap_set (&v->local.disk.dm.copied, first, count);
   rangelock_remove (&v->ranges, &range);
   pthread_mutex_unlock (&v->lock);
   local_leave ();
-  /* Past one that has no source now, as others may have one. */
+  /* Go on after a run that has no source now: later runs may have one. */
   b->call.cursor = first + count;
   return rc == 0 ? 1 : rc;
 }
@@ -180,7 +184,7 @@ unflushed (const struct copy_back *b, uint64_t *used)
       = b->call.issued_bytes - b->flushed_bytes - used[BACKLOG_ZEROES];
 }
 
-/* Only what a flush begun after its copy has covered is no longer missing. */
+/* Only a flush that begins after a copy makes its regions clean. */
 static int
 flush_and_clean (struct copy_back *b)
 {
@@ -188,7 +192,7 @@ flush_and_clean (struct copy_back *b)
   uint64_t cleaned, used[BACKLOG_KINDS], begin = now_ns ();
   int rc;
 
-  local_use (v); /* it is not replaced before its flush was taken in */
+  local_use (v); /* no replacement before the flush is applied */
   rc = flush_local_group (v);
   unflushed (b, used);
   flush_bound_took (&v->local.flush_bound, used, now_ns () - begin);
@@ -197,14 +201,14 @@ flush_and_clean (struct copy_back *b)
   if (rc < 0)
     local_await_takeover_relock (v);
   if (rc < 0 && v->drained)
-    rc = -EIO; /* as above: the stop flushes as well, and finds the same */
+    rc = -EIO; /* as above: the stop flushes too, and finds the error */
   else if (rc < 0)
     rc = local_flush_lost_relock (v) < 0 ? rc : -EIO;
   else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed && !v->drained
            && identity_copied_back_locked (v) == 0) {
     cleaned = dirty_map_clean (&v->local.disk.dm, 0, v->nr_regions);
-    /* Durable before local alone takes a write of it: after lost power the
-     * remote would else count as its source.
+    /* Make this durable before a write of these regions goes to local only.
+     * Otherwise a start after lost power would take the remote as their source.
      */
     if (cleaned > 0)
       volume_persist_locked (v);
@@ -222,7 +226,8 @@ flush_and_clean (struct copy_back *b)
   return rc;
 }
 
-/* No deadline bounds a flush of the local disk, but progress is to show. */
+/* No deadline bounds a flush of the local disk, but progress must be visible.
+ */
 static int
 drive_flush (struct resync_call *c)
 {
@@ -235,7 +240,7 @@ drive_flush (struct resync_call *c)
   return due ? flush_and_clean (b) : 0;
 }
 
-/* Nothing is under way between two copies. */
+/* No copy is under way between two calls of copy_run. */
 static int
 settle (struct resync_call *c)
 {

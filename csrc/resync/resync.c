@@ -2,28 +2,30 @@
 
 /* Resync: copy dirty regions to a remote while clients read and write.
  *
- * One region's way to clean (rule 3):
+ * A region becomes clean in these steps (rule 3):
  *
  *   range lock, late -> read local -> send -> answered -> `copied`, not late,
  *   unlock
  *   ... -> flush begun after that answer, succeeded -> dirty bit cleared
  *
- * The lock is held from read to answer only.  Between the answer and the
- * flush the region's dirty bit stays, for a crash; but writes already go to
- * both legs, or the copy would be stale before its bit is cleared.
+ * The lock is held only from the read to the answer.  Between the answer and
+ * the flush the region's dirty bit stays set, because a crash may lose the
+ * copy.  Clients' writes go to both legs from the answer on; otherwise the copy
+ * would be stale before its bit is cleared.
  *
- * Copies go on while a flush is under way, or a link with a long way, or a
- * slow disk behind it, would idle from the last copy to the flush's answer.
- * What was answered before the flush began is in `flushing`, and nothing else
- * is cleared by its success.  A call walks the regions once, upwards, and ends
- * with a flush of all it copied: so no region is copied again while a flush is
- * under way that would then be taken to cover its second copy.
+ * Copies continue while a flush is under way.  Otherwise a link with a long
+ * round trip, or with a slow disk behind it, would be idle from the last copy
+ * to the answer of the flush.  `flushing` lists the regions that were answered
+ * before the flush began, and its success clears only these.  A call walks the
+ * regions once, in ascending order, and ends with a flush of all it copied.  So
+ * no region is copied again under a flush that would then seem to cover its
+ * second copy.
  *
  * Never wait for a range while holding another: a client's write may wait for
- * the range we hold and stand before us at the range we want.  So a range that
- * is not free at once is taken only after every copy under way has ended, and
- * the flush with them, so that its regions are soon clean.  For the same reason
- * nothing is under way while we rest.
+ * the range that this call holds, and be ahead of it in the queue for the range
+ * that it wants.  So if a range is not free at once, this call first ends every
+ * copy under way, and the flush too, so that their regions soon become clean.
+ * For the same reason nothing is under way during a rest.
  */
 
 #include <errno.h>
@@ -83,7 +85,9 @@ end_all (struct batch *b)
   return rc;
 }
 
-/* Free those whose answers are in, so that no client waits for our turn. */
+/* End the copies whose answers have arrived, so that no client waits for their
+ * ranges.
+ */
 static int
 end_answered (struct batch *b)
 {
@@ -114,7 +118,8 @@ begin_flush (struct batch *b)
   fault_point ("resync_flush_begun");
 }
 
-/* Everything in `flushing` was answered before the flush began: clear it. */
+/* All regions in `flushing` were answered before the flush began: clear them.
+ */
 static void
 clean (struct batch *b)
 {
@@ -128,7 +133,7 @@ clean (struct batch *b)
     for (size_t i = 0; i < b->flushing.nr; i++)
       cleaned += dirty_map_clean (&r->disk.dm, b->flushing.list[i].first,
                                   b->flushing.list[i].count);
-  /* It may be the only one to have what is written next: see remote_miss_locked
+  /* The remote may hold the only copy of the next write: see remote_miss_locked
    * in admit.c.
    */
   if (cleaned > 0 && v->local.state != NBDM_LOCAL_OK)
@@ -139,7 +144,7 @@ clean (struct batch *b)
   b->flushing.nr = 0;
 }
 
-/* Take the answer of the flush under way, if it is there; or wait for it. */
+/* Receive the answer of the flush under way if it is there, or wait for it. */
 static int
 end_flush (struct batch *b, bool wait)
 {
@@ -166,7 +171,7 @@ is_pressed (const struct batch *b)
   return backlog_pressed_locked (b->remote);
 }
 
-/* Beside copies that go on: one flush at a time, when it is due. */
+/* Flush beside the copies: one flush at a time, when it is due. */
 static int
 drive_flush (struct resync_call *c)
 {
@@ -180,7 +185,8 @@ drive_flush (struct resync_call *c)
   return 0;
 }
 
-/* End all that another thread may wait for: every copy, and the flush. */
+/* End everything that another thread may wait for: every copy, and the flush.
+ */
 static int
 end_copies_and_flush (struct batch *b)
 {
@@ -195,7 +201,7 @@ settle (struct resync_call *c)
   return end_copies_and_flush (batch_of (c));
 }
 
-/* No copy is under way any more: flush what is not. */
+/* Flush all copies that are not flushed.  Called when no copy is under way. */
 static int
 flush_all (struct batch *b)
 {
@@ -225,7 +231,7 @@ resync_try_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   return room;
 }
 
-/* In line with clients' writes. */
+/* Wait in the queue with clients' writes. */
 static uint64_t
 wait_for_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
 {
@@ -241,8 +247,8 @@ wait_for_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   return room;
 }
 
-/* Before this thread waits in line for room, its own copies are answered and
- * flushed: a waiter in that line may lead no flush.  An error there is a lost
+/* Before this thread queues for room, it ends and flushes its own copies,
+ * because a waiter in the queue may lead no flush.  An error means a lost
  * connection, which ends the copy as well.
  */
 uint64_t
@@ -257,7 +263,7 @@ resync_take_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   return room ? room : wait_for_room (b, kind, wanted);
 }
 
-/* Before a range is held: wait for what is under way, if that makes room. */
+/* Before a range is locked: wait for what is under way, if that makes room. */
 static int
 make_room (struct batch *b)
 {
@@ -284,7 +290,7 @@ find_buffer (struct batch *b, struct copy *copy)
   return copy->buf ? 0 : set_error (-ENOMEM, "resync");
 }
 
-/* Copy the run's beginning: 1 it is under way, 0 look again, -errno. */
+/* Copy the beginning of the run.  1: under way; 0: look again; -errno. */
 static int
 copy_run (struct batch *b, struct copy *copy, struct run *run)
 {
@@ -310,7 +316,7 @@ copy_run (struct batch *b, struct copy *copy, struct run *run)
   return rc < 0 ? rc : 1;
 }
 
-/* Start one copy: 1 go on, 0 nothing left to copy, -errno. */
+/* Start one copy.  1: continue; 0: nothing left to copy; -errno. */
 static int
 start_copy (struct resync_call *c)
 {
@@ -353,7 +359,8 @@ finish (struct resync_call *c, int rc)
 
   if (rc >= 0)
     rc = end_rc;
-  /* A local read error must not keep the others from becoming clean. */
+  /* Flush also after a local read error: the copied regions can become clean.
+   */
   end_rc = flush_all (b);
   if (rc >= 0)
     rc = end_rc;

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Drive a call of nbdm_disk_resync: when it is over, at what pace it goes, when
- * it flushes and when it rests.  How a copy is made is a strategy's: resync.c
- * has the one for a remote, local_resync.c the one for the local disk.
+/* Drive a call of nbdm_disk_resync: decide when it ends, its pace, its flushes
+ * and its rests.  A strategy makes the copies: resync.c has the strategy for a
+ * remote, local_resync.c the one for the local disk.
  *
- * One call goes on for as long as its caller likes, because each end of it
- * leaves a link idle for two round trips.  What may change meanwhile, how
- * much is under way and how long it rests, is read anew for each copy
- * (nbdm_disk_resync_pace); a pause, a stop or a lost connection ends the call.
- * A copy does not outlive it, as no thread would take its answer and free its
- * range.
+ * A call runs for as long as its caller wants, because each end of a call
+ * leaves the link idle for two round trips.  The pace, which is how much is
+ * under way and how long the call rests, is read again for each copy
+ * (nbdm_disk_resync_pace).  A pause, a stop or a lost connection ends the call.
+ * No copy outlives the call, because no thread would then receive its answer
+ * and release its range.
  */
 
 #include "api.h"
@@ -19,13 +19,13 @@
 #include "resync/resync_call.h"
 #include "volume/volume.h"
 
-#define LEAST_COMMAND (64u << 10) /* a region may be less */
+#define LEAST_COMMAND (64u << 10) /* a region may be smaller */
 
-/* What was copied is flushed when it is this old, so that progress shows, or
- * this much (flush_bytes), so that little is copied again after an outage.
+/* Flush what was copied after this time, so that progress is visible, or after
+ * this many bytes (flush_bytes), so that an outage repeats few copies.
  */
 #define FLUSH_NS 500000000
-#define MAX_REST_NS 2000000000 /* that progress shows */
+#define MAX_REST_NS 2000000000 /* so that progress is visible */
 
 bool
 resync_flush_due (const struct resync_call *c, uint64_t unflushed_bytes)
@@ -45,7 +45,7 @@ resync_cleaned_locked (struct resync_call *c, uint64_t regions)
 
 /* --- pace ---------------------------------------------------------------- */
 
-/* Within its bounds, and in whole regions. */
+/* The pace within its limits, and in whole regions. */
 static struct resync_pace
 resync_pace (const struct nbdm *v, const struct nbdm_pace *pace)
 {
@@ -61,7 +61,7 @@ resync_pace (const struct nbdm *v, const struct nbdm_pace *pace)
   found.command_bytes = bytes > LEAST_COMMAND ? bytes : LEAST_COMMAND;
   found.window = depth < RESYNC_COPY_COMMANDS ? depth : RESYNC_COPY_COMMANDS;
   found.copy_bytes = bytes > region ? bytes - bytes % region : region;
-  /* As much is under way in fewer copies, if a region is longer than one. */
+  /* If a region is longer than a copy, fewer copies carry the same bytes. */
   found.depth = (uint32_t)((uint64_t)depth * bytes / found.copy_bytes);
   if (found.depth < 1)
     found.depth = 1;
@@ -91,7 +91,9 @@ nbdm_disk_resync_pace (struct nbdm *v, uint32_t disk,
   return 0;
 }
 
-/* Leave the disks to clients for a while; no thread may have to wait for us. */
+/* Leave the disks to clients for a while.  The caller has settled, so no thread
+ * waits for this one.
+ */
 static void
 rest (const struct resync_call *c, uint64_t rest_ns)
 {
@@ -142,7 +144,9 @@ rest_if_due (struct resync_call *c)
 
 /* --- the call ------------------------------------------------------------ */
 
-/* Is the call over, whatever is left?  Else takes the pace to go on at. */
+/* Is the call over, even if regions are left?  Otherwise read the pace to
+ * continue with.
+ */
 static bool
 call_over (struct resync_call *c)
 {

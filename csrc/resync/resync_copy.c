@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Resync, one copy: find what to copy, lock its range, read, send, take the
- * answers.  resync.c says in which order, and why.
+/* One copy of a resync: find a run, lock its range, read, send and receive the
+ * answers. resync.c gives the order of these steps, and the reasons.
  */
 
 #include <errno.h>
@@ -26,9 +26,9 @@
 #include "volume/volume.h"
 #include "wire/conn.h"
 
-#define SEGMENT (64u << 10) /* zeroes are looked for in pieces of this */
+#define SEGMENT (64u << 10) /* search for zeroes in pieces of this size */
 #define MAX_HOLE (1u << 30) /* see RESYNC_MIN_HOLE */
-#define QUICK_NS 5000000    /* over what the link takes: 5 ms */
+#define QUICK_NS 5000000    /* in addition to the time of the link: 5 ms */
 
 bool
 resync_find_run_locked (struct batch *b, struct run *run)
@@ -47,7 +47,9 @@ resync_find_run_locked (struct batch *b, struct run *run)
     first = bitmap_next_set (dirty, first, nr);
     if (first == nr)
       return false;
-    /* Of the late ones those that miss something: a flush may wait for it. */
+    /* Copy a late region only if it has lost bytes too: a flush may wait for
+     * it.
+     */
     was_late = bitmap_test (late, first);
     next = first;
     if (was_late && !bitmap_test (lost, first)) {
@@ -128,7 +130,8 @@ resync_lock_copy (struct batch *b, struct copy *copy)
     rc = set_message (-ENOTCONN, "resync was interrupted");
   }
   /* A copy that is sent and never answered may arrive late, over a newer one
-   * (rule 12), also if this process dies: so it is late until answered.
+   * (rule 12), even if this process dies.  So its regions are late until it is
+   * answered.
    */
   if (rc == 1) {
     copy->was_late = any_late_locked (b->remote, &copy->range);
@@ -166,7 +169,7 @@ collect_answers (struct batch *b, struct copy *copy)
   copy->nr = 0;
 }
 
-/* How many bytes may be sent in the copy's next command. */
+/* The number of bytes that the copy's next command may send. */
 static uint64_t
 next_length (struct batch *b, struct copy *copy, bool zero, uint64_t wanted)
 {
@@ -224,7 +227,7 @@ send_segment (struct batch *b, struct copy *copy, uint64_t offset,
   }
 }
 
-/* Adjacent segments of one kind travel as one. */
+/* Send adjacent segments of the same kind together. */
 static void
 send_data (struct batch *b, struct copy *copy)
 {
@@ -244,7 +247,7 @@ send_data (struct batch *b, struct copy *copy)
   send_segment (b, copy, copy->range.offset + start, length - start, zero);
 }
 
-/* Nothing of ours can come late any more. */
+/* No command of this copy can arrive late any more. */
 static void
 clear_late_locked (struct remote *r, const struct copy *copy)
 {
@@ -257,7 +260,7 @@ clear_late_locked (struct remote *r, const struct copy *copy)
   bitmap_clear (&r->disk.dm.map[MAP_LATE], first, count);
 }
 
-/* Give a range back of which nothing was sent. */
+/* Release a range of which nothing was sent. */
 static void
 unlock_copy (struct batch *b, struct copy *copy)
 {
@@ -282,7 +285,7 @@ resync_send_copy (struct batch *b, struct copy *copy)
   copy->waiter = (struct waiter)WAITER_INIT;
   copy->sent_ns = now_ns ();
   if (copy->hole) {
-    /* It was a hole before we had the lock; a write may have filled it. */
+    /* A write may have filled the hole before the range was locked. */
     if (local_hole_end (v, offset, offset + length) < offset + length) {
       unlock_copy (b, copy);
       return -EAGAIN;
@@ -325,9 +328,9 @@ remember_run (struct runs *runs, const struct run *run)
   return 0;
 }
 
-/* The time of the answer tells how far the remote is and how quickly it zeroes.
- * Zeroes cost the link nothing, so they are counted apart: the pace measures
- * the link by the data alone.
+/* The time of the answer shows the latency of the remote and how quickly it
+ * writes zeroes.  Zeroes use no bandwidth, so they are counted separately: the
+ * pace measures the link by data alone.
  */
 static void
 measure_locked (struct batch *b, const struct copy *copy)

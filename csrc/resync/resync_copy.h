@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The interface between resync.c, which orders a remote's copies and flushes,
- * and resync_copy.c, which does the copies.  Only the calling thread uses it;
- * functions named `_locked` need volume->lock.
+ * and resync_copy.c, which makes the copies.  Only the calling thread uses it.
+ * Functions named `_locked` are called with volume->lock held.
  */
 
 #ifndef NBDM_RESYNC_COPY_H
@@ -23,9 +23,10 @@
 
 struct conn;
 
-/* Of a hole in one copy.  The range is held until the remote has zeroed it, so
- * its length depends on how quickly the remote zeroes: a sparse image of 100
- * GiB in hundreds of commands, a disk that writes its zeroes in 32 MiB.
+/* The length of a hole in one copy, at least.  The range is locked until the
+ * remote has zeroed it, so the length depends on how fast the remote writes
+ * zeroes: a sparse image of 100 GiB takes hundreds of commands, a disk that
+ * writes its zeroes gets 32 MiB at a time.
  */
 #define RESYNC_MIN_HOLE (32u << 20)
 
@@ -33,8 +34,8 @@ struct copy {
   struct range range;
   pthread_cond_t granted;
   bool hole;
-  uint64_t zero_bytes; /* of the range, sent as zeroes */
-  bool was_late;       /* before: its answer says nothing of the late command */
+  uint64_t zero_bytes; /* bytes of the range sent as zeroes */
+  bool was_late;       /* late before: this copy's answer does not end that */
   int error;           /* -errno of commands already answered */
   uint8_t *buf;
   unsigned nr;
@@ -42,7 +43,7 @@ struct copy {
   uint64_t uncounted[BACKLOG_KINDS]; /* bytes sent, see backlog.c */
   struct waiter waiter;
   uint64_t sent_ns;
-  TAILQ_ENTRY (copy) link; /* of those under way, or of the idle ones */
+  TAILQ_ENTRY (copy) link; /* under way, or idle */
 };
 
 struct run {
@@ -63,7 +64,7 @@ struct batch {
   uint64_t answer_ns; /* the shortest time of a copy, data or zeroes */
   size_t buf_size;
   struct copy *copies;
-  /* The one used last first: its buffer is in the cache. */
+  /* Most recently used first: its buffer is in the CPU cache. */
   TAILQ_HEAD (, copy) idle;
   TAILQ_HEAD (, copy) busy; /* under way, in the order they were sent */
   uint32_t nr_busy;
@@ -73,29 +74,32 @@ struct batch {
   bool flush_begun;
 };
 
-/* The next run of regions to copy, at most as long as a hole may be; false:
- * there is none.
+/* Find the next run of regions to copy, at most as long as a hole may be.
+ * False: none is left.
  */
 bool resync_find_run_locked (struct batch *b, struct run *run);
-/* Cut the run to one copy, a hole in whole regions, or data.  Blocks as long
- * as the local disk takes to tell holes.
+/* Cut the run to one copy: a hole of whole regions, or data.  Blocks while the
+ * local disk reports its holes.
  */
 void resync_size_copy (struct batch *b, struct copy *copy, struct run *run);
-/* Take room for `wanted` bytes or less in the remote's backlog: how much, or 0:
- * there is none.  The other one waits for it: the caller may hold its copy's
- * range, and has no command of that copy under way.
+/* Take room for at most `wanted` bytes in the remote's backlog, and return how
+ * much. try: returns 0 if there is no room. take: waits for room; the caller
+ * may hold its copy's range, and has no command of that copy under way.
  */
 uint64_t resync_try_room (struct batch *b, enum backlog_kind kind,
                           uint64_t wanted);
 uint64_t resync_take_room (struct batch *b, enum backlog_kind kind,
                            uint64_t wanted);
-/* 1: held; 0: others, or a flush, are under way, end them first; -errno. */
+/* 1: locked; 0: other copies or a flush are under way, end them first; -errno.
+ */
 int resync_lock_copy (struct batch *b, struct copy *copy);
-/* With the range held: read and send.  -EAGAIN: it is no hole any more.
- * -errno: no disk has it to read.  Either gives the range back.
+/* Read and send the copy; its range is locked.  -EAGAIN: it is no hole any
+ * more.  Another -errno: no disk can read it.  Both unlock the range.
  */
 int resync_send_copy (struct batch *b, struct copy *copy);
-/* Wait for the answers: the regions are `copied`, the range is free. */
+/* Wait for the answers.  Afterwards the regions are `copied`, and the range is
+ * unlocked.
+ */
 int resync_end_copy (struct batch *b, struct copy *copy);
 
 #endif /* NBDM_RESYNC_COPY_H */

@@ -11,9 +11,9 @@
  * A difference must be a proof at every instant, also after lost power.  This
  * rule ensures it:
  *
- *   A durable sample is of a block that was not written since, or whose extent
- *   is in the durable activity set, or with a region that is durably dirty in
- *   dirty.local. A start skips samples of the last two kinds.
+ *   The block of a durable sample was not written since, or its extent is in
+ *   the durable activity set, or a region of it is durably dirty in
+ *   dirty.local.  A start skips samples of the last two kinds.
  *
  * The rule costs a write nothing, because its extent is in the set anyway.
  * These functions keep the rule where a block leaves the set or the map:

@@ -12,12 +12,12 @@
  *
  * A bit in local's own dirty map marks a region that local misses.  The rules:
  *
- * - Every region keeps a source. A region that local misses is not made dirty
- * on the last remote that has it (mark_regions_locked).
+ * - Every region keeps a source.  A region that local misses is not made dirty
+ *   on the last remote that has it (mark_regions_locked).
  * - A remote that holds the only copy of some bytes holds it durably: it is
  *   flushed before local is recorded as missing them, and later writes to it
- * use FUA. Otherwise its crash would lose the only copy.
- * - When local fails, what it answered and did not flush may be lost too. So
+ *   use FUA.  Otherwise its crash would lose the only copy.
+ * - When local fails, what it answered and did not flush may be lost too.  So
  *   local misses the whole of every active extent, as after lost power.
  *
  * In a takeover the marks and a superblock that says resyncing become durable

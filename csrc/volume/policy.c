@@ -7,12 +7,14 @@
  * before the lock is released, so that no request is answered under a policy
  * that is not in force:
  *
- *   degrade -> stop   A leg that is behind sets the fence at once. Requests
- * that were admitted before, and left regions to resync, still run.
- * decide_relock () answers them EIO, because the fence cannot be lifted before
- * their range is free and copied. stop -> degrade   The fence is lifted:
- * clients may write at once. The states do not change, and the first write that
- * a remote misses begins a new generation.
+ *   degrade -> stop   A leg that is behind sets the fence at once.  Requests
+ *                     that were admitted before, and left regions to resync,
+ *                     still run.  decide_relock () answers them EIO, because
+ *                     the fence cannot be lifted before their range is free
+ *                     and copied.
+ *   stop -> degrade   The fence is lifted: clients may write at once.  The
+ *                     states do not change, and the first write that a remote
+ *                     misses begins a new generation.
  *
  * A remote that is holding misses nothing that was answered.  When its hold
  * ends, the policy then in force decides.

@@ -22,20 +22,19 @@
  * What a thread may wait for (defined only here).  A thread that holds an item
  * of this list, or that must finish it, waits only for items below it:
  *
- *   1. a byte range       of rangelock.c. A client's request holds one and
- * waits for no other. A resync that holds ranges takes another only if it is
- * free. A client's read that local cannot serve alone holds one range at a
- * time.
+ *   1. a byte range       of rangelock.c.  A client's request holds one, and
+ *                         waits for no other.  A resync that holds ranges
+ *                         takes another only if it is free.  A client's read
+ *                         that local cannot serve alone holds one at a time.
  *   2. room               in the activity log (`cooling`), then a slot.
- * Requests that end, and flushes, make room.
+ *                         Requests that end, and flushes, make room.
  *   3. the end of a hold  The ticker ends it.
- *   4. room in what a remote may have unflushed (backlog.c). The first waiter
+ *   4. room in what a remote may have unflushed (backlog.c).  The first waiter
  *                         makes room with a flush.
  *   5. a takeover         (`taking_over`) The thread that began it ends it.
  *   6. a flush            of a remote: no thread owns the flush under way, and
  *                         any thread that waits for it receives its answer
- *                         (flush.c). Of local: the thread that leads it ends
- * it.
+ *                         (flush.c).  Of local: the thread that leads it.
  *   7. an answer          of a remote, bounded by its deadline; of local,
  *                         unbounded, or bounded by `local_deadline` if a remote
  *                         may replace local: then a carrier makes the system
