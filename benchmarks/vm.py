@@ -82,8 +82,8 @@ def _boot(options: Mapping[str, Any], timeout_s: float) -> str:
     if tests not in sys.path:
         sys.path.append(tests)
     import pytest
-    from vm.kernel import unpacked  # type: ignore[import-not-found]
-    from vm.vm import run_in_vm  # type: ignore[import-not-found]
+    from vm.kernel import unpacked
+    from vm.vm import run_in_vm
 
     ram_disks = f"brd rd_nr=3 rd_size={options['size'] >> 10}"
     try:

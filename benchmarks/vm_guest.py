@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vm.inside import (  # type: ignore[import-not-found]
+from vm.inside import (
     Mirror,
     note,
     run,

@@ -27,6 +27,7 @@ __all__ = [
     "ROOT",
     "Processes",
     "become_subreaper",
+    "end",
     "kill_marked",
     "marked_processes",
     "requires",
@@ -92,9 +93,11 @@ def listens(path: Path) -> bool:
     A socket has its name from bind() on and refuses connections until listen(), so
     the name alone tells nothing; a connection made to find out would be a client more.
     """
-    flag, listening = 3, "00010000"  # the column of flags; __SO_ACCEPTCON
-    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(row[-1] == str(path) and row[flag] == listening for row in rows)
+    flag, listening = 3, b"00010000"  # the column of flags; __SO_ACCEPTCON
+    # Bytes, because the names of other programs' sockets need not be text.
+    rows = [line.split() for line in Path("/proc/net/unix").read_bytes().splitlines()]
+    name = os.fsencode(path)
+    return any(row[-1:] == [name] and row[flag] == listening for row in rows)
 
 
 def wait_listening(path: Path, what: str) -> None:
@@ -180,6 +183,12 @@ def kill_marked(spare: Mapping[int, str], marker: str = "") -> dict[int, str]:
                 continue
         time.sleep(0.02)
     return killed
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill *process*, reap it and close its pipes."""
+    with process:
+        process.kill()
 
 
 class Processes:

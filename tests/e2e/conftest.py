@@ -6,6 +6,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -18,8 +19,8 @@ DOORS = ("direct", "native", "python")
 def new_site(run_dir: Path, processes: support.Processes) -> Callable[..., Site]:
     """Give a maker of this test's site; takes what Site takes."""
 
-    def make(**options: object) -> Site:
-        return Site(run_dir, processes, **options)  # type: ignore[arg-type]
+    def make(**options: Any) -> Site:
+        return Site(run_dir, processes, **options)
 
     return make
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+from typing import Any
 
 from e2e.lib.harness import Site
 
@@ -21,13 +22,13 @@ LINES = (
 )
 
 
-def ask(site: Site, line: bytes) -> dict[str, dict[str, str]]:
+def ask(site: Site, line: bytes) -> dict[str, Any]:
     """Send a line and return the answer."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(str(site.state / "control"))
         sock.sendall(line + b"\n")
-        answer: dict[str, dict[str, str]] = json.loads(sock.makefile("rb").readline())
+        answer: dict[str, Any] = json.loads(sock.makefile("rb").readline())
         return answer
 
 

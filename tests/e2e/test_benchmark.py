@@ -45,7 +45,7 @@ def _able() -> None:
 
 def test_one_row_is_measured_and_written_down(tmp_path: Path) -> None:
     """A row by name: its ratio in JSON and Markdown, nothing left in memory."""
-    command = [*COMMAND, *TINY, "--output", tmp_path, "degraded_4k_qd16"]
+    command = [*COMMAND, *TINY, "--output", str(tmp_path), "degraded_4k_qd16"]
     process = subprocess.Popen(
         command,
         cwd=support.ROOT,
@@ -74,9 +74,9 @@ def test_one_row_is_measured_and_written_down(tmp_path: Path) -> None:
 
 def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     """SIGINT while servers and fio run: exit status 130, and all are gone."""
-    command = [*COMMAND, "--seconds", "60", "--size", "64", "--output", tmp_path]
+    command = [*COMMAND, "--seconds", "60", "--size", "64"]
     process = subprocess.Popen(
-        [*command, "write_4k_qd1"],
+        [*command, "--output", str(tmp_path), "write_4k_qd1"],
         cwd=support.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -42,7 +42,8 @@ class FailingDisk:
         with disk.open("wb") as file:
             file.truncate(24 * MIB)
         self._run("mkfs.ext4", "-q", "-F", disk)
-        words = ["nbdkit", "-f", "-U", sock, "--filter=error", "file", disk]
+        words: list[str | Path] = ["nbdkit", "-f", "-U", sock]
+        words += ["--filter=error", "file", disk]
         errors = ["pwrite=EIO", "pwrite-rate=1", f"pwrite-file={self._switch}"]
         processes.start([*words, *(f"error-{word}" for word in errors)])
         support.wait_listening(sock, "the failing disk")

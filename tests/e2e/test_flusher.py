@@ -20,7 +20,7 @@ def test_never_flushing_load_leaves_little_behind(new_site: Sites) -> None:
 
     def dropped() -> bool:
         nonlocal drops, last
-        now = site.remote()["unflushed_bytes"]
+        now: int = site.remote()["unflushed_bytes"]
         drops, last = drops + (now < last), now
         return drops >= 3
 

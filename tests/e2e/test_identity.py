@@ -228,9 +228,9 @@ def test_disk_attached_anew_after_a_kill_has_lost_its_cache(site: Site) -> None:
     attach()
     site.bring_up()
     write(site, 5 * MIB)
-    with site.local.open("rb") as file:
-        file.seek(5 * MIB)
-        flushed = file.read(4096)
+    with site.local.open("rb") as image:
+        image.seek(5 * MIB)
+        flushed = image.read(4096)
     handle = site.client()
     handle.pwrite(os.urandom(4096), 5 * MIB)
     handle.shutdown()

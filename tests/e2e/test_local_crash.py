@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 import support
@@ -164,10 +165,10 @@ def test_stopped_while_local_has_failed_starts_without_it(
     site.assert_equal()
 
 
-def local_of_stopped(site: Site) -> dict[str, object]:
+def local_of_stopped(site: Site) -> dict[str, Any]:
     """Return the local disk's status without a server, as --json prints it."""
     answer = json.loads(site.cli("status", str(site.config), "--json").stdout)
-    found: dict[str, object] = answer["local"]
+    found: dict[str, Any] = answer["local"]
     return found
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -374,7 +375,7 @@ def test_policy_stop_gives_eio_and_a_fence(new_site: Sites) -> None:
 # --- the remote while local has failed ---
 
 
-def failed_with_data(site: Site) -> tuple[FuseDisk, object]:
+def failed_with_data(site: Site) -> tuple[FuseDisk, Any]:
     """Bring up a volume whose local disk then fails; regions 0 to 15 hold "new"."""
     disk = FuseDisk(site)
     site.fill(site.local, 8 * MIB)
@@ -396,7 +397,7 @@ def test_remote_back_within_the_hold_costs_no_error(new_site: Sites) -> None:
     results: list[bytes] = []
     site.dr.kill()
     reader = threading.Thread(
-        target=lambda: results.append(bytes(handle.pread(MIB, 0)))  # type: ignore[attr-defined]
+        target=lambda: results.append(bytes(handle.pread(MIB, 0)))
     )
     reader.start()
     support.wait_until(
@@ -407,7 +408,7 @@ def test_remote_back_within_the_hold_costs_no_error(new_site: Sites) -> None:
     assert results == [b"new!" * (MIB // 4)]
     site.wait_in_sync()
     resync_back(site)
-    handle.shutdown()  # type: ignore[attr-defined]
+    handle.shutdown()
     site.stop()
     site.assert_equal()
 
@@ -415,7 +416,6 @@ def test_remote_back_within_the_hold_costs_no_error(new_site: Sites) -> None:
 def test_remote_lost_for_longer_gives_eio_and_loses_nothing(site: Site) -> None:
     """After the hold EIO, never local's old data; back again, all of it is there."""
     _, handle = failed_with_data(site)
-    assert hasattr(handle, "pread")
     site.dr.kill()
     assert errno.EIO == error_of(handle.pread, 4096, 0)
     assert errno.EIO == error_of(handle.pwrite, b"x" * 4096, 0)

@@ -14,9 +14,11 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
+import typer.main
 from e2e.lib.harness import Site
 from e2e.lib.oracle import crc32c
 
@@ -94,7 +96,8 @@ def test_current_folder_is_never_imported_from(site: Site) -> None:
     file = str(site.config)
     options = {"wait": ["--for", "in_sync"], "watch": ["--until", "in_sync"]}
     options |= {"invalidate": ["dr"]}
-    names = [one.name or one.callback.__name__ for one in app.registered_commands]  # type: ignore[union-attr]
+    group: Any = typer.main.get_command(app)
+    names = list(group.commands)
     assert {"create", "serve", "attach", "stop"} <= set(names)
     names.remove("stop")
     for name in [*names, "stop"]:
@@ -155,7 +158,7 @@ def test_foreground_server_leaves_the_current_folder(site: Site) -> None:
         cwd=folder,
         stderr=subprocess.DEVNULL,
     )
-    site.processes.on_exit(lambda: (server.kill(), server.wait(10)))
+    site.processes.on_exit(lambda: support.end(server))
     support.wait_until(site.answers, "the server to answer")
     assert Path(f"/proc/{server.pid}/cwd").readlink() == Path("/")
     assert not mark.exists(), mark.read_text()
@@ -351,7 +354,7 @@ def test_folder_locked_by_another_user_does_not_keep_us(
         extra_groups=[],
     )
     assert holder.stdout is not None
-    processes.on_exit(lambda: (holder.kill(), holder.wait(10), holder.stdout.close()))  # type: ignore[union-attr]
+    processes.on_exit(lambda: support.end(holder))
     assert holder.stdout.readline() == b"locked\n"
     site.cli("serve", str(site.config), timeout_s=15)
     site.cli("stop", str(site.config), timeout_s=15)

@@ -34,7 +34,7 @@ def serve(
         env={**os.environ, **site.environment()},
         start_new_session=True,
     )
-    site.processes.on_exit(lambda: (server.kill(), server.wait(10)))
+    site.processes.on_exit(lambda: support.end(server))
     support.wait_until(site.answers, f"the server to answer ({door} door)")
     return server
 

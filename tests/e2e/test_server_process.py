@@ -28,6 +28,7 @@ from e2e.lib.harness import Site
 from nbd_mirror.base.errors import MetadataFailedError
 from nbd_mirror.commands import serve_log, stop
 from nbd_mirror.volume import control
+from nbd_mirror.volume.client import ask
 from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.offline import stopped_status
 
@@ -125,7 +126,6 @@ def test_server_that_gives_no_status_is_stopped(
     site.bring_up(fault=f"invalidate_marked=wait:{go_on}")
     waiting = threading.Thread(target=site.tell, args=("invalidate",))
     waiting.start()
-    ask = stop.ask
 
     def ask_and_go_on(config: VolumeConfig, command: str, timeout_s: float) -> object:
         go_on.touch()
@@ -148,7 +148,6 @@ def test_server_that_a_signal_ends_before_the_stop_comes(
 ) -> None:
     """Whether it ended cleanly is not known by its silence: the superblock says."""
     site.bring_up()
-    ask = stop.ask
 
     def ask_too_late(config: VolumeConfig, command: str, timeout_s: float) -> object:
         os.kill(site.pid, number)
@@ -185,7 +184,8 @@ def test_server_that_cannot_be_reached_is_said(site: Site) -> None:
         assert "no server runs" not in said
         found = re.search(r"kill -TERM (\d+)", said)
         assert found is not None
-    os.kill(int(found[1]), signal.SIGTERM)
+        named = int(found[1])
+    os.kill(named, signal.SIGTERM)
     assert site.ended() == 0
     assert "no server runs" in site.cli("status", str(site.config)).stdout
 
@@ -273,7 +273,7 @@ def test_start_keeps_what_another_process_logs(site: Site) -> None:
     site.create()
     log, count = site.state / "serve.log", 60_000  # not so long that it is put aside
     log.touch()
-    command = [sys.executable, "-I", "-c", APPEND, log, str(count)]
+    command = [sys.executable, "-I", "-c", APPEND, str(log), str(count)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +25,11 @@ Links = Callable[..., LinkSite]
 
 
 @pytest.fixture
-def new_link(
-    run_dir: os.PathLike[str], processes: support.Processes, netns_prefix: str
-) -> Links:
+def new_link(run_dir: Path, processes: support.Processes, netns_prefix: str) -> Links:
     """Give a maker of this test's site; takes what LinkSite takes."""
 
-    def make(**options: object) -> LinkSite:
-        return LinkSite(run_dir, processes, netns_prefix, **options)  # type: ignore[arg-type]
+    def make(**options: Any) -> LinkSite:
+        return LinkSite(run_dir, processes, netns_prefix, **options)
 
     return make
 

@@ -33,9 +33,9 @@ def run(folder: Path, code: str, *options: str) -> subprocess.CompletedProcess[s
     """Run pytest over one file, with our conftest.py."""
     (folder / "test_it.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "--noconftest"]
-    command += ["-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider", *options]
+    command += ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", *options]
     return subprocess.run(
-        [*command, folder / "test_it.py"],
+        [*command, str(folder / "test_it.py")],
         check=False,
         capture_output=True,
         text=True,

@@ -41,6 +41,8 @@ from nbd_mirror.volume.config import VolumeConfig
 from nbd_mirror.volume.control import call, control_path
 from nbd_mirror.volume.offline import lock_holder
 
+WRONG_PIDS: tuple[object, ...] = (None, "x", [], -1, 1 << 40, True)
+
 release = threading.Event()
 begun = threading.Event()
 
@@ -308,7 +310,7 @@ def test_path_over_107_bytes_works_on_both_ends(tmp_path: Path) -> None:
 
 def test_clients_many_at_once_are_all_answered(state: Path) -> None:
     """More clients than slots wait their turn."""
-    results: list[object] = []
+    results: list[dict[str, int]] = []
     threads = [
         threading.Thread(target=lambda i=i: results.append(call(state, "echo", i=i)))
         for i in range(40)
@@ -317,7 +319,7 @@ def test_clients_many_at_once_are_all_answered(state: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert list(range(40)) == sorted(one["i"] for one in results)  # type: ignore[index]
+    assert list(range(40)) == sorted(one["i"] for one in results)
 
 
 def test_ping_names_the_process_that_listens(tmp_path: Path) -> None:
@@ -358,7 +360,7 @@ def test_lock_of_another_file_with_its_number_does_not_count(
         7,
         [],
         {"volume": 7, "pid": 1},
-        *({"volume": "pg", "pid": pid} for pid in (None, "x", [], -1, 1 << 40, True)),
+        *({"volume": "pg", "pid": pid} for pid in WRONG_PIDS),
     ],
 )
 def test_ping_of_a_hostile_server_is_one_clear_error(

@@ -411,7 +411,8 @@ def test_design_names_what_exists() -> None:
 def test_fault_points_in_the_source_are_those_of_the_table() -> None:
     """No point is passed that cannot be asked for, none listed that is not passed."""
     sources = source_text()
-    looked_at, ignored = set(), set()
+    looked_at: set[str] = set()
+    ignored: set[str] = set()
     for before, name in re.findall(r'(.*)fault_point \("(\w+)"\)', sources):
         (looked_at if before.strip() else ignored).add(name)
     fails = core.fault_points()

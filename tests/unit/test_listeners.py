@@ -84,8 +84,8 @@ def test_bind_to_a_name_takes_all_its_addresses(host: str) -> None:
     with bind(listen) as listeners:
         assert {socket.AF_INET} <= _families(listeners)
         assert {one[0] for one in found} <= _families(listeners)
-        for _, _, _, _, address in found:
-            with socket.create_connection(address[:2]):
+        for _, _, _, _, (address, *_) in found:
+            with socket.create_connection((str(address), port)):
                 pass
         with pytest.raises(BusyError, match="socket in use"):
             bind(listen)

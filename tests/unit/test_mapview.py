@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def write_map(
     nr_regions: int,
     dirty: set[int],
     *,
-    unflushed: tuple[set[int], set[int]] = (set(), set()),
-    late: set[int] = frozenset(),  # type: ignore[assignment]
+    unflushed: tuple[Set[int], Set[int]] = (frozenset(), frozenset()),
+    late: Set[int] = frozenset(),
     magic: bytes = b"NBDMDRTY",
     version: int = 1,
     flags: int = 0,

@@ -24,7 +24,16 @@ from nbd_mirror.volume.report import LocalView, RemoteView, Server, report
 from nbd_mirror.volume.status import Status
 
 SERVER = Server("direct", 7, 9, 1, 2)
-CONFIG = VolumeConfig.model_construct(name="v", state="/st")
+CONFIG = VolumeConfig.model_validate(
+    {
+        "name": "v",
+        "size": "adopt",
+        "local": "/local",
+        "state": "/st",
+        "listen": "unix:/sock",
+        "remote": [{"name": "dr", "uri": "nbd://h"}],
+    }
+)
 LOCAL = LocalStatus(LocalState.OK, False, 0, 0, 0, 0, 0, 0, "")
 VOLUME = VolumeStatus(
     uuid="u",

@@ -100,7 +100,7 @@ def every_facts(test: Callable[[Any, Facts], None]) -> Callable[[Any], None]:
             test(self, facts)
 
     # Else pytest takes the wrapped function's parameter for a fixture.
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 

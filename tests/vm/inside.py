@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
-from nbd_mirror.__main__ import main as command_line
 from nbd_mirror.base.errors import MirrorError
 from nbd_mirror.commands import create
+from nbd_mirror.commands.cli import main as command_line
 from nbd_mirror.device import attach
 from nbd_mirror.rules.content import Choice
 from nbd_mirror.volume import config, control

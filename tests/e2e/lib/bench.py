@@ -187,7 +187,7 @@ class Bench:
         """Copy until in sync; returns the bytes copied."""
         child = self.child
         assert child
-        copied = 0
+        copied: int = 0
         for _ in range(50):
             child.call("release_late", 0)
             batch = child.call("resync", disk_of(0), 0, 32 << 20, 0.0, Plan(16, 0))

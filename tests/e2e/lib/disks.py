@@ -64,10 +64,9 @@ class FuseDisk:
         if image is not None:
             self._site.local = image
         self._socket.unlink(missing_ok=True)
-        words = ["nbdkit", "-f", "-U", self._socket, "python", PLUGIN]
-        self._nbdkit = self._processes.start(
-            [*words, f"image={self._site.local}", f"switch={self._switch}"]
-        )
+        words: list[str | Path] = ["nbdkit", "-f", "-U", self._socket]
+        words += ["python", PLUGIN, f"image={self._site.local}"]
+        self._nbdkit = self._processes.start([*words, f"switch={self._switch}"])
         support.wait_listening(self._socket, "the disk's nbdkit")
         uri = f"nbd+unix:///?socket={self._socket}"
         self._nbdfuse = self._processes.start(["nbdfuse", self._mount, uri])

@@ -321,12 +321,12 @@ class Site:
         arguments = {} if remote is None else {"remote": remote}
         control.call(self.state, what, 30.0, **arguments)
 
-    def bring_up(self, door: str = "direct", **options: str) -> None:
+    def bring_up(self, door: str = "direct", **options: Any) -> None:
         """Start every secondary, create, serve, and wait until in_sync."""
         for one in self.secondaries:
             one.start()
         self.create()
-        self.serve(door, **options)  # type: ignore[arg-type]
+        self.serve(door, **options)
         self.wait_in_sync()
 
     # --- what it says and holds ---

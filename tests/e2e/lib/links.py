@@ -123,7 +123,8 @@ class LinkSite(Site):
 
     def serve_far(self) -> None:
         """Start the secondary."""
-        words = ["nbdkit", "-f", "-i", FAR, "-p", str(PORT), "file", self.dr.image]
+        words: list[str | Path] = ["nbdkit", "-f", "-i", FAR, "-p", str(PORT)]
+        words += ["file", self.dr.image]
         self._far.start(words)
         probe = f"nbdinfo --size nbd://{FAR}:{PORT} >/dev/null 2>&1"
         inside = ["ip", "netns", "exec", self.link.near, "sh", "-c", probe]
