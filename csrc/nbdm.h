@@ -485,6 +485,12 @@ int nbdm_get_recent_regions (struct nbdm *volume, uint64_t *regions,
 int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
                struct nbdm_disk_status *disks);
 
+/* Would a start believe the map of this disk, "local" or a remote?  Locks and
+ * changes nothing, also beside a running server.  0; -ENOENT or -EUCLEAN: a
+ * start takes all as dirty, and the message says why.
+ */
+int nbdm_peek_map (const char *state_dir, const char *disk);
+
 /* --- Tests ----------------------------------------------------------- */
 
 /* The name of the fault point with this index, from 0; NULL: there is none.

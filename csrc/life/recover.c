@@ -57,6 +57,7 @@
 #include "logs/dirty_map.h"
 #include "logs/inflight.h"
 #include "logs/layout.h"
+#include "logs/log_header.h"
 #include "volume/backlog.h"
 #include "volume/state.h"
 #include "volume/volume.h"
@@ -112,17 +113,12 @@ int
 volume_check_log (struct nbdm *v, const char *file,
                   const struct disk_log_header *header)
 {
-  bool clean = le32toh (header->flags) & LOG_CLEAN;
   bool ahead = le64toh (header->session) > le64toh (v->sb.session);
+  int rc = log_header_check_closed (file, header, &v->sb);
 
-  if (is_clean (v) && !ahead && !clean)
-    return set_message (-EUCLEAN,
-                        "%s was in use when the volume was not: an "
-                        "old copy was put back",
-                        file);
-  if (!is_clean (v) || ahead)
+  if (rc == 0 && (!is_clean (v) || ahead))
     v->was_in_use = true;
-  return 0;
+  return rc;
 }
 
 int

@@ -237,30 +237,78 @@ init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
   return r;
 }
 
+/* Open the file and check its header; nothing is mapped yet. */
+static int
+open_file (struct dirty_map *dm, int dirfd, int access, const char *remote,
+           const struct disk_log_header *expect)
+{
+  int r = file_name (dm->file, sizeof dm->file, remote);
+
+  if (r < 0)
+    return r;
+  dm->mapping_size
+      = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (le64toh (expect->entries));
+  dm->fd = openat (dirfd, dm->file, access | PLAIN_FILE);
+  if (dm->fd == -1)
+    return set_error (-errno, "cannot open %s", dm->file);
+  r = log_header_load (dm->fd, dm->file, expect, dm->mapping_size, &dm->header);
+  if (r < 0)
+    close (dm->fd);
+  return r;
+}
+
+/* Has a server stored another header since this one was read? */
+static bool
+header_changed (const struct dirty_map *dm)
+{
+  struct disk_log_header now;
+
+  return full_pread (dm->fd, &now, sizeof now, 0) == 0
+         && memcmp (&now, &dm->header, sizeof now) != 0;
+}
+
+int
+dirty_map_check (int dirfd, const char *remote, const uint8_t *uuid,
+                 uint64_t session, uint64_t nr_regions, uint32_t region_size,
+                 struct disk_log_header *header)
+{
+  struct dirty_map map = { .fd = -1 };
+  struct disk_log_header expect;
+  uint32_t crc = 0;
+  int r;
+
+  log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
+                   region_size);
+  r = open_file (&map, dirfd, O_RDONLY, remote, &expect);
+  if (r < 0)
+    return r;
+  if (le32toh (map.header.flags) & LOG_CLEAN)
+    r = read_maps (&map, false, &crc);
+  if (r == 0)
+    r = check_trust (&map, session, crc);
+  if (r == -EUCLEAN && header_changed (&map))
+    r = 0;
+  close (map.fd);
+  *header = map.header;
+  return r;
+}
+
 int
 dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
                 const uint8_t *uuid, uint64_t session, uint64_t nr_regions,
                 uint32_t region_size, bool *clean)
 {
-  struct dirty_map map
-      = { .mapping_size = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions) };
+  struct dirty_map map = { .fd = -1 };
   struct disk_log_header expect;
   uint32_t crc = 0;
   int r;
 
-  r = file_name (map.file, sizeof map.file, remote);
-  if (r < 0)
-    return r;
   log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
                    region_size);
-  map.fd = openat (dirfd, map.file, O_RDWR | PLAIN_FILE);
-  if (map.fd == -1)
-    return set_error (-errno, "cannot open %s", map.file);
-
-  r = log_header_load (map.fd, map.file, &expect, map.mapping_size,
-                       &map.header);
-  if (r == 0)
-    r = map_file (&map, nr_regions);
+  r = open_file (&map, dirfd, O_RDWR, remote, &expect);
+  if (r < 0)
+    return r;
+  r = map_file (&map, nr_regions);
   if (r == 0)
     r = init_bitmaps (&map, nr_regions);
   if (r == 0)

@@ -52,6 +52,12 @@ int dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
                       uint64_t session, uint64_t nr_regions,
                       uint32_t region_size, unsigned contents);
 
+/* Would dirty_map_open take it?  Maps and changes nothing, also beside a
+ * running server.  Returns its header; -ENOENT, -EUCLEAN: as dirty_map_open.
+ */
+int dirty_map_check (int dirfd, const char *remote, const uint8_t *uuid,
+                     uint64_t session, uint64_t nr_regions,
+                     uint32_t region_size, struct disk_log_header *header);
 /* Map and check it.  -ENOENT, -EUCLEAN: as log_header_load, or the session is
  * neither `session` nor one more, or LOG_CLEAN and bits_crc does not match.
  * `*clean` says whether LOG_CLEAN was set.

@@ -129,6 +129,21 @@ log_header_load (int fd, const char *name, const struct disk_log_header *expect,
 }
 
 int
+log_header_check_closed (const char *name, const struct disk_log_header *header,
+                         const struct disk_superblock *sb)
+{
+  bool clean = le32toh (header->flags) & LOG_CLEAN;
+  bool ahead = le64toh (header->session) > le64toh (sb->session);
+
+  if (clean || ahead || !(le32toh (sb->flags) & SUPERBLOCK_CLEAN))
+    return 0;
+  return set_message (-EUCLEAN,
+                      "%s was in use when the volume was not: an old copy was "
+                      "put back",
+                      name);
+}
+
+int
 log_header_store (int fd, const char *name, struct disk_log_header *header)
 {
   int r = fault_point ("log_header_write");

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 struct disk_log_header;
+struct disk_superblock;
 
 /* Create `name` in the directory: the `header` page, then `size` bytes of
  * zeroes, durably and in one step (a rename), so that no half-made file is ever
@@ -33,6 +34,13 @@ void log_header_seal (struct disk_log_header *header);
 int log_header_load (int fd, const char *name,
                      const struct disk_log_header *expect, uint64_t size,
                      struct disk_log_header *header);
+/* Check a log, whose session is right, against the superblock: -EUCLEAN with a
+ * message if the superblock says that the volume was closed and the log was
+ * not.
+ */
+int log_header_check_closed (const char *name,
+                             const struct disk_log_header *header,
+                             const struct disk_superblock *sb);
 /* Seal and write it, with fdatasync. */
 int log_header_store (int fd, const char *name, struct disk_log_header *header);
 

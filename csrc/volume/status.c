@@ -23,6 +23,7 @@
 #include "logs/dirty_map.h"
 #include "logs/inflight.h"
 #include "logs/layout.h"
+#include "logs/log_header.h"
 #include "logs/superblock.h"
 #include "volume/backlog.h"
 #include "volume/volume.h"
@@ -270,29 +271,66 @@ is_plausible (const struct disk_superblock *sb)
   return true;
 }
 
+/* The directory's descriptor, which the caller closes, or -errno. */
+static int
+peek_superblock (const char *state_dir, struct disk_superblock *sb, bool *torn)
+{
+  int rc, fd, dirfd = open (state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+  if (dirfd < 0)
+    return set_error (-errno, "cannot open the state directory %s", state_dir);
+  fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
+  if (fd >= 0) {
+    rc = superblock_load (fd, sb, torn);
+    close (fd);
+    if (rc == 0 && !is_plausible (sb))
+      rc = set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
+  }
+  else if (errno == ENOENT)
+    rc = set_message (-ENOENT, "there is no volume in %s", state_dir);
+  else
+    rc = set_error (-errno, "cannot open the superblock in %s", state_dir);
+  if (rc < 0)
+    close (dirfd);
+  return rc < 0 ? rc : dirfd;
+}
+
+int
+nbdm_peek_map (const char *state_dir, const char *disk)
+{
+  struct disk_superblock sb;
+  struct disk_log_header header;
+  char file[80];
+  bool torn;
+  int rc, dirfd = peek_superblock (state_dir, &sb, &torn);
+
+  if (dirfd < 0)
+    return dirfd;
+  if (torn) /* as a start takes it */
+    sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
+  snprintf (file, sizeof file, "dirty.%.63s", disk);
+  rc = dirty_map_check (dirfd, disk, sb.uuid, le64toh (sb.session),
+                        (le64toh (sb.size) - 1) / le32toh (sb.region_size) + 1,
+                        le32toh (sb.region_size), &header);
+  close (dirfd);
+  if (rc == 0)
+    rc = log_header_check_closed (file, &header, &sb);
+  if (rc == 0 && le32toh (header.flags) & LOG_RENEWED)
+    rc = set_message (-EUCLEAN, "%s was lost", file);
+  return rc;
+}
+
 int
 nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
            struct nbdm_disk_status *disks)
 {
   struct disk_superblock sb;
   bool torn;
-  int rc, fd, dirfd = open (state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+  int dirfd = peek_superblock (state_dir, &sb, &torn);
 
   if (dirfd < 0)
-    return set_error (-errno, "cannot open the state directory %s", state_dir);
-  fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
-  rc = fd < 0 ? -errno : 0;
+    return dirfd;
   close (dirfd);
-  if (rc < 0)
-    return rc == -ENOENT
-               ? set_message (rc, "there is no volume in %s", state_dir)
-               : set_error (rc, "cannot open the superblock in %s", state_dir);
-  rc = superblock_load (fd, &sb, &torn);
-  close (fd);
-  if (rc < 0)
-    return rc;
-  if (!is_plausible (&sb))
-    return set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
   snprintf (name, NBDM_NAME_LEN, "%.63s", sb.name);
   peek_volume (&sb, status);
   peek_local (&sb, &disks[NBDM_LOCAL]);

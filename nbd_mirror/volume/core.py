@@ -53,6 +53,7 @@ __all__ = [
     "flush_log",
     "log_counts",
     "peek",
+    "peek_map",
     "start_log",
     "write_log",
     "write_text",
@@ -126,6 +127,17 @@ def peek(state_dir: str) -> Peek:
     nr: int = status.nr_remotes
     remotes = tuple(remote_status(disks[disk_of(i)], _text) for i in range(nr))
     return Peek(_text(name), volume, remotes)
+
+
+def peek_map(state_dir: str, disk: str) -> None:
+    """
+    Check a disk's dirty map as a start does; see `peek`.
+
+    Raises:
+        MissingError: there is none. FormatError: a start would not believe it.
+    """
+    rc = lib.nbdm_peek_map(os.fsencode(state_dir), os.fsencode(disk))
+    check(rc, f"dirty.{disk}")
 
 
 def fault_points() -> dict[str, bool]:

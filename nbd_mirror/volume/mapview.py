@@ -89,7 +89,8 @@ class DirtyMaps:
             fd = open_plain(self.path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             raise MissingError(
-                f"there is no dirty map {self.path}", "nbd-mirror create CONFIG"
+                f"there is no dirty map {self.path}",
+                "nbd-mirror serve CONFIG (makes it anew, all dirty)",
             ) from None
         except PermissionError:
             raise AccessError(f"{self.path} may not be read by this user") from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..base.errors import FormatError, MirrorError, MissingError, UnsupportedError
 from ..base.files import read_plain
-from ..rules.state import Facts, LocalFacts, LocalState
+from ..rules.state import Facts, LocalFacts, LocalState, RemoteState
 from .config import VolumeConfig
 from .mapview import DirtyMaps, open_map
 from .model import Peek, RemoteStatus, VolumeStatus
@@ -38,6 +38,7 @@ __all__ = [
 
 LOCKS = Path("/proc/locks")
 _ALL = 1 << 64  # regions: more than there are
+_MADE_ANEW = "nbd-mirror serve CONFIG (makes it anew, all dirty)"
 
 
 def load_core() -> Any:
@@ -191,15 +192,22 @@ def open_disk_map(
     Open a disk's map.
 
     Raises:
-        FormatError: it is of another volume or disk: a start would not believe it.
-        Others: see open_map.
+        FormatError: a start would not believe it: it is of another volume, disk or
+        session, or garbled. Others: see open_map.
     """
     with open_map(_map_path(config, disk)) as maps:
         regions = -(-volume.size // volume.region_size)
         found = (str(uuid.UUID(bytes=maps.uuid)), maps.remote)
         shape = (maps.nr_regions, maps.region_size)
         if found != (volume.uuid, disk) or shape != (regions, volume.region_size):
-            raise FormatError(f"{maps.path} is the map of another volume or disk")
+            raise FormatError(
+                f"{maps.path} is the map of another volume or disk", _MADE_ANEW
+            )
+        try:
+            load_core().peek_map(config.state, disk)
+        except FormatError as error:
+            # Not the hint of a superblock that is garbled, a new volume.
+            raise FormatError(f"{config.state}: {error}", _MADE_ANEW) from None
         yield maps
 
 
@@ -227,6 +235,9 @@ def _remote(
     except MirrorError as error:
         # Rule 9: a map that cannot be trusted means all dirty, and saying so.
         reason = f"{error}; the next start takes all of it as dirty"
+        remote = dataclasses.replace(remote, assumed=False)
+        if remote.state is RemoteState.IN_SYNC:  # which nothing proves now
+            remote = dataclasses.replace(remote, state=RemoteState.OUT_OF_SYNC)
     dirty, late, unflushed = counts
     facts = Facts(
         remote.name,

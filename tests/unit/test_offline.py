@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from unit.volumes import SIZE, make_params
+from unit.volumes import REGION, SIZE, make_params
 
-from nbd_mirror.base.errors import FormatError
+from nbd_mirror.base.errors import FormatError, MirrorError
 from nbd_mirror.volume import core
 from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.offline import open_disk_map, read_superblock, stopped_status
@@ -26,6 +26,77 @@ def make_volume(folder: Path, *, assume: bool) -> VolumeConfig:
         '[[remote]]\nname = "dr"\nuri = "nbd://localhost:10810"\n'
     )
     return load(path)
+
+
+def started_dirty(folder: Path) -> int:
+    """Start the volume and stop it; return what the start took as dirty, in bytes."""
+    with core.Engine(make_params(folder)) as engine:
+        dirty = engine.remote_status(0).dirty_regions * REGION
+        engine.start()
+        engine.stop()
+    return dirty
+
+
+def put_back(config: VolumeConfig, kept: bytes) -> None:
+    """Put a map in the place of the remote's."""
+    (config.state_dir / "dirty.dr").write_bytes(kept)
+
+
+def flip(config: VolumeConfig, at: int) -> None:
+    """Change a bit of the remote's map."""
+    content = bytearray((config.state_dir / "dirty.dr").read_bytes())
+    content[at] ^= 1
+    put_back(config, bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("old", "an old copy of it was put back"),
+        ("superblock", "an old copy of the superblock was put back"),
+        ("in use", "was in use when the volume was not"),
+        ("header", "is garbled"),
+        ("bits", "is garbled"),
+        ("lost", "there is no dirty map"),
+    ],
+)
+def test_map_that_a_start_does_not_believe_means_all_dirty(
+    tmp_path: Path, harm: str, words: str
+) -> None:
+    """A stopped status, and `inspect`, show no more than the next start believes."""
+    config = make_volume(tmp_path / "v", assume=True)
+    path, superblock = config.state_dir / "dirty.dr", config.state_dir / "superblock"
+    first, first_superblock = path.read_bytes(), superblock.read_bytes()
+    started_dirty(tmp_path / "v")
+    with core.Engine(make_params(tmp_path / "v")) as engine:
+        in_use = path.read_bytes()
+        engine.start()
+        engine.stop()
+    assert stopped_status(config).remotes[0].dirty_bytes == 0
+    match harm:
+        case "old":
+            put_back(config, first)
+        case "superblock":
+            superblock.write_bytes(first_superblock)
+        case "in use":
+            put_back(config, in_use)
+        case "header":
+            flip(config, 2000)
+        case "bits":
+            flip(config, 4096 + 9000)
+        case "lost":
+            path.unlink()
+    (remote,) = stopped_status(config).remotes
+    assert (remote.dirty_bytes, remote.state) == (SIZE, "out_of_sync")
+    assert words in remote.reason
+    found = read_superblock(config).volume
+    with (
+        pytest.raises(MirrorError, match=words) as raised,
+        open_disk_map(config, "dr", found),
+    ):
+        pass
+    assert "serve" in raised.value.hint
+    assert started_dirty(tmp_path / "v") == SIZE
 
 
 @pytest.mark.parametrize("disk", ["dr", "local"])
@@ -47,7 +118,4 @@ def test_map_of_another_volume_or_disk_means_all_dirty(
         open_disk_map(config, "dr", found),  # as `inspect` does
     ):
         pass
-    with core.Engine(make_params(tmp_path / "one")) as engine:
-        assert engine.remote_status(0).dirty_regions * 65536 == SIZE
-        engine.start()
-        engine.stop()
+    assert started_dirty(tmp_path / "one") == SIZE
