@@ -20,7 +20,8 @@
 #define SECTOR 512u
 #define LARGEST (1u << 20) /* bytes of a write of the load */
 #define SHARED (8u << 20)  /* where all write */
-#define OWN (64u << 10)    /* behind it each client of the load has its own */
+#define BIG SHARED      /* bytes of a request: 8 take a budget of the least */
+#define OWN (64u << 10) /* behind it each client of the load has its own */
 #define CLIENTS 3
 #define SIZE (SHARED + (CLIENTS + 1) * OWN + 5 * SECTOR)
 
@@ -56,6 +57,29 @@ bring_up (uint32_t nr_peers, uint32_t hold_ms)
   open_door ();
 }
 
+/* With these limits of the door, and the least memory that clients can share.
+ */
+static TEST_UNUSED void
+bring_up_limited (uint32_t max_clients, uint32_t stall_ms)
+{
+  const struct nbdm_limits limits
+      = { .max_clients = max_clients, .stall_ms = stall_ms, .max_memory = 1 };
+  char path[96];
+
+  bring_up (1, 1000);
+  door_close (&served);
+  snprintf (path, sizeof path, "%s/direct", site.dir);
+  door_open_limited (&served, site.volume, path, &limits);
+}
+
+static TEST_UNUSED void
+assert_works (const struct client *c)
+{
+  uint8_t sector[SECTOR] = { 0 };
+
+  assert (client_do (c, NBD_CMD_READ, 0, 0, sizeof sector, sector) == 0);
+}
+
 static void
 wait_no_clients (void)
 {
@@ -84,6 +108,17 @@ take_down (void)
   for (uint32_t i = 0; i < site.nr_peers; i++)
     assert (memcmp (site.image, peer_image (site.peers[i]), SIZE) == 0);
   site_end (&site);
+}
+
+/* End while writes wait for a remote that does not come back: the stop of the
+ * volume is what lets them go.
+ */
+static TEST_UNUSED void
+end_held (void)
+{
+  nbdm_server_end (served.server);
+  assert (nbdm_stop (site.volume) == 0);
+  door_close (&served);
 }
 
 static void
