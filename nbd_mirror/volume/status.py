@@ -30,10 +30,12 @@ class Resync(Answer):
     """How far the copying to a disk is."""
 
     done_bytes: Bytes = Field(description="copied since this resync began")
-    total_bytes: Bytes = Field(description="that, and what is left by now")
+    total_bytes: Bytes = Field(description="`done_bytes`, and what is left now")
     bytes_per_s: Rate = Field(description="at present; 0: nothing moves")
-    eta_s: Seconds | None = Field(description="left at this rate; null: nothing moves")
-    growing: Flag = Field(False, description="clients dirty more than is copied")
+    eta_s: Seconds | None = Field(
+        description="time left at this rate; null: nothing moves"
+    )
+    growing: Flag = Field(False, description="clients make more dirty than is copied")
 
 
 class Persists(Answer):
@@ -52,15 +54,19 @@ class Local(Answer):
     reason: Text = Field("", description="why it is in this state; may be empty")
     hint: Text = Field("", description="which command helps; may be empty")
     dirty_bytes: Bytes = Field(0, description="what it misses, in whole regions")
-    silent_s: Seconds = Field(0.0, description="how long it has owed an answer")
-    errors: Count = Field(0, description="requests that it failed since the start")
-    repaired_regions: Count = Field(
-        0, description="regions it could not read, written anew since the start"
+    silent_s: Seconds = Field(
+        0.0, description="how long its oldest request has had no answer"
     )
-    copied_bytes: Bytes = Field(0, description="copied back since the start, those too")
+    errors: Count = Field(0, description="failed requests since the start")
+    repaired_regions: Count = Field(
+        0, description="unreadable regions, rewritten since the start"
+    )
+    copied_bytes: Bytes = Field(
+        0, description="copied back since the start, with those regions"
+    )
     resync: Resync | None = Field(None, description="null: nothing is to be copied")
     last_error: Text = Field(
-        "", description="while it is `ok`: what it last could not do, or empty"
+        "", description="while it is `ok`: its last error, or empty"
     )
     since: Time = Field("", description="when its state last changed; empty: never")
 
@@ -73,7 +79,7 @@ class Local(Answer):
 class Remote(Answer):
     """A remote."""
 
-    name: Text = Field(description="what commands call it")
+    name: Text = Field(description="its name in commands")
     uri: Text = Field(description="where it is")
     state: Text = Field(description="see STATES")
     reason: Text = Field(description="why it is in this state; may be empty")
@@ -84,13 +90,13 @@ class Remote(Answer):
     unflushed_bytes: Bytes = Field(description="answered and not flushed yet")
     flush_bound_bytes: Bytes | None = Field(
         None,
-        description="how much it may have unflushed: measured, so that a flush fits "
-        "its deadline; null without a server",
+        description="the limit of unflushed bytes: measured, so that a flush fits the "
+        "deadline; null without a server",
     )
     assumed: Flag = Field(description="in sync on an operator's word, not proven")
     paused: Flag = Field(description="by an operator")
     resync: Resync | None = Field(description="null: nothing is to be copied")
-    last_error: Text = Field(description="the last one there was, or empty")
+    last_error: Text = Field(description="the last error, or empty")
     since: Time = Field(description="when the state was entered")
 
 
@@ -114,8 +120,8 @@ class Status(Answer):
     clients: Count = Field(description="connections of clients")
     max_clients: Count | None = Field(
         None,
-        description="how many the direct door takes: `max_clients`, or fewer where "
-        "the limit of open files is lower; null without it",
+        description="the limit of the direct door: `max_clients`, or less if the limit "
+        "of open files is lower; null without it",
     )
     inflight: Count = Field(description="requests under way")
     active_extents: Count = Field(description="extents in the activity log")
@@ -125,24 +131,23 @@ class Status(Answer):
         "load none of them grows",
     )
     policy: Text = Field(
-        description="what is in force; without a server, what the configuration has"
+        description="the policy in force; without a server, that of the configuration"
     )
     fenced_reads: Text = Field("serve", description="as `policy`")
     region_size: Bytes = Field(description="of a region of the dirty maps")
     generation: Id = Field(description="of 64 bits")
     log_lines_lost: Count | None = Field(
         None,
-        description="lines of the log that could not be written since the start, or "
-        "not as fast as they came",
+        description="lines of the log lost since the start, because writing failed or "
+        "was too slow",
     )
     log_lines_left_out: Count | None = Field(
         None,
-        description="lines about clients that were not written, as there were too many",
+        description="lines about clients left out because there were too many",
     )
     clean_stop: Flag | None = Field(
         None,
-        description="left out while a server runs: whether the last one stopped "
-        "cleanly",
+        description="whether the last server stopped cleanly; left out while one runs",
     )
     remotes: tuple[Remote, ...] = Field(description="the remotes")
 
