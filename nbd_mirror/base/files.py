@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import pwd
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,17 +95,19 @@ def check_private(folder: Path, command: str) -> None:
         return
     if status.st_uid != os.geteuid():
         owner, us = _user(status.st_uid), _user(os.geteuid())
+        sudo = "sudo " if os.geteuid() else ""
         raise AccessError(
             f"the state directory {folder} belongs to user {owner}, and this is {us}: "
             "nothing in it is touched",
-            f"sudo -u {owner} nbd-mirror {command} CONFIG, or, if {us} is to serve the "
-            f"volume, chown -R {us} {folder}",
+            f"sudo -u {shlex.quote(owner)} nbd-mirror {command} CONFIG\n"
+            f"or, if {us} is to serve the volume: "
+            f"{sudo}chown -R {us.removeprefix('#')} {shlex.quote(os.fspath(folder))}",
         )
     if status.st_mode & 0o022 and stat.S_ISDIR(status.st_mode):
         raise AccessError(
             f"other users may write in the state directory {folder}: its files cannot "
             "be trusted",
-            f"chmod go-w {folder}",
+            f"chmod go-w {shlex.quote(os.fspath(folder))}",
         )
 
 

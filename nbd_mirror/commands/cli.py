@@ -36,6 +36,7 @@ from ..volume import offline
 from ..volume.client import ask, ask_policy, ask_status
 from ..volume.config import VolumeConfig, load
 from ..volume.mapview import save_png
+from .asked import asked_for, name_volume
 from .cli_types import (
     BlockSizeOption,
     Config,
@@ -49,8 +50,8 @@ from .cli_types import (
 from .create import create_volume
 from .ending import run
 from .output import finish_output, guard_output, keep_descriptors, plain
-from .serve import ServerEndedError, exec_server, start
-from .show import describe_policy, map_json, name_volume, show_map, show_status
+from .serve import exec_server, start
+from .show import describe_policy, map_json, show_map, show_status
 from .stop import stop as stop_server
 from .watch import status_of, wait_for
 from .watch import watch as watch_volume
@@ -85,11 +86,8 @@ def _command(function: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return function(*args, **kwargs)
         except MirrorError as error:
-            asked = kwargs.get("config")
-            if isinstance(asked, str):
-                error.hint = name_volume(error.hint, asked)
-                if isinstance(error, ServerEndedError):
-                    error.message = name_volume(error.message, asked)
+            asked = asked_for(function, kwargs)
+            error.hint = asked.name(error.hint) if asked else error.hint
             raise
 
     return app.command()(wrapper)
@@ -174,13 +172,14 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a volume over NBD. In the background, unless told otherwise."""
+    asked = asked_for(serve, locals())
     if force and without_local:
         raise typer.BadParameter("--force and --without-local exclude each other")
     volume = load(config)
     choice = "forced" if force else "lost" if without_local else ""
     if foreground:
-        exec_server(volume, door.value, choice)
-    pid = start(volume, door.value, choice)
+        exec_server(volume, door.value, choice, asked)
+    pid = start(volume, door.value, choice, asked)
     _say(f"volume {volume.name} is served at {volume.listen.uri} by process {pid}")
 
 
@@ -327,7 +326,7 @@ def attach(
 ) -> None:
     """Attach a served volume to the kernel, as /dev/nbdN."""
     volume = load(config)
-    kernel.check_kernel(volume)
+    kernel.check_kernel(volume, device or "")
     answer = ask_status(volume)
     name, choice = kernel.attach(
         *(volume, answer.size, device or ""),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -95,21 +96,22 @@ def _bring_back(config: VolumeConfig) -> str:
     return (
         "nbd-mirror serve CONFIG, then nbd-mirror resume CONFIG local or "
         "nbd-mirror invalidate CONFIG local\n"
-        f"or, to throw those writes away: rm {config.state}/superblock"
+        "or, to throw those writes away: "
+        f"rm {shlex.quote(f'{config.state}/superblock')}"
     )
 
 
 def _check_local(config: VolumeConfig) -> None:
-    local = Path(config.local)
+    local, quoted = Path(config.local), shlex.quote(config.local)
     try:
         status = local.stat()
     except (FileNotFoundError, NotADirectoryError):
         size = config.size and format_size(config.size, exact=True).removesuffix("iB")
-        hint = f"truncate -s {size.removesuffix('B')} {local}" if size else ""
+        hint = f"truncate -s {size.removesuffix('B')} {quoted}" if size else ""
         if (config.state_dir / "superblock").exists():
-            uri = config.remotes[0].uri
+            uri = shlex.quote(config.remotes[0].uri)
             hint = (
-                f"if it was lost, copy it back first: nbdcopy '{uri}' {local}, then "
+                f"if it was lost, copy it back first: nbdcopy {uri} {quoted}, then "
                 "nbd-mirror create CONFIG --force"
             )
         raise MissingError(f"the local disk {local} is not there", hint) from None
@@ -125,7 +127,7 @@ def _check_local(config: VolumeConfig) -> None:
         raise ConfigError(
             f"the local disk {local} has {status.st_size} bytes, "
             f"the volume needs {max(config.size, 1)}",
-            f"truncate -s {config.size} {local}" if config.size else "",
+            f"truncate -s {config.size} {quoted}" if config.size else "",
         )
 
 

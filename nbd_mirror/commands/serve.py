@@ -26,6 +26,7 @@ from ..base.errors import (
     WaitTimeoutError,
 )
 from ..base.files import check_private
+from ..base.hints import Asked
 from ..base.programs import clean_environment, find_program, run
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
@@ -85,7 +86,9 @@ def check_startable(config: VolumeConfig) -> None:
         )
 
 
-def exec_server(config: VolumeConfig, door: str, choice: str = "") -> NoReturn:
+def exec_server(
+    config: VolumeConfig, door: str, choice: str = "", asked: Asked | None = None
+) -> NoReturn:
     """
     Become the server: bind, then exec it.
 
@@ -93,6 +96,7 @@ def exec_server(config: VolumeConfig, door: str, choice: str = "") -> NoReturn:
         config: of a volume that was created.
         door: one of DOORS.
         choice: what the operator says of the local disk: "forced", "lost" or "".
+        asked: what the user asked for, for the server's hints.
     Raises:
         MirrorError: it cannot be started. What the engine finds wrong is
         printed by the door, which ends the process with the same exit codes.
@@ -100,7 +104,7 @@ def exec_server(config: VolumeConfig, door: str, choice: str = "") -> NoReturn:
     check_startable(config)
     command = _command(config, door)
     listeners = bind(config.listen)
-    environment = _environment() | {
+    environment = _environment(asked) | {
         "NBD_MIRROR_DOOR": door,
         CHOICE_VARIABLE: choice,
         "LISTEN_FDS": str(len(listeners.sockets)),
@@ -155,7 +159,7 @@ def _check_python_plugin(nbdkit: str) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
+def _environment(asked: Asked | None) -> dict[str, str]:
     """
     Return the server's, with a PYTHONPATH that leads any Python to our modules.
 
@@ -169,10 +173,13 @@ def _environment() -> dict[str, str]:
             package = spec.submodule_search_locations is not None
             folders.append(os.fspath(origin.parents[1 if package else 0]))
     path = os.pathsep.join(dict.fromkeys(folders))
-    return clean_environment() | {"PYTHONPATH": path}
+    words = asked.dump() if asked else {}
+    return clean_environment() | {"PYTHONPATH": path} | words
 
 
-def start(config: VolumeConfig, door: str, choice: str = "") -> int:
+def start(
+    config: VolumeConfig, door: str, choice: str = "", asked: Asked | None = None
+) -> int:
     """
     Start the server in the background and wait until it answers.
 
@@ -197,7 +204,7 @@ def start(config: VolumeConfig, door: str, choice: str = "") -> int:
             stdin=subprocess.DEVNULL,
             stdout=fd,
             stderr=fd,
-            env=_environment(),
+            env=_environment(asked),
             cwd="/",
             start_new_session=True,
         )

@@ -9,7 +9,6 @@ Colours only repeat what the words say.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..volume.answers import Policy
 from ..volume.config import VolumeConfig
 from ..volume.mapview import DirtyMaps, picture
 from ..volume.status import Disk, Local, Remote, Resync, Status
+from .asked import name_volume
 from .output import plain
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "describe_policy",
     "describe_resync",
     "map_json",
-    "name_volume",
     "show_map",
     "show_status",
     "state_text",
@@ -51,11 +50,6 @@ LONGEST_RUNS = 10
 def state_text(state: str) -> Text:
     """Return a state's word in its colour."""
     return Text(plain(state), style=_STYLES.get(state, ""))
-
-
-def name_volume(hint: str, asked: str) -> str:
-    """Put what the user calls the volume where a hint says CONFIG."""
-    return hint.replace("CONFIG", shlex.quote(asked))
 
 
 def describe_resync(resync: Resync | None) -> str:

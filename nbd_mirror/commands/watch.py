@@ -24,8 +24,9 @@ from ..volume.client import ask_status
 from ..volume.config import VolumeConfig
 from ..volume.offline import stopped_status
 from ..volume.status import Disk, Status
+from .asked import name_volume
 from .output import plain
-from .show import describe_resync, name_volume, state_text
+from .show import describe_resync, state_text
 
 __all__ = ["reached", "status_of", "wait_for", "watch"]
 

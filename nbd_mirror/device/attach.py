@@ -29,6 +29,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import time
 
 from ..base.errors import (
@@ -125,7 +126,7 @@ def attach(
         MissingError: no such device. ConfigError: *asked* cannot be used.
         MirrorIOError: nbd-client failed.
     """
-    check_kernel(config)
+    check_kernel(config, device)
     client = find_program("nbd-client", "nbd-client")
     already = attached_device(config)
     if already and not asked and device in ("", already):
@@ -136,7 +137,7 @@ def attach(
             f"volume {config.name} is attached already, as {already}",
             "nbd-mirror detach CONFIG",
         )
-    choice, by_operator = _choose(config, size, asked)
+    choice, by_operator = _choose(config, size, asked, device)
     name = devices.check_free(device) if device else devices.first_free()
     rc, said = run(client, *_arguments(config, name, choice.block, connections))
     if rc:
@@ -147,7 +148,18 @@ def attach(
     return f"/dev/{name}", choice
 
 
-def _choose(config: VolumeConfig, size: int, asked: str) -> tuple[Choice, bool]:
+def _again(device: str, option: str = "") -> str:
+    """Give the command that attaches to the same device."""
+    return " ".join(
+        filter(
+            None, ["nbd-mirror attach CONFIG", option, device and shlex.quote(device)]
+        )
+    )
+
+
+def _choose(
+    config: VolumeConfig, size: int, asked: str, device: str = ""
+) -> tuple[Choice, bool]:
     """Return the block size, and whether an operator asked for it."""
     before = attached.load(config.state_dir)
     wanted = int(asked) if asked not in ("", "auto") else None
@@ -162,14 +174,14 @@ def _choose(config: VolumeConfig, size: int, asked: str) -> tuple[Choice, bool]:
         if wanted is None:
             raise MirrorIOError(
                 f"{error.message}; the block size cannot be read from the content",
-                "nbd-mirror attach CONFIG --block-size 512",
+                _again(device, "--block-size 512"),
             ) from None
     try:
         choice = choose(
             size, smallest, need, asked=wanted, before=before.block_size or None
         )
     except ValueError as error:
-        hint = "nbd-mirror attach CONFIG --block-size auto" if wanted else ""
+        hint = _again(device, "--block-size auto") if wanted else ""
         raise ConfigError(f"volume {config.name}: {error}", hint) from None
     return choice, wanted is not None
 
@@ -262,18 +274,19 @@ def _give(config: VolumeConfig, name: str, server: str) -> bool:
 # --- devices -------------------------------------------------------------
 
 
-def check_kernel(config: VolumeConfig) -> None:
+def check_kernel(config: VolumeConfig, device: str = "") -> None:
     """
     Load the kernel's nbd driver if it is not there.
 
+    Args:
+        config: of the volume that is to be attached.
+        device: that it is to be attached as, or "".
     Raises:
         UnsupportedError: the kernel has none; the hint shows the other ways.
         AccessError: not root.
     """
     if os.geteuid() != 0:
-        raise AccessError(
-            "only root may attach a device", "sudo nbd-mirror attach CONFIG"
-        )
+        raise AccessError("only root may attach a device", f"sudo {_again(device)}")
     if (devices.SYS_BLOCK / "nbd0").exists():
         return
     said = "modprobe is not installed"
@@ -291,24 +304,28 @@ def other_ways(config: VolumeConfig) -> str:
     """Return the commands that use a volume without the kernel's nbd."""
     uri, folder = config.listen.uri, f"/run/nbd-mirror/{config.name}.fuse"
     if config.listen.path is not None:
-        server = f"server.type=unix,server.path={config.listen.path}"
+        path = config.listen.path.replace(",", ",,")  # as QEMU takes it
+        server = f"server.type=unix,server.path={path}"
     else:
         server = (
             f"server.type=inet,server.host={config.listen.client_host},"
             f"server.port={config.listen.port}"
         )
-    node = re.sub(r"[^A-Za-z0-9-]", "-", config.name)[:31]
+    # QEMU wants a letter first.
+    node = re.sub(r"^(?![A-Za-z])", "v", re.sub(r"[^A-Za-z0-9-]", "-", config.name))
+    node = node[:31]
+    drive = f"file={uri},format=raw,if=virtio,cache=none"
+    blockdev = f"driver=nbd,node-name={node},{server}"
     return "\n".join(
         [
             "with FUSE and a loop device (packages libnbd-bin, fuse3):",
             f"  mkdir -p {folder}",
-            f"  nbdfuse {folder} '{uri}' &",
+            f"  nbdfuse {folder} {shlex.quote(uri)} &",
             f"  until [ -e {folder}/nbd ]; do sleep 0.1; done",
             f"  mount -o loop {folder}/nbd /mnt    # undo: umount /mnt {folder}",
             "or give it to QEMU as a disk:",
-            f"  -drive 'file={uri},format=raw,if=virtio,cache=none'",
-            f"  -blockdev driver=nbd,node-name={node},{server} "
-            f"-device virtio-blk-pci,drive={node}",
+            f"  -drive {shlex.quote(drive)}",
+            f"  -blockdev {shlex.quote(blockdev)} -device virtio-blk-pci,drive={node}",
         ]
     )
 

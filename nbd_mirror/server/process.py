@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from ..base.errors import MetadataFailedError, MirrorError
+from ..base.hints import Asked
 from ..base.threads import begin
 from ..volume import core
 
@@ -53,7 +54,9 @@ def or_exit(step: Callable[[], _T]) -> _T:
 
 
 def _exit(error: MirrorError) -> NoReturn:
-    hint = error.hint and "\n  try: " + error.hint.replace("\n", "\n       ")
+    asked = Asked.load()
+    hint = asked.name(error.hint) if asked else error.hint
+    hint = hint and "\n  try: " + hint.replace("\n", "\n       ")
     core.write_text(f"nbd-mirror: {error}{hint}\n")
     core.flush_log(LAST_WORDS_S)
     os._exit(error.exit_code)

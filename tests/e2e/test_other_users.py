@@ -216,7 +216,13 @@ def foreign(site: Site) -> tuple[Site, Path]:
 
 
 @pytest.mark.parametrize(
-    "words", [["serve"], ["serve", "--foreground"], ["create"], ["create", "--force"]]
+    "words",
+    [
+        ["serve"],
+        ["serve", "--door native", "--foreground", "--force"],
+        ["create"],
+        ["create", "--assume-in-sync dr", "--force"],
+    ],
 )
 def test_state_of_another_user_is_refused(
     foreign: tuple[Site, Path], words: list[str]
@@ -224,10 +230,9 @@ def test_state_of_another_user_is_refused(
     """Root neither serves nor makes a volume there; no link is written through."""
     site, victim = foreign
     name, *options = words
-    said = site.refused(
-        15, "belongs to user", "nobody", commands=[name, str(site.config), *options]
-    )
-    assert f"sudo -u nobody nbd-mirror {name}" in said
+    commands = [name, str(site.config), *" ".join(options).split()]
+    said = site.refused(15, "belongs to user", "nobody", commands=commands)
+    assert f"sudo -u nobody nbd-mirror {' '.join(commands)}\n" in said
     assert victim.read_text() == "precious"
 
 

@@ -19,7 +19,9 @@ from unit.volumes import make_file
 
 from nbd_mirror.base.errors import (
     EXIT_CODES,
+    AccessError,
     ConfigError,
+    ExistsError,
     FormatError,
     MissingError,
     NotRunningError,
@@ -99,6 +101,36 @@ def test_error_is_one_line_and_a_hint_with_the_users_name_for_it(file: Path) -> 
         "nbd-mirror: no server answers for this volume\n"
         f"  try: nbd-mirror serve {file}\n"
     )
+
+
+def test_hints_can_be_pasted(tmp_path: Path) -> None:
+    """Whatever the paths are: each command is given to a shell, and works there."""
+    folder = tmp_path / "my CONFIG's $HOME"
+    folder.mkdir()
+    file = make_file(folder)
+    (folder / "st").chmod(0o777)
+
+    def paste(code: int, *options: str) -> str:
+        done = nbd_mirror("create", file, *options)
+        assert code == done.returncode, done.stderr
+        command = done.stderr.partition("  try: ")[2].splitlines()[0].split(" (")[0]
+        subprocess.run(
+            ["/bin/bash", "-c", command],
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+            check=True,
+            timeout=60,
+            capture_output=True,
+        )
+        return command
+
+    assert "truncate" in paste(MissingError.exit_code)
+    assert "chmod" in paste(AccessError.exit_code)
+    assert nbd_mirror("create", file).returncode == 0
+    assert "--force" in paste(ExistsError.exit_code)
+    assert "--assume-in-sync dr --force" in paste(
+        ExistsError.exit_code, "--assume-in-sync", "dr"
+    )
+    assert "assumed" in nbd_mirror("status", file).stdout
 
 
 def test_current_folder_that_was_removed_is_said(file: Path, tmp_path: Path) -> None:
