@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ..base.errors import BusyError, RemoteError, WrongDiskError
+from ..base.errors import BusyError, MirrorError, RemoteError, WrongDiskError
 from ..rules.pace import Answered
 from ..rules.progress import Progress
 from ..rules.state import LocalFacts, LocalState, describe_local
@@ -116,12 +116,9 @@ class LocalKeeper(DiskKeeper):
         """
         with self._only_command():
             self._attach(path)
-            try:
+            with self._dropped_on_error():
                 self._check_is_the_same(path)
-            except BaseException as error:
-                self._engine.drop(LOCAL, str(error))
-                raise
-            self._admit(path)
+                self._admit(path)
 
     @contextlib.contextmanager
     def _only_command(self) -> Iterator[None]:
@@ -156,14 +153,31 @@ class LocalKeeper(DiskKeeper):
         """
         with self._only_command():
             self._engine.local_attach(path, replaced=True)
-            self._admit(path)
+            with self._dropped_on_error():
+                self._admit(path)
+
+    @contextlib.contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        """Close the attached disk again where it cannot be used."""
+        try:
+            yield
+        except BaseException as error:
+            # Not where it is in use already, or the volume ends: it says so itself.
+            with contextlib.suppress(MirrorError):
+                self._engine.drop(LOCAL, str(error))
+            raise
 
     def _admit(self, path: str) -> None:
         with self._lock:
+            self._error = ""  # of an earlier resync; the next one begins at once
+        self._admitted = True  # before the thread can see the new state
+        try:
+            self._engine.admit(LOCAL)
+        except BaseException:
+            self._admitted = False
+            raise
+        with self._lock:
             self._path = path
-            self._error = ""
-        self._admitted = True
-        self._engine.admit(LOCAL)
 
     def _check_is_the_same(self, path: str) -> None:
         compared = False
@@ -272,6 +286,8 @@ class LocalKeeper(DiskKeeper):
         before = LocalState.OK if seen is None else seen.state
         state = volume.local.state
         with self._lock:
+            if before is not state:
+                self._error = ""  # it was of what went on in the last state
             facts = self._facts(volume)
         if before is not state and state is LocalState.RESYNCING:
             came_from_ok = before is LocalState.OK and seen is not None

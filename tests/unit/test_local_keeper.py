@@ -26,6 +26,7 @@ from unit.volumes import REGION, SIZE, Remote, make_params
 from nbd_mirror.base.errors import (
     BusyError,
     MirrorError,
+    MirrorIOError,
     MissingError,
     RemoteError,
     WrongDiskError,
@@ -56,12 +57,19 @@ class Watched(core.Engine):
 
     batches = 0
     hangs: threading.Event | None = None  # local_attach waits for it
+    unusable = False  # admit fails, as it does when the attached disk has an error
 
     def local_attach(self, path: str, *, replaced: bool) -> None:
         """Hang, as an open of a disk may."""
         hangs = Watched.hangs
         assert hangs is None or hangs.wait(60)
         super().local_attach(path, replaced=replaced)
+
+    def admit(self, disk: Disk) -> None:
+        """Fail, as where the disk cannot be described."""
+        if Watched.unusable and disk == LOCAL:
+            raise MirrorIOError("the local disk: Input/output error")
+        super().admit(disk)
 
     def resync(
         self, disk: Disk, first: int, max_bytes: int, max_s: float, plan: Plan
@@ -279,6 +287,42 @@ class TestResume:
         self.refused(mirror, str(run_dir / "none"), MissingError, "does not exist")
         self.refused(mirror, str(small), WrongDiskError, f"has {REGION} bytes")
         mirror.local.resume(mirror.params.local)
+
+    @pytest.mark.parametrize("command", ["resume", "replace"])
+    def test_disk_that_fails_as_it_is_taken_leaves_no_trace(
+        self,
+        mirror: LocalMirror,
+        run_dir: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+    ) -> None:
+        """Neither its path nor the disk: the next command takes another one."""
+        mirror.fail_local()
+        link = run_dir / "link.img"
+        link.symlink_to(mirror.params.local)
+        take = getattr(mirror.local, command)
+        with monkeypatch.context() as patch:
+            patch.setattr(Watched, "unusable", True)
+            with pytest.raises(MirrorIOError, match="Input/output error"):
+                take(str(link))
+        status = mirror.engine.status().local
+        assert status.state is LocalState.FAILED
+        assert not status.attached
+        assert mirror.local.view().path == mirror.params.local
+        assert not mirror.local._admitted
+        take(str(link))
+        assert mirror.local.view().path == str(link)
+        mirror.local.start()
+        mirror.wait_for_local(LocalState.OK)
+
+    def test_error_of_an_earlier_state_is_not_told(self, mirror: LocalMirror) -> None:
+        """What went wrong before the disk failed says nothing of it now."""
+        mirror.local._note("no remote is connected")
+        mirror.local.start()
+        mirror.fail_local()
+        wait_until(
+            lambda: not mirror.local.view().facts.last_error, "the error to be old"
+        )
 
     def test_disk_that_hangs_keeps_one_command(
         self, mirror: LocalMirror, monkeypatch: pytest.MonkeyPatch
