@@ -37,14 +37,16 @@ def opened_folder(folder: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def open_plain(name: str | Path, flags: int, dir_fd: int | None = None) -> int:
+def open_plain(
+    name: str | Path, flags: int, dir_fd: int | None = None, mode: int = 0o600
+) -> int:
     """
     Open a file that must be a plain one, with one name.
 
     Raises:
         OSError: ELOOP where it is a link, a FIFO, a device.
     """
-    fd = os.open(name, flags | _PLAIN, 0o600, dir_fd=dir_fd)
+    fd = os.open(name, flags | _PLAIN, mode, dir_fd=dir_fd)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(fd)
@@ -65,16 +67,28 @@ def read_plain(folder: Path, name: str, most: int) -> tuple[bytes, int]:
             return file.read(most), os.fstat(fd).st_uid
 
 
-def replace_file(folder: Path, name: str, content: bytes) -> None:
-    """Write a new file and give it the name, whatever has the name now."""
+def replace_file(folder: Path, name: str, content: bytes, mode: int = 0o600) -> None:
+    """
+    Write a new file and give it the name, whatever has the name now.
+
+    Args:
+        mode: of the file, before the umask.
+    Raises:
+        OSError: it cannot be written; then the name is as it was.
+    """
     new = f".{name}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with opened_folder(folder) as dir_fd:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new, dir_fd=dir_fd)  # of a process that was killed
-        with open(open_plain(new, flags, dir_fd), "wb") as file:
-            file.write(content)
-        os.rename(new, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        try:
+            with open(open_plain(new, flags, dir_fd, mode), "wb") as file:
+                file.write(content)
+            os.rename(new, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=dir_fd)
+            raise
 
 
 def check_private(folder: Path, command: str) -> None:

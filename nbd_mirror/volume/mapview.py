@@ -11,10 +11,13 @@ shares no code with the engine.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
+import io
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ from ..base.errors import (
     UnsupportedError,
     from_errno,
 )
-from ..base.files import open_plain
+from ..base.files import open_plain, replace_file
 from ..base.units import format_size
 
 if TYPE_CHECKING:
@@ -352,10 +355,11 @@ def save_png(maps: list[DirtyMaps], file: str | os.PathLike[str], title: str) ->
 
     Args:
         maps: of one volume's remotes.
-        file: replaced if it exists.
+        file: replaced if it exists, once the whole picture is written.
         title: a line of text above.
     Raises:
         OSError: it cannot be written. UnsupportedError: Pillow is not installed.
+        FormatError: a map was cut short meanwhile.
     """
     try:
         from PIL import Image, ImageDraw
@@ -378,7 +382,22 @@ def save_png(maps: list[DirtyMaps], file: str | os.PathLike[str], title: str) ->
         draw.text((8, top + 2), line, fill="black")
         total.paste(image, (8, top + text))
         top += image.height + text + 8
-    total.save(file, format="PNG")
+    content = io.BytesIO()
+    total.save(content, format="PNG")
+    _write(Path(file), content.getvalue())
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Replace a file that is there; a device or a FIFO is written to."""
+    target = Path(os.path.realpath(file))  # a link stays one
+    mode = 0o666  # as of any file that a command is told to write
+    with contextlib.suppress(FileNotFoundError):
+        status = target.stat()
+        if not stat.S_ISREG(status.st_mode):
+            target.write_bytes(content)
+            return
+        mode = stat.S_IMODE(status.st_mode)
+    replace_file(target.parent, target.name, content, mode)
 
 
 def _square(maps: DirtyMaps) -> tuple[str, Image.Image]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
+import stat
 import struct
 import subprocess
 import sys
@@ -241,6 +243,40 @@ def test_png_shows_dirty_and_clean_in_different_colours(tmp_path: Path) -> None:
         colours = {colour for _, colour in image.getcolors(1 << 20) or ()}
         assert {(214, 48, 40), (36, 58, 48)} <= colours
         assert image.height > 2 * 512
+
+
+def test_png_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    """One that cannot be written, or drawn, leaves the old picture and no other."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    link, png = tmp_path / "link.png", folder / "map.png"
+    link.symlink_to(png)
+    png.write_bytes(b"the old one")
+    png.chmod(0o640)
+    path = tmp_path / "dirty.dr"
+    write_map(path, 70_000, {1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_map(path) as maps:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save_png([maps], link, "volume pg")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert png.read_bytes() == b"the old one"
+        assert list(folder.iterdir()) == [png]
+        save_png([maps], link, "volume pg")
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert png.stat().st_mode & 0o777 == 0o640
+        save_png([maps], "/dev/null", "volume pg")
+        os.truncate(path, 4096)
+        before = png.read_bytes()
+        with pytest.raises(FormatError, match="cut short"):
+            save_png([maps], png, "volume pg")
+    assert before == png.read_bytes()
+    assert link.is_symlink()
+    assert list(folder.iterdir()) == [png]
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
 def test_png_without_pillow_says_what_to_install(
