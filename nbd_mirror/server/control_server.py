@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The control socket's server: answers the commands of a running volume.
+The control socket's server: it answers the commands for a running volume.
 
-volume/control.py has the protocol. One request a connection keeps both ends free of
-any state, and a client that hangs holds only its own thread, and that for seconds.
+volume/control.py has the protocol. With one request per connection neither end keeps
+any state, and a client that hangs holds only its own thread, for a few seconds.
 
-Only the owner may open it, twice over: the mode is 0600 from the moment the
-socket is bound (set on the descriptor before, so no umask of the whole process
-need change while nbdkit's threads make files), and the peer's uid is asked of
-the kernel.
+Only the owner may open the socket. Two checks enforce this. The mode is 0600 from the
+moment the socket is bound (it is set on the descriptor before, so the umask of the
+process stays unchanged while nbdkit's threads make files). And the kernel reports the
+peer's uid.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ __all__ = ["MAX_REQUEST", "ControlServer", "Handler"]
 Handler = Callable[[str, dict[str, Any]], object]
 
 MAX_REQUEST = 64 << 10  # bytes
-CLIENT_TIMEOUT_S = 5.0  # to send a request, and to take the answer
-MAX_CLIENTS = 8  # at once; more wait in the kernel's queue
+CLIENT_TIMEOUT_S = 5.0  # to send a request, and to receive the answer
+MAX_CLIENTS = 8  # at the same time; more wait in the kernel's queue
 BACKLOG = 64
-STACK_BYTES = 1 << 20  # of a client's thread: they may be locked in memory
-LOOK_S = 2.0  # between two looks whether the socket's name is still there
-SHORT_S = 0.1  # until the next try, without descriptors
+STACK_BYTES = 1 << 20  # of a client's thread: stacks may be locked in memory
+LOOK_S = 2.0  # between two checks that the socket's name still exists
+SHORT_S = 0.1  # until the next try, while there are no descriptors
 
 
 def _ignore(level: str, text: str) -> None:
-    """Say nothing: the next turn comes."""
+    """Log nothing: the next turn tries again."""
 
 
 class ControlServer:
     """
     Answers requests with *handler*, each in its own thread.
 
-    *handler* gets the command and its arguments and returns what JSON can
-    carry; a MirrorError it raises goes to the client, any other exception too,
-    as a bug, and never ends the server.
+    *handler* gets the command and its arguments and returns what JSON can carry. A
+    MirrorError that it raises goes to the client. So does any other exception, as a
+    bug, and it never ends the server.
 
     Args:
-        path: of the socket.  The caller holds the volume's lock: a socket
-            file on which no server answers is a dead one's and is replaced.
+        path: of the socket. The caller holds the volume's lock, so a socket file on
+            which no server answers is left from a dead server, and is replaced.
         handler: called from several threads at once.
-        timeout_s: for a client to send its request, and to take the answer.
-        log: is told of a bug, and the thread goes on.
+        timeout_s: for a client to send its request, and to receive the answer.
+        log: gets a bug's traceback; the thread continues.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ControlServer:
         ]
         self._closing = False
         self._wake_r = self._wake_w = -1
-        self._reserve = -1  # a descriptor to give up when none is left
+        self._reserve = -1  # a descriptor to close when none is left
 
     def start(self) -> None:
         """
@@ -104,8 +104,8 @@ class ControlServer:
         self._listener = self._bind()
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC)
         self._keep_reserve()
-        # All of them now: a thread that is started when memory is out may die on its
-        # first step, and Thread.start() then waits for it for ever.
+        # Start all of them now: a thread that is started without free memory may die on
+        # its first step, and Thread.start() then waits for it forever.
         before = threading.stack_size(STACK_BYTES)
         try:
             for worker in self._workers:
@@ -117,13 +117,14 @@ class ControlServer:
         """
         Stop answering, remove the socket, and join every thread.
 
-        A request under way is answered first; bounded by its handler and the
-        client's time-out.  From a handler's own thread it joins all but that.
+        A request under way is answered first; its handler and the client's time-out
+        limit the wait. Called from a handler's own thread, it joins all threads but
+        that one.
         """
         if self._listener is None or self._closing:
             return
         self._closing = True
-        # Remove the name first: no client may connect to what will not answer.
+        # Remove the name first: no client may connect to a server that will not answer.
         with contextlib.suppress(OSError):
             self._path.unlink()
         os.write(self._wake_w, b"x")
@@ -177,7 +178,7 @@ class ControlServer:
             self._rest(SHORT_S)
 
     def _wait_for_client(self) -> bool:
-        """Wait a while for a client; meanwhile see to what else is ours."""
+        """Wait a while for a client, and keep the socket and the reserve in order."""
         with self._lock:
             assert self._listener is not None
             fd = self._listener.fileno()
@@ -192,7 +193,7 @@ class ControlServer:
         return any(one == fd for one, _ in found)
 
     def _rest(self, seconds: float) -> None:
-        """Sleep, but not over the end."""
+        """Sleep, but not beyond the end."""
         poll = select.poll()
         poll.register(self._wake_r, select.POLLIN)
         poll.poll(seconds * 1000)
@@ -218,7 +219,7 @@ class ControlServer:
                 self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _keep_name(self) -> None:
-        """Bind anew if the socket was removed, by a clean-up of old files, say."""
+        """Bind again if the socket was removed, say by a clean-up of old files."""
         if self._closing or os.path.lexists(self._path):
             return
         with contextlib.suppress(MirrorError, OSError):
@@ -234,15 +235,16 @@ class ControlServer:
                     client.settimeout(self._timeout_s)
                     client.sendall(answer)
         except OSError:
-            pass  # the client is gone: there is none to be told
+            pass  # the client is gone
 
     def _answer(self, client: socket.socket) -> bytes | None:
         try:
             try:
                 deadline = time.monotonic() + self._timeout_s
                 line = receive_line(client, MAX_REQUEST, deadline)
-                # Only now: closed on before it has sent its request, a client gets
-                # a broken pipe and not the refusal. Nothing of it is looked at.
+                # Check only now: a client whose connection is closed before it has sent
+                # its request gets a broken pipe instead of the refusal. Its request is
+                # not evaluated before the check.
                 _check_peer(client)
                 request = json.loads(line)
                 command = request.pop("command")

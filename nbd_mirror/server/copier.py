@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-One resync's copying: where it is, and how fast it goes on.
+The copying of one resync: its position, and its pace.
 
 The engine copies in calls of many seconds, because the end of each leaves the link idle
-for a while. `Pace` decides meanwhile, in a thread of its own, and the engine takes the
-new pace from the next copy on; this carries the figures between the three.
+for a while. `Pace` decides in a thread of its own how fast the copying is, and the
+engine uses the new pace from the next copy on. This module carries the figures between
+the three.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ..volume.model import Batch
 
 __all__ = ["Copier", "Copying"]
 
-CALL_S = 10.0  # a call at most: what else its thread has to do waits so long
-TICK_S = 0.05  # between two looks at how clients fare
+CALL_S = 10.0  # limit of a call: its thread's other work waits so long
+TICK_S = 0.05  # between two looks at the clients' latency
 FIRST_TICK_S = 0.02
-MAX_BYTES = 1 << 62  # a call ends by time
+MAX_BYTES = 1 << 62  # time ends a call, not this
 BUSY_FIRST_S, BUSY_LAST_S = 0.05, 1.0  # rests while clients hold all dirty regions
 
 
@@ -33,8 +34,8 @@ class Copying:
     How a disk's dirty regions are copied: methods of the engine for that disk.
 
     Args:
-        copy: from a region on, at most so many bytes and seconds, at a pace.
-        set_pace: of the call that is under way.
+        copy: copy from a region on, at most so many bytes and seconds, at a pace.
+        set_pace: set the pace of the call that is under way.
         answered: what a remote has answered of copies; local answers nothing.
         latency: of clients' requests, since the start.
     """
@@ -46,7 +47,7 @@ class Copying:
 
 
 class Copier:
-    """Copies a disk's dirty regions, a call after the other, round and round."""
+    """Copies a disk's dirty regions, one call after the other, in rounds."""
 
     def __init__(self, copying: Copying, clock: Callable[[], float]) -> None:
         self._copying = copying
@@ -57,13 +58,13 @@ class Copier:
 
     def copy(self) -> tuple[Batch, float]:
         """
-        Copy until there is no more to do, or for some seconds. Blocks.
+        Copy until nothing is left, or for some seconds. Blocks.
 
         Returns:
             What was done, and the seconds to wait before the next call.
         """
         first = self._next_region
-        # Before the call, which would else begin as if a client were there.
+        # Decide before the call, which would otherwise begin as if a client were there.
         plan = self._judge()
         with self._keep_pace():
             batch = self._copying.copy(first, MAX_BYTES, CALL_S, plan)
@@ -72,11 +73,11 @@ class Copier:
 
     @contextlib.contextmanager
     def _keep_pace(self) -> Iterator[None]:
-        """Change the pace of the call that is made meanwhile, as `Pace` says."""
+        """Change the pace of a call while it runs, as `Pace` decides."""
         over, at_work = threading.Event(), threading.Lock()
-        # Not by threading.Thread, whose start() waits for the thread for ever if that
-        # dies at once, as it may when memory is out. Without one the call goes on as it
-        # began, which is gently.
+        # Not threading.Thread: its start() waits forever for a thread that dies at
+        # once, which may happen without free memory. Without this thread the call keeps
+        # its first pace, which is low.
         with contextlib.suppress(RuntimeError):
             _thread.start_new_thread(self._drive, (over, at_work))
         try:
@@ -90,7 +91,7 @@ class Copier:
         tick_s = FIRST_TICK_S
         with at_work, contextlib.suppress(MemoryError):
             while not over.wait(tick_s):
-                # Also if it is what it was: the call may have begun only now.
+                # Set it even if it is unchanged: the call may have begun only now.
                 self._copying.set_pace(self._judge())
                 tick_s = TICK_S
 
@@ -100,10 +101,11 @@ class Copier:
 
     def _rest_s(self, first: int, copied_bytes: int) -> float:
         """
-        Give no rest, but after an empty round.
+        Return the rest before the next call: 0, except after an empty round.
 
-        A call from the first region on that copied nothing found them all clean,
-        which ends the resync, or held by clients: asking again at once would spin.
+        A call that began at the first region and copied nothing found all regions
+        clean, which ends the resync, or held by clients: an immediate next call would
+        spin.
         """
         if copied_bytes > 0:
             self._empty_rounds = 0

@@ -2,9 +2,9 @@
 """
 The direct door's process: `python -m nbd_mirror.server.direct CONFIG`.
 
-`serve` execs it. The listening sockets are handed to it as descriptors 3, 4 ...
-Clients are served in C (csrc/doors/direct_server.c), while the main thread waits
-there; Python keeps the volume.
+`serve` execs it, and passes the listening sockets as descriptors 3, 4 ... C serves the
+clients (csrc/doors/direct_server.c) while the main thread waits there; Python keeps the
+volume.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .volume import Volume
 __all__ = ["main"]
 
 _LISTEN_FD = 3
-_DRAIN_S = 1.0  # for requests that wait for a remote: the engine's stop ends that
+_DRAIN_S = 1.0  # for requests that wait for a remote; then the engine's stop ends them
 
 
 def main(path: str) -> None:
-    """Serve the volume of the configuration at *path* until it is told to end."""
+    """Serve the volume of the configuration at *path* until asked to end."""
     or_exit(start_log)
     ended: list[Server] = []
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the keepers of the local disk and of a remote have in common.
+The common part of the keepers of the local disk and of a remote.
 
-A keeper is the one thread that brings its disk up to date: it looks at the disk, says
-what changed, does one thing, and begins again. This has the thread, which no error
-ends, and the resync with the progress that it shows. What a disk's states mean and when
-it may be used differs, and is its own keeper's.
+A keeper is the only thread that brings its disk up to date: it reads the disk's status,
+logs what changed, does one step, and begins again. This module has the thread, which no
+error ends, and the resync with its progress. The states of a disk, and when it may be
+used, differ by kind: see each keeper.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class DiskKeeper(ABC):
         self._random = random
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=thread, daemon=True)
-        self._copier: Copier | None = None  # the thread's alone
-        # The lock guards what status reads beside the thread.
+        self._copier: Copier | None = None  # only for the thread
+        # The lock guards what status also reads.
         self._lock = threading.Lock()
         self._error = ""  # why it does not work now
         self._progress: Progress | None = None
@@ -78,7 +78,7 @@ class DiskKeeper(ABC):
         return self._thread.name
 
     def start(self) -> None:
-        """Start the thread; raises MirrorError if there is none."""
+        """Start the thread. Raises MirrorError if it cannot be made."""
         begin(self._thread)
 
     def end(self) -> None:
@@ -94,7 +94,7 @@ class DiskKeeper(ABC):
     # --- the loop ---
 
     def _run(self) -> None:
-        # Also what a turn's own recovery raises does not end the keeper.
+        # An exception in the recovery does not end the keeper either.
         keep_going(self._turn, lambda: self._ending, self._log, self._title)
 
     def _turn(self) -> None:
@@ -109,19 +109,19 @@ class DiskKeeper(ABC):
 
     @abstractmethod
     def _look_and_act(self) -> None:
-        """Do one thing, or wait until there is something to do."""
+        """Do one step, or wait until there is something to do."""
 
     @abstractmethod
     def _recover(self, words: str) -> None:
-        """Wait out a failure that no step of its own deals with."""
+        """Wait after a failure that no step handles."""
 
     def _say_failure(self, words: str) -> None:
-        """Say once why it does not work."""
+        """Log once why it does not work."""
         if words != self._error and not self._ending:
             self._log("warning", f"{self._title}: {words}")
 
     def _sample(self, remote: int, budget_s: float) -> Sample:
-        """Compare clean regions of the local disk and *remote*, for so long."""
+        """Compare clean regions of local and *remote*, for at most *budget_s*."""
         return take_sample(
             self._engine,
             remote,
@@ -134,7 +134,7 @@ class DiskKeeper(ABC):
     # --- resync ---
 
     def _copying(self) -> Copying:
-        """Say how this disk's dirty regions are copied."""
+        """Return how this disk's dirty regions are copied."""
         engine, disk = self._engine, self._disk
         return Copying(
             copy=functools.partial(engine.resync, disk),
@@ -145,15 +145,15 @@ class DiskKeeper(ABC):
 
     @abstractmethod
     def _answered(self) -> Answered:
-        """Say what `Copying.answered` does."""
+        """Return the value of `Copying.answered`."""
 
     def _say_resync(self, text: str) -> None:
-        """Say that a resync began, goes on or is done."""
+        """Log that a resync began, continues or is done."""
         self._log("info", f"{self._title}: {text}")
 
     def _update_progress(self, dirty_bytes: int, copied_bytes: int) -> float:
         """
-        Bring the progress shown up to date; the lock is held.
+        Update the progress that status shows; the caller holds the lock.
 
         Returns:
             The seconds since a region was last finished; 0 without a resync.
@@ -168,7 +168,7 @@ class DiskKeeper(ABC):
         self, dirty_bytes: int, copied_bytes: int, *, copying: bool, in_sync: bool
     ) -> None:
         """
-        Begin and end the copying and the progress shown, as the disk's state says.
+        Begin or end the copying and its progress, by the disk's state.
 
         Args:
             copying: the disk is used, and misses something.

@@ -2,10 +2,10 @@
 """
 The keeper: the thread that keeps one remote connected and brings it up to date.
 
-It reads the facts, asks `state.next_step` what to do, does it, and begins again. All
-waiting is done in the engine's `wait`, without the GIL, which ends at any change
-of the remote: so operator commands go straight to the engine and need no queue here.
-The keeper is the only one that connects, compares, admits and copies.
+It reads the facts, asks `state.next_step` for the next step, executes it, and begins
+again. It waits only in the engine's `wait`, without the GIL, and any change of the
+remote ends that wait. So operators' commands go straight to the engine and need no
+queue here. Only the keeper connects, compares, admits and copies.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class RemotePolicy:
-    """What the configuration says of a remote, as far as its keeper is concerned."""
+    """The part of the configuration that a remote's keeper needs."""
 
     name: str
     uri: str
@@ -67,7 +67,7 @@ class Keeper(DiskKeeper):
     Keeps the remote of index *remote*.
 
     Args:
-        refuse: says why a uri must not be connected to, or "".
+        refuse: returns why a uri must not be connected to, or "".
         clock: gives seconds, monotonic.
         random: gives numbers in [0, 1).
     """
@@ -97,27 +97,27 @@ class Keeper(DiskKeeper):
         self._refuse_uri = refuse
         # Only the thread uses these.
         self._seen: RemoteStatus | None = None  # at the last turn
-        self._attempt = 0  # failed ones since the last progress
+        self._attempt = 0  # failed attempts since the last progress
         self._admitted_at = 0.0
         self._progressed = False  # on this connection
         self._explained = ""
-        # The lock guards what status reads beside the thread.
+        # The lock guards what status also reads.
         self._uri = policy.uri
         self._retry_at = clock()
         self._late_until = 0.0
         self._last_error = ""  # the last one ever
         self._connecting = False
         self._asked = False  # to try at once, since the attempt under way began
-        self._in_use = False  # admitted, and not noticed lost since
+        self._in_use = False  # admitted, and no loss noticed since
 
     def retry_now(self, uri: str) -> None:
-        """Try *uri* at once; the caller makes the engine wake the thread."""
+        """Try *uri* at once; the caller must wake the thread through the engine."""
         with self._lock:
             self._uri = uri
         self.forget_error()
 
     def forget_error(self) -> None:
-        """Try at once, and give no old reason; the caller wakes the thread."""
+        """Try at once, and drop the old reason; the caller must wake the thread."""
         with self._lock:
             self._retry_at = self._clock()
             self._error = ""
@@ -156,13 +156,13 @@ class Keeper(DiskKeeper):
             return
         else:
             self._engine.wait(self._disk, status.serial, step.wait_s)
-        # What was waited for knowingly is no stall.
+        # A wait that the keeper chose is no stall.
         with self._lock:
             if self._progress is not None and not self._error:
                 self._progress.waited(self._clock())
 
     def _facts(self, status: RemoteStatus) -> Facts:
-        """Put together what is known; the lock is held."""
+        """Collect the facts; the caller holds the lock."""
         now = self._clock()
         volume = self._engine.status()
         dirty = volume.bytes_of(status.dirty_regions)
@@ -187,9 +187,9 @@ class Keeper(DiskKeeper):
     # --- what changed ---
 
     def _observe(self, status: RemoteStatus) -> None:
-        """Take notice of what changed since the last turn, and say so."""
+        """Act on and log what changed since the last turn."""
         seen, self._seen = self._seen, status
-        # Not by what was seen last: it may have come and gone in between.
+        # Not the status of the last turn: the connection may have come and gone since.
         if self._in_use and not status.admitted:
             self._in_use = False
             self._lost(status)
@@ -215,9 +215,9 @@ class Keeper(DiskKeeper):
         """
         Plan the next attempt after a connection was lost.
 
-        At once if it had been of use for a while. Else the back-off goes on growing:
-        a server may take connections and no data, or close each once it is in use. An
-        operator may have asked for an attempt since it was lost: that counts.
+        Try at once if it had worked for a while. Otherwise the back-off grows further:
+        a server may accept connections and no data, or close each one once it is used.
+        If an operator asked for an attempt since the loss, that has priority.
         """
         words = status.reason or "the connection was lost"
         self._log("warning", f"{self._title}: disconnect: {words}")
@@ -228,12 +228,12 @@ class Keeper(DiskKeeper):
             self._attempt += 1
             wait_s = backoff_s(self._attempt, self._random())
             if status.state is RemoteState.HOLDING:
-                # Requests wait for it, and the hold is not to pass without an attempt.
+                # Requests wait for it, so at least one attempt must fit into the hold.
                 wait_s = min(wait_s, self._policy.hold_s / 2)
         self._plan_retry(words, wait_s)
 
     def _plan_retry(self, words: str, wait_s: float) -> None:
-        """Remember why it does not work; the next attempt may be made in *wait_s*."""
+        """Store why it does not work; the next attempt may come after *wait_s*."""
         with self._lock:
             if self._asked:  # perhaps at another uri than the one that failed
                 self._asked, wait_s = False, 0.0
@@ -251,7 +251,7 @@ class Keeper(DiskKeeper):
             self._error = ""
 
     def _note_failure(self, words: str) -> None:
-        """Remember why an attempt failed, and when the next may be made."""
+        """Store why an attempt failed, and when the next may come."""
         state = self._engine.remote_status(self._remote).state
         if state is RemoteState.HOLDING:
             wait_s = hold_retry_s(self._random())
@@ -279,7 +279,7 @@ class Keeper(DiskKeeper):
             return
         timeout_s, sample_s = self._policy.deadline_s, SAMPLE_S
         if status.state is RemoteState.HOLDING:
-            # An attempt that outlasts the hold is of no use to the requests that wait.
+            # An attempt that outlasts the hold does not help the waiting requests.
             timeout_s = max(min(timeout_s, self._policy.hold_s), MIN_CONNECT_S)
             sample_s = self._policy.hold_s / 2
         try:
@@ -294,7 +294,7 @@ class Keeper(DiskKeeper):
             self._engine.drop(self._disk, words)
             self._explain(words)
         except Exception as error:
-            # A bug of ours must not leave a connection that no thread uses or ends.
+            # After a bug of ours no connection may stay that no thread uses or ends.
             self._engine.drop(self._disk, f"internal error: {error!r}")
             raise
 
@@ -312,7 +312,7 @@ class Keeper(DiskKeeper):
             self._engine.explain(self._remote, words)
 
     def _refuse(self, uri: str, region: int) -> None:
-        """Make the remote failed: one of the two is not what it was; write nothing."""
+        """Make the remote failed: one of the two disks has changed. Write nothing."""
         offset = region * self._engine.status().region_size
         where = f"region {region} (offset {offset}) differs; nothing was written to it"
         # The address comes last: it may be longer than the engine keeps.
@@ -323,9 +323,10 @@ class Keeper(DiskKeeper):
         with self._lock:
             asked = self._asked
         if asked:
-            # An operator said meanwhile that it may be used again, perhaps elsewhere:
-            # what counts is an attempt that begins after that. One that comes after
-            # this look finds the remote failed, and resets it.
+            # During the attempt an operator said that the remote may be used again,
+            # perhaps at another address, so only an attempt that begins after that
+            # counts. A command that comes after this check finds the remote failed, and
+            # resets it.
             self._engine.reset(self._remote)
             self._plan_retry(words, 0.0)
 
@@ -333,8 +334,8 @@ class Keeper(DiskKeeper):
         now = self._clock()
         self._admitted_at, self._progressed, self._explained = now, False, ""
         with self._lock:
-            # Before it is admitted: held requests are sent at once, and what the
-            # lost connection still carries counts from now on.
+            # Set this before it is admitted: held requests are sent at once, and the
+            # late-write window of the lost connection begins now.
             self._late_until = now + self._policy.late_window_s
         self._engine.admit(self._disk)
         self._in_use = True
@@ -346,11 +347,11 @@ class Keeper(DiskKeeper):
     # --- copying ---
 
     def _resync(self) -> None:
-        """Copy for a while; a remote lost over it is dealt with at the next turn."""
+        """Copy for a while; the next turn handles a remote that was lost."""
         assert self._copier is not None
         batch, wait_s = self._copier.copy()
         if batch.copied_bytes > 0:
-            self._attempt = 0  # even if it is lost soon: something was made clean
+            self._attempt = 0  # even if it is lost soon: some regions became clean
             self._note_progress()
         if batch.error is None:
             with self._lock:

@@ -2,12 +2,12 @@
 """
 The local keeper: the thread that copies back what the local disk misses.
 
-After an error that a remote makes up for, the engine goes on without the local disk and
-keeps a map of what it misses. Whether it may be used again is for an operator to say
-(`resume`: the same disk works again; `invalidate`: it was replaced); then this thread
-copies back, as it does by itself for a single sector that could not be read. All
-waiting is done in the engine, without the GIL. The operator's two commands run in the
-control socket's thread, one at a time.
+After an error of the local disk, with a remote in its place, the engine continues
+without the local disk and records in a map what it misses. An operator decides when it
+may be used again (`resume`: the same disk works again; `invalidate`: it was replaced).
+Then this thread copies back. For a single sector that could not be read it does so
+without an operator. It waits only in the engine, without the GIL. The operator's two
+commands run in the control socket's thread, one at a time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalKeeper"]
 
-RETRY_S = 1.0  # until the next batch, where nothing tells that it would work
+RETRY_S = 1.0  # until the next batch, when nothing tells that it would work
 SAID_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
 SAMPLE_S = 5.0
-COMMAND_S = 5.0  # that an operator's command waits for another one to end
+COMMAND_S = 5.0  # how long an operator's command waits for another one
 _REPLACED = (
     "correct `local`; or, if it was replaced, nbd-mirror invalidate CONFIG local "
     "(overwrites it with a full copy)"
@@ -49,8 +49,8 @@ class LocalKeeper(DiskKeeper):
     Keeps the local disk, at *path* as far as is known.
 
     Args:
-        nr_remotes: how many there are to copy from.
-        asked: what the operator calls the volume, for the log's hints.
+        nr_remotes: how many remotes there are to copy from.
+        asked: the operator's name of the volume, for hints in the log.
         clock: gives seconds, monotonic.
         random: gives numbers in [0, 1).
     """
@@ -74,9 +74,9 @@ class LocalKeeper(DiskKeeper):
         self._command = threading.Lock()  # one operator's command at a time
         # Only the thread uses these.
         self._seen: LocalStatus | None = None  # at the last turn
-        self._repairing = False  # it was ok: this is a sector, not a whole disk
+        self._repairing = False  # it was ok: a sector is rewritten, not a whole disk
         self._admitted = False  # by an operator, and not ok since
-        self._say_progress_at = 0.0  # again
+        self._say_progress_at = 0.0  # when to log the progress again
         self._say_repairs_at = 0.0
         self._repairs_said = 0
         self._path = path  # guarded by the lock
@@ -90,9 +90,9 @@ class LocalKeeper(DiskKeeper):
 
     def why_not_used(self) -> str:
         """
-        Say at a start why the local disk is not used, and what helps; "" if it is.
+        Return why the local disk is not used at a start, and what helps; "" if it is.
 
-        No remote is connected yet, and that is no news.
+        No remote is connected yet, so the text does not mention remotes.
         """
         facts = dataclasses.replace(self.view().facts, sources=1)
         return self._why(facts) if facts.state is LocalState.FAILED else ""
@@ -111,8 +111,8 @@ class LocalKeeper(DiskKeeper):
 
         Raises:
             BusyError: it has not failed, or the disk is in use. WrongDiskError: it
-            is not the disk that was left. RemoteError: there is none to compare it
-            with. MissingError, MirrorIOError: it does not work yet.
+            is another disk than before. RemoteError: no remote is connected to compare
+            it with. MissingError, MirrorIOError: it does not work yet.
         """
         with self._only_command():
             self._attach(path)
@@ -123,9 +123,9 @@ class LocalKeeper(DiskKeeper):
     @contextlib.contextmanager
     def _only_command(self) -> Iterator[None]:
         """
-        Keep other commands out, and do not wait for one that a hanging disk keeps.
+        Exclude other commands, and do not wait long for one that a hanging disk keeps.
 
-        Each holds a thread of the control socket, which has few.
+        Each command holds a thread of the control socket, which has few.
         """
         if not self._command.acquire(timeout=COMMAND_S):
             raise BusyError(
@@ -149,7 +149,7 @@ class LocalKeeper(DiskKeeper):
         Use another disk in its place: all of it is overwritten.
 
         Raises:
-            MirrorError: as `resume`, but for the sample.
+            MirrorError: as for `resume`, except for the sample.
         """
         with self._only_command():
             self._engine.local_attach(path, replaced=True)
@@ -190,7 +190,7 @@ class LocalKeeper(DiskKeeper):
                 raise self._another_disk(path, sample.differs)
             if sample.same > 0:
                 return
-        # With every region dirty there is nothing to prove: all of it is copied.
+        # With every region dirty no proof is needed: all of it is copied.
         if compared and self._engine.status().local.unproven:
             raise WrongDiskError(
                 f"this may not be the disk that was left: it is another device, and "
@@ -227,7 +227,7 @@ class LocalKeeper(DiskKeeper):
             return
         batch, wait_s = self._copier.copy()
         if batch.copied_bytes > 0 or batch.error is None:
-            # What could be copied was: go on, also where a part was refused.
+            # All that could be copied was. Go on, even if a part was refused.
             with self._lock:
                 self._error = ""
             if wait_s > 0:
@@ -243,7 +243,7 @@ class LocalKeeper(DiskKeeper):
             self._engine.wait(LOCAL, local.serial, wait_s)
 
     def _wait_for_remote(self, words: str) -> None:
-        """Wait until a remote that is away is back, or for a while."""
+        """Wait until a lost remote is back, or for a while."""
         self._note(words)
         for remote in range(self._nr_remotes):
             status = self._engine.remote_status(remote)
@@ -254,17 +254,17 @@ class LocalKeeper(DiskKeeper):
 
     def _recover(self, words: str) -> None:
         self._note(words)
-        # In whatever state: what fails at once would fail again at once.
+        # Wait in any state: what fails at once would fail again at once.
         self._engine.wait(LOCAL, self._engine.status().local.serial, RETRY_S)
 
     def _note(self, words: str) -> None:
-        """Remember why copying does not work, and say it once."""
+        """Store why copying does not work, and log it once."""
         self._say_failure(words)
         with self._lock:
             self._error = words
 
     def _facts(self, volume: VolumeStatus) -> LocalFacts:
-        """Put together what is known; the lock is held."""
+        """Collect the facts; the caller holds the lock."""
         local = volume.local
         dirty = volume.bytes_of(local.dirty_regions)
         remotes = map(self._engine.remote_status, range(self._nr_remotes))
@@ -281,7 +281,7 @@ class LocalKeeper(DiskKeeper):
     # --- what changed ---
 
     def _observe(self, volume: VolumeStatus) -> None:
-        """Take notice of what changed since the last turn, and say so."""
+        """Act on and log what changed since the last turn."""
         seen, self._seen = self._seen, volume.local
         before = LocalState.OK if seen is None else seen.state
         state = volume.local.state
@@ -307,7 +307,7 @@ class LocalKeeper(DiskKeeper):
         self._say_repairs(volume.local)
 
     def _say_progress(self, dirty_bytes: int, *, went_on: bool) -> None:
-        """Say now and then how far a resync is."""
+        """Log the progress of a resync from time to time."""
         if self._progress is None:
             return
         if went_on and self._clock() < self._say_progress_at:
@@ -325,10 +325,10 @@ class LocalKeeper(DiskKeeper):
         return f"{DiskKeeper._done(progress)}, {rate:.0f} bytes/s"
 
     def _answered(self) -> Answered:
-        return Answered(0, 0, 0.0)  # a copy at a time: there is no link to fill
+        return Answered(0, 0, 0.0)  # one copy at a time: there is no link to fill
 
     def _say_resync(self, text: str) -> None:
-        """Say it of a disk that is copied back; a sector is counted instead."""
+        """Log this for a whole disk; a repaired sector is only counted."""
         if not self._repairing:
             super()._say_resync(text)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The Python half of the native door: what csrc/doors/door.h declares.
+The Python half of the native door: the functions that csrc/doors/door.h declares.
 
-No module imports this file. Its text is built into the nbdkit plugin, which runs it in
-the interpreter it embeds, once, at the first call of one of these functions. The rest
-of the package is found through PYTHONPATH, which `nbd-mirror serve` sets.
+No module imports this file. Its text is built into the nbdkit plugin, which runs it
+once, in the interpreter that it embeds, at the first call of one of these functions.
+PYTHONPATH, which `nbd-mirror serve` sets, leads to the rest of the package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from _nbdm_native import ffi
 
-# Before anything of ours is imported: core.py shall drive the engine that is part of
-# this very plugin, not a second copy of it in _core's own shared object.
+# This must come before any import of ours: core.py must drive the engine inside this
+# plugin, not a second copy of it in _core's own shared object.
 sys.modules["nbd_mirror._core"] = sys.modules["_nbdm_native"]
 
 if TYPE_CHECKING:

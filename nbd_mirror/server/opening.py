@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Open a volume's engine: with what an operator says of its local disk, and with the help
-that fits where it cannot be opened.
+Open a volume's engine with the operator's choice for its local disk; if it cannot be
+opened, give the hint that fits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def open_engine(config: _config.VolumeConfig) -> Engine:
     Open the engine.
 
     Raises:
-        MirrorError: of any class, with a hint where something helps.
+        MirrorError: of any class, with a hint if something helps.
     """
     choice = os.environ.pop(_config.CHOICE_VARIABLE, "")
     params = dataclasses.replace(_config.to_params(config), local_choice=choice)

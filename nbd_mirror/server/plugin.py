@@ -2,10 +2,10 @@
 """
 The Python door: nbdkit's callbacks under `nbdkit python`.
 
-Portable and easy to change; each request is one C call with the GIL released, but
-still passes through the interpreter, which bounds it near 22,000 requests/s. nbdkit
-runs this file as `__main__`, so imports are absolute, and finds the callbacks by
-their names. There is nothing to keep for a connection, so the handle is only true.
+It is portable and easy to change. Each request is one C call with the GIL released, but
+still passes through the interpreter, which limits it to about 22,000 requests/s. nbdkit
+runs this file as `__main__`, so imports are absolute, and finds the callbacks by their
+names. A connection has no state, so its handle is just true.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _engine() -> core.Engine:
 
 
 def _answer(request: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Tell the client the errno of what a request raises; nbdkit logs the words."""
+    """Pass a request's errno to the client; nbdkit logs the message."""
 
     @functools.wraps(request)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -51,7 +51,8 @@ def _answer(request: Callable[_P, _T]) -> Callable[_P, _T]:
             return request(*args, **kwargs)
         except (MirrorError, OSError) as error:
             nbdkit.set_error(error.errno or errno.EIO)
-            # nbdkit logs the trace with the words: where in C it was is in those.
+            # nbdkit logs the trace with the message, which already names the place in
+            # C.
             raise error.with_traceback(None) from None
 
     return wrapped
@@ -70,12 +71,12 @@ def _refuse(message: str) -> None:
 
 
 def thread_model() -> int:
-    """Let requests run side by side: the engine does its own locking."""
+    """Let requests run in parallel: the engine does its own locking."""
     return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
 def config(key: str, value: str) -> None:
-    """Take the only parameter there is."""
+    """Take the only parameter."""
     global _config_path  # noqa: PLW0603  nbdkit has one volume a process
     if key != "config":
         or_exit(lambda: _refuse(f"unknown parameter {key}: only config=FILE is known"))
@@ -83,7 +84,7 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    """Check that it was given."""
+    """Check that the parameter was given."""
     if _config_path is None:
         or_exit(lambda: _refuse("config=FILE is needed: the volume's configuration"))
 
@@ -96,7 +97,7 @@ def get_ready() -> None:
 
 
 def after_fork() -> None:
-    """Start the threads, which a fork would lose."""
+    """Start the threads, which would not survive a fork."""
     assert _volume is not None
     or_exit(_volume.serve)
 
@@ -119,7 +120,7 @@ def close(h: bool) -> None:  # noqa: ARG001
 
 
 def export_description(h: bool) -> str:  # noqa: ARG001
-    """Say which volumes this is, for one that is asked to mirror onto itself."""
+    """Name the volumes behind this export, so that no volume mirrors onto itself."""
     return _engine().chain()
 
 
@@ -137,23 +138,23 @@ def _yes(h: bool) -> bool:  # noqa: ARG001
     return True
 
 
-# A flush on one connection covers the answered writes of all: multi-conn is true.
+# A flush on one connection covers the answered writes of all, so multi-conn is true.
 can_write = can_flush = can_trim = can_zero = can_fast_zero = _yes
 can_extents = can_multi_conn = _yes
 
 
 def is_rotational(h: bool) -> bool:  # noqa: ARG001
-    """Let clients not sort their requests for us."""
+    """Tell clients that they need not sort their requests."""
     return False
 
 
 def can_fua(h: bool) -> int:  # noqa: ARG001
-    """Take FUA as it is."""
+    """Pass FUA on to the engine."""
     return int(nbdkit.FUA_NATIVE)
 
 
 def can_cache(h: bool) -> int:  # noqa: ARG001
-    """Take cache requests as they are."""
+    """Pass cache requests on to the engine."""
     return int(nbdkit.CACHE_NATIVE)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What clients get when a remote is lost, switched while they run.
+Switch what clients get when a remote is lost, while they run.
 
-The engine makes the switch (csrc/volume/policy.c). A server that was told so keeps to
-it until it ends; what is written in the configuration is for the next start.
+The engine makes the switch (csrc/volume/policy.c). The server keeps the new policy
+until it ends; the next start uses the configuration's.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def switch_policy(
     engine: Engine, args: Mapping[str, Any], volume: str
 ) -> dict[str, Any]:
     """
-    Change what *args* names, and return what is in force then.
+    Change the settings that *args* names, and return those in force afterwards.
 
     Args:
         engine: the running volume's.
-        args: "policy" and "fenced_reads", each may be left out.
+        args: "policy" and "fenced_reads"; each may be missing.
         volume: its name, for the log.
     Raises:
-        ConfigError: such a policy is not known. MirrorIOError: the volume has failed.
+        ConfigError: the policy is not known. MirrorIOError: the volume has failed.
     """
     status = engine.status()
     before = {"policy": status.policy, "fenced_reads": status.fenced_reads}

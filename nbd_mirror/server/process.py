@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the server process does about signals, and about its end.
+The server process: its signals, and its end.
 
-nbdkit has a way of its own that does not fit a mirror: when told to end it first waits
-for every client to go away, which one in the kernel never does. So the signals are
-ours: the volume is stopped cleanly at once, requests that still come are refused,
-nbdkit is asked to end, and if clients keep it, the process exits: everything is durable
-by then. A stop that cannot be completed has an end too.
+nbdkit's own way does not fit a mirror: when asked to end, it first waits until every
+client has disconnected, which the kernel's client never does. So this module handles
+the signals: it stops the volume cleanly at once, requests that still arrive are
+refused, and nbdkit is asked to end. If clients keep nbdkit, the process exits;
+everything is durable by then. A stop that cannot complete also ends, after a time
+limit.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ _T = TypeVar("_T")
 
 
 def log(level: str, text: str) -> None:
-    """Write a line of the log; whatever becomes of it, the caller goes on."""
+    """Write a line of the log. Never raises."""
     core.write_log(level, text)
 
 
 def or_exit(step: Callable[[], _T]) -> _T:
     """
-    Do *step* of a server's start, or end the process with one clear line.
+    Run *step* of a server's start, or end the process with one clear line.
 
-    At once and without nbdkit's own clean-up: it would print a second message, and
-    there is nothing of ours to clean up before the first client.
+    It ends the process at once, without nbdkit's clean-up, which would print a second
+    message. Nothing of ours needs cleaning up before the first client.
     """
     try:
         return step()
@@ -64,10 +65,10 @@ def _exit(error: MirrorError) -> NoReturn:
 
 def on_signal(act: Callable[[], object]) -> None:
     """
-    Have *act* called, in a thread of its own, at each signal to end.
+    Call *act*, in a thread of its own, at each signal to end.
 
-    Must be called on the main thread before any other one is made: all of them are
-    to have the signals blocked, or one could take them to nbdkit's own handler.
+    Must be called on the main thread before any other thread is made: all threads must
+    have the signals blocked, or one could deliver them to nbdkit's own handler.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -78,7 +79,7 @@ def on_signal(act: Callable[[], object]) -> None:
             try:
                 act()
             except Exception:
-                # The next signal tries again, and `End` ends the process at last.
+                # The next signal tries again, and `End` ends the process eventually.
                 with contextlib.suppress(Exception):
                     log("error", f"stopping: {traceback.format_exc()}")
 
@@ -87,15 +88,15 @@ def on_signal(act: Callable[[], object]) -> None:
 
 class End:
     """
-    The end of the process, which comes for certain once it has begun.
+    The end of the process, which is certain once it has begun.
 
-    Its thread is there from the start: a process that is to end because threads run
-    out could not make one.
+    Its thread exists from the start: a process that must end because it cannot make
+    threads could not make this one.
 
     Args:
         name: of the volume, for the log.
         limit_s: how long a stop may take.
-        grace_s: how long clients that stay may keep the process after it.
+        grace_s: how long remaining clients may keep the process after it.
     """
 
     def __init__(self, name: str, limit_s: float, grace_s: float) -> None:
@@ -109,20 +110,20 @@ class End:
         self.doing = ""  # what the stop waits for
 
     def start(self) -> None:
-        """Start the thread; raises MirrorError if there is none."""
+        """Start the thread. Raises MirrorError if it cannot be made."""
         begin(threading.Thread(target=self._wait, name="end", daemon=True))
 
     def begin(self) -> None:
-        """Say that the stop begins. Again: no effect."""
+        """Report that the stop begins. Calling it again has no effect."""
         self._begun.set()
 
     def stopped(self, code: int) -> None:
-        """Say that all is durable, or never will be; *code* is the exit code."""
+        """Report that all is durable, or never will be; *code* is the exit code."""
         self._code = code
         self._stopped.set()
 
     def closed(self) -> None:
-        """Say that the process ends by itself from here."""
+        """Report that the process now ends by itself."""
         self._closed.set()
 
     def _wait(self) -> None:

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Is the disk behind a new connection the one that was left?
+Is the disk behind a new connection the same as before?
 
-A plain NBD server has no identity, so on every connection a few clean regions are
-compared with local before anything is trusted or written. Chosen are the places where a
-wrong disk would show: the first and the last region and the one where a first partition
-begins (partition tables, superblocks, which change at each mount), recently written
-ones (an old backup differs there, and where the backup is local's what is written again
-and again has changed on the remote since), and random ones where local holds data, as
-holes are alike everywhere. Dirty regions prove nothing and are passed over; with every
-region dirty there is nothing to prove, all of it is copied. Sectors that local cannot
-read are passed over too: the remote is needed to write them anew.
+A plain NBD server has no identity. So on every connection this module compares a few
+clean regions with local before anything is trusted or written. It chooses places where
+a wrong disk would show: the first and the last region and the one where a first
+partition begins (partition tables, and superblocks, which change at each mount);
+recently written regions (an old backup of the remote differs there; and if local was
+restored from a backup, blocks that are written again and again have changed on the
+remote since); and random regions where local holds data, because holes are the same
+everywhere. Dirty regions prove nothing and are skipped; if every region is dirty, no
+proof is needed, because all of it is copied. Sectors that local cannot read are skipped
+too: the remote is needed to rewrite them.
 
-Where time is over, because the link is slow or local hangs meanwhile, what was compared
-has to do: it may be one region. The remote is what requests wait for then, and with a
-hanging local it is the only disk that can take its place.
+If time runs out, because the link is slow or local hangs, the regions compared so far
+suffice, even a single one: requests are waiting for the remote, and if local hangs, it
+is the only disk that can take its place.
 
-A sample that compared nothing proves nothing. As long as any region is clean one is
-compared, or the disk is not used: where requests hold all of them, it is tried again.
+A sample that compared nothing proves nothing. As long as any region is clean, one must
+be compared before the disk is used; if requests hold all of them, this tries again.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ __all__ = ["Sample", "take_sample"]
 
 ENOUGH = 48  # regions compared
 MAX_TRIES = 256  # regions asked for; a dirty one costs no I/O
-RECENT_REGIONS = 20  # written last: an old backup differs there, if anywhere
-ACTIVE_EXTENTS = 6  # of the latest used ones, a region each
-FIRST_PARTITION = 1 << 20  # where today's partitioning programs have it begin
-BUSY_S = 0.05  # until a region that requests hold is tried again
+RECENT_REGIONS = 20  # latest writes: an old backup differs there, if anywhere
+ACTIVE_EXTENTS = 6  # of the latest used extents, one region each
+FIRST_PARTITION = 1 << 20  # where current partitioning programs let it begin
+BUSY_S = 0.05  # until it tries a region again that requests hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +63,23 @@ def take_sample(
     """
     Compare regions until enough are the same, one differs, or time is over.
 
-    Blocks; each comparison is bounded by the remote's deadline, over a slow link by
-    two seconds or what a part of a region takes. With time over, what
-    was compared has to do, but one clean region is if there is any.
+    Blocks. The remote's deadline limits each comparison; over a slow link the limit is
+    two seconds, or the time for a part of a region. If time is over, the regions
+    compared so far suffice, but at least one clean region is compared if there is any.
 
     Args:
         random: gives numbers in [0, 1).
         clock: gives seconds.
-        ending: says that the volume stops; once woken, `Engine.wait` waits no
-            more.
+        ending: returns true once the volume stops; after `wake`, `Engine.wait` does
+            not wait any more.
 
     Returns:
-        With 0 the same and none that differs every region is dirty.
+        The sample. With 0 the same and none that differs, every region is dirty.
 
     Raises:
-        BusyError: all that time requests held every region that could tell, or the
-            volume stops.
-        MirrorError: the remote could not be read, or the local disk nowhere.
+        BusyError: requests held every region that could tell, all that time, or
+            the volume stops.
+        MirrorError: the remote could not be read, or no part of the local disk.
     """
     end = clock() + budget_s
     seen: set[int] = set()
@@ -100,7 +101,7 @@ def take_sample(
 
 
 class _Tally:
-    """What comparisons said so far."""
+    """The results of the comparisons so far."""
 
     def __init__(self, engine: Engine, remote: int, ending: Callable[[], bool]) -> None:
         self.engine, self.remote, self.ending = engine, remote, ending
@@ -118,7 +119,7 @@ class _Tally:
 def _first_that_tells(
     engine: Engine, tally: _Tally, left_s: Callable[[], float]
 ) -> Sample:
-    """Compare one region, any that is clean, however few of them there are."""
+    """Compare one clean region, however few of them there are."""
     region = 0
     busy = False
     while tally.unreadable < ENOUGH:
@@ -166,12 +167,13 @@ def _candidates(engine: Engine, random: Callable[[], float]) -> Iterator[int]:
 def _data_region(
     engine: Engine, status: VolumeStatus, region: int, random: Callable[[], float]
 ) -> int:
-    """Pick a region in the first run of data from *region* on, else *region*."""
+    """Return a region in the first run of data from *region* on, else *region*."""
     offset = region * status.region_size
     try:
         runs = engine.extents(status.size - offset, offset, 8)
     except MirrorError:
-        return region  # the disk cannot tell; comparing says if it can be read
+        # the disk reports no holes; the comparison shows if it is readable
+        return region
     for run in runs:
         if run.type != HOLE:
             picked = run.offset + int(random() * run.length)

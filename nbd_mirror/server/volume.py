@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The volume a server serves: the one control object behind all doors.
+The volume that a server serves: the one control object behind all doors.
 
-It ties the engine to a keeper a disk, the control socket and a maintenance thread,
-and brings them up and down in the one order that is safe. A door only opens it before
-any fork, starts it after, and stops it at the end; requests never pass here.
+It connects the engine with a keeper per disk, the control socket and a maintenance
+thread, and starts and ends them in the only safe order. A door opens it before any
+fork, starts it after, and stops it at the end. Requests never pass through it.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ __all__ = ["Volume"]
 
 MAINTENANCE_S = 2.0
 COOL_S = 60.0  # an extent idle for longer goes cold
-SAMPLE_S = 60.0  # between two looks at whether local can be known again
+SAMPLE_S = 60.0  # between two checks that a start could identify local
 SAMPLES = 32  # that a start can compare, of 64
-JOIN_S = 10.0  # beyond two deadlines
-GRACE_S = 2.0  # for clients to go away once everything is stopped
-MAX_SAID = 100  # texts that maintenance remembers having said
-LOCAL = "local"  # the local disk's name where else a remote's stands
+JOIN_S = 10.0  # in addition to two deadlines
+GRACE_S = 2.0  # for clients to disconnect once everything is stopped
+MAX_SAID = 100  # texts that maintenance remembers as logged
+LOCAL = "local"  # the local disk's name in place of a remote's
 
 
 class Volume:
     """
-    An open volume. Made by `open`; `serve` after any fork; `stop` ends it.
+    An open volume. `open` makes it, `serve` starts it after any fork, `stop` ends it.
 
     Args:
         config: the volume's.
         door: "direct", "native" or "python", for status.
         shutdown: asks the server to end; called from a thread of ours.
-        drain: has it answer its clients and disconnect them, before the engine refuses
-            requests; called from a thread of ours, and must be bounded.
+        drain: answers the server's clients and disconnects them, before the engine
+            refuses requests; called from a thread of ours, and must end in time.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Volume:
         self._drain = drain
         self.max_clients: int | None = None  # of the direct door
         self.engine = open_engine(config)
-        self._said: set[str] = set()  # what was said once
+        self._said: set[str] = set()  # texts logged once
         self._local = self._make_local_keeper()
         self._keepers = self._make_keepers()
         self._control = ControlServer(control_path(config.state), self.handle, log=log)
         self._ending = threading.Event()
         self._exit = End(config.name, config.stop_limit_s, GRACE_S)
         self._rest_s = 0.0  # before the next turn of maintenance
-        self._sample_at = 0.0  # when local is looked at again, for the next start
+        self._sample_at = 0.0  # when to take samples of local again
         self._maintenance = threading.Thread(
             target=self._maintain, name="maintenance", daemon=True
         )
@@ -107,7 +107,7 @@ class Volume:
 
     @property
     def config(self) -> _config.VolumeConfig:
-        """What it was opened with."""
+        """The configuration that it was opened with."""
         return self._config
 
     def _make_local_keeper(self) -> LocalKeeper:
@@ -150,7 +150,7 @@ class Volume:
 
     def serve(self) -> None:
         """
-        Start every thread and answer commands; signals stop the volume from now on.
+        Start every thread and answer commands; from now on signals stop the volume.
 
         Must be called on the process's main thread, before it has others.
 
@@ -167,11 +167,11 @@ class Volume:
             keeper.start()
         begin(self._maintenance)
         log("info", f"volume {self._config.name}: served, {self._door} door")
-        # Waits for the door, so not here; no thread has to wait for it at the end.
+        # It waits for the door, so it needs a thread; no thread joins it at the end.
         begin(threading.Thread(target=self._take_back, name="device", daemon=True))
 
     def _take_back(self) -> None:
-        """Serve the kernel device again that an earlier server of the volume had."""
+        """Serve the kernel device of an earlier server of this volume again."""
         try:
             if os.geteuid() == 0 and take_back(self._config):
                 log("info", f"{attached_device(self._config)} has this server now")
@@ -186,10 +186,10 @@ class Volume:
         """
         Stop cleanly and close everything. Blocks, bounded by the deadlines.
 
-        Again: no effect.
+        Calling it again has no effect.
 
         Returns:
-            Whether the next start has nothing to recover.
+            True: the next start has nothing to recover.
         """
         clean = self._halt()
         self._control.close()  # joins its threads: one may still send an answer
@@ -200,13 +200,13 @@ class Volume:
         return clean
 
     def _end(self) -> bool:
-        """Stop cleanly, and have nbdkit end; clients that stay do not keep us."""
+        """Stop cleanly, and ask nbdkit to end, whatever clients remain."""
         clean = self._halt()
         self._shutdown()
         return clean
 
     def _halt(self) -> bool:
-        """End the policy threads, then the engine; requests are refused from then."""
+        """End the policy threads, then the engine, which then refuses requests."""
         self._exit.begin()
         with self._halt_lock:
             if self._clean is None:
@@ -254,7 +254,7 @@ class Volume:
         )
 
     def _nap(self) -> bool:
-        """Rest, but not before the first turn; says whether the end has come."""
+        """Rest, except before the first turn; return whether the end has come."""
         rest_s, self._rest_s = self._rest_s, MAINTENANCE_S
         return self._ending.wait(rest_s)
 
@@ -276,7 +276,7 @@ class Volume:
             text = f"volume {name}: failed: {status.reason}"
             self._say_once("error", f"{text}; writes get EIO until it is served anew")
         elif status.reason:
-            # The status shows it until the server ends; the log keeps it.
+            # The status shows it only until the server ends; the log keeps it.
             self._say_once("warning", f"volume {name}: {status.reason}")
 
     def _say_once(self, level: str, text: str) -> None:
@@ -290,10 +290,10 @@ class Volume:
 
     def handle(self, command: str, args: Mapping[str, Any]) -> object:
         """
-        Carry out a command of the control socket.
+        Execute a command of the control socket.
 
         Raises:
-            MirrorError: it cannot be done, or is not known.
+            MirrorError: it cannot be done, or the command is not known.
         """
         match command:
             case "ping":
@@ -313,7 +313,7 @@ class Volume:
         raise UnsupportedError(f'the server does not know the command "{command}"')
 
     def _each(self, args: Mapping[str, Any], act: Callable[[int], None]) -> object:
-        """Do it to the remote that *args* names, else to all."""
+        """Call *act* for the remote that *args* names, else for all remotes."""
         name = args.get("remote")
         if name is not None:
             self._config.remote(name)  # raises if there is none
@@ -324,7 +324,7 @@ class Volume:
         return {"remotes": [names[i] for i in chosen]}
 
     def _invalidate(self, args: Mapping[str, Any]) -> object:
-        """Overwrite a remote, or with the name "local" a replaced local disk."""
+        """Overwrite a remote, or, for the name "local", a replaced local disk."""
         if not args.get("remote"):
             raise ConfigError("invalidate needs the name of a remote, or local")
         if args["remote"] == LOCAL:
@@ -332,11 +332,11 @@ class Volume:
             return {"remotes": [LOCAL]}
 
         def invalidate(index: int) -> None:
-            # The operator has seen why it did not work: what counts is what comes now.
+            # The operator has seen the old reason; only new errors count.
             keeper = self._keepers[index]
             keeper.forget_error()
             self.engine.invalidate(index)
-            # An attempt that began since may have found a difference before.
+            # An attempt that began since then may already have found a difference.
             keeper.forget_error()
             self.engine.reset(index)
 
@@ -347,10 +347,10 @@ class Volume:
 
     def _resume(self, args: Mapping[str, Any]) -> object:
         """
-        Lift the pause and check a failed disk again, where it is by now.
+        End the pause and check a failed disk again, at its current address.
 
-        The configuration is read again, so that correcting a uri, or the path of the
-        local disk, needs no restart.
+        The configuration is read again, so that a corrected uri or path of the local
+        disk needs no restart.
         """
         found = _config.load(self._config.source)
         if args.get("remote") == LOCAL:
@@ -367,7 +367,7 @@ class Volume:
         return self._each(args, resume)
 
     def _stop_command(self) -> object:
-        # The answer still reaches the client: `stop` joins this thread first.
+        # The client still gets the answer: `stop` joins this thread first.
         if not self._end():
             raise MetadataFailedError(
                 f"volume {self._config.name} was stopped, but not all of its logs "
@@ -378,7 +378,7 @@ class Volume:
     # --- status ---
 
     def status(self) -> Status:
-        """Report everything."""
+        """Return the whole status."""
         return report(
             self._config,
             self.engine.status(),
