@@ -8,16 +8,24 @@ Most lie in /usr/sbin, which is not on every user's PATH; that must not read as
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 
 from .errors import UnsupportedError
 
-__all__ = ["clean_environment", "find_program", "run"]
+__all__ = ["cannot_start", "clean_environment", "find_program", "run"]
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+_LIMIT = "raise `ulimit -n` and `ulimit -u`, or LimitNOFILE= and TasksMax= of the unit"
+_HELP = {
+    errno.EAGAIN: _LIMIT,
+    errno.EMFILE: _LIMIT,
+    errno.EINVAL: _LIMIT,  # of a descriptor beyond the limit
+    errno.E2BIG: "remove what is long from the environment",
+}
 
 # Where an empty part, or a relative one, is the folder we stand in.
 _SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
@@ -61,6 +69,15 @@ def find_program(name: str, package: str) -> str:
     return found
 
 
+def cannot_start(program: str, error: OSError) -> UnsupportedError:
+    """Make the error for a program that the kernel does not start."""
+    # A script's interpreter that is missing is said of the script.
+    return UnsupportedError(
+        f"{program} cannot be started: {error.strerror or error}",
+        _HELP.get(error.errno or 0, ""),
+    )
+
+
 def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
     """
     Run a program to its end, without input.
@@ -68,6 +85,8 @@ def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
     Returns:
         Its exit status (124 if it was killed when *timeout_s* was over), and
         what it said, standard error last, in one line.
+    Raises:
+        UnsupportedError: it cannot be started.
     """
     try:
         done = subprocess.run(
@@ -82,5 +101,7 @@ def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
         )
     except subprocess.TimeoutExpired:
         return 124, f"{command[0]} did not end within {timeout_s:g}s"
+    except OSError as error:
+        raise cannot_start(command[0], error) from None
     said = " ".join(f"{done.stdout}\n{done.stderr}".split())
     return done.returncode, said

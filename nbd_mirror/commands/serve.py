@@ -27,7 +27,7 @@ from ..base.errors import (
 )
 from ..base.files import check_private
 from ..base.hints import Asked
-from ..base.programs import clean_environment, find_program, run
+from ..base.programs import cannot_start, clean_environment, find_program, run
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
 from ..volume.config import CHOICE_VARIABLE, VolumeConfig, check_links
@@ -111,14 +111,12 @@ def exec_server(
         "LISTEN_PID": str(os.getpid()),
     }
     sys.stdout.flush()
-    _hand_on(listeners)
-    os.chdir("/")  # whatever folder we stood in can be unmounted
     try:
+        _hand_on(listeners)
+        os.chdir("/")  # whatever folder we stood in can be unmounted
         os.execve(command[0], command, environment)  # noqa: S606
     except OSError as error:
-        raise UnsupportedError(
-            f"{command[0]} cannot be started: {error.strerror}"
-        ) from None
+        raise cannot_start(command[0], error) from None
 
 
 def _hand_on(listeners: Listeners) -> None:
@@ -177,6 +175,23 @@ def _environment(asked: Asked | None) -> dict[str, str]:
     return clean_environment() | {"PYTHONPATH": path} | words
 
 
+def _start(
+    command: list[str], output: int, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise cannot_start(command[0], error) from None
+
+
 def start(
     config: VolumeConfig, door: str, choice: str = "", asked: Asked | None = None
 ) -> int:
@@ -191,6 +206,7 @@ def start(
     Raises:
         ServerEndedError: it ended at once, with its own exit code.
         WaitTimeoutError: it does not answer yet; it goes on starting.
+        UnsupportedError: the kernel does not start it.
     """
     check_startable(config)
     _command(config, door)  # say what is missing here and not in a log
@@ -199,15 +215,8 @@ def start(
         begin = os.lseek(fd, 0, os.SEEK_END)
         command = [*PYTHON, "nbd_mirror", "serve"]
         options = ["--foreground", "--door", door, *_CHOICES[choice]]
-        process = subprocess.Popen(
-            [*command, os.fspath(config.source), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=fd,
-            stderr=fd,
-            env=_environment(asked),
-            cwd="/",
-            start_new_session=True,
-        )
+        command += [os.fspath(config.source), *options]
+        process = _start(command, fd, _environment(asked))
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             code = process.poll()

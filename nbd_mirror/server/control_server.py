@@ -102,7 +102,10 @@ class ControlServer:
         if self._listener is not None:
             raise RuntimeError("the control server is started already")
         self._listener = self._bind()
-        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            raise self._cannot_make(error) from None
         self._keep_reserve()
         # Start all of them now: a thread that is started without free memory may die on
         # its first step, and Thread.start() then waits for it forever.
@@ -155,12 +158,15 @@ class ControlServer:
         except MirrorError:
             raise
         except OSError as error:
-            raise from_errno(
-                error.errno or errno.EIO,
-                f"the control socket {self._path} cannot be made: {error.strerror}",
-            ) from None
+            raise self._cannot_make(error) from None
         sock.setblocking(False)
         return sock
+
+    def _cannot_make(self, error: OSError) -> MirrorError:
+        return from_errno(
+            error.errno or errno.EIO,
+            f"the control socket {self._path} cannot be made: {error.strerror}",
+        )
 
     def _work(self) -> None:
         """Serve clients until the end, also while memory or descriptors run out."""

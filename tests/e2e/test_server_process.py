@@ -334,3 +334,76 @@ def test_slow_start_goes_on_when_its_command_gives_up(site: Site, door: str) -> 
     gate.touch()
     support.wait_until(site.answers, "the server to answer")
     site.cli("stop", str(site.config))
+
+
+# --- programs that the kernel does not start ---
+
+LIMITED = """
+import resource, sys
+from nbd_mirror.commands import cli
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+cli.main()
+"""
+CROWDED = """
+import os
+from nbd_mirror.commands import cli
+os.environ["LONG"] = "x" * (1 << 18)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+def test_start_with_few_descriptors_says_so(site: Site, options: list[str]) -> None:
+    """However few there are, up to a door that has none for its own: one clear line."""
+    site.create()
+    words = ["serve", str(site.config), *options]
+    said = set()
+    for limit in range(4, 9):
+        done = site.processes.run(
+            [sys.executable, "-c", LIMITED, str(limit), *words],
+            env=site.environment(),
+            check=False,
+        )
+        assert done.returncode not in (0, 1), done.stderr
+        causes = [line for line in done.stderr.splitlines() if "  try: " not in line]
+        assert len(causes) == 1, done.stderr
+        assert "Too many open files" in causes[0]
+        said.add(causes[0])
+    assert any("cannot be started" in line for line in said), said
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+def test_start_with_too_long_an_environment_says_so(
+    site: Site, options: list[str]
+) -> None:
+    """The kernel refuses the server: what it is, and what helps."""
+    site.create()
+    words = ["serve", str(site.config), *options]
+    done = site.processes.run(
+        [sys.executable, "-c", CROWDED, *words], env=site.environment(), check=False
+    )
+    assert done.returncode == 14, done.stderr
+    assert done.stderr == (
+        f"nbd-mirror: {sys.executable} cannot be started: Argument list too long\n"
+        "  try: remove what is long from the environment\n"
+    )
+
+
+@pytest.mark.parametrize("door", ["native", "python"])
+def test_nbdkit_that_is_no_program_is_said(site: Site, door: str) -> None:
+    """A script whose interpreter is missing, say."""
+    site.create()
+    folder = site.folder / "bin"
+    folder.mkdir()
+    nbdkit = folder / "nbdkit"
+    nbdkit.write_text("#!/none\n")
+    nbdkit.chmod(0o755)
+    words = ["serve", str(site.config), "--door", door]
+    done = site.processes.run(
+        [*site.command(), *words],
+        env=site.environment() | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert done.returncode == 14, done.stderr
+    assert f"nbd-mirror: {nbdkit} cannot be started" in done.stderr
