@@ -49,8 +49,10 @@ struct comparison {
   uint32_t nr;
   uint32_t compared, with_data, differ;
   uint64_t offset; /* of the first block that differs */
+  /* Of the disk, and of the one that was left, as device_describe tells. */
   char device[sizeof ((struct disk_superblock *)0)->local_device];
-  bool same_device; /* or unknown */
+  char left[sizeof ((struct disk_superblock *)0)->local_device];
+  bool same_device; /* `device` is `left`, or one of the two is not known */
 };
 
 static void
@@ -95,14 +97,13 @@ compare (const struct nbdm *v, int fd, struct comparison *c)
     compare_sample (v, fd, &c->samples[i], buf, c);
   free (buf);
   device_describe (fd, c->device, sizeof c->device);
-  c->same_device
-      = v->sb.local_device[0] == '\0' || c->device[0] == '\0'
-        || strncmp (v->sb.local_device, c->device, sizeof c->device) == 0;
+  c->same_device = c->left[0] == '\0' || c->device[0] == '\0'
+                   || strncmp (c->left, c->device, sizeof c->device) == 0;
   return 0;
 }
 
 static int
-judge (const struct nbdm *v, const char *path, const struct comparison *c)
+judge (const char *path, const struct comparison *c)
 {
   if (c->differ > 0 && c->same_device)
     return set_message (
@@ -119,14 +120,14 @@ judge (const struct nbdm *v, const char *path, const struct comparison *c)
         "differ, the first at byte %llu; it is %s, and was %.239s; nothing was "
         "written to it",
         path, c->differ, c->compared, (unsigned long long)c->offset, c->device,
-        v->sb.local_device);
+        c->left);
   if (c->with_data == 0 && !c->same_device)
     return set_message (
         -EMEDIUMTYPE,
         "the local disk %s may not be the disk that was left: it is %s, and "
         "was %.239s, and none of its content could be compared; nothing was "
         "written to it",
-        path, c->device, v->sb.local_device);
+        path, c->device, c->left);
   return 0;
 }
 
@@ -234,11 +235,12 @@ check_believed (struct nbdm *v, const struct nbdm_params *params,
   struct comparison c = { 0 };
   int rc;
 
+  memcpy (c.left, v->sb.local_device, sizeof c.left);
   if (!v->local.disk.map_lost) /* else local may miss everything */
     choose_samples_locked (v, &c);
   rc = compare (v, v->local.file.fd, &c);
   if (rc == 0)
-    rc = judge (v, params->local, &c);
+    rc = judge (params->local, &c);
   if (rc == -EMEDIUMTYPE && params->local_choice == NBDM_LOCAL_FORCED) {
     if (v->local.state != NBDM_LOCAL_OK)
       return set_message (rc,
@@ -315,6 +317,7 @@ identity_choose_locked (const struct nbdm *v, struct attached_check *check)
   choose_samples_locked (v, &c);
   memcpy (check->samples, c.samples, sizeof check->samples);
   check->nr = c.nr;
+  memcpy (check->device, v->sb.local_device, sizeof check->device);
 }
 
 int
@@ -325,11 +328,12 @@ identity_check_attached (const struct nbdm *v, struct attached_check *check,
   int rc;
 
   memcpy (c.samples, check->samples, sizeof c.samples);
+  memcpy (c.left, check->device, sizeof c.left);
   rc = compare (v, disk->fd, &c);
   /* Where the content proves nothing, the comparison with a remote comes next.
    */
   check->unproven = c.with_data == 0 && !c.same_device;
-  return rc == 0 && c.differ > 0 ? judge (v, path, &c) : rc;
+  return rc == 0 && c.differ > 0 ? judge (path, &c) : rc;
 }
 
 /* Only a remote that misses nothing may serve: data that it misses would be

@@ -23,12 +23,14 @@ int identity_check_start (struct nbdm *v, const struct nbdm_params *params,
  * recovery.
  */
 void identity_take_by_force (struct nbdm *v);
-/* As identity_check_start, for a disk that replaces a failed one.  The samples
- * to compare are chosen before: the logs may be closed while the disk is read.
+/* As identity_check_start, for a disk that replaces a failed one.  What to
+ * compare with is copied before: while the disk is read another thread may
+ * write the superblock, or close the logs.
  */
 struct attached_check {
   struct disk_sample samples[NR_SAMPLES];
   uint32_t nr;
+  char device[sizeof ((struct disk_superblock *)0)->local_device];
   bool unproven; /* the content proves nothing, and it is another device */
 };
 void identity_choose_locked (const struct nbdm *v,
