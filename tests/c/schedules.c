@@ -297,6 +297,19 @@ do_read (struct job *job)
 }
 
 int
+do_zero (struct job *job)
+{
+  return nbdm_zero (site.volume, REGION, job->offset, 0);
+}
+
+int
+do_attach (struct job *job)
+{
+  (void)job;
+  return nbdm_local_attach (site.volume, site.local, 0);
+}
+
+int
 do_flush (struct job *job)
 {
   (void)job;

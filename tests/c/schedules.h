@@ -81,7 +81,7 @@ void open_gate (void);
 struct job {
   pthread_t thread;
   int (*run) (struct job *job);
-  uint64_t offset; /* of do_write and do_read */
+  uint64_t offset; /* of do_write, do_read and do_zero */
   uint8_t value;   /* that do_write writes */
   int rc;
   atomic_bool over;
@@ -96,7 +96,11 @@ bool over_soon (const struct job *job);
 int do_write (struct job *job);
 int do_write_fua (struct job *job);
 int do_read (struct job *job);
+/* Zero one region. */
+int do_zero (struct job *job);
 int do_flush (struct job *job);
+/* Attach the local disk that has failed. */
+int do_attach (struct job *job);
 int do_stop (struct job *job);
 /* Copy back to local all that it misses, or about one copy. */
 int do_copy_back (struct job *job);

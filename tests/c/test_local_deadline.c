@@ -1,108 +1,18 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A local disk that keeps a request, and a deadline for it: a fault point in
- * the midst of the disk's call waits for a file.  What was asked for is
- * answered while the call is still under way, and what the call does in the end
- * counts for nothing.
+/* The local disk keeps a request, and there is a deadline for it.  The client
+ * gets its answer while the call is still under way, and what the call does in
+ * the end counts for nothing.
  */
 
 #define _GNU_SOURCE
 #include "api.h"
-#include "logs/layout.h"
 #include "wire/protocol.h"
-#include "schedules.h"
+#include "hung_disk.h"
 #include "door.h"
 #include "nbd_client.h"
 
-#include <poll.h>
-
-#define DEADLINE_MS 300u
-#define MAX_CALLS 128 /* under way at a time: see local_io.c */
-#define SOON_S 20 /* less than a fault point waits, and the volume's limits */
-
-static void
-bring_up_with_deadline (uint32_t deadline_ms)
-{
-  make_volume (SIZE, REGION, 1, 300);
-  site.params.local_deadline_ms = deadline_ms;
-  open_volume ();
-}
-
-/* What a start would find in the superblock. */
-static uint32_t
-durable_local_state (void)
-{
-  struct nbdm_disk_status disks[NBDM_MAX_DISKS];
-  struct nbdm_status status;
-  char name[NBDM_NAME_LEN];
-
-  assert (nbdm_peek (site.state, name, &status, disks) == 0);
-  return disks[NBDM_LOCAL].state;
-}
-
-static bool
-exists (const char *name)
-{
-  return access (name, F_OK) == 0;
-}
-
-static int
-do_zero (struct job *job)
-{
-  return nbdm_zero (site.volume, REGION, job->offset, 0);
-}
-
-/* --- the disk lets go --------------------------------------------------- */
-
-static void
-assert_failed (void)
-{
-  struct nbdm_disk_status status = local_status ();
-
-  assert (status.state == NBDM_LOCAL_FAILED);
-  assert (strstr (status.reason, "has not answered for"));
-  assert (status.local.errors == 0);
-}
-
-/* No disk is attached before the call has ended; then this one is, and all that
- * the volume has is copied to it, whatever the call did.
- */
-static void
-copy_back_after_the_call (void)
-{
-  struct nbdm_resync batch = { .max_bytes = 64u << 20 };
-
-  assert (nbdm_local_attach (site.volume, site.local, 0) == -EBUSY);
-  open_gate ();
-  WAIT_FOR (nbdm_local_attach (site.volume, site.local, 0) == 0);
-  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
-  WAIT_FOR (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == 0
-            && local_status ().state == NBDM_LOCAL_OK);
-  assert (nbdm_flush (site.volume) == 0);
-  assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
-}
-
-/* --- a call is kept ----------------------------------------------------- */
-
-/* The asker is answered while the disk still keeps the call. */
-static struct job
-keep_and_answer (int (*run) (struct job *job), int expected)
-{
-  struct job kept = { .offset = 7 * REGION, .value = 9 };
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0 && write_at (7 * REGION, 4) == 0);
-  assert (nbdm_flush (site.volume) == 0);
-  start (&kept, run);
-  wait_at_gate ();
-  assert (end (&kept) == expected);
-  assert_failed ();
-  assert (durable_local_state () == NBDM_LOCAL_FAILED);
-  assert (read_at (3 * REGION) == 5);
-  assert (write_at (200 * REGION, 2) == 0 && read_at (200 * REGION) == 2);
-  assert (nbdm_flush (site.volume) == 0);
-  return kept;
-}
+/* --- a remote takes its place --------------------------------------------- */
 
 static void
 keeps_a_write (void)
@@ -346,124 +256,6 @@ small_read_of_a_connection (void)
   copy_back_after_the_call ();
 }
 
-/* --- a disk that is attached ---------------------------------------------- */
-
-/* Neither this one, by whatever name, nor another. */
-static void
-refused_while_a_call_is_kept (void)
-{
-  char link_path[100], other[100];
-  int fd;
-
-  keep_and_answer (do_write, 0);
-  snprintf (link_path, sizeof link_path, "%s/link", site.dir);
-  snprintf (other, sizeof other, "%s/other", site.dir);
-  assert (link (site.local, link_path) == 0);
-  fd = open (other, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  assert (fd >= 0 && ftruncate (fd, SIZE) == 0);
-  close (fd);
-  assert (nbdm_local_attach (site.volume, link_path, 0) == -EBUSY);
-  ASSERT_SAYS ("a request to the failed disk has not ended yet");
-  assert (nbdm_local_attach (site.volume, link_path, 1) == -EBUSY);
-  assert (nbdm_local_attach (site.volume, other, 1) == -EBUSY);
-  open_gate ();
-  WAIT_FOR (nbdm_local_attach (site.volume, link_path, 0) == 0);
-  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
-  assert (read_at (7 * REGION) == 9);
-}
-
-static int
-do_compare (struct job *job)
-{
-  return nbdm_remote_compare (site.volume, 0, job->offset / REGION);
-}
-
-/* It hangs while it is compared: the range is let go, and it is not admitted.
- */
-static void
-attached_disk_hangs (void)
-{
-  struct job compare = { .offset = 100 * REGION };
-  struct job write = { .offset = 100 * REGION, .value = 3 };
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
-  assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
-  start (&compare, do_compare);
-  wait_at_gate ();
-  start (&write, do_write);
-  assert (end (&compare) == -ENODATA && end (&write) == 0);
-  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == -ENODEV);
-  assert (strstr (local_status ().reason, "has not answered for"));
-  copy_back_after_the_call ();
-}
-
-/* No remote may take local's place: the range is let go all the same, and the
- * remote's keeper goes on.
- */
-static void
-compared_disk_hangs (void)
-{
-  struct job compare = { .offset = 100 * REGION };
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
-  start (&compare, do_compare);
-  wait_at_gate ();
-  assert (end (&compare) == -ENODATA);
-  assert (write_at (100 * REGION, 3) == 0);
-  assert (local_status ().state == NBDM_LOCAL_OK);
-  assert (nbdm_remote_compare (site.volume, 0, 100) == -ENODATA);
-  assert (local_status ().local.errors == 0);
-  open_gate ();
-  WAIT_FOR (nbdm_remote_compare (site.volume, 0, 100) == 0);
-}
-
-/* The same where it keeps as many calls as may be under way, and no request has
- * given one up.
- */
-static void
-compared_while_all_are_kept (void)
-{
-  static struct job writes[MAX_CALLS];
-  struct job compare = { .offset = 200 * REGION };
-  struct stat st;
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
-  for (unsigned i = 0; i < MAX_CALLS; i++) {
-    writes[i] = (struct job){ .offset = i * REGION, .value = 9 };
-    start (&writes[i], do_write);
-  }
-  WAIT_FOR (stat ("gate.reached", &st) == 0 && st.st_size == MAX_CALLS);
-  start (&compare, do_compare);
-  assert (end (&compare) == -ENODATA);
-  assert (local_status ().local.errors == 0);
-  open_gate ();
-  for (unsigned i = 0; i < MAX_CALLS; i++)
-    assert (end (&writes[i]) == 0);
-  assert (nbdm_remote_compare (site.volume, 0, 200) == 0);
-}
-
-/* It hangs while it is copied back to: failed again, and no request waits. */
-static void
-copy_back_hangs (void)
-{
-  struct job back = { 0 }, write = { .offset = 3 * REGION, .value = 8 };
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0); /* local fails */
-  attach_and_admit ();
-  start (&back, do_copy_back);
-  wait_at_gate ();
-  start (&write, do_write);
-  assert (end (&back) == -EIO && end (&write) == 0);
-  assert (strstr (local_status ().reason, "has not answered for"));
-  assert (read_at (3 * REGION) == 8);
-  copy_back_after_the_call ();
-}
-
 /* --- only useful -----------------------------------------------------------
  */
 
@@ -508,143 +300,6 @@ hole_whose_size_hangs (void)
   assert (local_status ().local.errors == 0);
   open_gate ();
   WAIT_FOR (do_extents (&extents) == 1);
-}
-
-/* --- a stop --------------------------------------------------------------- */
-
-static atomic_bool hold_samples; /* by the wrapped pread */
-
-ssize_t __real_pread (int fd, void *buf, size_t count, off_t offset);
-ssize_t __wrap_pread (int fd, void *buf, size_t count, off_t offset);
-ssize_t
-__wrap_pread (int fd, void *buf, size_t count, off_t offset)
-{
-  if (hold_samples && count == SAMPLE_BLOCK && !exists ("gate")) {
-    stand_at ("gate");
-  }
-  return __real_pread (fd, buf, count, offset);
-}
-
-/* `kept`: a request that began before, or NULL. */
-static void
-stop_soon (struct job *kept)
-{
-  time_t until = time (NULL) + SOON_S;
-
-  assert (nbdm_stop (site.volume) == 0);
-  assert (kept == NULL || end (kept) == 0);
-  nbdm_close (site.volume);
-  assert (time (NULL) < until);
-  assert (exists ("gate.reached") && !exists ("gate"));
-}
-
-static int
-do_attach (struct job *job)
-{
-  (void)job;
-  return nbdm_local_attach (site.volume, site.local, 0);
-}
-
-/* An operator brings the failed disk back, and it hangs while it is opened: the
- * command ends, no other disk is taken before the disk lets go, and then this
- * one is.
- */
-static void
-fail_and_attach (void)
-{
-  struct job attach = { 0 };
-
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (nbdm_local_sample (site.volume, 8) > 0);
-  assert (write_at (3 * REGION, 5) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
-  hold_samples = true;
-  start (&attach, do_attach);
-  wait_at_gate ();
-  assert (end (&attach) == -EIO);
-  assert (!local_status ().local.attached);
-  assert (do_attach (NULL) == -EBUSY);
-  assert (write_at (7 * REGION, 6) == 0 && read_at (3 * REGION) == 5);
-}
-
-static void
-opened_disk_hangs (void)
-{
-  fail_and_attach ();
-  copy_back_after_the_call ();
-}
-
-/* The volume ends before the disk lets go: the thread in it has the last
- * reference to what it looks at.
- */
-static void
-opened_disk_hangs_in_a_stop (void)
-{
-  fail_and_attach ();
-  stop_soon (NULL);
-  open_gate ();
-  WAIT_FOR (nbdm_open (&site.params, &site.volume) == 0);
-  assert (nbdm_start (site.volume) == 0);
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
-  WAIT_FOR (do_attach (NULL) == 0);
-}
-
-/* Clean, though the disk still has the call; and a volume that opens the disk
- * next is kept away from it until the call has ended.
- */
-static void
-stop_after_the_takeover (void)
-{
-  keep_and_answer (do_write, 0);
-  stop_soon (NULL);
-  site_open (&site);
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
-  site_connect (&site, 0);
-  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
-  assert (read_at (7 * REGION) == 9 && read_at (200 * REGION) == 2);
-  copy_back_after_the_call ();
-}
-
-/* The stop begins while requests wait for the disk, and its own flush may. */
-static void
-stop_before_the_takeover (void)
-{
-  struct job kept = { .offset = 7 * REGION, .value = 9 };
-
-  bring_up_with_deadline (2 * DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0);
-  start (&kept, do_write);
-  wait_at_gate ();
-  stop_soon (&kept);
-  assert (durable_local_state () == NBDM_LOCAL_FAILED);
-  open_gate ();
-  site_open (&site);
-}
-
-static void
-stop_whose_flush_hangs (void)
-{
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0);
-  stop_soon (NULL);
-  assert (durable_local_state () == NBDM_LOCAL_FAILED);
-  open_gate ();
-  site_open (&site);
-}
-
-/* Everything is flushed by then: it is known by less, and that is all. */
-static void
-stop_whose_samples_hang (void)
-{
-  bring_up_with_deadline (DEADLINE_MS);
-  assert (write_at (3 * REGION, 5) == 0);
-  hold_samples = true;
-  stop_soon (NULL);
-  assert (durable_local_state () == NBDM_LOCAL_OK);
-  open_gate ();
-  WAIT_FOR (nbdm_open (&site.params, &site.volume) == 0);
-  assert (nbdm_start (site.volume) == 0);
-  assert (read_at (3 * REGION) == 5);
 }
 
 /* --- a disk that is well ---------------------------------------------------
@@ -713,26 +368,7 @@ static const struct schedule schedules[] = {
     small_write_of_a_connection },
   { "small_read_of_a_connection", "local_read:1=wait:gate",
     small_read_of_a_connection },
-  { "refused_while_a_call_is_kept", "local_write:3=wait:gate",
-    refused_while_a_call_is_kept },
-  { "attached_disk_hangs", "local_write:1=error,local_read:1=wait:gate",
-    attached_disk_hangs },
-  { "compared_disk_hangs", "local_read:1=wait:gate", compared_disk_hangs },
-  { "compared_while_all_are_kept", "local_write=wait:gate",
-    compared_while_all_are_kept },
-  { "opened_disk_hangs", "local_write:1=error", opened_disk_hangs },
-  { "opened_disk_hangs_in_a_stop", "local_write:1=error",
-    opened_disk_hangs_in_a_stop },
-  { "copy_back_hangs", "local_write:1=error,local_write:2=wait:gate",
-    copy_back_hangs },
   { "hole_whose_size_hangs", NULL, hole_whose_size_hangs },
-  { "stop_after_the_takeover", "local_write:3=wait:gate",
-    stop_after_the_takeover },
-  { "stop_before_the_takeover", "local_write:2=wait:gate",
-    stop_before_the_takeover },
-  { "stop_whose_flush_hangs", "local_flush:2=wait:gate",
-    stop_whose_flush_hangs },
-  { "stop_whose_samples_hang", NULL, stop_whose_samples_hang },
   { "all_kinds_and_lengths", NULL, all_kinds_and_lengths },
   { "errors_are_the_disks", "local_write:1=error:ENOSPC",
     errors_are_the_disks },

@@ -165,6 +165,36 @@ doubt_during_a_read (void)
   assert (end (&flush) == 0);
 }
 
+/* A flush of local has failed, and its page cache has lost a write: that local
+ * differs from a remote is no proof that the remote is another disk.
+ */
+static void
+sample_of_a_doubted_disk (void)
+{
+  struct job flush = { 0 };
+
+  make_volume (SIZE, REGION, 2, 100);
+  site.params.flush_ms = 10;
+  open_volume ();
+  assert (write_at (5 * REGION, 7) == 0);
+  WAIT_FOR (site_status (&site, 1).remote.unflushed_regions == 0);
+  nbdm_disk_drop (site.volume, 2, "for the test");
+  punch_local (5 * REGION);
+  shut_flush_gate (true);
+  start (&flush, do_flush);
+  wait_for_flush ();
+  WAIT_FOR (local_status ().local.errors > 0);
+  assert (connect_at (1, 1) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 9) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
+  shut_flush_gate (false);
+  assert (end (&flush) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (nbdm_disk_admit (site.volume, 2) == 0);
+  assert (site_status (&site, 1).state == NBDM_IN_SYNC);
+  assert (read_at (5 * REGION) == 7);
+}
+
 static const struct schedule schedules[] = {
   { "doubt_during_a_read",
     "local_read:1=error,local_read:2=error,local_read:3=wait:gate,"
@@ -178,6 +208,8 @@ static const struct schedule schedules[] = {
   { "hole_of_a_doubted_disk", "local_flush:2=error", hole_of_a_doubted_disk },
   { "source_refuses_after_a_copy", "local_write:1=error",
     source_refuses_after_a_copy },
+  { "sample_of_a_doubted_disk", "local_flush:2=error",
+    sample_of_a_doubted_disk },
 };
 
 int

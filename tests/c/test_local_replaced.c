@@ -221,13 +221,6 @@ __wrap_local_call (struct nbdm *v, int (*call) (struct nbdm *v, void *),
 }
 
 static int
-do_attach (struct job *job)
-{
-  (void)job;
-  return nbdm_local_attach (site.volume, site.local, 0);
-}
-
-static int
 do_flush_local (struct job *job)
 {
   (void)job;

@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A read that finds a bad sector of local while the volume stops. */
+/* The local disk fails while the volume stops: a read finds a bad sector, or a
+ * copy back to it fails.
+ */
 
+#define _GNU_SOURCE
 #include "api.h"
 #include "schedules.h"
+
+/* --- a read ----------------------------------------------------------------
+ */
 
 static void
 open_again (void)
@@ -61,6 +67,104 @@ read_after_the_last_request (void)
   assert (site_status (&site, 0).dirty_regions == 0);
 }
 
+/* --- a copy back to local --------------------------------------------------
+ */
+
+/* Local fails again while it is copied back, behind the last request of a stop:
+ * its map is about to be closed, and a bit set later would make the next start
+ * disbelieve it.
+ */
+static void
+copy_back_behind_a_stop (void)
+{
+  struct job back = { 0 }, stop = { 0 };
+  uint64_t missing;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  missing = local_status ().dirty_regions;
+  assert (write_at (100 * REGION, 2) == 0);
+  start (&back, do_copy_back);
+  wait_at ("copy");
+  start (&stop, do_stop);
+  wait_at ("stopped");
+  open_at ("copy");
+  over_soon (&back);
+  open_at ("stopped");
+  assert (end (&stop) == 0);
+  open_gate ();
+  end (&back);
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().dirty_regions == missing);
+}
+
+static _Thread_local bool wakes_late; /* behind the last request of a stop */
+static atomic_bool awaits;
+
+int __real_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
+int __wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
+int
+__wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex)
+{
+  int rc;
+
+  if (wakes_late)
+    awaits = true;
+  rc = __real_pthread_cond_wait (cond, mutex);
+  if (wakes_late) {
+    pthread_mutex_unlock (mutex);
+    wait_at ("stopped");
+    pthread_mutex_lock (mutex);
+  }
+  return rc;
+}
+
+static int
+do_copy_back_and_wake_late (struct job *job)
+{
+  wakes_late = true;
+  return do_copy_back (job);
+}
+
+/* The same where the copy's thread waits for another takeover, and the stop
+ * ends behind that before the thread goes on.
+ */
+static void
+copy_back_waits_past_a_stop (void)
+{
+  struct job back = { 0 }, stop = { 0 }, reader = { .offset = 100 * REGION };
+  uint64_t missing;
+
+  bring_up (1, 300);
+  assert (write_at (7 * REGION, 1) == 0);
+  attach_and_admit ();
+  missing = local_status ().dirty_regions;
+  assert (write_at (100 * REGION, 2) == 0);
+  start (&back, do_copy_back_and_wake_late);
+  wait_at ("copy");
+  start (&reader, do_read);
+  wait_at_gate ();
+  open_at ("copy");
+  WAIT_FOR (awaits);
+  start (&stop, do_stop);
+  WAIT_FOR (volume_status ().stopping);
+  open_gate ();
+  assert (end (&reader) == 2);
+  wait_at ("stopped");
+  over_soon (&back);
+  open_at ("stopped");
+  assert (end (&stop) == 0);
+  open_at ("late");
+  end (&back);
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+  assert (local_status ().dirty_regions == missing + 1);
+}
+
 static const struct schedule schedules[] = {
   { "stop_while_a_read_mends",
     "local_read:1=error,local_read:2=error,flush_answered:3=wait:gate",
@@ -69,6 +173,16 @@ static const struct schedule schedules[] = {
     "local_read:1=error,local_read:2=error,stop_flushed:1=wait:stopped,"
     "flush_answered:4=wait:gate",
     read_after_the_last_request },
+  { "copy_back_behind_a_stop",
+    "local_write:1=error,local_write:3=error,"
+    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
+    "flush_answered:6=wait:gate",
+    copy_back_behind_a_stop },
+  { "copy_back_waits_past_a_stop",
+    "local_write:1=error,local_write:3=error,local_read:1=error,"
+    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
+    "flush_answered:5=wait:gate,flush_answered:7=wait:late",
+    copy_back_waits_past_a_stop },
 };
 
 int

@@ -29,29 +29,6 @@ wait_outstanding (uint32_t remote, uint32_t nr)
   }
 }
 
-/* By the remote's flusher, without local. */
-static void
-wait_flushed (uint32_t remote)
-{
-  time_t until = time (NULL) + SITE_DEADLINE_S;
-
-  while (site_status (&site, remote).remote.unflushed_regions > 0) {
-    assert (time (NULL) < until);
-    poll (NULL, 0, 1);
-  }
-}
-
-static void
-wait_local_error (void)
-{
-  time_t until = time (NULL) + SITE_DEADLINE_S;
-
-  while (local_status ().local.errors == 0) {
-    assert (time (NULL) < until);
-    poll (NULL, 0, 1);
-  }
-}
-
 /* --- the schedules ----------------------------------------------------- */
 
 /* Of the only remote; the request waits until `open_gate`. */
@@ -300,131 +277,6 @@ write_is_sent_again (void)
   assert (peer_image (site.peers[0])[40 * REGION] == 1);
 }
 
-/* A flush of local has failed, and its page cache has lost a write: that local
- * differs from a remote is no proof that the remote is another disk.
- */
-static void
-sample_of_a_doubted_disk (void)
-{
-  struct job flush = { 0 };
-
-  make_volume (SIZE, REGION, 2, 100);
-  site.params.flush_ms = 10;
-  open_volume ();
-  assert (write_at (5 * REGION, 7) == 0);
-  wait_flushed (1);
-  nbdm_disk_drop (site.volume, 2, "for the test");
-  punch_local (5 * REGION);
-  shut_flush_gate (true);
-  start (&flush, do_flush);
-  wait_for_flush ();
-  wait_local_error ();
-  assert (connect_at (1, 1) == 0);
-  assert (nbdm_remote_compare (site.volume, 1, 9) == 0);
-  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
-  shut_flush_gate (false);
-  assert (end (&flush) == 0);
-  assert (local_state () == NBDM_LOCAL_FAILED);
-  assert (nbdm_disk_admit (site.volume, 2) == 0);
-  assert (site_status (&site, 1).state == NBDM_IN_SYNC);
-  assert (read_at (5 * REGION) == 7);
-}
-
-/* Local fails again while it is copied back, behind the last request of a stop:
- * its map is about to be closed, and a bit set later would make the next start
- * disbelieve it.
- */
-static void
-copy_back_behind_a_stop (void)
-{
-  struct job back = { 0 }, stop = { 0 };
-  uint64_t missing;
-
-  bring_up (1, 300);
-  assert (write_at (7 * REGION, 1) == 0);
-  attach_and_admit ();
-  missing = local_status ().dirty_regions;
-  assert (write_at (100 * REGION, 2) == 0);
-  start (&back, do_copy_back);
-  wait_at ("copy");
-  start (&stop, do_stop);
-  wait_at ("stopped");
-  open_at ("copy");
-  over_soon (&back);
-  open_at ("stopped");
-  assert (end (&stop) == 0);
-  open_gate ();
-  end (&back);
-  nbdm_close (site.volume);
-  site_open (&site);
-  assert (local_state () == NBDM_LOCAL_RESYNCING);
-  assert (local_status ().dirty_regions == missing);
-}
-
-static _Thread_local bool wakes_late; /* behind the last request of a stop */
-static atomic_bool awaits;
-
-int __real_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
-int __wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex);
-int
-__wrap_pthread_cond_wait (pthread_cond_t *cond, pthread_mutex_t *mutex)
-{
-  int rc;
-
-  if (wakes_late)
-    awaits = true;
-  rc = __real_pthread_cond_wait (cond, mutex);
-  if (wakes_late) {
-    pthread_mutex_unlock (mutex);
-    wait_at ("stopped");
-    pthread_mutex_lock (mutex);
-  }
-  return rc;
-}
-
-static int
-do_copy_back_and_wake_late (struct job *job)
-{
-  wakes_late = true;
-  return do_copy_back (job);
-}
-
-/* The same where the copy's thread waits for another takeover, and the stop
- * ends behind that before the thread goes on.
- */
-static void
-copy_back_waits_past_a_stop (void)
-{
-  struct job back = { 0 }, stop = { 0 }, reader = { .offset = 100 * REGION };
-  uint64_t missing;
-
-  bring_up (1, 300);
-  assert (write_at (7 * REGION, 1) == 0);
-  attach_and_admit ();
-  missing = local_status ().dirty_regions;
-  assert (write_at (100 * REGION, 2) == 0);
-  start (&back, do_copy_back_and_wake_late);
-  wait_at ("copy");
-  start (&reader, do_read);
-  wait_at_gate ();
-  open_at ("copy");
-  WAIT_FOR (awaits);
-  start (&stop, do_stop);
-  WAIT_FOR (volume_status ().stopping);
-  open_gate ();
-  assert (end (&reader) == 2);
-  wait_at ("stopped");
-  over_soon (&back);
-  open_at ("stopped");
-  assert (end (&stop) == 0);
-  open_at ("late");
-  end (&back);
-  nbdm_close (site.volume);
-  site_open (&site);
-  assert (local_state () == NBDM_LOCAL_RESYNCING);
-  assert (local_status ().dirty_regions == missing + 1);
-}
-
 /* A write is flushed on the remote when local fails again, and that remote is
  * lost: the write is local's, which the takeover calls missing for as long as
  * the other remote is flushed.
@@ -510,12 +362,6 @@ fill_local (uint8_t value)
   close (fd);
 }
 
-static int
-do_zero (struct job *job)
-{
-  return nbdm_zero (site.volume, REGION, job->offset, 0);
-}
-
 /* A flush of local has failed and a remote has taken its place.  A request that
  * both had refused before is answered after that: its client gets an error, and
  * the volume goes on once the remote is back.
@@ -599,23 +445,11 @@ static const struct schedule schedules[] = {
     successor_that_lost_its_cache },
   { "successor_that_stays_away", "local_write:2=error,after_remote:2=wait:gate",
     successor_that_stays_away },
-  { "copy_back_behind_a_stop",
-    "local_write:1=error,local_write:3=error,"
-    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
-    "flush_answered:6=wait:gate",
-    copy_back_behind_a_stop },
-  { "copy_back_waits_past_a_stop",
-    "local_write:1=error,local_write:3=error,local_read:1=error,"
-    "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
-    "flush_answered:5=wait:gate,flush_answered:7=wait:late",
-    copy_back_waits_past_a_stop },
   { "takeover_waits_for_no_hold",
     "local_write:2=error,flush_answered:3=wait:gate",
     takeover_waits_for_no_hold },
   { "write_is_sent_again", "local_write:1=error,flush_answered:4=wait:gate",
     write_is_sent_again },
-  { "sample_of_a_doubted_disk", "local_flush:2=error",
-    sample_of_a_doubted_disk },
 };
 
 int
