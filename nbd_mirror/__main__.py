@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`python -m nbd_mirror`: the command line, as `nbd-mirror` is."""
+"""`python -m nbd_mirror`: the command line, like `nbd-mirror`."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ Build the C code through CFFI: the hatchling hook, and ``python -m nbd_mirror._b
 
 Two shared objects come from the same sources: ``_core``, an extension module for
 Python, and the nbdkit plugin, which embeds Python and adds csrc/doors/nbdkit_plugin.c.
-Both take their declarations from csrc/nbdm.h as it is, so there is no second copy
-to drift. They are always put beside this file: an editable install uses them
-there, a wheel packs them from there. A build is skipped while the hash of all
-that went into it is the one noted beside the last result.
+Both take their declarations from csrc/nbdm.h itself, so no second copy can differ. The
+results are always put beside this file: an editable install uses them there, a wheel
+packs them from there. A build is skipped while the hash of its inputs is the one noted
+beside the last result.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ NATIVE_CODE = PACKAGE / "server" / "native.py"
 PLUGIN_FILE = "nbdkit-nbd-mirror-plugin.so"
 
 C_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-pthread")
-# For our own files: what CFFI generates is not clean under -Wextra, and its next
-# release may warn of something else.
+# Only for our own files: CFFI's generated code has warnings under -Wextra, and its next
+# release may have others.
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
-# Only CFFI's entry points and nbdkit's are exported: names as plain as crc32c
-# must not be bound to another library's in the same process.
+# Export only CFFI's entry points and nbdkit's: plain names such as crc32c must not bind
+# to another library in the same process.
 HIDDEN = "-fvisibility=hidden"
 # nbdkit unloads a plugin before it exits; the log's threads run until the end.
 KEEP_MAPPED = ("-Wl,-z,nodelete",)
 
-# What is needed: pkg-config's name, the header people know, the Debian package.
+# Requirements: pkg-config's name, the well-known header, the Debian package.
 LIBRARIES = (
     ("libnbd", "libnbd.h", "libnbd-dev"),
     ("libisal", "isa-l.h", "libisal-dev"),
@@ -72,17 +72,17 @@ class Target(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Every file the result depends on."""
+        """Every file that the result depends on."""
         return (*self.sources, *self.headers, *self.texts)
 
     @property
     def output(self) -> Path:
-        """Where the shared object belongs."""
+        """The path of the shared object."""
         return PACKAGE / self.file
 
 
 def engine_sources() -> tuple[Path, ...]:
-    """Return the C files both shared objects are made of, sorted."""
+    """Return the C files of both shared objects, sorted."""
     return tuple(p for p in sorted(CSRC.rglob("*.c")) if p != PLUGIN_SOURCE)
 
 
@@ -113,18 +113,18 @@ def targets() -> tuple[Target, Target]:
 
 
 def compiler() -> list[str]:
-    """Return the C compiler and the builder's own flags, as CFFI will use them."""
+    """Return the C compiler and the user's own flags, as CFFI will use them."""
     command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
     return [*shlex.split(command), *shlex.split(os.environ.get("CFLAGS", ""))]
 
 
 def warning_flags() -> tuple[str, ...]:
-    """Return the flags about warnings; only in CI are they errors."""
+    """Return the warning flags; warnings are errors only in CI."""
     return (*WARNINGS, "-Werror") if os.environ.get("CI") == "true" else WARNINGS
 
 
 def digest(paths: tuple[Path, ...]) -> str:
-    """Hash everything a result depends on: *paths*, flags, versions."""
+    """Hash everything that a result depends on: *paths*, flags, versions."""
     facts = (
         sys.version,
         sys.base_prefix,
@@ -143,7 +143,7 @@ def digest(paths: tuple[Path, ...]) -> str:
 
 
 def pkg_config(option: str, name: str) -> list[str]:
-    """Return pkg-config's words for *option*, or raise CalledProcessError."""
+    """Return pkg-config's words for *option*; raises CalledProcessError."""
     done = subprocess.run(
         ["pkg-config", option, name], check=True, capture_output=True, text=True
     )
@@ -152,10 +152,10 @@ def pkg_config(option: str, name: str) -> list[str]:
 
 def check_prerequisites() -> None:
     """
-    Make sure that compiler, headers and libraries are there.
+    Check that compiler, headers and libraries are there.
 
     Raises:
-        BuildError: names each missing thing with the Debian package that has it.
+        BuildError: names each missing thing with its Debian package.
     """
     missing: list[tuple[str, str]] = []
     if shutil.which(compiler()[0]) is None:
@@ -185,13 +185,13 @@ def check_prerequisites() -> None:
 
 
 def warnings_of(out: Path) -> Path:
-    """Return where the compiler's warnings about the object *out* are kept."""
+    """Return the file for the compiler's warnings about the object *out*."""
     return out.with_suffix(".o.warnings")
 
 
 def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) -> Path:
     """
-    Compile one of our C files, unless it and its headers are as before.
+    Compile one of our C files, unless it and its headers are unchanged.
 
     Both shared objects link the same object, so each file is compiled once. The
     compiler's warnings are kept beside it, and shown whenever the object is used.
@@ -210,7 +210,7 @@ def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) ->
     if verbose:
         print(shlex.join(command))
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-    # In one write: other files are compiled at the same time.
+    # In one write, because other files are compiled at the same time.
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
         raise BuildError(f"{source.name} did not compile, see above")
@@ -220,7 +220,7 @@ def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) ->
 
 
 def compile_objects(target: Target, *, verbose: bool) -> list[Path]:
-    """Compile what has changed of the C files of *target*, several at a time."""
+    """Compile the changed C files of *target*, several at a time."""
 
     def compile_one(source: Path) -> Path:
         return compile_object(source, target.headers, verbose=verbose)
@@ -231,11 +231,11 @@ def compile_objects(target: Target, *, verbose: bool) -> list[Path]:
 
 def check_warnings() -> None:
     """
-    Compile every C file of ours that has changed, and demand that none warns.
+    Compile every changed C file of ours, and fail on any warning.
 
-    The objects are the build's own, so an unchanged file costs nothing here, and a
-    changed one nothing in the next build. -Werror would find the same, but it is
-    another flag, and every object would be compiled once more.
+    These are the build's own objects, so an unchanged file costs nothing here, and a
+    changed one costs nothing in the next build. -Werror would find the same, but it is
+    another flag, so every object would be compiled once more.
 
     Raises:
         BuildError: the compiler warned, now or when it made the present object.
@@ -291,7 +291,7 @@ def compile_target(target: Target, *, verbose: bool) -> None:
 
 @contextmanager
 def build_lock() -> Iterator[None]:
-    """Let one build at a time into the source tree."""
+    """Allow one build at a time in the source tree."""
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -302,10 +302,10 @@ def build(*, force: bool = False, verbose: bool = False) -> list[Path]:
     """
     Bring both shared objects up to date.
 
-    Blocks while the compiler runs, some ten seconds.
+    Blocks while the compiler runs, about ten seconds.
 
     Args:
-        force: build also what has not changed.
+        force: also build what has not changed.
         verbose: show the compiler's command lines.
 
     Returns:
@@ -332,15 +332,15 @@ def build(*, force: bool = False, verbose: bool = False) -> list[Path]:
 
 
 class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """What hatchling calls before it packs a wheel, editable or not."""
+    """hatchling calls this before it packs a wheel, editable or not."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build, and tell hatchling to pack the result, tied to this Python."""
         try:
             outputs = build(verbose=self.app.verbosity > 0)
         except BuildError as error:
-            # By SystemExit the message ends pip's output; a traceback would bury
-            # it.
+            # SystemExit puts the message at the end of pip's output; a traceback would
+            # hide it.
             sys.exit(f"nbd_mirror: {error}")
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> int:
     """
     Rebuild in place; ``--force`` and ``--verbose`` as in build().
 
-    With ``--warnings`` the objects alone are made, and a warning is an error.
+    With ``--warnings`` only the objects are made, and a warning is an error.
     """
     unknown = set(arguments) - {"--force", "--verbose", "--warnings"}
     if unknown:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What a server's answers must hold to be looked at.
+Checks of a server's answers.
 
-A control socket may be that of another user, which says anything to root, or that of a
-server of another version. So what a command takes for granted is checked once, before:
-a value of another type, or a number beyond all bounds, makes an answer none. Keys that
-are not known are left out.
+A control socket may belong to another user, who may send anything to root, or to a
+server of another version. So everything that a command relies on is checked once,
+before use. A value of another type, or a number out of range, makes the whole answer
+invalid. Unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What the values of a type are, for whoever reads about them."""
+    """The unit or kind of a type's values, for the manual."""
 
     words: str
 
@@ -54,7 +54,7 @@ class Answer(BaseModel):
 
 
 class Ping(Answer):
-    """Who a server says that it is."""
+    """The identity that a server reports."""
 
     volume: Text
     pid: Annotated[int, Field(strict=True, gt=0, lt=1 << 31)]
@@ -73,10 +73,10 @@ _Model = TypeVar("_Model", bound=Answer)
 
 def read(model: type[_Model], answer: object) -> _Model:
     """
-    Take a server's answer for what it has to be.
+    Check a server's answer and return it as a model.
 
     Raises:
-        FormatError: it is not.
+        FormatError: the answer is invalid.
     """
     try:
         return model.model_validate(answer)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Ask a volume's server, and make sure that it is this volume's.
+Send commands to a volume's server, after checking that it is this volume's.
 
-A control socket is found through `state`; with a wrong `state` in the file a
-command would reach another volume.  Nothing is done before the server has said
-its name.
+A control socket is found through `state`. With a wrong `state` in the file, a command
+would reach another volume. So nothing is done before the server has sent its volume's
+name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Process", "ask", "ask_policy", "ask_process", "ask_status", "serving
 
 
 class Process(NamedTuple):
-    """A server's process id, and whether it is the kernel's word or its own."""
+    """A server's process id, and whether the kernel or the server reports it."""
 
     pid: int
     seen: bool
@@ -47,7 +47,7 @@ def ask(
 
 
 def ask_policy(config: VolumeConfig, timeout_s: float = 30.0, **args: Any) -> Policy:
-    """Switch the policy as *args* say, and return what is in force; raises as `ask`."""
+    """Switch the policy as *args* say; return what is in force. Raises as `ask`."""
     return read(Policy, ask(config, "policy", timeout_s, **args))
 
 
@@ -59,7 +59,7 @@ def ask_status(config: VolumeConfig, timeout_s: float = 10.0) -> Status:
 
 
 def ask_process(config: VolumeConfig, timeout_s: float = 5.0) -> Process:
-    """Return the server's process: the kernel's word, where it shows it."""
+    """Return the server's process, as the kernel reports it if it does."""
     answer, pid = _call(config, "ping", timeout_s, {})
     ping = read(Ping, answer)
     _check_name(config, ping.volume)

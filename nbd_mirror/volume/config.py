@@ -2,11 +2,10 @@
 """
 A volume's configuration: one TOML file, checked as a whole before use.
 
-The models are the list of keys there is; a key more or less is an error.  Every
-message names the file, the key, the value as it stands there and what is
-allowed, one line each, because a wrong file is usually wrong in one place and
-the reader has it open.  config_values.py checks each value, and the values are kept
-in base units: bytes and seconds.
+The models define the keys; an unknown or missing key is an error. Every message names
+the file, the key, its value as written and the allowed values, one line each, because a
+wrong file is usually wrong in one place and the reader has it open. config_values.py
+checks each value. Values are kept in base units: bytes and seconds.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ __all__ = [
 ]
 
 CONFIG_DIR_ENV = "NBD_MIRROR_CONFIG_DIR"
-# How `serve` hands --force and --without-local on to the server it starts, whose
-# command line is nbdkit's where that one serves.
+# `serve` passes --force and --without-local in this variable, because the server's
+# command line may be nbdkit's.
 CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
 DEFAULT_CONFIG_DIR = Path("/etc/nbd-mirror")
 MAX_CONFIG_BYTES = 1 << 20
-# NBDM_STARVED_DEADLINES: the engine's bound on a command that starves while others
-# are answered.
+# NBDM_STARVED_DEADLINES: the engine's limit for a command that starves while others are
+# answered.
 STARVED_DEADLINES = 8
-STOP_S = 60.0  # of a stop, beside a starved command and the hold
-# Names in the state directory that we give, as patterns.
+STOP_S = 60.0  # of a stop, in addition to a starved command and the hold
+# Names that we use in the state directory, as patterns.
 STATE_FILES = (
     "superblock*",
     "activity*",
@@ -71,8 +70,8 @@ STATE_FILES = (
     "attached",
     "serve.log*",
 )
-# What the engine adds to the name of a log: while it makes one, and where it puts one
-# that cannot be believed.
+# The engine adds these to the name of a log: while it makes one, and when it sets aside
+# one that failed its check.
 _FILE_ENDS = (".new", ".bad")
 
 
@@ -111,8 +110,8 @@ class VolumeConfig(BaseModel):
     """
     A whole file: sizes in bytes, times in seconds, paths absolute.
 
-    *size* is 0 for "adopt"; *max_memory* 0 for the smaller of 1 GiB and a quarter of
-    the memory there is.
+    *size* is 0 for "adopt". *max_memory* is 0 for the smaller of 1 GiB and a quarter of
+    the machine's memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -141,7 +140,7 @@ class VolumeConfig(BaseModel):
 
     @property
     def source(self) -> Path:
-        """The file this was read from, absolute."""
+        """The file that this was read from, absolute."""
         return self._source
 
     @property
@@ -151,7 +150,7 @@ class VolumeConfig(BaseModel):
 
     @property
     def stop_limit_s(self) -> float:
-        """How long a stop may take before the server ends all the same."""
+        """The time after which the server ends even if its stop has not completed."""
         deadline = max(remote.deadline for remote in self.remotes)
         limit = STOP_S + STARVED_DEADLINES * deadline + self.hold
         return limit + self.local_deadline
@@ -161,7 +160,7 @@ class VolumeConfig(BaseModel):
         Return the remote called *name*.
 
         Raises:
-            ConfigError: there is none; the message lists those there are.
+            ConfigError: there is none; the message lists the remotes.
         """
         for remote in self.remotes:
             if remote.name == name:
@@ -177,10 +176,10 @@ def config_dir() -> Path:
 
 def find(path_or_name: str) -> Path:
     """
-    Return the file a user means, absolute, whether or not it exists.
+    Return the file that a user means, absolute, even if it does not exist.
 
     Args:
-        path_or_name: with a slash, or ending in ".toml", or "." or "..": a path;
+        path_or_name: a path if it has a slash, ends in ".toml", or is "." or "..";
             else a volume's name, looked up in config_dir().
     Raises:
         MissingError: it is relative to a folder that was removed.
@@ -211,7 +210,7 @@ def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
     text = _read(source, os.fspath(path_or_name))
     try:
         data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of numbers without end
+    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         raise ConfigError(f"{source.name}: not valid TOML: {error}") from None
     try:
         config = VolumeConfig.model_validate(data, context={"folder": source.parent})
@@ -244,7 +243,8 @@ def _read(source: Path, asked: str) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ConfigError(f"{source.name}: is UTF-16 text", "save it as UTF-8")
     try:
-        return raw.decode("utf-8-sig")  # editors of other systems put a mark first
+        # editors of other systems may write a mark first
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(f"{source.name}: line {line} is not UTF-8 text") from None
@@ -252,15 +252,16 @@ def _read(source: Path, asked: str) -> str:
 
 def check_links(config: VolumeConfig, *, uses_local: bool = True) -> None:
     """
-    Check that no link makes a log of the state the disk, or the listening socket.
+    Check that no log of the state is a link to the disk or to the listening socket.
 
-    Not done by `load`: a disk that hangs must not keep a command that only asks.
+    `load` does not check this, because a disk that hangs must not delay a command that
+    only reads the status.
 
     Args:
         config: of the volume.
-        uses_local: False: the local disk has failed, and is not looked at.
+        uses_local: False: the local disk has failed, and is not checked.
     Raises:
-        ConfigError: one does.
+        ConfigError: one is.
     """
     _check_paths(config, os.path.realpath, uses_local=uses_local)
 
@@ -327,8 +328,8 @@ def _explain_key(
 def _explain_unknown(key: str, allowed: Collection[str]) -> str:
     near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     if key == "deadline":
-        near = []  # a remote's, and not a misspelt local_deadline
-    # A key of the other kind of table is most often one put after [[remote]].
+        near = []  # a remote's key, no misspelt local_deadline
+    # A key of the other kind of table was most often put after [[remote]].
     if near:
         return f"{key}: unknown key; did you mean {near[0]}?"
     if key in values.RULES:
@@ -342,16 +343,16 @@ def _explain_unknown(key: str, allowed: Collection[str]) -> str:
 
 
 def _toml(value: object) -> str:
-    """Write a value as it stands in the file, shortened."""
+    """Write a value as in the file, shortened."""
     if isinstance(value, int) and value.bit_length() > 400:
-        return "a number of over 120 digits"  # Python does not print any
+        return "a number of over 120 digits"  # Python prints no such number
     known = isinstance(value, str | bool | int | float)
     text = json.dumps(value, ensure_ascii=False) if known else str(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _plain(line: str) -> str:
-    """Keep a line one line, whatever was quoted in it."""
+    """Remove line breaks from quoted text, so that a line stays one line."""
     line = line if len(line) <= 500 else f"{line[:497]}..."
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode()
@@ -361,11 +362,11 @@ def _plain(line: str) -> str:
 
 def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
     """
-    Make what the engine is told.
+    Make the engine's parameters.
 
     Args:
         config: the volume.
-        assume: names of remotes the operator says are copies already.
+        assume: names of remotes that are copies already, as the operator says.
     Raises:
         ConfigError: *assume* names no remote of this volume.
     """

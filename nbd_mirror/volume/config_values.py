@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What each key of a configuration may be: the rules in words, and the checks.
+The allowed values of each key of a configuration: the rules in words, and the checks.
 
-A check returns the value in base units, bytes or seconds, or raises ValueError with
-the rule.
+A check returns the value in base units, bytes or seconds, or raises ValueError with the
+rule.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _URI_RULE = (
     "nbd+unix:///NAME?socket=/PATH or nbds+unix:///NAME?socket=/PATH"
 )
 
-# What is allowed, by key: used where a value is of the wrong type altogether.
+# The allowed values by key, for a value of the wrong type.
 RULES = {
     "name": _NAME_RULE,
     "size": 'a size above 0 and at most 1PiB, as in "10GiB", or "adopt"',
@@ -91,7 +91,7 @@ def parse_region_size(value: object) -> int:
 
 
 def check_max_clients(value: int) -> int:
-    """Check how many clients there may be."""
+    """Check the limit of clients."""
     if not 1 <= value <= MAX_CLIENTS:
         raise ValueError(f"must be {RULES['max_clients']}")
     return value
@@ -114,7 +114,7 @@ def parse_local_deadline(value: object) -> float:
 
 
 def between(key: str, least_s: float, most_s: float) -> BeforeValidator:
-    """Return a check of the time that *key* is: seconds, within the two bounds."""
+    """Return a check of the time *key*: seconds, within the two limits."""
 
     def check(value: object) -> float:
         seconds = parse_duration(value)
@@ -126,13 +126,13 @@ def between(key: str, least_s: float, most_s: float) -> BeforeValidator:
 
 
 def check_uri(value: str) -> str:
-    """Check an NBD URI; it stays as it is written."""
+    """Check an NBD URI; it is not changed."""
     try:
         parts = urlsplit(value)
         port = parts.port
     except ValueError:
         raise ValueError(f"must be {_URI_RULE}") from None
-    # C ends it at a NUL, and urlsplit passes over a line's end: not the same address.
+    # C ends a string at a NUL, and urlsplit ignores line ends: both change the address.
     if parts.scheme not in _SCHEMES or not value.isprintable():
         raise ValueError(f"must be {_URI_RULE}")
     sockets = parse_qs(parts.query).get("socket", [])

@@ -2,13 +2,13 @@
 """
 The control socket: how commands reach a running server.
 
-A unix socket `control` in the state directory; a request is one line of JSON,
-`{"command": ..., ...}`, the answer another, `{"ok": true, "result": ...}` or
-`{"ok": false, "error": {"class", "message", "hint", "exit_code"}}`; then the
-connection ends.  One request a connection keeps both ends free of any state,
-and a client that hangs holds only its own thread, and that for seconds.
+It is a unix socket `control` in the state directory. A request is one line of JSON,
+`{"command": ..., ...}`. The answer is another, `{"ok": true, "result": ...}` or `{"ok":
+false, "error": {"class", "message", "hint", "exit_code"}}`. Then the connection ends.
+With one request per connection neither end keeps any state, and a client that hangs
+holds only its own thread, for a few seconds.
 
-This is the protocol and the side that asks; server/control_server.py answers.
+This module has the protocol and the client's side; server/control_server.py answers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def encode(answer: dict[str, Any]) -> bytes:
 
 
 def peer(sock: socket.socket) -> tuple[int, int]:
-    """Return the other end's process and user, as the kernel has them."""
+    """Return the process and the user of the other end, as the kernel reports them."""
     size = struct.calcsize("3i")
     pid, uid, _ = struct.unpack(
         "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
@@ -81,12 +81,12 @@ def call(
     **args: Any,
 ) -> Any:
     """
-    Ask the server of a volume, and wait for its answer.
+    Send a command to the server of a volume, and wait for its answer.
 
     Args:
         state_dir: the volume's state directory.
-        command: what the server's handler knows, such as "status".
-        timeout_s: seconds for all of it.
+        command: one that the server's handler knows, such as "status".
+        timeout_s: seconds for the whole exchange.
         args: the command's arguments, as JSON can carry them.
     Returns:
         The handler's result.
@@ -105,11 +105,12 @@ def exchange(
     args: Mapping[str, Any],
 ) -> tuple[Any, int]:
     """
-    Do what `call` does, and tell which process listens.
+    Like `call`, but also return which process listens.
 
     Returns:
-        The result, and the process as the kernel has it: a server may be another
-        user's, and say anything. 0: it is in a namespace that is not seen here.
+        The result, and the process as the kernel reports it, because a server of
+        another user may send any number. 0: the process is in a namespace that is
+        not visible here.
     """
     deadline = time.monotonic() + timeout_s
     request = encode({**args, "command": command})
@@ -119,7 +120,8 @@ def exchange(
             with unix.short_name(control_path(state_dir)) as name:
                 sock.connect(name)
             pid, _ = peer(sock)
-            # A user who may not ask is answered at once, perhaps before we have asked.
+            # A user without permission is answered at once, perhaps before the request
+            # is sent.
             with contextlib.suppress(BrokenPipeError):
                 sock.sendall(request)
             answer = json.loads(receive_line(sock, MAX_ANSWER, deadline))

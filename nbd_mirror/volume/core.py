@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The engine as Python sees it: the only importer of *ffi* and *lib*.
+The Python interface of the engine: the only module that imports *ffi* and *lib*.
 
-One method is one C call; CFFI releases the GIL around each. No policy and no state
-of its own live here, but for the handle. Strings go to C as UTF-8 and are copied
-there before the call returns; buffers are borrowed for the call and never copied.
+One method is one C call; CFFI releases the GIL around each. This module has no policy,
+and no state except the handle. Strings go to C as UTF-8 and are copied there before the
+call returns. Buffers are borrowed for the call and never copied.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 # Under nbdkit's Python plugin and in the command line this is the extension module
-# _core. Inside the native door nbd_mirror/server/native.py puts the embedded module
-# _nbdm_native into sys.modules under this name before it imports anything of ours,
-# so that this same code drives the engine that lives in the plugin's own .so: two
-# copies of the C code in one process would not know each other's volume.
+# _core. Inside the native door, nbd_mirror/server/native.py puts the embedded module
+# _nbdm_native into sys.modules under this name before it imports anything of ours, so
+# that this code drives the engine inside the plugin's own .so. Two copies of the C code
+# in one process would not share the volume.
 from nbd_mirror._core import ffi, lib
 
 from ..base.errors import MirrorError, NotRunningError, from_errno
@@ -68,7 +68,7 @@ FUA: int = lib.NBDM_FUA
 MAY_TRIM: int = lib.NBDM_MAY_TRIM
 FAST_ZERO: int = lib.NBDM_FAST_ZERO
 FOREVER_MS = 0xFFFF_FFFF
-MAX_ACTIVE = 4096  # extents asked for at once; the log holds fewer
+MAX_ACTIVE = 4096  # limit of extents per call; the log holds fewer
 
 _LOCAL_CHOICES = {
     "": lib.NBDM_LOCAL_CHECKED,
@@ -82,11 +82,11 @@ def check(rc: int, what: str) -> int:
     """
     Return *rc* unless it is -errno.
 
-    Must follow the C call at once: its message is the thread's last one.
+    Must follow the C call at once, because it reads the thread's last message.
 
     Raises:
-        MirrorError: of the class that fits the errno, with C's own words, or *what*
-            where C had none; its `errno` is the positive number.
+        MirrorError: of the class that fits the errno, with C's message, or with
+            *what* if C set none. Its `errno` is the positive number.
     """
     if rc < 0:
         raise _error(rc, what)
@@ -100,7 +100,7 @@ def _error(rc: int, what: str) -> MirrorError:
 
 def create(params: Params, *, force: bool = False) -> None:
     """
-    Format the state directory; no byte of the local disk is touched.
+    Format the state directory; the local disk is not changed.
 
     Blocks while the logs are allocated and synced.
 
@@ -114,7 +114,7 @@ def create(params: Params, *, force: bool = False) -> None:
 
 def peek(state_dir: str) -> Peek:
     """
-    Read a superblock without locking or changing anything, also beside a server.
+    Read a superblock without locking or changing anything, even beside a server.
 
     Raises:
         MissingError: there is none. FormatError: it is garbled.
@@ -134,14 +134,14 @@ def peek_map(state_dir: str, disk: str) -> None:
     Check a disk's dirty map as a start does; see `peek`.
 
     Raises:
-        MissingError: there is none. FormatError: a start would not believe it.
+        MissingError: there is none. FormatError: a start would not trust it.
     """
     rc = lib.nbdm_peek_map(os.fsencode(state_dir), os.fsencode(disk))
     check(rc, f"dirty.{disk}")
 
 
 def fault_points() -> dict[str, bool]:
-    """Name every point that NBDM_FAULT knows; whether it can be made to fail."""
+    """Return every point that NBDM_FAULT knows, and whether it can be made to fail."""
     fails = ffi.new("int *")
     found: dict[str, bool] = {}
     while (name := lib.nbdm_fault_point(len(found), fails)) != ffi.NULL:
@@ -154,9 +154,10 @@ def fault_points() -> dict[str, bool]:
 
 def start_log() -> None:
     """
-    Let no line of the log block from now on, also none on standard output and error.
+    From now on no line of the log blocks, not even on standard output and error.
 
-    To be called after any fork, and before signals are blocked. Again: no effect.
+    Call it after any fork, and before signals are blocked. Calling it again has no
+    effect.
 
     Raises:
         MirrorError: no thread, or no descriptor.
@@ -165,7 +166,7 @@ def start_log() -> None:
 
 
 def bound_log(state_dir: str) -> None:
-    """Bound the size of the directory's serve.log, if the output goes there."""
+    """Limit the size of the directory's serve.log, if the output goes there."""
     check(lib.nbdm_log_rotate(os.fsencode(state_dir)), "the log")
 
 
@@ -175,17 +176,17 @@ def write_log(level: str, text: str) -> None:
 
 
 def write_text(text: str) -> None:
-    """Write whole lines as they are; as `write_log`."""
+    """Write whole lines unchanged, like `write_log`."""
     lib.nbdm_log_raw(_c_text(text))
 
 
 def flush_log(timeout_s: float) -> None:
-    """Wait until all lines were written, but no longer than *timeout_s*."""
+    """Wait until all lines were written, at most *timeout_s*."""
     lib.nbdm_log_flush(_ms(timeout_s))
 
 
 def log_counts() -> tuple[int, int]:
-    """Count the lines that could not be written, and those there were too many of."""
+    """Return how many lines could not be written, and how many were left out."""
     lost, left_out = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     lib.nbdm_log_counts(lost, left_out)
     return int(lost[0]), int(left_out[0])
@@ -199,8 +200,8 @@ class Engine:
     """
     An open volume.
 
-    Every method but `close` may be called from any thread. `close` wants all others
-    to have returned; the owner sees to that.
+    Every method except `close` may be called from any thread. The owner calls `close`
+    only when all other calls have returned.
     """
 
     def __init__(self, params: Params) -> None:
@@ -211,8 +212,8 @@ class Engine:
 
         Raises:
             BusyError: another process has the volume or its disk. MissingError: no
-            state or no disk. WrongDiskError: the local disk is not the one that was
-            left. FormatError, ConfigError, SpaceError.
+            state or no disk. WrongDiskError: the local disk is another one than before.
+            FormatError, ConfigError, SpaceError.
         """
         c_params, _alive = _make_params(params)
         out = ffi.new("struct nbdm **")
@@ -227,7 +228,7 @@ class Engine:
 
     @property
     def handle(self) -> Any:
-        """The C handle: for the native door, whose requests do not pass here."""
+        """The C handle, for the native door, which passes no request through here."""
         if self._volume == ffi.NULL:
             raise NotRunningError("the volume is closed")
         return self._volume
@@ -235,27 +236,27 @@ class Engine:
     # --- life ---
 
     def start(self) -> None:
-        """Start the engine's own thread; after any fork."""
+        """Start the engine's own threads. Call it after any fork."""
         check(lib.nbdm_start(self.handle), "start")
 
     def stop(self) -> None:
         """
         Stop cleanly: refuse new requests, finish those under way, flush, persist.
 
-        Blocks, bounded by the deadlines; again: no effect. Raises MirrorIOError if
-        something was not persisted: the next start recovers.
+        Blocks, bounded by the deadlines. Calling it again has no effect. Raises
+        MirrorIOError if something was not persisted: the next start then recovers.
         """
         check(lib.nbdm_stop(self.handle), "stop")
 
     def wake(self) -> None:
-        """End every `wait`, present and future: policy threads shall end."""
+        """End every `wait`, present and future, so that the policy threads can end."""
         lib.nbdm_wake(self.handle)
 
     def close(self) -> None:
         """
-        Free the volume; without `stop` before it as if the process was killed.
+        Free the volume; without `stop` before it, as if the process was killed.
 
-        No other call may be under way. Again: no effect.
+        No other call may be under way. Calling it again has no effect.
         """
         volume, self._volume = self._volume, ffi.NULL
         if volume != ffi.NULL:
@@ -273,16 +274,16 @@ class Engine:
         Raises:
             MirrorIOError: no disk that has the range could be read.
         """
-        # const does not protect: without require_writable CFFI would write through
-        # a read-only buffer.
+        # const does not protect the buffer: without require_writable CFFI would write
+        # through a read-only one.
         out = ffi.from_buffer("uint8_t[]", buf, require_writable=True)
         check(lib.nbdm_pread(self.handle, out, len(out), offset), "read")
 
     def pwrite(self, buf: Buffer, offset: int, flags: int = 0) -> None:
         """
-        Write *buf* to all legs; returns when the write may be answered. Blocks.
+        Write *buf* to all legs, and return when the write may be answered. Blocks.
 
-        Losing a remote degrades the mirror and is not an error.
+        The loss of a remote degrades the mirror and is no error.
 
         Args:
             buf: contiguous, up to MAX_REQUEST bytes; not kept.
@@ -296,14 +297,14 @@ class Engine:
         check(lib.nbdm_pwrite(self.handle, data, len(data), offset, flags), "write")
 
     def trim(self, count: int, offset: int, flags: int = 0) -> None:
-        """Give up *count* bytes at *offset* on all legs; *flags*: FUA. Blocks."""
+        """Discard *count* bytes at *offset* on all legs; *flags*: FUA. Blocks."""
         check(lib.nbdm_trim(self.handle, count, offset, flags), "trim")
 
     def zero(self, count: int, offset: int, flags: int = 0) -> None:
         """
         Zero *count* bytes at *offset* on all legs. Blocks.
 
-        With FAST_ZERO in *flags* raises UnsupportedError where it would be slow.
+        With FAST_ZERO in *flags* it raises UnsupportedError if it would be slow.
         """
         check(lib.nbdm_zero(self.handle, count, offset, flags), "zero")
 
@@ -325,7 +326,7 @@ class Engine:
 
     @property
     def min_block(self) -> int:
-        """Bytes that a request's offset and length should be a multiple of."""
+        """The bytes that a request's offset and length should be a multiple of."""
         return int(lib.nbdm_min_block(self.handle))
 
     def chain(self) -> str:
@@ -335,20 +336,20 @@ class Engine:
         return _text(words)
 
     def count_client(self, change: int) -> int:
-        """Count a client in (+1) or out (-1), or only ask (0); returns how many."""
+        """Count a client in (+1) or out (-1), or ask (0); return how many there are."""
         return int(lib.nbdm_count_client(self.handle, change))
 
     # --- any disk ---
 
     def admit(self, disk: Disk) -> None:
-        """Use the connection, or the attached local disk, from now on."""
+        """From now on use the connection, or the attached local disk."""
         check(lib.nbdm_disk_admit(self.handle, disk), "admit")
 
     def drop(self, disk: Disk, reason: str) -> None:
         """
         Drop the connection, or close the attached local disk again.
 
-        *reason* becomes the state's. Never fails for a remote.
+        *reason* becomes the reason of the state. Never fails for a remote.
         """
         check(lib.nbdm_disk_drop(self.handle, disk, _reason(reason)), "drop")
 
@@ -356,21 +357,21 @@ class Engine:
         self, disk: Disk, first: int, max_bytes: int, max_s: float, plan: Plan
     ) -> Batch:
         """
-        Copy what the disk misses to it, flush it, clear the bits.
+        Copy to the disk what it misses, flush it, clear the bits.
 
-        Blocks until the last region is copied, or it is told to stop; a pause, a lost
-        connection and `wake` end it too. Also ends the resync if nothing is dirty.
+        Blocks until the last region is copied, or a limit is reached. A pause, a lost
+        connection and `wake` also end it. If nothing is dirty, it ends the resync.
 
         Args:
-            first: the region to look from, upwards.
+            first: the first region to look at; the call goes upwards.
             max_bytes: stop after about this much.
-            max_s: and after so many seconds; 0: however long it takes.
-            plan: the pace to begin at.
+            max_s: stop after this time; 0: no limit.
+            plan: the pace to begin with.
 
         Returns:
-            What was done; its *error*, not raised because regions before it may be
-            clean now. Its errno is ENOTCONN where the remote was lost, or none that
-            has what the local disk misses is connected.
+            What was done. Its *error* is not raised, because earlier regions may be
+            clean now. The errno is ENOTCONN if the remote was lost, or if no connected
+            remote has what the local disk misses.
         """
         batch = _make_batch(first, max_bytes, max_s, plan)
         return _done(batch, lib.nbdm_disk_resync(self.handle, disk, batch))
@@ -384,7 +385,7 @@ class Engine:
         """
         Block until the disk's serial differs from *seen*, or the time is over.
 
-        Returns the serial; with *timeout_s* None there is no time limit.
+        Returns the serial. With *timeout_s* None there is no time limit.
         """
         timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
         return int(lib.nbdm_disk_wait(self.handle, disk, seen, timeout_ms))
@@ -393,12 +394,12 @@ class Engine:
 
     def connect(self, remote: int, uri: str, timeout_s: float) -> None:
         """
-        Connect and check size and flags; not used for anything until admitted.
+        Connect, and check size and flags. The connection is not used until admitted.
 
         Blocks up to *timeout_s*.
 
         Raises:
-            MirrorError: of any class; the words say what the far side said.
+            MirrorError: of any class; the message has the remote's answer.
         """
         words = uri.encode()
         rc = lib.nbdm_remote_connect(self.handle, remote, words, _ms(timeout_s))
@@ -412,22 +413,22 @@ class Engine:
         return check(rc, f"compare region {region}")
 
     def comparable(self, remote: int, region: int) -> int | None:
-        """Find the first region from *region* on that is dirty on neither side."""
+        """Return the first region from *region* on that is dirty on neither side."""
         found = int(lib.nbdm_remote_comparable(self.handle, remote, region))
         status = self.status()
         return found if found < -(-status.size // status.region_size) else None
 
     def explain(self, remote: int, reason: str) -> None:
-        """Say why a remote that is not connected is out of sync."""
+        """Set the reason of a remote that is not connected."""
         rc = lib.nbdm_remote_explain(self.handle, remote, _reason(reason))
         check(rc, "explain")
 
     def fail(self, remote: int, reason: str) -> None:
-        """Make it failed, durably: not connected until reset or invalidated."""
+        """Make it failed, durably: no connection until it is reset or invalidated."""
         check(lib.nbdm_remote_fail(self.handle, remote, _reason(reason)), "fail")
 
     def reset(self, remote: int) -> None:
-        """Take it out of failed, durably, the dirty map kept; else no effect."""
+        """End the failed state, durably, and keep the dirty map; else no effect."""
         check(lib.nbdm_remote_reset(self.handle, remote), "reset")
 
     def pause(self, remote: int, *, paused: bool) -> None:
@@ -444,7 +445,7 @@ class Engine:
 
     def set_policy(self, policy: str, fenced_reads: str) -> None:
         """
-        Change the policy while requests run; the next start takes its own.
+        Change the policy while requests run; the next start uses its own.
 
         Args:
             policy: "degrade" lifts a fence; "stop" fences at once, durably, if a
@@ -452,7 +453,7 @@ class Engine:
             fenced_reads: "serve" or "fail".
 
         Raises:
-            MirrorIOError: the volume has failed, or does so now.
+            MirrorIOError: the volume has failed, or fails now.
         """
         fail = int(fenced_reads == "fail")
         rc = lib.nbdm_set_policy(self.handle, _POLICIES[policy], fail)
@@ -466,7 +467,7 @@ class Engine:
 
     def local_sample(self, least: int) -> int:
         """
-        Take samples of what it holds, if fewer than *least* could be compared now.
+        Take samples of its content, if fewer than *least* could be compared now.
 
         Blocks while up to 64 blocks are read. Returns how many were taken.
         """
@@ -476,7 +477,7 @@ class Engine:
 
     def local_attach(self, path: str, *, replaced: bool) -> None:
         """
-        Open the local disk again; not used for anything until admitted.
+        Open the local disk again. It is not used until admitted.
 
         Args:
             replaced: it is another disk than the one that failed: every region
@@ -484,7 +485,7 @@ class Engine:
 
         Raises:
             BusyError: it has not failed, or the disk is in use. WrongDiskError: it
-            is not the one that was left, or too small. MissingError, MirrorIOError.
+            is another disk than before, or too small. MissingError, MirrorIOError.
         """
         rc = lib.nbdm_local_attach(self.handle, os.fsencode(path), int(replaced))
         check(rc, f"attach {path}")
@@ -519,7 +520,7 @@ class Engine:
         return list(found[0 : check(rc, "active extents")])
 
     def recent_regions(self, limit: int) -> list[int]:
-        """List at most *limit* regions written last, latest first."""
+        """List the regions of the latest writes, at most *limit*, latest first."""
         found = ffi.new("uint64_t[]", limit)
         rc = lib.nbdm_get_recent_regions(self.handle, found, limit)
         return list(found[0 : check(rc, "recent regions")])
@@ -540,7 +541,7 @@ def _set_pace(pace: Any, plan: Plan) -> Any:
 
 
 def _done(batch: Any, rc: int) -> Batch:
-    """Say what a call of resync did; must follow it at once, as `check`."""
+    """Return what a call of resync did; must follow it at once, as `check`."""
     error = _error(rc, "resync") if rc < 0 else None
     return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
 
@@ -552,7 +553,7 @@ def _by_kind(counts: Any) -> list[list[int]]:
 
 
 def _make_params(params: Params) -> tuple[Any, list[Any]]:
-    """Make struct nbdm_params; the list keeps its strings alive for the call."""
+    """Make struct nbdm_params. The list keeps its strings alive for the call."""
     if len(params.remotes) > MAX_REMOTES:
         raise from_errno(-errno.EINVAL, f"more than {MAX_REMOTES} remotes")
     alive = [ffi.new("char[]", params.name.encode())]
@@ -576,7 +577,7 @@ def _make_params(params: Params) -> tuple[Any, list[Any]]:
 
 
 def _text(words: Any) -> str:
-    """Decode C's UTF-8; a message cut in the middle of a character stays readable."""
+    """Decode C's UTF-8; a message cut inside a character stays readable."""
     return bytes(ffi.string(words)).decode(errors="replace")
 
 
@@ -587,7 +588,7 @@ def _reason(words: str) -> bytes:
 
 
 def _ms(seconds: float) -> int:
-    """Whole milliseconds, rounded up: a wait of a little must not become a spin."""
+    """Return whole milliseconds, rounded up: a short wait must not become a spin."""
     return min(max(-int(-seconds * 1000 // 1), 0), FOREVER_MS - 1)
 
 
@@ -596,10 +597,10 @@ class Server:
     The direct door: serves an engine to the clients of listening sockets.
 
     Args:
-        engine: must be open for as long as this is.
-        listen_fds: stay the caller's.
-        max_clients: as far as there are descriptors for them.
-        max_memory: bytes that requests of all clients may take together; 0: the usual.
+        engine: must stay open as long as this object.
+        listen_fds: the caller keeps and closes them.
+        max_clients: the limit, lowered if there are too few descriptors.
+        max_memory: bytes for the requests of all clients together; 0: the default.
     Raises:
         MirrorError: no memory, or no descriptor.
     """
@@ -623,12 +624,12 @@ class Server:
 
     @property
     def max_clients(self) -> int:
-        """How many clients there may be: as many as there are descriptors for."""
+        """The limit of clients, as far as there are descriptors."""
         return int(lib.nbdm_server_max_clients(self._handle))
 
     def run(self) -> None:
         """
-        Serve; blocks until `end`, and what was under way then is answered.
+        Serve. Blocks until `end`, and then until requests under way are answered.
 
         Raises:
             MirrorError: no thread could be made.
@@ -636,20 +637,20 @@ class Server:
         check(lib.nbdm_server_run(self._handle), "serve")
 
     def end(self) -> None:
-        """Have `run` return; from any thread, as often as one likes."""
+        """Make `run` return. May be called from any thread, any number of times."""
         lib.nbdm_server_end(self._handle)
 
     def drain(self, timeout_s: float) -> bool:
         """
-        Do as `end`, and wait for what is under way to be answered.
+        Like `end`, and wait until requests under way are answered.
 
         Blocks up to *timeout_s*.
 
         Returns:
-            Whether all clients are answered and disconnected.
+            True: all clients are answered and disconnected.
         """
         return bool(lib.nbdm_server_drain(self._handle, _ms(timeout_s)) == 0)
 
     def close(self) -> None:
-        """Free it, once `run` has returned and no `end` can come any more."""
+        """Free it. `run` must have returned, and no `end` may follow."""
         lib.nbdm_server_close(self._handle)

@@ -2,9 +2,9 @@
 """
 Is a remote's address the volume's own?
 
-A volume that mirrors onto itself waits for itself: each write is held until a deadline
-ends it. So the address is compared in whatever spelling: a unix socket over links, a
-TCP port under any name or address of this host.
+A volume that mirrors to itself waits for itself: each write is held until a deadline
+ends it. So this module compares the addresses in any spelling: a unix socket over
+links, a TCP port under any name or address of this host.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def check_remotes(config: VolumeConfig) -> None:
 
 def own_address(uri: str, listen: Listen) -> str:
     """
-    Say why a remote at *uri* would be the volume that listens at *listen*; or "".
+    Return why a remote at *uri* would be the volume that listens at *listen*; or "".
 
-    Never raises: of a name that cannot be resolved nothing is known.
+    Never raises: a name that cannot be resolved gives no answer.
     """
     parts = urlsplit(uri)
     if parts.scheme.endswith("+unix"):
@@ -73,7 +73,7 @@ def _same_port(host: str, port: int, listen: Listen) -> bool:
     asked = {_reached(one) for one in _resolve(host)}
     bound = _resolve(listen.host)
     if any(one.is_unspecified for one in bound):
-        # A wildcard takes what is for any address of this host.
+        # A wildcard receives connections to any address of this host.
         return any(_is_ours(one) for one in asked)
     return bool(asked & {_reached(one) for one in bound})
 
@@ -87,7 +87,7 @@ def _resolve(host: str) -> set[_Address]:
 
 
 def _reached(address: _Address) -> _Address:
-    """Give the address that a connect to *address* reaches."""
+    """Return the address that a connect to *address* reaches."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         return address.ipv4_mapped
     if address.is_unspecified:
@@ -96,7 +96,7 @@ def _reached(address: _Address) -> _Address:
 
 
 def _is_ours(address: _Address) -> bool:
-    """Say whether it is of this host: then the kernel talks to it from itself."""
+    """Is it an address of this host? Then the kernel uses it as the source too."""
     if address.is_loopback:
         return True
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6

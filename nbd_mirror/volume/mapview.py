@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Look at a dirty map: counts, runs and pictures of it.
+Read a dirty map: counts, runs and pictures.
 
-The maps are read beside a running server too: nothing is locked or changed, and
-bits may change while they are counted.  They are read in pieces and not mapped:
-the file may be another user's, who cuts it short meanwhile, and a mapping would
-end the command with SIGBUS.  What is read here is the oracle of the tests, so it
-shares no code with the engine.
+The maps can be read beside a running server: nothing is locked or changed, and bits may
+change while they are counted. They are read in pieces and not mapped. The file may
+belong to another user, who may truncate it during the read, and with a mapping SIGBUS
+would end the command. The tests use this module as their oracle, so it shares no code
+with the engine.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _PAGE = 4096
 _LOG_CLEAN = 1
 _MAX_SIZE = 1 << 50  # of a volume, bytes
 _MIN_REGION, _MAX_REGION = 4 << 10, 4 << 20
-_PIECE = 1 << 20  # bytes of a map that are read at a time
+_PIECE = 1 << 20  # read from a map at a time
 _DIRTY, _UNFLUSHED0, _UNFLUSHED1, _LATE = range(4)
 
-# A map this fragmented is looked at in part: Python visits a run in about 0.3 us.
+# A map with more runs is read in part: Python visits a run in about 0.3 us.
 MAX_RUNS = 2_000_000
 
 _SHADES = " ░▒▓█"
@@ -81,9 +81,9 @@ class DirtyMaps:
     """
     The four maps of one remote, read-only, in the file itself.
 
-    Use it as a context manager.  Counts, runs and shares read the file anew and keep
-    a piece of it at a time, so maps of any size can be looked at.  Each of them
-    raises FormatError where the file was cut short meanwhile.
+    Use it as a context manager. Counts, runs and shares read the file each time and
+    keep one piece in memory, so maps of any size can be read. Each of them raises
+    FormatError if the file was truncated in the meantime.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -153,7 +153,7 @@ class DirtyMaps:
         self._file.close()
 
     def _pread(self, size: int, at: int) -> bytes:
-        """Read *size* bytes, or less where the file ends."""
+        """Read *size* bytes, or fewer at the end of the file."""
         data = b""
         try:
             while more := os.pread(self._file.fileno(), size - len(data), at):
@@ -166,7 +166,7 @@ class DirtyMaps:
         return data
 
     def _pieces(self, index: int) -> Iterator[tuple[int, bitarray]]:
-        """Read a map from its start; give each piece with its first region."""
+        """Read a map from its start; yield each piece with its first region."""
         length = -(-self.nr_regions // 8)
         for at in range(0, length, _PIECE):
             size = min(_PIECE, length - at)
@@ -175,7 +175,7 @@ class DirtyMaps:
                 raise FormatError(f"{self.path} was cut short while it was read")
             first = at * 8
             bits = bitarray(buffer=data, endian="little")
-            # The last byte may be of more regions than there are.
+            # The last byte may have bits beyond the last region.
             yield first, bits[: self.nr_regions - first]
 
     def _whole(self, index: int) -> frozenbitarray:
@@ -194,43 +194,43 @@ class DirtyMaps:
 
     @property
     def unflushed(self) -> tuple[frozenbitarray, frozenbitarray]:
-        """The same of those answered by it and not flushed since: two sets."""
+        """Copies of the two sets of regions that it answered and has not flushed."""
         return self._whole(_UNFLUSHED0), self._whole(_UNFLUSHED1)
 
     @property
     def late(self) -> frozenbitarray:
-        """The same of those a lost connection's command may still change."""
+        """A copy of the regions that a lost connection's command may still change."""
         return self._whole(_LATE)
 
     @property
     def dirty_regions(self) -> int:
-        """How many regions are dirty."""
+        """The number of dirty regions."""
         return self._count(_DIRTY)
 
     @property
     def late_regions(self) -> int:
-        """How many regions are held back for late writes."""
+        """The number of regions held back for late writes."""
         return self._count(_LATE)
 
     @property
     def unflushed_regions(self) -> int:
-        """How many regions are in either unflushed set."""
+        """The number of regions in either unflushed set."""
         both = zip(self._pieces(_UNFLUSHED0), self._pieces(_UNFLUSHED1), strict=True)
         return sum(count_or(one, other) for (_, one), (_, other) in both)
 
     def bytes_of(self, regions: int, size: int = 0) -> int:
         """
-        Return the bytes that many regions hold.
+        Return the size of that many regions in bytes.
 
         Args:
             regions: how many.
-            size: the volume's; the last region may reach past it. 0: unknown.
+            size: of the volume; the last region may extend past it. 0: unknown.
         """
         total = regions * self.region_size
         return min(total, size) if size else total
 
     def runs(self) -> Iterator[Run]:
-        """Walk the runs of dirty regions, from the first."""
+        """Yield the runs of dirty regions, from the first."""
         start = -1  # of a run that has not ended
         for first, bits in self._pieces(_DIRTY):
             at = 0
@@ -251,13 +251,13 @@ class DirtyMaps:
 
     def longest_runs(self, count: int) -> tuple[list[Run], int, bool]:
         """
-        Find the longest runs.
+        Return the longest runs.
 
         Args:
             count: how many to return.
         Returns:
-            The runs, longest first; how many were looked at; whether these
-            were all (a map of millions of runs is not walked to its end).
+            The runs, longest first; how many were looked at; whether these were all
+            (a map of millions of runs is not read to its end).
         """
         longest: list[tuple[int, int]] = []  # heap of (length, -offset)
         total = 0
@@ -287,7 +287,7 @@ class DirtyMaps:
                 low, high = max(edges[cell], first), min(edges[cell + 1], end)
                 dirty[cell] += bits.count(1, low - first, high - first)
                 if edges[cell + 1] > end:
-                    break  # the rest of it is in the next piece
+                    break  # its rest is in the next piece
                 cell += 1
         return [
             count / (high - low)
@@ -311,7 +311,7 @@ def _sorted_runs(heap: list[tuple[int, int]]) -> list[Run]:
 
 
 def _shade(share: float) -> int:
-    """Return 0 for wholly clean to 4; one dirty region is always seen."""
+    """Return 0 for clean to 4; a single dirty region is always visible."""
     return min(math.ceil(share * 4), 4)
 
 
@@ -388,9 +388,9 @@ def save_png(maps: list[DirtyMaps], file: str | os.PathLike[str], title: str) ->
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Replace a file that is there; a device or a FIFO is written to."""
-    target = Path(os.path.realpath(file))  # a link stays one
-    mode = 0o666  # as of any file that a command is told to write
+    """Replace an existing file; write into a device or a FIFO."""
+    target = Path(os.path.realpath(file))  # a link stays a link
+    mode = 0o666  # as for any file that a command writes
     with contextlib.suppress(FileNotFoundError):
         status = target.stat()
         if not stat.S_ISREG(status.st_mode):

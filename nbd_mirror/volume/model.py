@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the engine is told and what it reports, as plain values.
+The engine's parameters and reports, as plain values.
 
-They mirror the structs of csrc/nbdm.h, in Python's units: seconds and bytes. Apart
-from core.py so that rules and tests can be read and run without the C code.
+They mirror the structs of csrc/nbdm.h, in Python's units: seconds and bytes. They are
+separate from core.py so that rules and tests run without the C code.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def disk_of(remote: int) -> Disk:
 
 @dataclass(frozen=True, slots=True)
 class RemoteParams:
-    """A remote as create and open need it; *deadline_ms* is of each command to it."""
+    """A remote, for create and open. *deadline_ms* limits each command to it."""
 
     name: str
     deadline_ms: int
@@ -59,10 +59,10 @@ class RemoteParams:
 @dataclass(frozen=True, slots=True)
 class Params:
     """
-    A volume as create and open need it.
+    A volume, for create and open.
 
-    *size* is in bytes, 0 adopts the local disk's own; *region_size* in bytes;
-    *policy* is "degrade" or "stop", *fenced_reads* "serve" or "fail".
+    *size* is in bytes, 0 uses the local disk's own; *region_size* in bytes; *policy* is
+    "degrade" or "stop", *fenced_reads* "serve" or "fail".
     """
 
     name: str
@@ -74,22 +74,22 @@ class Params:
     hold_ms: int
     remotes: tuple[RemoteParams, ...]
     fenced_reads: str = "serve"
-    local_deadline_ms: int = 0  # 0: local may keep a request for ever
-    local_choice: str = ""  # of an operator, at a start: "forced" or "lost"
+    local_deadline_ms: int = 0  # 0: local may keep a request forever
+    local_choice: str = ""  # the operator's, at a start: "forced" or "lost"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStatus:
     """
-    What the engine reports of the local disk; counts are since the start.
+    The engine's report of the local disk; counts are since the start.
 
     *dirty_regions* is what it misses, *repaired* the regions rewritten from a remote
-    after a read failed; *serial* is what `Engine.wait` takes; *silent_s* is how
-    long the disk has owed a request its answer.
+    after a read failed; *serial* is for `Engine.wait`; *silent_s* is the age of the
+    oldest request without an answer.
     """
 
     state: LocalState
-    attached: bool  # failed, and opened again: not used before it is admitted
+    attached: bool  # failed, and open again: not used until admitted
     dirty_regions: int
     errors: int
     repaired: int
@@ -104,7 +104,7 @@ class LocalStatus:
 
 @dataclass(frozen=True, slots=True)
 class VolumeStatus:
-    """What the engine reports of the volume; times are seconds."""
+    """The engine's report of the volume; times are seconds."""
 
     uuid: str
     size: int
@@ -115,10 +115,10 @@ class VolumeStatus:
     local: LocalStatus
     failed: bool
     fenced: bool
-    policy: str  # in force now; of a peek: ""
+    policy: str  # in force now; "" from a peek
     fenced_reads: str
     stopping: bool
-    clean: bool  # of a peek: stopped cleanly
+    clean: bool  # from a peek: stopped cleanly
     clients: int
     inflight: int
     active_extents: int
@@ -133,16 +133,16 @@ class VolumeStatus:
     reason: str
 
     def bytes_of(self, regions: int) -> int:
-        """Return the bytes of so many regions; the last one may be cut off."""
+        """Return the bytes of so many regions; the last one may be shorter."""
         return min(regions * self.region_size, self.size)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteStatus:
     """
-    What the engine reports of a remote.
+    The engine's report of a remote.
 
-    *since* is in seconds since 1970; *serial* is what `Engine.wait` takes.
+    *since* is in seconds since 1970; *serial* is for `Engine.wait`.
     """
 
     name: str
@@ -154,12 +154,12 @@ class RemoteStatus:
     dirty_regions: int
     late_regions: int
     unflushed_regions: int
-    flush_bound: int  # bytes that may be unflushed, as measured
+    flush_bound: int  # measured limit of unflushed bytes
     outstanding: int
     remote_size: int
     commands: int
     copied_bytes: int
-    answered_bytes: int  # the same, made clean or not yet
+    answered_bytes: int  # the same, clean or not yet
     answered_zero_bytes: int  # of these, sent as zeroes
     answer_s: float  # shortest time of a copy of data in the last call; 0: none
     since: int
@@ -169,7 +169,7 @@ class RemoteStatus:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """What a superblock tells without a server."""
+    """The content of a superblock, without a server."""
 
     name: str
     volume: VolumeStatus
@@ -179,9 +179,9 @@ class Peek:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """
-    What one resync call did.
+    The result of one resync call.
 
-    *next_region* is where the next call goes on; *copied_bytes* were made clean,
+    *next_region* is where the next call continues; *copied_bytes* were made clean,
     *zero_bytes* of them sent as zeroes; *error* is what ended it early.
     """
 
@@ -201,7 +201,7 @@ class Extent:
 
 
 class Verdict:
-    """What comparing a region says; the last ones mean: take another region."""
+    """The result of comparing a region; the last ones mean: take another region."""
 
     SAME = 0
     DIFFERENT = 1
@@ -211,7 +211,7 @@ class Verdict:
 
 
 def volume_status(c: Any, local: Any, text: Callable[[Any], str]) -> VolumeStatus:
-    """Translate struct nbdm_status, and local's nbdm_disk_status; *text* decodes."""
+    """Translate struct nbdm_status and local's nbdm_disk_status; *text* decodes."""
     return VolumeStatus(
         uuid=str(uuid.UUID(bytes=bytes(c.uuid))),
         size=c.size,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the logs say of a volume that no server runs.
+The status of a volume without a server, from its logs.
 
-The same facts as a server's make the same status of them, which says "stopped" and
-never more than is stored: after a crash the dirty bytes on disk are a lower bound, and
-the reason says so.
+It is made of the same facts as a server's. Its state is "stopped", and it never says
+more than is stored: after a crash the dirty bytes on disk are a lower bound, and the
+reason says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 LOCKS = Path("/proc/locks")
-_ALL = 1 << 64  # regions: more than there are
+_ALL = 1 << 64  # more regions than any volume has
 _MADE_ANEW = "nbd-mirror serve CONFIG (makes it anew, all dirty)"
 
 
@@ -61,7 +61,8 @@ def lock_holder(state_dir: Path) -> int | None:
     """
     Return the process that holds the volume's lock, or None.
 
-    It is asked of the kernel: to try the lock would keep a server from starting.
+    The kernel is asked, because an attempt to take the lock might keep a server from
+    starting.
     """
     try:
         content, _ = read_plain(state_dir, "lock", 32)
@@ -69,8 +70,8 @@ def lock_holder(state_dir: Path) -> int | None:
         lines = LOCKS.read_text().splitlines()
     except (OSError, ValueError):
         return None
-    # Not by the device's number: some file systems show another one there. The file's
-    # word alone is its owner's, who may not be root's friend.
+    # Do not compare device numbers: some file systems show another one there. Do not
+    # rely on the file's content alone: its owner may try to mislead root.
     held = any(
         fields[1] == "FLOCK"
         and fields[4] == str(pid)
@@ -83,27 +84,27 @@ def lock_holder(state_dir: Path) -> int | None:
 
 def _has_open(pid: int, lock: os.stat_result) -> bool:
     """
-    Say whether the process has the lock's file open.
+    Return whether the process has the lock's file open.
 
-    It may hold a lock of another file system, on a file with the same number.
+    It may hold a lock on a file with the same number in another file system.
     """
     try:
-        # Its first thread has none once it has ended, though another hangs in a disk.
+        # After its first thread has ended, that has no files, though another may hang.
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return any(_thread_has_open(task, lock) for task in tasks)
     except PermissionError:
-        return True  # another user's, which this one cannot kill either
+        return True  # another user's, which this user cannot kill either
     except OSError:
         return False  # it has ended
 
 
 def _thread_has_open(task: Path, lock: os.stat_result) -> bool:
     fds: list[Path] = []
-    with contextlib.suppress(FileNotFoundError):  # it ends just now
+    with contextlib.suppress(FileNotFoundError):  # it may just end
         fds = list((task / "fd").iterdir())
     for fd in fds:
-        with contextlib.suppress(FileNotFoundError):  # it is closed just now
-            # Others are not looked at: a disk may hang.
+        with contextlib.suppress(FileNotFoundError):  # it may just be closed
+            # Do not look at other files: a disk may hang.
             if fd.readlink().name == "lock":
                 found = fd.stat()
                 if (found.st_dev, found.st_ino) == (lock.st_dev, lock.st_ino):
@@ -112,7 +113,7 @@ def _thread_has_open(task: Path, lock: os.stat_result) -> bool:
 
 
 def silent_server(state_dir: Path) -> tuple[str, str] | None:
-    """Say why a server that holds the volume may not answer, and what helps."""
+    """Return why a server that holds the volume may not answer, and what helps."""
     pid = lock_holder(state_dir)
     if pid is None:
         return None
@@ -127,7 +128,7 @@ def silent_server(state_dir: Path) -> tuple[str, str] | None:
 def mapped_disks(config: VolumeConfig) -> list[str]:
     """Return the disks that have a dirty map: local first, then the remotes."""
     remotes = [remote.name for remote in config.remotes]
-    # A volume that an earlier version made has none before it is served again.
+    # A volume of an earlier version has none before it is served again.
     return ["local", *remotes] if _map_path(config, "local").exists() else remotes
 
 
@@ -206,7 +207,7 @@ def open_disk_map(
         try:
             load_core().peek_map(config.state, disk)
         except FormatError as error:
-            # Not the hint of a superblock that is garbled, a new volume.
+            # Not the hint for a garbled superblock, which is to make a new volume.
             raise FormatError(f"{config.state}: {error}", _MADE_ANEW) from None
         yield maps
 
@@ -220,7 +221,7 @@ def _local(config: VolumeConfig, volume: VolumeStatus) -> LocalView:
                 dirty = maps.dirty_regions
         except MirrorError as error:
             dirty, reason = _ALL, f"{error}; the next start takes all as missed"
-    # As if a remote was there: without a server it is not known.
+    # As if a remote were connected: without a server this is not known.
     facts = LocalFacts(status.state, volume.bytes_of(dirty), sources=1, reason=reason)
     return LocalView(facts, status, config.local)
 
@@ -233,10 +234,10 @@ def _remote(
         with open_disk_map(config, remote.name, volume) as maps:
             counts = maps.dirty_regions, maps.late_regions, maps.unflushed_regions
     except MirrorError as error:
-        # Rule 9: a map that cannot be trusted means all dirty, and saying so.
+        # Rule 9: a map that cannot be trusted means all dirty, and the reason says so.
         reason = f"{error}; the next start takes all of it as dirty"
         remote = dataclasses.replace(remote, assumed=False)
-        if remote.state is RemoteState.IN_SYNC:  # which nothing proves now
+        if remote.state is RemoteState.IN_SYNC:  # nothing proves it now
             remote = dataclasses.replace(remote, state=RemoteState.OUT_OF_SYNC)
     dirty, late, unflushed = counts
     facts = Facts(

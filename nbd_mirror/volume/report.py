@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A volume's status, made of facts: the same way with a server and without one.
+Build a volume's status from facts, in the same way with and without a server.
 
-Only shapes and sentences: what is true was judged by state.py, and seen by the keepers
-or read from the logs.
+This module only shapes and words: state.py judges, and the keepers or the logs give the
+facts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .status import Disk, Local, Persists, Remote, Resync, Status
 
 __all__ = ["LocalView", "RemoteView", "Server", "report"]
 
-SILENT = "silent"  # in the place of the local disk's state: requests wait for it
+SILENT = "silent"  # replaces the local disk's state: requests wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ def report(
     verdict: tuple[str, str, str] = ("", "", ""),
 ) -> Status:
     """
-    Give the status of a volume.
+    Return the status of a volume.
 
     Args:
         config, volume, local_view, views: of one moment.
-        server: that serves it.
-        verdict: without one, the volume's state, reason and hint.
+        server: the process that serves it.
+        verdict: without a server, the volume's state, reason and hint.
     """
     local = _local(local_view)
     remotes = tuple(_remote(one, volume, served=server is not None) for one in views)
@@ -126,12 +126,13 @@ def report(
 def _explain(
     volume: VolumeStatus, word: str, state_dir: str, disks: Sequence[Disk]
 ) -> tuple[str, str]:
-    """Say why a served volume is in its state: its own reason, or its worst disk's."""
+    """Return the reason of a served volume: its own, or its worst disk's."""
     if volume.failed:
         reason = f"{volume.reason}; writes get EIO until it is served anew"
         repair = f"mend what holds {state_dir}, then nbd-mirror stop CONFIG"
         return reason, f"{repair} and nbd-mirror serve CONFIG"
-    found = f"{volume.reason}; " if volume.reason else ""  # by recovery, at the start
+    # found by recovery, at the start
+    found = f"{volume.reason}; " if volume.reason else ""
     refused = "reads and writes" if volume.fenced_reads == "fail" else "writes"
     fence = f"policy stop: {refused} get EIO until it is in_sync; "
     found += fence if volume.fenced else ""
@@ -157,7 +158,7 @@ def _local(view: LocalView) -> Local:
         repaired_regions=status.repaired,
         copied_bytes=status.copied_bytes,
         resync=_resync(view.progress, moving=moving),
-        # While it is ok the engine keeps there what it last could not do.
+        # While it is ok, the engine keeps its last error there.
         last_error=status.reason if facts.state is LocalState.OK else "",
         since=iso_time(status.since),
     )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A volume's status: what `nbd-mirror status --json` prints, and all commands read.
+A volume's status: `nbd-mirror status --json` prints it, and all commands read it.
 
-The models are the list of keys there is, in their order, and the manual's tables have
-their descriptions. report.py makes a status of facts, with a server and without one; a
+The models define the keys and their order, and the manual's tables have their
+descriptions. report.py builds a status from facts, with a server and without one; a
 command gets it over the control socket, where `answers.read` checks it. A key with a
-default is one that a server of an earlier version does not say.
+default is one that a server of an earlier version may not send.
 """
 
 from __future__ import annotations
