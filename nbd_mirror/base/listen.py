@@ -24,6 +24,9 @@ LISTEN_RULE = (
 )
 
 
+_LABEL = r"[A-Za-z0-9_-]{1,63}"  # of a host's name
+
+
 class Listen(BaseModel):
     """
     Where the server listens: a unix socket's *path*, or *host* and *port*.
@@ -97,11 +100,15 @@ def _parse_host(host: str) -> str:
         return ""
     if host.startswith("[") and host.endswith("]"):
         try:
-            return str(ipaddress.IPv6Address(host[1:-1]))
+            address = ipaddress.IPv6Address(host[1:-1])
         except ValueError:
             raise ValueError(f"{host} is no IPv6 address") from None
+        # The interface's name, which `ipaddress` takes whatever it is.
+        if not re.fullmatch(r"[!-~]{0,15}", address.scope_id or ""):
+            raise ValueError(f"{host} is no IPv6 address")
+        return str(address)
     if ":" in host:
         raise ValueError('an IPv6 address stands in brackets: "tcp:[::1]:10809"')
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
+    if len(host) > 253 or not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*\.?", host):
         raise ValueError(f"must be {LISTEN_RULE}")
     return host

@@ -161,10 +161,9 @@ def _addresses(listen: Listen) -> Sequence[tuple[socket.AddressFamily, Any]]:
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )
-    except OSError as error:
-        raise from_errno(
-            errno.EINVAL, f"cannot listen on {listen}: {error.strerror or error}"
-        ) from None
+    except (OSError, ValueError) as error:  # the latter for a name that can be none
+        words = getattr(error, "strerror", None) or error
+        raise from_errno(errno.EINVAL, f"cannot listen on {listen}: {words}") from None
     unique = list(dict.fromkeys((one[0], one[4]) for one in found))
     if len(unique) > MAX_LISTENERS:
         raise from_errno(

@@ -50,9 +50,10 @@ class Connection:
         self.size, self.smallest, self._cookie = 0, 512, 0
         try:
             self.socket = _connect(config)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter for a name of no host
+            words = getattr(error, "strerror", None) or error
             raise NotRunningError(
-                f"no server answers at {self._where}: {error.strerror or error}",
+                f"no server answers at {self._where}: {words}",
                 "nbd-mirror serve CONFIG",
             ) from None
         try:

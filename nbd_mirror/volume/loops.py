@@ -81,7 +81,7 @@ def _same_port(host: str, port: int, listen: Listen) -> bool:
 def _resolve(host: str) -> set[_Address]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+    except (OSError, ValueError):  # the latter for a name that can be none
         return set()
     return {ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found}
 

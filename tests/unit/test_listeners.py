@@ -8,10 +8,21 @@ import threading
 from pathlib import Path
 
 import pytest
+from unit.volumes import make_file
 
-from nbd_mirror.base.errors import BusyError, ConfigError, MissingError
-from nbd_mirror.base.listen import parse_listen
+from nbd_mirror.base.errors import (
+    BusyError,
+    ConfigError,
+    MissingError,
+    NotRunningError,
+)
+from nbd_mirror.base.listen import Listen, parse_listen
 from nbd_mirror.commands.listeners import Listeners, bind
+from nbd_mirror.device.handshake import Connection
+from nbd_mirror.volume.config import load
+from nbd_mirror.volume.loops import own_address
+
+NO_HOSTS = ["a..b", "x" * 64, "fe80::1%\0", "fe80::1%" + "é" * 64]
 
 
 def _free_port() -> int:
@@ -69,6 +80,26 @@ def test_bind_to_an_address_of_another_host_is_refused() -> None:
     """An address this host does not have is a wrong configuration."""
     with pytest.raises(ConfigError, match="cannot listen on"):
         bind(parse_listen("tcp:192.0.2.1:10809"))
+
+
+@pytest.mark.parametrize("host", NO_HOSTS)
+def test_bind_to_a_name_that_can_be_none_is_refused(host: str) -> None:
+    """The standard library has another error for those, and each is ours."""
+    listen = Listen(host=host, port=10809)
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        bind(listen)
+    assert own_address("nbd://127.0.0.1", listen) == ""
+
+
+@pytest.mark.parametrize("host", NO_HOSTS)
+def test_attach_to_a_name_that_can_be_none_is_refused(
+    tmp_path: Path, host: str
+) -> None:
+    """There is no server at such an address."""
+    listen = Listen(host=host, port=10809)
+    volume = load(make_file(tmp_path)).model_copy(update={"listen": listen})
+    with pytest.raises(NotRunningError, match="no server answers at"):
+        Connection(volume)
 
 
 def _families(listeners: Listeners) -> set[int]:
