@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: one module a command, and what they show."""
+"""The command line: one module per command, and their output."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the user asked for, as hints that can be pasted repeat it."""
+"""The user's own command and options, which hints repeat so that they can be pasted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["asked_for", "name_volume"]
 
 
 def name_volume(hint: str, config: str) -> str:
-    """Put what the user calls the volume where a hint says CONFIG."""
+    """Replace CONFIG in a hint by the user's name of the volume."""
     return _asked(config).name(hint)
 
 
@@ -27,16 +27,16 @@ def asked_for(
     function: Callable[..., object], arguments: Mapping[str, object]
 ) -> Asked | None:
     """
-    Return what a command was asked for; None if it was for no volume.
+    Return what a command was asked for, or None if it has no volume.
 
     Args:
         function: the command's.
-        arguments: what it was called with.
+        arguments: those that it was called with.
     """
     config = arguments.get("config")
     if not isinstance(config, str):
         return None
-    # A command that another one started repeats what that one was asked for.
+    # A command that another one started repeats that one's command and options.
     return Asked.load() or _asked(
         config, function.__name__, dict(_options(function, arguments))
     )
@@ -47,7 +47,7 @@ def _asked(
 ) -> Asked:
     path = config
     try:
-        # sudo takes the variable away; a word that begins with "-" is an option.
+        # sudo drops the variable, and a word that begins with "-" is an option.
         if os.environ.get(CONFIG_DIR_ENV) or config.startswith("-"):
             path = os.fspath(find(config))
     except MissingError:
@@ -60,7 +60,7 @@ def _asked(
 def _options(
     function: Callable[..., object], arguments: Mapping[str, object]
 ) -> Iterator[tuple[str, str]]:
-    """Give the options that are not as they are without a word of the user's."""
+    """Yield the options that the user changed from their defaults."""
     parameters = inspect.signature(function, eval_str=True).parameters
     for name, value in arguments.items():
         found = _option(parameters[name].annotation)

@@ -2,8 +2,8 @@
 """
 The command line, `nbd-mirror`.
 
-A command reads the configuration, calls one function that does the work, and
-prints.  Errors are the exceptions of errors.py, and end in ending.py.
+A command reads the configuration, calls one function that does the work, and prints.
+Errors are the exceptions of errors.py; ending.py handles them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ app = typer.Typer(
 
 
 def _command(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a function a command whose errors call the volume what the user did."""
+    """Make a function a command whose errors use the user's name of the volume."""
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -171,7 +171,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a volume over NBD. In the background, unless told otherwise."""
+    """Serve a volume over NBD, in the background unless --foreground is given."""
     asked = asked_for(serve, locals())
     if force and without_local:
         raise typer.BadParameter("--force and --without-local exclude each other")
@@ -206,7 +206,7 @@ def stop(config: Config) -> None:
 
 @_command
 def status(config: Config, as_json: JsonOption = False) -> None:
-    """Show the state of a volume. Its remotes too, and why they are as they are."""
+    """Show the state of a volume and of each disk, with the reason."""
     answer = status_of(load(config))
     if as_json:
         found = answer.dump()
@@ -254,7 +254,7 @@ def watch(
         typer.Option(help="End when all remotes are in this state."),
     ] = None,
 ) -> None:
-    """Watch a volume live. With a progress bar while resyncing; Ctrl-C ends it."""
+    """Watch a volume live, with a progress bar while resyncing. Ctrl-C ends it."""
     try:
         watch_volume(load(config), _console(), config, until and until.value)
     except KeyboardInterrupt:
@@ -264,13 +264,13 @@ def watch(
 
 @_command
 def pause(config: Config, remote: RemoteArgument = None) -> None:
-    """Pause resync, of one remote or of all."""
+    """Pause resync of one remote or of all."""
     _remote_command(load(config), "pause", remote)
 
 
 @_command
 def resume(config: Config, remote: RemoteArgument = None) -> None:
-    """Resume resync. A disk that failed is checked again; "local" is one too."""
+    """Resume resync, and check a failed disk again; "local" names the local disk."""
     _remote_command(load(config), "resume", remote)
 
 
@@ -279,7 +279,7 @@ def invalidate(
     config: Config,
     remote: Annotated[str, typer.Argument(metavar="REMOTE", help="Which remote.")],
 ) -> None:
-    """Make all of a remote, or of a new "local", dirty. All is copied to it."""
+    """Overwrite a remote, or a replaced local disk ("local"), with a full copy."""
     _remote_command(load(config), "invalidate", remote)
 
 
@@ -305,7 +305,7 @@ def policy(
     policy: PolicyArgument = None,
     fenced_reads: ReadsOption = None,
 ) -> None:
-    """Show or switch the policy of a served volume. Until its server ends."""
+    """Show the policy of a served volume, or switch it until its server ends."""
     volume = load(config)
     answer = ask_policy(volume, policy=policy, fenced_reads=fenced_reads)
     for line in describe_policy(answer, volume):
@@ -389,7 +389,7 @@ def inspect(
 
 
 def main() -> NoReturn:
-    """Run the command line, and exit with the code errors.py documents."""
+    """Run the command line, and exit with a code that errors.py documents."""
     keep_descriptors()
     guard_output()
     code = run(app)

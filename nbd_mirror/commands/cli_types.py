@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The arguments and options that commands share: apart, as cli.py is long enough."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Door(StrEnum):
-    """What serves clients: our own server, or which plugin nbdkit loads."""
+    """The program that serves clients: our own server, or a plugin in nbdkit."""
 
     direct = "direct"
     native = "native"
@@ -32,14 +32,14 @@ class Door(StrEnum):
 
 
 class Policy(StrEnum):
-    """What a lost remote means for clients."""
+    """What clients get when a remote is lost."""
 
     degrade = "degrade"
     stop = "stop"
 
 
 class FencedReads(StrEnum):
-    """What a fenced volume answers reads with."""
+    """How a fenced volume answers reads."""
 
     serve = "serve"
     fail = "fail"
@@ -62,7 +62,7 @@ ReadsOption = Annotated[
 
 
 def block_size(text: str) -> str:
-    """Check what an option gives as a block size: one of the kernel's, or auto."""
+    """Check a block size from an option: one of the kernel's, or auto."""
     if text not in ("", "auto", *map(str, BLOCK_SIZES)):
         allowed = ", ".join(map(str, reversed(BLOCK_SIZES)))
         raise typer.BadParameter(f"{text}: it must be {allowed}, or auto")
@@ -80,7 +80,7 @@ BlockSizeOption = Annotated[
 
 
 def duration(option: str, text: str) -> float:
-    """Return what an option gives as a time, in seconds."""
+    """Return a time from an option, in seconds."""
     try:
         return parse_duration(text)
     except ValueError as error:

@@ -2,9 +2,9 @@
 """
 Make a volume's state directory.
 
-The engine formats the logs and holds the lock that keeps two of them apart;
-here is what a person can get wrong before: no local disk, a folder of another
-program, a volume that is being served.
+The engine formats the logs and holds the lock that excludes a second process. This
+module first checks for users' mistakes: no local disk, a folder of another program, a
+volume that is being served.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from ..volume.offline import load_core, read_superblock
 
 __all__ = ["create_volume"]
 
-_OURS = (*STATE_FILES, ".*")  # in the directory, also of a create that was cut short
+_OURS = (*STATE_FILES, ".*")  # in the directory, also of an interrupted create
 
 
 def create_volume(
     config: VolumeConfig, assume: Collection[str], *, force: bool
 ) -> None:
     """
-    Format the state directory; no byte of the local disk is touched.
+    Format the state directory; the local disk is not changed.
 
     Args:
         config: of the volume.
-        assume: names of remotes that are copies already, says the operator.
+        assume: names of remotes that are copies already, as the operator says.
         force: overwrite an existing state.
     Raises:
         ExistsError: there is a state, or something else in the directory.
@@ -64,9 +64,9 @@ def create_volume(
     except MirrorError as error:
         if made:
             with contextlib.suppress(OSError):
-                config.state_dir.rmdir()  # fails, rightly, where something is in it
+                config.state_dir.rmdir()  # fails, rightly, if it is not empty
         if isinstance(error, ExistsError):
-            # By force it is refused where local has failed since we looked.
+            # With force, create refuses if local has failed since the check.
             error.hint = _bring_back(config) if force else _FORCE
         raise
 
@@ -76,14 +76,15 @@ _FORCE = "nbd-mirror create CONFIG --force (forgets what the remotes miss: all d
 
 def _check_local_is_whole(config: VolumeConfig) -> None:
     """
-    Check that local misses nothing that was answered, also with force.
+    Check that local misses no answered write, even with force.
 
-    A new volume takes local as the source: what only the remotes have would be lost.
+    A new volume takes local as the source, so data that only the remotes have would be
+    lost.
     """
     try:
         peek = read_superblock(config)
     except MirrorError:
-        return  # no volume, or none that can be read: judged elsewhere
+        return  # no volume, or an unreadable one: other checks handle that
     if peek.volume.local.state is not LocalState.OK:
         raise ExistsError(
             f"refuses to make {config.local} the source: it misses writes that were "
@@ -132,7 +133,7 @@ def _check_local(config: VolumeConfig) -> None:
 
 
 def _make_folder(config: VolumeConfig, force: bool) -> bool:
-    """Make the directory, 0700; say whether it is new. Check an existing one."""
+    """Make the directory, 0700, or check an existing one; return whether it is new."""
     folder = config.state_dir
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,14 +163,14 @@ def _make_folder(config: VolumeConfig, force: bool) -> bool:
 
 
 def _check_owner(config: VolumeConfig) -> None:
-    """Another volume's state is not overwritten, also not by force."""
+    """Refuse to overwrite another volume's state, even with force."""
     try:
         read_superblock(config)
     except FormatError as error:
         if "is the state of volume" in error.message:
             raise
     except MirrorError:
-        pass  # none, or one that cannot be read: what --force is for
+        pass  # none, or an unreadable one: --force is for that
 
 
 def _check_contents(folder: Path) -> None:

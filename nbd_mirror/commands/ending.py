@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Where every error of a command ends: words on standard error, and an exit code.
+The end of every error of a command: a message on standard error, and an exit code.
 
-An error is one line `nbd-mirror: what happened`, `  try: ` what helps, and the exit
-code of its class. A traceback is shown only with NBD_MIRROR_DEBUG=1.
+An error is one line `nbd-mirror: what happened`, perhaps a line `  try: ` with what
+helps, and the exit code of its class. A traceback is shown only with
+NBD_MIRROR_DEBUG=1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["report", "run"]
 
 
 def report(error: MirrorError) -> None:
-    """Print an error as the user sees it, on standard error."""
+    """Print an error for the user, on standard error."""
     lines = [f"nbd-mirror: {line}" for line in error.message.splitlines()]
     if isinstance(error, ServerEndedError):
         lines = error.message.splitlines()
@@ -33,7 +34,7 @@ def report(error: MirrorError) -> None:
 
 
 def run(app: Callable[..., object]) -> int:
-    """Run the command line *app*; say what went wrong, and return the exit code."""
+    """Run the command line *app*; print any error, and return the exit code."""
     try:
         _run_app(app)
         finish_output()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Bind the sockets that a volume listens on, before its server is started.
+Bind the sockets that a volume listens on, before its server starts.
 
-We bind them ourselves and hand them on: so a socket in use is our own clear error, a
-stale one of a killed server is replaced, and a unix socket is 0600 from its first
-moment.
+This process binds them and passes them on. So it can report a socket in use with its
+own clear error, replace a stale socket of a killed server, and make a unix socket 0600
+from its first moment.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..base.listen import Listen
 
 __all__ = ["MAX_LISTENERS", "Listeners", "bind", "remove_stale"]
 
-FOLDER_LOCK_S = 2.0  # for the lock of the listening socket's folder, then without
-STALE_LOOKS, STALE_PAUSE_S = 3, 0.03  # at a socket on which no server answers
+FOLDER_LOCK_S = 2.0  # limit for the lock of the socket's folder; then go on without
+STALE_LOOKS, STALE_PAUSE_S = 3, 0.03  # checks of a socket on which no server answers
 MAX_LISTENERS = 16  # NBDM_MAX_LISTENERS
 BACKLOG = 128  # connections that wait to be accepted
 
 
 class Listeners(contextlib.ExitStack):
-    """The *sockets* a volume listens on; they are closed with it."""
+    """The *sockets* that a volume listens on; they are closed with this object."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sockets: list[socket.socket] = []
 
     def add(self, sock: socket.socket) -> None:
-        """Take *sock* over."""
+        """Add *sock*, which this object closes."""
         self.sockets.append(self.enter_context(sock))
 
 
@@ -48,12 +48,12 @@ def bind(listen: Listen) -> Listeners:
     """
     Bind and listen; a socket file on which no server answers is replaced.
 
-    A host's name, and no host at all, stand for several addresses: all of them are
-    listened on that this host has.
+    A host's name, and no host at all, stand for several addresses: this listens on all
+    of them that this host has.
 
     Raises:
         BusyError: another server listens there. MissingError, AccessError: the
-        folder is not there or may not be written. ConfigError: no such address.
+        folder does not exist or may not be written. ConfigError: no such address.
     """
     if listen.path is None:
         return _bind_tcp(listen)
@@ -76,7 +76,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_in_the_way(path: Path) -> None:
-    """Remove the socket file of a server that has ended; nothing else."""
+    """Remove the socket file of a server that has ended, but nothing else."""
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -89,11 +89,12 @@ def _remove_in_the_way(path: Path) -> None:
 @contextlib.contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
     """
-    Let one process at a time look at and replace a socket in *folder*.
+    Let one process at a time check and replace a socket in *folder*.
 
-    Else two that start at once both find it stale, and the second removes the
-    first one's. But any user who can read the folder can lock it, so the wait is
-    short: without the lock `_is_stale` still looks more than once.
+    Without the lock, two processes that start at once could both find the socket stale,
+    and the second would remove the first one's. But any user who can read the folder
+    can lock it, so the wait is short; without the lock `_is_stale` still checks more
+    than once.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     deadline = time.monotonic() + FOLDER_LOCK_S
@@ -110,10 +111,10 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 
 def _is_stale(path: Path) -> bool:
     """
-    Say whether no server answers on a socket's name.
+    Return whether no server answers on a socket's name.
 
-    Asked again after a moment: another server may have bound it just now, and not be
-    listening yet.
+    It checks again after a moment: another server may just have bound the socket and
+    not listen yet.
     """
     first = path.lstat()
     for _ in range(STALE_LOOKS):
@@ -134,7 +135,7 @@ def _bind_tcp(listen: Listen) -> Listeners:
             try:
                 listeners.add(_listen_on(family, address, v6only=both))
             except OSError as error:
-                # "localhost" is ::1 as well on a host without IPv6.
+                # "localhost" is also ::1 on a host without IPv6.
                 if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
                     raise
                 missing = error
@@ -181,7 +182,8 @@ def _listen_on(
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            # Beside one for IPv4; alone, "[::]" takes IPv4 too.
+            # Only IPv6 if there is a socket for IPv4 too; alone, "[::]" also takes
+            # IPv4.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
         sock.bind(address)
         sock.listen(BACKLOG)

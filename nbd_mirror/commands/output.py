@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The command line's output: what fails there is one clear error, or none.
+The command line's output: a failure there is one clear error, or none.
 
-A command has done its work by the time it says so. A reader that has seen enough is no
-error; a full disk is one, with an exit code of its own, and never a bug of ours. An
-output that was closed is not wanted.
+A command has done its work when it prints. A reader that ends early is no error. A full
+disk is an error, with an exit code of its own, and never counts as a bug. A closed
+output means that no output is wanted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class _Output(io.FileIO):
     """
     Standard output or error.
 
-    The first write that fails is told, by the exception OutputError; from then on all
-    is dropped, so that nothing is left to fail at the interpreter's end.
+    The first write that fails raises OutputError. After that all output is dropped, so
+    that nothing can fail at the interpreter's end.
     """
 
     def __init__(self, fd: int, *, tell: bool) -> None:
@@ -49,7 +49,7 @@ class _Output(io.FileIO):
             raise _output_error(error) from None
 
     def _write(self, data: Any) -> int:
-        # It gives None where another process that shares the file made it non-blocking.
+        # It returns None if another process that shares the file made it non-blocking.
         while (written := super().write(data)) is None:
             select.select([], [self], [])
         return written
@@ -64,22 +64,22 @@ def _output_error(error: OSError) -> OutputError:
 
 def keep_descriptors() -> None:
     """
-    Open descriptors 0 to 2 where they are closed.
+    Open descriptors 0 to 2 if they are closed.
 
-    Else a log of the volume, or its socket, gets the number, and an error message goes
-    into it.
+    Otherwise a log of the volume, or its socket, could get such a number, and an error
+    message would go into it.
     """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            # The lowest free one, which is this.
+            # It gets the lowest free number, which is this one.
             os.open("/dev/null", os.O_RDWR)
             os.set_inheritable(fd, True)
 
 
 def guard_output() -> None:
-    """Let no output fail but by OutputError; a character too many becomes '?'."""
+    """Make output fail only with OutputError; replace unencodable characters by '?'."""
     sys.stdout = _text(1, sys.stdout, tell=True)
     sys.stderr = _text(2, sys.stderr, tell=False)
 
@@ -96,9 +96,9 @@ def _text(fd: int, before: Any, *, tell: bool) -> io.TextIOWrapper:
 
 def plain(text: str) -> str:
     """
-    Return *text* with "?" for what commands a terminal.
+    Return *text* with "?" in place of characters that control a terminal.
 
-    A server may be another user's, and what it says is shown to root.
+    A server may belong to another user, and its text is shown to root.
     """
     return "".join(
         "?" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
@@ -108,7 +108,7 @@ def plain(text: str) -> str:
 
 def finish_output() -> None:
     """
-    Write what is left.
+    Flush the output.
 
     Raises:
         OutputError: it cannot be written.

@@ -2,9 +2,9 @@
 """
 Start a volume's server: our own, or nbdkit with one of its two doors.
 
-It gets its listening sockets bound (listeners.py), by the protocol of systemd's socket
-activation. `exec` keeps the process: what started `serve --foreground` watches the
-server itself.
+listeners.py binds its listening sockets, which it gets by the protocol of systemd's
+socket activation. `exec` keeps the process, so the program that started `serve
+--foreground` watches the server itself.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ DOORS = ("direct", "native", "python")
 PACKAGE = Path(__file__).resolve().parents[1]
 NATIVE_PLUGIN = PACKAGE / "nbdkit-nbd-mirror-plugin.so"
 PYTHON_PLUGIN = PACKAGE / "server" / "plugin.py"
-# -P: `-m` would import from the folder we stand in, which may be another user's.
+# -P: `-m` would import from the current folder, which may be another user's.
 PYTHON = (sys.executable, "-P", "-m")
 
 START_TIMEOUT_S = 30.0
 _CHOICES = {"": [], "forced": ["--force"], "lost": ["--without-local"]}
 _LISTEN_FD = 3  # the first descriptor of socket activation
-# What the engine and the doors import, and nbdkit's own Python cannot find.
+# The modules that the engine and the doors import, and nbdkit's Python cannot find.
 _IMPORTS = ("nbd_mirror", "_cffi_backend", "bitarray", "pydantic", "typing_inspection")
 
 
@@ -56,7 +56,7 @@ class ServerEndedError(MirrorError):
     """
     The server ended before it answered; *exit_code* is its own.
 
-    Its message is what the server said, so it is printed as it is.
+    Its message is the server's output, and is printed unchanged.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -66,16 +66,16 @@ class ServerEndedError(MirrorError):
 
 def check_startable(config: VolumeConfig) -> None:
     """
-    Check what must be there before a server is started.
+    Check the conditions for a server's start.
 
     Raises:
         MissingError: the volume was not created. FormatError: its superblock is
         garbled, or of another volume. BusyError: it is served. ConfigError: the volume
-        would be its own remote, or a log of it its disk.
+        would be its own remote, or one of its logs is a link to its disk.
     """
     check_private(config.state_dir, "serve")
     local = read_superblock(config).volume.local
-    # One that has failed may hang, and the start leaves it alone.
+    # A failed local disk may hang, and the start does not touch it.
     check_links(config, uses_local=local.state is not LocalState.FAILED)
     check_remotes(config)
     pid = serving_pid(config)
@@ -95,11 +95,11 @@ def exec_server(
     Args:
         config: of a volume that was created.
         door: one of DOORS.
-        choice: what the operator says of the local disk: "forced", "lost" or "".
-        asked: what the user asked for, for the server's hints.
+        choice: the operator's choice for the local disk: "forced", "lost" or "".
+        asked: the user's command and options, for the server's hints.
     Raises:
-        MirrorError: it cannot be started. What the engine finds wrong is
-        printed by the door, which ends the process with the same exit codes.
+        MirrorError: it cannot be started. The door prints errors of the engine, and
+        ends the process with the same exit codes.
     """
     check_startable(config)
     command = _command(config, door)
@@ -113,16 +113,16 @@ def exec_server(
     sys.stdout.flush()
     try:
         _hand_on(listeners)
-        os.chdir("/")  # whatever folder we stood in can be unmounted
+        os.chdir("/")  # so that the current folder can be unmounted
         os.execve(command[0], command, environment)  # noqa: S606
     except OSError as error:
         raise cannot_start(command[0], error) from None
 
 
 def _hand_on(listeners: Listeners) -> None:
-    """Make the sockets the descriptors from _LISTEN_FD on, for what is executed."""
+    """Give the sockets the descriptors from _LISTEN_FD on, for the executed program."""
     behind = _LISTEN_FD + len(listeners.sockets)
-    # First out of the way, so that none is overwritten before its turn.
+    # Copy them first, so that none is overwritten before its turn.
     copies = [
         fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, behind)
         for sock in listeners.sockets
@@ -159,9 +159,9 @@ def _check_python_plugin(nbdkit: str) -> None:
 
 def _environment(asked: Asked | None) -> dict[str, str]:
     """
-    Return the server's, with a PYTHONPATH that leads any Python to our modules.
+    Return the server's environment, with a PYTHONPATH to our modules for any Python.
 
-    And to nothing else: not to the current folder, nor to what the caller has there.
+    It leads nowhere else: not to the current folder, nor to the caller's modules.
     """
     folders: list[str] = []
     for name in _IMPORTS:
@@ -198,18 +198,18 @@ def start(
     """
     Start the server in the background and wait until it answers.
 
-    It is a session of its own, without input; what it says goes to `serve.log`
-    in the state directory.
+    It gets a session of its own, without input; its output goes to `serve.log` in the
+    state directory.
 
     Returns:
         Its process id.
     Raises:
         ServerEndedError: it ended at once, with its own exit code.
-        WaitTimeoutError: it does not answer yet; it goes on starting.
+        WaitTimeoutError: it does not answer yet, and is still starting.
         UnsupportedError: the kernel does not start it.
     """
     check_startable(config)
-    _command(config, door)  # say what is missing here and not in a log
+    _command(config, door)  # report a missing program here, not in a log
     log = config.state_dir / "serve.log"
     with open_log(log) as fd:
         begin = os.lseek(fd, 0, os.SEEK_END)

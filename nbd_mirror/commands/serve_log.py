@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The serve.log that a server in the background writes to, as its start sees it.
+The serve.log of a server in the background, as its start uses it.
 
-The start opens the file, keeps it short, and repeats to the user what the server said
-there.
+The start opens the file, keeps it short, and repeats to the user what the server wrote.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from ..base.files import open_plain, opened_folder
 
 __all__ = ["MAX_LOG_BYTES", "last_words", "open_log", "pass_on_warnings", "said_since"]
 
-MAX_LOG_BYTES = 1 << 20  # of serve.log, before a start puts it aside as serve.log.1
-_SAID = "nbd-mirror: ", "  try: ", "       "  # how a line of an error begins
-_WORDS = 4096  # bytes there must be room for in serve.log
+MAX_LOG_BYTES = 1 << 20  # a start sets a longer serve.log aside as serve.log.1
+_SAID = "nbd-mirror: ", "  try: ", "       "  # the first characters of an error's lines
+_WORDS = 4096  # bytes that must be free in serve.log
 FALLOC_FL_KEEP_SIZE = 1  # <linux/falloc.h>
 
 
 def said_since(fd: int, begin: int) -> list[str]:
-    """Return what was said since *begin*: in this file, whatever has its name now."""
+    """Return the lines written since *begin* into this file, even if it was renamed."""
     return os.pread(fd, 64 << 10, begin).decode(errors="replace").splitlines()
 
 
 def pass_on_warnings(said: list[str]) -> None:
-    """Repeat on standard error what the start found wrong with the volume itself."""
+    """Repeat on standard error the warnings of the start about the volume itself."""
     for line in said:
         _, _, warning = line.partition(" warning volume ")
         if warning:
@@ -44,9 +43,9 @@ def pass_on_warnings(said: list[str]) -> None:
 @contextlib.contextmanager
 def open_log(log: Path) -> Iterator[int]:
     """
-    Open the log to append to it; what a server that runs says there stays as it is.
+    Open the log to append to it; the lines of a running server stay.
 
-    This start does not know yet whether one does: a socket may have been removed.
+    This start does not know yet whether one runs: a socket may have been removed.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     try:
@@ -57,7 +56,7 @@ def open_log(log: Path) -> Iterator[int]:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                # A link, say, from where others could write here: not followed.
+                # Another user may have put a link there: do not follow it.
                 os.unlink(log.name, dir_fd=dir_fd)
                 fd = open_plain(log.name, flags | os.O_EXCL, dir_fd)
     except OSError as error:
@@ -71,9 +70,9 @@ def open_log(log: Path) -> Iterator[int]:
 
 def _put_aside(name: str, dir_fd: int) -> None:
     """
-    Begin a new log where the old one is long, unless a server has the volume.
+    Begin a new log if the old one is long, unless a server has the volume.
 
-    A server does it by itself, but only as long as the name leads to its file.
+    A server does it itself, but only while the name leads to its file.
     """
     with contextlib.suppress(FileNotFoundError):
         if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size <= MAX_LOG_BYTES:
@@ -88,10 +87,10 @@ def _put_aside(name: str, dir_fd: int) -> None:
 
 @contextlib.contextmanager
 def _volume_lock(dir_fd: int) -> Iterator[bool]:
-    """Take the volume's lock for a moment; say whether that was possible."""
+    """Take the volume's lock for a moment; yield whether that was possible."""
     with contextlib.ExitStack() as stack:
         try:
-            # Where there is none, or a link, the server makes one or says so.
+            # If it is missing, or a link, the server makes one or reports it.
             fd = open_plain("lock", os.O_RDWR, dir_fd)
             stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,10 +102,10 @@ def _volume_lock(dir_fd: int) -> Iterator[bool]:
 
 def _check_room(log: Path, fd: int) -> None:
     """
-    Check that a disk too full for the logs can be said in this one.
+    Check that this log has room for the message that a disk is too full for the logs.
 
-    Room is taken beyond the end of the file, and the file does not become longer. So
-    there is nothing to undo, and no line of another process to be cut off with it.
+    It allocates room beyond the end of the file, whose length does not change. So
+    nothing has to be undone, and no line of another process can be cut off.
     """
     end = os.lseek(fd, 0, os.SEEK_END)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -116,7 +115,7 @@ def _check_room(log: Path, fd: int) -> None:
     number = ctypes.get_errno()
     if number in {errno.EOPNOTSUPP, errno.ENOSYS}:
         found = os.fstatvfs(fd)
-        # ramfs counts no blocks at all.
+        # ramfs reports no blocks at all.
         full = found.f_blocks > 0 and found.f_bavail * found.f_frsize < _WORDS
         number = errno.ENOSPC if full else 0
     if number:
@@ -130,7 +129,7 @@ def _log_error(log: Path, error: OSError) -> MirrorError:
 
 
 def last_words(log: Path, said: list[str]) -> str:
-    """Return what the server said before it ended: our own lines if there are any."""
+    """Return the server's last lines before it ended: our own, if there are any."""
     ours = [line for line in said if line.startswith(_SAID)]
     words = "\n".join(ours or said[-3:])
     return words or f"nbd-mirror: the server ended without a word; see {log}"

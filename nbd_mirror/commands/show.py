@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-How status and maps look in a terminal.
+Status and maps in a terminal.
 
-Every state is shown with its reason and the command that helps: a volume that
-is stuck and does not say why is what people complain of in other mirrors.
-Colours only repeat what the words say.
+Every state is shown with its reason and the command that helps, because users of other
+mirrors complain of volumes that are stuck and do not say why. Colours only repeat what
+the words say.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def state_text(state: str) -> Text:
 
 
 def describe_resync(resync: Resync | None) -> str:
-    """Say how far a disk's resync is, how fast, how long yet; or "" if none runs."""
+    """Return progress, rate and time left of a disk's resync; "" if none runs."""
     if resync is None:
         return ""
     done, total = resync.done_bytes, resync.total_bytes
     share = 100.0 * done / total if total else 100.0
-    # Rounded down: 100% is said when all is done, and not before.
+    # Rounded down: 100% appears only when all is done.
     words = [
         f"{int(share * 10) / 10:.1f}%",
         f"{format_size(done)} of {format_size(total)}",
@@ -73,9 +73,9 @@ def describe_resync(resync: Resync | None) -> str:
 
 def describe_policy(answer: Policy, config: VolumeConfig) -> Iterator[str]:
     """
-    Give the lines for an operator: what is in force, and what the next start takes.
+    Yield the lines about the policy in force, and about that of the next start.
 
-    A server keeps to what it was told until it ends, so the two may differ.
+    A server keeps a switched policy until it ends, so the two may differ.
 
     Args:
         answer: the server's.
@@ -98,9 +98,9 @@ def show_status(console: Console, status: Status, asked: str) -> None:
     Print a volume's status.
 
     Args:
-        console: where to.
+        console: for the output.
         status: the volume's.
-        asked: what the user calls the volume, for the hints.
+        asked: the user's name of the volume, for the hints.
     """
     facts = [format_size(status.size), f"policy {status.policy}"]
     if status.policy == "stop" and status.fenced_reads == "fail":
@@ -114,7 +114,7 @@ def show_status(console: Console, status: Status, asked: str) -> None:
         ]
     head = Text(f"{status.volume}  ", style="bold")
     _line(console, head, state_text(status.state), f"  {', '.join(facts)}")
-    # A volume is what its worst remote is; what stands there need not stand twice.
+    # A volume's reason may be its worst remote's; then print it only once.
     said = [f"remote {one.name}: {one.reason}" for one in status.remotes]
     said.append(f"local: {status.local.reason}")
     if status.reason not in said:
@@ -209,7 +209,7 @@ def _count(count: int, noun: str) -> str:
 
 
 def can_draw_blocks(console: Console) -> bool:
-    """Say whether the output can carry block characters."""
+    """Return whether the output can show block characters."""
     return console.encoding.lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
@@ -218,7 +218,7 @@ def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
     Print a disk's counts, longest runs and the picture of its dirty map.
 
     Args:
-        console: where to; its width is the picture's.
+        console: for the output; its width is the picture's.
         maps: of the remote, or of the local disk.
         size: of the volume, in bytes; 0 if unknown.
     """
@@ -250,7 +250,7 @@ def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
 
 
 def map_json(volume: str, maps: Sequence[DirtyMaps]) -> dict[str, Any]:
-    """Return what `inspect --json` prints: counts and longest runs of each map."""
+    """Return the output of `inspect --json`: counts and longest runs of each map."""
     found = [_one_map_json(one) for one in maps]
     return {
         "volume": volume,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stop a volume's server cleanly, and wait until its process is gone."""
+"""Stop a volume's server cleanly, and wait until its process has ended."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .listeners import remove_stale
 
 __all__ = ["stop"]
 
-STOP_SLACK_S = 10.0  # beyond the server's own limit: for its last words
-KEPT_S = 3  # how long a process may be only a thread in the kernel
+STOP_SLACK_S = 10.0  # in addition to the server's own limit: for its last words
+KEPT_S = 3  # how long only a thread in the kernel may be left
 
 
 def stop(config: VolumeConfig) -> None:
     """
-    Stop the server cleanly and wait until its process is gone.
+    Stop the server cleanly and wait until its process has ended.
 
     Raises:
         NotRunningError: there is none. WaitTimeoutError: it is still stopping.
@@ -38,7 +38,7 @@ def stop(config: VolumeConfig) -> None:
     pid = server.pid if server.seen else 0
     limit_s = config.stop_limit_s + STOP_SLACK_S
     hangs = _what_hangs(config)
-    process = -1  # of another process namespace, or ended just now
+    process = -1  # of another process namespace, or it has just ended
     if pid > 0:
         with contextlib.suppress(OSError):
             process = os.pidfd_open(pid)
@@ -48,9 +48,9 @@ def stop(config: VolumeConfig) -> None:
         try:
             ask(config, "stop", limit_s)
         except MetadataFailedError as error:
-            unclean = error  # it ends all the same
+            unclean = error  # it ends even so
         except NotRunningError:
-            # A signal ended it just now, or it was still stopping at its limit.
+            # A signal has just ended it, or it was still stopping at its limit.
             answered = False
         if not _wait_gone(config, pid, process, limit_s):
             kept = answered and unclean is None and _is_kept(pid)
@@ -72,7 +72,7 @@ def stop(config: VolumeConfig) -> None:
 def _still_there(
     config: VolumeConfig, pid: int, *, kept: bool, hangs: str
 ) -> WaitTimeoutError:
-    """Say that a server is still there at its limit, and what helps."""
+    """Return the error for a server that is still there at its limit, with a hint."""
     words, kill = _words_for(pid)
     if kept:
         return WaitTimeoutError(
@@ -91,11 +91,11 @@ def _still_there(
 
 def _words_for(pid: int) -> tuple[str, str]:
     """
-    Give what to call a server, and how to kill it.
+    Return how to name a server, and how to kill it.
 
     Args:
-        pid: as the kernel has it; 0 if it shows none. The number that the server says
-            may then be that of any process here.
+        pid: from the kernel; 0 if it reports none. The number that the server
+            reports may then belong to any process here.
     """
     if pid == 0:
         return "the server", "kill it in its own process namespace"
@@ -103,14 +103,14 @@ def _words_for(pid: int) -> tuple[str, str]:
 
 
 def _what_hangs(config: VolumeConfig) -> str:
-    """Say that the local disk hangs; then no signal ends the process either."""
+    """Say that the local disk hangs, so that no signal ends the server; or ""."""
     try:
         local = ask_status(config, 5.0).local
     except NotRunningError:
         raise
     except MirrorError:
-        # One of another version can be stopped all the same, and so can one that
-        # waits for a disk and gives no status meanwhile.
+        # A server of another version can still be stopped, and so can one that waits
+        # for a disk and gives no status.
         return ""
     if local.state != "silent":
         return ""
@@ -118,7 +118,7 @@ def _what_hangs(config: VolumeConfig) -> str:
 
 
 def _is_kept(pid: int) -> bool:
-    """Tell whether only threads that no signal ends are left of the process."""
+    """Return whether only threads that no signal ends are left of the process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -132,7 +132,8 @@ def _wait_gone(config: VolumeConfig, pid: int, process: int, limit_s: float) -> 
         poll = select.poll()
         poll.register(process, select.POLLIN)
         kept = 0
-        # A process that ends is its zombie for a moment, and readable here after it.
+        # A process that ends is a zombie for a moment, and its pidfd is readable after
+        # that.
         while time.monotonic() < deadline and kept < KEPT_S:
             if poll.poll(1000):
                 return True

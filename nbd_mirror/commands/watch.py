@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-`nbd-mirror wait` and `watch`: look at a volume until something is so.
+`nbd-mirror wait` and `watch`: poll a volume until a condition holds.
 
-Both ask the server over and over: a status costs it microseconds, and a client
-that is not connected between two questions cannot hold anything up.
+Both ask the server again and again: a status costs it microseconds, and a client that
+is not connected between two questions cannot block anything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STATE_WIDTH = len("out_of_sync")
 
 def status_of(config: VolumeConfig) -> Status:
     """
-    Return the server's status, or what the logs say if no server answers in time.
+    Return the server's status, or that from the logs if no server answers in time.
 
     Raises:
         MissingError: the volume was not created. FormatError: see stopped_status.
@@ -52,11 +52,11 @@ def status_of(config: VolumeConfig) -> Status:
 
 def reached(status: Status, state: str, remote: str | None) -> bool:
     """
-    Say whether the remote, or without a name each of them, is in *state*.
+    Return whether the remote, or without a name each of them, is in *state*.
 
-    The local disk is asked too where all are to be in_sync, which it is when it is
-    ok; and alone where *remote* is "local". Of a volume that is failed itself, no
-    disk is in any other state.
+    For in_sync of all disks, the local disk counts too, with its state ok; if *remote*
+    is "local", only the local disk counts. While the volume itself is failed, no disk
+    is in any other state.
     """
     if _metadata_failed(status):
         return state == "failed"
@@ -65,7 +65,7 @@ def reached(status: Status, state: str, remote: str | None) -> bool:
 
 
 def _asked(status: Status, state: str, name: str | None) -> list[Disk]:
-    """Give the disks whose states count."""
+    """Return the disks whose states count."""
     found: list[Disk] = [one for one in status.remotes if name in (None, one.name)]
     if name == "local" or (name is None and state == "in_sync"):
         found.append(status.local)
@@ -73,7 +73,7 @@ def _asked(status: Status, state: str, name: str | None) -> list[Disk]:
 
 
 def _word(disk: Disk) -> str:
-    """Give a disk's state, the local one's in a remote's words."""
+    """Return a disk's state, the local one's in a remote's words."""
     return "in_sync" if disk.state == "ok" else disk.state
 
 
@@ -87,18 +87,18 @@ def wait_for(
     """
     Wait until the remote, or without a name each of them, is in *state*.
 
-    A server that does not answer yet is waited for too.
+    Also waits for a server that does not answer yet.
 
     Raises:
-        WaitTimeoutError: the time was over; it says the present state and why, or
-        that the server still does not answer.
+        WaitTimeoutError: the time is over; the message has the present state and
+        the reason, or says that the server still does not answer.
         NotRunningError: no server answered by then. MetadataFailedError: the
         volume is failed, which only an operator can change.
     """
     deadline = time.monotonic() + timeout_s
     told = False
     while True:
-        # Also the last question gets its time: a busy host is no silent server.
+        # The last question gets this time too: a busy host is no silent server.
         left = max(deadline - time.monotonic(), LAST_ASK_S)
         try:
             status = ask_status(config, min(left, ASK_S))
@@ -122,7 +122,7 @@ def wait_for(
 
 
 def _metadata_failed(status: Status) -> bool:
-    """Say whether the volume itself is failed, and not only a disk of it."""
+    """Return whether the volume itself is failed, and not only a disk of it."""
     others = [disk.state for disk in status.disks]
     return status.state == "failed" and "failed" not in others
 
@@ -145,12 +145,12 @@ def watch(
     config: VolumeConfig, console: Console, asked: str, until: str | None
 ) -> None:
     """
-    Show the volume as it changes, until *until* is reached or for ever.
+    Show the volume as it changes, until *until* is reached or forever.
 
     On a terminal it is a live picture; elsewhere a line for each change.
 
     Raises:
-        KeyboardInterrupt: the user has seen enough.
+        KeyboardInterrupt: the user ended it.
     """
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -178,7 +178,7 @@ def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
 
 
 def _lines(status: Status) -> Iterator[str]:
-    """Give one line a remote, with what is worth a new line when it changes."""
+    """Yield one line per remote, with what deserves a new line when it changes."""
     if status.pid is None:
         yield f"{status.volume}: {status.reason}"
         return
@@ -188,14 +188,14 @@ def _lines(status: Status) -> Iterator[str]:
             words.append(f"{format_size(disk.dirty_bytes)} dirty")
         total = disk.resync.total_bytes if disk.resync else 0
         if disk.resync and total:
-            # In steps of a tenth, or a log of it would be endless.
+            # In steps of a tenth, because a log of it would be endless.
             tenths = 10 * disk.resync.done_bytes // total
             words = [words[0], f"{tenths * 10}% of {format_size(total)}"]
         yield ", ".join(words)
 
 
 def _disks(status: Status) -> Sequence[Disk]:
-    """Give the disks to watch: the remotes, and first local unless it is ok."""
+    """Return the disks to watch: the remotes, and first local unless it is ok."""
     return status.remotes if status.local.state == "ok" else status.disks
 
 
@@ -211,7 +211,7 @@ def _picture(status: Status, asked: str) -> Group:
     name_width = max((len(plain(disk.name)) for disk in disks), default=0)
     for disk in disks:
         lines.append(_disk_line(disk, name_width))
-        # Not in a column: on a narrow terminal there is no room for one.
+        # Not in a column: a narrow terminal has no room for one.
         for about in (disk.reason, name_volume(disk.hint, asked)):
             if about:
                 lines.append(Padding(Text(plain(about), style="dim"), (0, 0, 0, 4)))
