@@ -153,7 +153,7 @@ def create(
 @_command
 def serve(
     config: Config,
-    door: Annotated[Door, typer.Option(help="What serves clients.")] = Door.direct,
+    door: Annotated[Door, typer.Option(help="Which server clients use.")] = Door.direct,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay; log to standard error.")
     ] = False,
@@ -161,17 +161,17 @@ def serve(
         bool,
         typer.Option(
             "--force",
-            help="Take the local disk as it is, and overwrite every remote with it.",
+            help="Use the local disk as it is, and overwrite every remote with it.",
         ),
     ] = False,
     without_local: Annotated[
         bool,
         typer.Option(
-            "--without-local", help="Give the local disk up: a remote in sync serves."
+            "--without-local", help="Give up the local disk: a remote in sync serves."
         ),
     ] = False,
 ) -> None:
-    """Serve a volume over NBD, in the background unless --foreground is given."""
+    """Serve a volume over NBD. Runs in the background unless --foreground is given."""
     asked = asked_for(serve, locals())
     if force and without_local:
         raise typer.BadParameter("--force and --without-local exclude each other")
@@ -222,16 +222,16 @@ def wait(
     config: Config,
     state: Annotated[RemoteState, typer.Option("--for", help="The state to wait for.")],
     timeout: Annotated[
-        str, typer.Option(metavar="TIME", help="How long, as in 60s.")
+        str, typer.Option(metavar="TIME", help="Time limit, as in 60s.")
     ] = "60s",
     remote: Annotated[
         str | None,
         typer.Option(
-            metavar="REMOTE", help='Only this remote, or "local"; else all of them.'
+            metavar="REMOTE", help='Only this remote, or "local". Default: all.'
         ),
     ] = None,
 ) -> None:
-    """Wait until the remotes are in a state; for in_sync, also the local disk."""
+    """Wait until the remotes are in a state. For in_sync, also the local disk."""
     volume = load(config)
     _check_disk(volume, remote)
     timeout_s = duration("--timeout", timeout)
@@ -270,7 +270,7 @@ def pause(config: Config, remote: RemoteArgument = None) -> None:
 
 @_command
 def resume(config: Config, remote: RemoteArgument = None) -> None:
-    """Resume resync, and check a failed disk again; "local" names the local disk."""
+    """Resume resync, and check a failed disk again. "local" is the local disk."""
     _remote_command(load(config), "resume", remote)
 
 
@@ -279,7 +279,7 @@ def invalidate(
     config: Config,
     remote: Annotated[str, typer.Argument(metavar="REMOTE", help="Which remote.")],
 ) -> None:
-    """Overwrite a remote, or a replaced local disk ("local"), with a full copy."""
+    """Overwrite a remote with a full copy. "local" is a replaced local disk."""
     _remote_command(load(config), "invalidate", remote)
 
 
@@ -305,7 +305,7 @@ def policy(
     policy: PolicyArgument = None,
     fenced_reads: ReadsOption = None,
 ) -> None:
-    """Show the policy of a served volume, or switch it until its server ends."""
+    """Show or switch the policy of a served volume. Lasts until the server ends."""
     volume = load(config)
     answer = ask_policy(volume, policy=policy, fenced_reads=fenced_reads)
     for line in describe_policy(answer, volume):
@@ -317,10 +317,10 @@ def attach(
     config: Config,
     device: Annotated[
         str | None,
-        typer.Argument(metavar="/dev/nbdN", help="Else the first free one."),
+        typer.Argument(metavar="/dev/nbdN", help="Default: the first free one."),
     ] = None,
     connections: Annotated[
-        int, typer.Option(min=1, max=16, help="From the kernel to the server.")
+        int, typer.Option(min=1, max=16, help="Kernel to server connections.")
     ] = 1,
     block_size: BlockSizeOption = "",
 ) -> None:

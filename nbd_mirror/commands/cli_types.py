@@ -49,15 +49,15 @@ Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
 ]
 RemoteArgument = Annotated[
-    str | None, typer.Argument(metavar="REMOTE", help="Else all of them.")
+    str | None, typer.Argument(metavar="REMOTE", help="Default: all of them.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PolicyArgument = Annotated[
     Policy | None,
-    typer.Argument(metavar="POLICY", help="degrade or stop; else it is shown."),
+    typer.Argument(metavar="POLICY", help="degrade or stop. Default: show it."),
 ]
 ReadsOption = Annotated[
-    FencedReads | None, typer.Option(help="Of policy stop, while it is fenced.")
+    FencedReads | None, typer.Option(help="Reads while policy stop refuses writes.")
 ]
 
 
@@ -74,7 +74,7 @@ BlockSizeOption = Annotated[
     typer.Option(
         metavar="N",
         callback=block_size,
-        help="Else what the content needs. Remembered; auto forgets it.",
+        help="Default: as the content needs. Remembered; auto forgets it.",
     ),
 ]
 
