@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every layer uses: errors, units, files, threads, other programs."""
+"""Modules that every layer uses: errors, units, files, threads, other programs."""

@@ -72,7 +72,7 @@ class MirrorError(Exception):
 
     exit_code = 1
     meaning = "a bug in nbd_mirror: please report it"
-    # Positive, where it came from C: what a door answers a client with.
+    # Positive, if it came from C: the error that a door answers a client with.
     errno: int | None = None
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -99,7 +99,7 @@ class MissingError(MirrorError):
 
 
 class BusyError(MirrorError):
-    """It is in use: by a second server, a mount, another program."""
+    """It is in use by a second server, a mount or another program."""
 
     exit_code = 5
     meaning = "in use by another program"
@@ -141,7 +141,7 @@ class NotRunningError(MirrorError):
 
 
 class WaitTimeoutError(MirrorError):
-    """The time was over before what was waited for came about."""
+    """The time was over before the wanted state was reached."""
 
     exit_code = 11
     meaning = "the time was over before the wanted state was reached"
@@ -175,7 +175,7 @@ class UnsupportedError(MirrorError):
 
 
 class AccessError(MirrorError):
-    """The caller may not do it."""
+    """The caller has no permission."""
 
     exit_code = 15
     meaning = "not permitted"
@@ -183,10 +183,10 @@ class AccessError(MirrorError):
 
 class OutputError(MirrorError):
     """
-    What the command says cannot be written; what it does was done.
+    The command's output cannot be written, but the command was executed.
 
     Args:
-        quiet: the reader has seen enough, and there is nothing to complain of.
+        quiet: the reader ended early, so no message is needed.
     """
 
     exit_code = 16
@@ -198,7 +198,7 @@ class OutputError(MirrorError):
 
 
 class WrongDiskError(MirrorError):
-    """The local disk is not the one that was left; nothing was written to it."""
+    """The local disk is another one than before; nothing was written to it."""
 
     exit_code = 17
     meaning = "the local disk is not the one that was left, or has become too small"
@@ -222,7 +222,7 @@ _CLASSES: tuple[type[MirrorError], ...] = (
     WrongDiskError,
 )
 
-# The whole table, for `nbd-mirror --help` and the manual.
+# All exit codes, for `nbd-mirror --help` and the manual.
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: MirrorError.meaning,
@@ -238,7 +238,7 @@ _BY_ERRNO: dict[int, type[MirrorError]] = {
     _errno.ENXIO: MissingError,
     _errno.ENOTDIR: MissingError,
     _errno.EISDIR: ConfigError,
-    _errno.ELOOP: ConfigError,  # links in a circle, or where no link may be
+    _errno.ELOOP: ConfigError,  # links in a circle, or where no link is allowed
     _errno.ENAMETOOLONG: ConfigError,
     _errno.EROFS: AccessError,
     _errno.EBUSY: BusyError,
@@ -271,7 +271,7 @@ _BY_ERRNO: dict[int, type[MirrorError]] = {
 
 _ROOM = "make room where `state` lies, then do it again"
 
-# What helps where the caller knows nothing better.
+# The usual hints, if the caller has no better one.
 _HINTS: dict[int, str] = {
     _errno.EUCLEAN: "nbd-mirror create CONFIG --force (new logs: all is copied again)",
     _errno.ENOTRECOVERABLE: (
@@ -286,14 +286,14 @@ _HINTS: dict[int, str] = {
 
 def from_errno(rc: int, message: str, hint: str = "") -> MirrorError:
     """
-    Make the exception for an errno, without raising it.
+    Return the exception for an errno, without raising it.
 
     Args:
         rc: -errno as the C functions return it, or errno.
         message: what happened.
-        hint: the command that helps; empty: what usually helps with this errno.
+        hint: the command that helps; empty: the usual one for this errno.
     Returns:
-        The class the table above gives, else a MirrorIOError with that errno.
+        The class from the table above, else a MirrorIOError with that errno.
     """
     number = abs(rc)
     cls = _BY_ERRNO.get(number)
@@ -306,7 +306,7 @@ def from_errno(rc: int, message: str, hint: str = "") -> MirrorError:
 
 def from_name(name: str, message: str, hint: str = "") -> MirrorError:
     """
-    Make the exception a server named over the control socket.
+    Return the exception that a server named over the control socket.
 
     Args:
         name: the class's name; an unknown one (another version's) becomes a

@@ -2,10 +2,9 @@
 """
 Files in a directory that another user may have prepared.
 
-A root who runs `nbd-mirror attach` for a volume of another user works in that user's
-directory. So names are taken in the open directory, links are neither followed nor
-written through, what is no plain file is not waited for, and what is written is a new
-file that takes the old one's place.
+When root runs `nbd-mirror attach` for a volume of another user, the command works in
+that user's directory. So it looks names up in the opened directory, follows and writes
+through no link, waits for no special file, and replaces a file by writing a new one.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .errors import AccessError
 
 __all__ = ["check_private", "open_plain", "opened_folder", "read_plain", "replace_file"]
 
-# FIFOs are opened without their other end, and refused then.
+# FIFOs are opened without waiting for their other end, and then refused.
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
-    """Give a descriptor of *folder*, for names in it; raises OSError."""
+    """Yield a descriptor of *folder*, for names in it; raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
@@ -41,10 +40,10 @@ def open_plain(
     name: str | Path, flags: int, dir_fd: int | None = None, mode: int = 0o600
 ) -> int:
     """
-    Open a file that must be a plain one, with one name.
+    Open a file that must be a regular one with a single name.
 
     Raises:
-        OSError: ELOOP where it is a link, a FIFO, a device.
+        OSError: ELOOP if it is a link, a FIFO or a device.
     """
     fd = os.open(name, flags | _PLAIN, mode, dir_fd=dir_fd)
     status = os.fstat(fd)
@@ -56,10 +55,10 @@ def open_plain(
 
 def read_plain(folder: Path, name: str, most: int) -> tuple[bytes, int]:
     """
-    Read at most *most* bytes of a plain file in *folder*.
+    Read at most *most* bytes of a regular file in *folder*.
 
     Returns:
-        What it holds, and the uid of its owner.
+        The content, and the uid of its owner.
     """
     with opened_folder(folder) as dir_fd:
         fd = open_plain(name, os.O_RDONLY, dir_fd)
@@ -74,13 +73,13 @@ def replace_file(folder: Path, name: str, content: bytes, mode: int = 0o600) -> 
     Args:
         mode: of the file, before the umask.
     Raises:
-        OSError: it cannot be written; then the name is as it was.
+        OSError: it cannot be written; then the name is unchanged.
     """
     new = f".{name}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with opened_folder(folder) as dir_fd:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=dir_fd)  # of a process that was killed
+            os.unlink(new, dir_fd=dir_fd)  # left by a process that was killed
         try:
             with open(open_plain(new, flags, dir_fd, mode), "wb") as file:
                 file.write(content)
@@ -95,11 +94,12 @@ def check_private(folder: Path, command: str) -> None:
     """
     Check that no other user can put a link or a lock into the state directory.
 
-    Only what a command writes as one user, in a directory of another, can do harm.
+    Only files that a command writes as one user in another user's directory can do
+    harm.
 
     Args:
-        folder: the state directory; one that is not there is judged elsewhere.
-        command: the one that is refused, for the hint.
+        folder: the state directory; other checks handle a missing one.
+        command: the refused one, for the hint.
     Raises:
         AccessError: it is another user's, or others may write in it.
     """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The commands in hints, as a user can paste them.
+Commands in hints, in a form that a user can paste.
 
-Where an error arises nobody knows what the user calls the volume: a hint says CONFIG
-there. Who prints it puts the user's word in that place, and the options of the user's
-own command where the hint is to give that command again.
+The code that raises an error does not know the user's name of the volume, so its hint
+says CONFIG. The code that prints the hint replaces it by the user's word, and adds the
+options of the user's own command if the hint repeats that command.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 
 __all__ = ["ASKED_VARIABLE", "Asked"]
 
-# How a command tells the server that it starts, which may end with a hint.
+# Passes this on to the server that a command starts, which may print a hint too.
 ASKED_VARIABLE = "NBD_MIRROR_ASKED"
 
 _OPTION = r"--[a-z-]+(?: [a-z0-9]+)?"
-# As a word, and only of a command of ours: a path may hold the same letters.
+# As a word, and only in a command of ours: a path may contain the same letters.
 _COMMAND = re.compile(
     rf"(?P<user>sudo (?:-u \S+ )?)?nbd-mirror (?P<command>[a-z]+) CONFIG(?![\w./-])"
     rf"(?P<options>(?: {_OPTION})*)"
@@ -32,13 +32,13 @@ _EXCLUSIVE = {"--force", "--without-local"}
 @dataclass(frozen=True)
 class Asked:
     """
-    What the user asked for, each word quoted for a shell.
+    The user's command, with each word quoted for a shell.
 
     Args:
-        config: what the user calls the volume.
-        anywhere: another word for it, that means the same to any user.
+        config: the user's name of the volume.
+        anywhere: another name of it that means the same to any user.
         command: the user's, or "".
-        options: those that the user gave it, by their names, such as "--door".
+        options: those that the user gave, by their names, such as "--door".
     """
 
     config: str
@@ -62,12 +62,12 @@ class Asked:
         return " ".join(words) + found["options"]
 
     def dump(self) -> dict[str, str]:
-        """Return what hands this on to a program that is started."""
+        """Return the environment variable that passes this on to a started program."""
         return {ASKED_VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def load(cls) -> Asked | None:
-        """Return what the program that started this one has handed on, if it has."""
+        """Return what the program that started this one passed on, or None."""
         try:
             return cls(**json.loads(os.environ[ASKED_VARIABLE]))
         except (KeyError, TypeError, ValueError):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Where a volume listens: the `listen` key, and the NBD URI that comes of it.
+The address a volume listens on: the `listen` key, and its NBD URI.
 
-An address is read once, into its parts, so that binding, attaching and printing
-never take text apart a second time and disagree about it.
+An address is parsed once, into its parts, so that binding, attaching and printing
+cannot parse the text in different ways.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Listen(BaseModel):
 
     @property
     def uri(self) -> str:
-        """The NBD URI a client on this host connects to."""
+        """The NBD URI for a client on this host."""
         if self.path is not None:
             return "nbd+unix:///?" + urlencode(
                 {"socket": self.path}, safe="/", quote_via=quote
@@ -52,7 +52,7 @@ class Listen(BaseModel):
 
     @property
     def client_host(self) -> str:
-        """The host to connect to; of a wildcard address, the loopback one."""
+        """The host to connect to; for a wildcard address, the loopback one."""
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "localhost"}  # noqa: S104
         return loopback.get(self.host, self.host)
 
@@ -103,7 +103,7 @@ def _parse_host(host: str) -> str:
             address = ipaddress.IPv6Address(host[1:-1])
         except ValueError:
             raise ValueError(f"{host} is no IPv6 address") from None
-        # The interface's name, which `ipaddress` takes whatever it is.
+        # The name of the interface, which `ipaddress` does not check.
         if not re.fullmatch(r"[!-~]{0,15}", address.scope_id or ""):
             raise ValueError(f"{host} is no IPv6 address")
         return str(address)

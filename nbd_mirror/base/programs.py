@@ -2,8 +2,8 @@
 """
 Find and run other programs: nbdkit, nbd-client, modprobe.
 
-Most lie in /usr/sbin, which is not on every user's PATH; that must not read as
-"not installed".
+Most are in /usr/sbin, which is not on every user's PATH; that must not count as "not
+installed".
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LIMIT = "raise `ulimit -n` and `ulimit -u`, or LimitNOFILE= and TasksMax= of th
 _HELP = {
     errno.EAGAIN: _LIMIT,
     errno.EMFILE: _LIMIT,
-    errno.EINVAL: _LIMIT,  # of a descriptor beyond the limit
+    errno.EINVAL: _LIMIT,  # for a descriptor beyond the limit
     errno.E2BIG: "remove what is long from the environment",
 }
 
-# Where an empty part, or a relative one, is the folder we stand in.
+# Here an empty or a relative part means the current folder.
 _SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
@@ -35,8 +35,8 @@ def clean_environment() -> dict[str, str]:
     """
     Return the environment for a program, in which nothing leads to the current folder.
 
-    That folder may be another user's, and hold a program, a library or a module that
-    root must not run.
+    That folder may belong to another user, and contain a program, a library or a module
+    that root must not run.
     """
     environment = dict(os.environ)
     for name in _SEARCHED:
@@ -70,8 +70,8 @@ def find_program(name: str, package: str) -> str:
 
 
 def cannot_start(program: str, error: OSError) -> UnsupportedError:
-    """Make the error for a program that the kernel does not start."""
-    # A script's interpreter that is missing is said of the script.
+    """Return the error for a program that the kernel does not start."""
+    # For a script, a missing interpreter is reported as an error of the script.
     return UnsupportedError(
         f"{program} cannot be started: {error.strerror or error}",
         _HELP.get(error.errno or 0, ""),
@@ -83,8 +83,8 @@ def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
     Run a program to its end, without input.
 
     Returns:
-        Its exit status (124 if it was killed when *timeout_s* was over), and
-        what it said, standard error last, in one line.
+        Its exit status (124 if it was killed when *timeout_s* was over), and its
+        output, standard error last, in one line.
     Raises:
         UnsupportedError: it cannot be started.
     """

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Talk to a process that may be another user's.
+Communicate with a process that may be another user's.
 
-Over a unix socket it can send open files along. The kernel closes those that nobody
-takes, on the thread that receives or closes the socket, and the last close of a file
-may wait for as long as that user likes (csrc/wire/receive.c). A command takes them, or
-leaves the socket open: at its end the kernel closes all without a wait. An urgent byte
-(MSG_OOB) can bring files too, and a receive that passes over it closes them.
+Over a unix socket it can send open files. The kernel closes those that the receiver
+does not take, on the thread that receives or closes the socket, and the last close of a
+file may wait for as long as that user likes (csrc/wire/receive.c). A command takes such
+files, or leaves the socket open: when the command ends, the kernel closes all without a
+wait. An urgent byte (MSG_OOB) can carry files too, and a receive that skips it closes
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def receive(sock: socket.socket, most: int) -> bytes:
         ValueError: open files came with them, which no honest process sends.
         OSError: as `recv`.
     """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # passes over none
+    # so that no urgent byte is skipped
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     room = socket.CMSG_SPACE(MAX_FILES * struct.calcsize("i"))
     data, control, flags, _ = sock.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
     if control or flags & socket.MSG_CTRUNC:
@@ -40,9 +42,9 @@ def receive(sock: socket.socket, most: int) -> bytes:
 
 
 def close(sock: socket.socket) -> None:
-    """Close a connected socket, unless it holds bytes that nobody has received."""
+    """Close a connected socket, unless it holds bytes that were not received."""
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)  # nothing more comes
+        sock.shutdown(socket.SHUT_RDWR)  # nothing more can arrive
     unread = b"\0" * 4
     with contextlib.suppress(OSError):
         unread = fcntl.ioctl(sock, termios.FIONREAD, unread)

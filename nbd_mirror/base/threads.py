@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Threads that must not end before they are told to.
+Threads that no exception may end.
 
-A keeper that dies leaves a remote alone for good, and nothing else would say so. So
-whatever a turn of such a thread raises, also when memory or threads run out, is said
-and waited out; then comes the next turn.
+If a keeper died, nothing would take care of its remote any more, and nothing would
+report it. So the loop of such a thread logs whatever a turn raises, even if memory or
+threads run out, waits, and starts the next turn.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def keep_going(
     Call *turn* again and again until *ended*, whatever it raises.
 
     Args:
-        turn: deals with the errors it expects.
-        ended: asked before each turn.
-        log: is told what a turn raised, as an error.
+        turn: handles the errors that it expects.
+        ended: checked before each turn.
+        log: gets the exceptions of turns, as errors.
         name: of the thread, for the log.
     """
     while not ended():
         try:
             turn()
         except Exception:
-            with contextlib.suppress(Exception):  # such as no memory for the words
+            with contextlib.suppress(Exception):  # for example no memory for the text
                 log("error", f"{name}: {traceback.format_exc()}")
             time.sleep(REST_S)
 
 
 def begin(thread: threading.Thread) -> None:
     """
-    Start a thread of a server that starts.
+    Start a thread of a server during its start.
 
     Raises:
         MirrorError: the system gives no thread.
@@ -61,7 +61,7 @@ def begin(thread: threading.Thread) -> None:
 
 
 def no_thread(name: str) -> MirrorError:
-    """Make the error for a thread that cannot be had."""
+    """Return the error for a thread that cannot be made."""
     return from_errno(
         errno.EAGAIN,
         f"cannot start the thread {name}: the limit of processes or memory is reached",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Sizes and times as people write them, and back.
+Sizes and times as users write them, and back.
 
-Only binary units are taken ("64KiB", not "64KB" or "64k"): a region that is a
-power of two must not depend on what a reader believes a kilobyte to be.  All
-arithmetic is exact; a fraction that is no whole number of bytes is refused.
+Only binary units are accepted ("64KiB", not "64KB" or "64k"): a region that is a power
+of two must not depend on what a reader thinks a kilobyte is. All arithmetic is exact; a
+fraction that is no whole number of bytes is refused.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def parse_duration(value: object) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a time span for people: "500ms", "2.5s", "1min 20s", "3h 05min"."""
+    """Write a time span for users: "500ms", "2.5s", "1min 20s", "3h 05min"."""
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms" if seconds else "0s"
     if seconds < 60:
@@ -131,7 +131,7 @@ def format_duration(seconds: float) -> str:
 
 def iso_time(seconds: int) -> str:
     """
-    Write a moment, in UTC, as ISO 8601 does; "" for 0, and where no calendar has it.
+    Write a moment in UTC as ISO 8601; "" for 0, and for a year that no calendar has.
 
     Args:
         seconds: since 1970.
@@ -139,4 +139,4 @@ def iso_time(seconds: int) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat() if seconds else ""
     except (ValueError, OverflowError, OSError):
-        return ""  # of a garbled log
+        return ""  # from a garbled log

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Unix sockets that a server listens on: for its clients, and for commands.
+Unix sockets that a server listens on, for its clients and for commands.
 
-Only the owner may connect, from the moment that the name is there: the mode is set on
-the descriptor before, so no umask of the whole process need change while other threads
-make files.
+Only the owner may connect, from the moment the name exists: the mode is set on the
+descriptor before, so the umask of the process stays unchanged while other threads make
+files.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ MAX_UNIX_PATH = 107  # bytes; sun_path without its NUL
 
 
 def unix_socket() -> socket.socket:
-    """Make one; no program that is started inherits it."""
+    """Make one, which no started program inherits."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
 @contextlib.contextmanager
 def short_name(path: Path) -> Iterator[str]:
     """
-    Give a name of *path* that fits into a socket address.
+    Yield a name of *path* that fits into a socket address.
 
-    A state directory may lie deeper than the 107 bytes an address holds; its
-    entry under /proc/self/fd never does.
+    A state directory may be deeper than the 107 bytes of an address; its entry under
+    /proc/self/fd never is.
     """
     if len(os.fsencode(path)) <= MAX_UNIX_PATH:
         yield os.fspath(path)
@@ -47,7 +47,7 @@ def short_name(path: Path) -> Iterator[str]:
 
 def bind(path: Path, backlog: int) -> socket.socket:
     """
-    Listen on *path*, where nothing may be.
+    Listen on *path*, which must not exist.
 
     Args:
         backlog: connections that may wait to be accepted.
@@ -67,7 +67,7 @@ def bind(path: Path, backlog: int) -> socket.socket:
 
 
 def answers(path: Path) -> bool:
-    """Say whether a connect to *path* is taken; raises OSError if it may not be."""
+    """Return whether a server accepts on *path*; raises OSError without access."""
     with short_name(path) as name, strangers.closing(unix_socket()) as probe:
         probe.settimeout(1.0)
         try:
@@ -75,5 +75,5 @@ def answers(path: Path) -> bool:
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         except (TimeoutError, BlockingIOError):
-            return True  # its queue is full: a server has it open
+            return True  # its queue is full, so a server has it open
         return True

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernel's nbd device, by which a volume is a local disk."""
+"""The kernel's nbd device, which makes a volume a local disk."""

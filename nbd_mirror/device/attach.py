@@ -2,23 +2,22 @@
 """
 Attach a volume to the kernel's own nbd driver, as /dev/nbdN, and detach it.
 
-The device's blocks are of the size that the content needs (content.py), or that the
-operator asks for; that one is remembered.
+The device's block size is the one that the content needs (content.py), or the one that
+the operator asks for, which is remembered.
 
-The device's time-out is finite and longer than anything the server may make a
-request wait for (the hold, eight of the longest deadlines, and 30 s more): a
-lost remote never makes the kernel give up, a lost server never hangs a mount
-for ever.
+The device's time-out is finite, and longer than the longest time that the server may
+keep a request (the hold, eight of the longest deadlines, and 30 s more). So a lost
+remote never makes the kernel give up, and a lost server never hangs a mount forever.
 
 A server that was started again takes its device back: it gives the kernel a new
-connection, which the requests wait for, and what was not answered is sent again. The
-old server is dead by then, so nothing is carried out twice. nbd-client's `-persist` is
-not used: it would connect again to whatever listens on the address by that time, and
-the kernel fails what is under way.
+connection, for which the requests wait, and the kernel sends unanswered requests again.
+The old server is dead by then, so nothing is executed twice. nbd-client's `-persist` is
+not used: it would connect again to any server that listens on the address by then, and
+the kernel fails the requests under way.
 
-One connection, unless more are asked for. With more the kernel sends a request that
-timed out again, on another; a server that was frozen may carry out the first sending
-after that, and over a newer write.
+The device has one connection unless the operator asks for more. With more, the kernel
+sends a request that timed out again, on another connection. A server that was frozen
+may execute the first request after the second, over a newer write.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ __all__ = [
     "timeout_s",
 ]
 
-# How long requests wait for the server to be started again, seconds.
+# The time that requests wait for a restarted server, seconds.
 RECONNECT_S = 120
-# The time-out of requests that a server which is being stopped may leave unanswered,
-# seconds: the kernel sends them again only when it is over.
+# The time-out of requests that a stopping server may leave unanswered, seconds: the
+# kernel sends them again only after it.
 LEFT_S = 2
 TAKE_BACK_S = 10.0  # for the kernel to notice that the old connection is lost
 
@@ -80,19 +79,19 @@ def block_size(size: int, need: Need | None = None) -> int:
     """
     Return the device's block size for a volume of *size* bytes.
 
-    4096, unless the content needs others, or that would cut off the volume's end: the
-    kernel rounds down.
+    4096, unless the content needs another, or unless that would cut off the volume's
+    end, because the kernel rounds down.
     """
     return choose(size, 1, need).block
 
 
 def fails_after_s(config: VolumeConfig, connections: int) -> int:
     """
-    Return the most a request may take before the kernel fails it, in seconds.
+    Return the longest time of a request before the kernel fails it, in seconds.
 
     A request that times out on one connection is sent again on the next (Linux,
-    nbd_xmit_timeout in drivers/block/nbd.c), and waits as long there; after the last
-    one it waits for a new connection.
+    nbd_xmit_timeout in drivers/block/nbd.c), and waits as long there. After the last
+    connection it waits for a new one.
     """
     return connections * timeout_s(config) + RECONNECT_S
 
@@ -108,8 +107,8 @@ def attach(
     """
     Attach the volume, and note the device in the state directory.
 
-    One that is attached already stays so; if its server was started anew since, it is
-    given a new connection.
+    A volume that is attached already stays attached; if its server was restarted since,
+    the device gets a new connection.
 
     Args:
         config: of a volume that is served.
@@ -122,7 +121,7 @@ def attach(
     Raises:
         UnsupportedError: the kernel has no nbd, or nbd-client is missing.
         BusyError: the device is in use, none is free, or the volume is attached
-        otherwise.
+        in another way.
         MissingError: no such device. ConfigError: *asked* cannot be used.
         MirrorIOError: nbd-client failed.
     """
@@ -149,7 +148,7 @@ def attach(
 
 
 def _again(device: str, option: str = "") -> str:
-    """Give the command that attaches to the same device."""
+    """Return the command that attaches to the same device."""
     return " ".join(
         filter(
             None, ["nbd-mirror attach CONFIG", option, device and shlex.quote(device)]
@@ -202,22 +201,22 @@ def _index(device: str) -> int:
 
 
 def _await_servers(name: str) -> None:
-    """Have requests wait for a server that is started again, and show partitions."""
-    # A kernel or an nbd-client without netlink: a lost server is an error as before.
+    """Let requests wait for a restarted server, and show partitions."""
+    # Without netlink in the kernel or nbd-client, a lost server stays an error.
     with contextlib.suppress(OSError):
         netlink.wait_for_new_socket(_index(name), RECONNECT_S)
-    # The kernel reads the table of partitions at the first open.
+    # The kernel reads the partition table at the first open.
     with contextlib.suppress(OSError):
         os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC))
 
 
 def let_go(config: VolumeConfig) -> None:
     """
-    Prepare the volume's device for the end of its server, which is about to be stopped.
+    Prepare the volume's device for the end of its server.
 
-    What the kernel sends while the connection ends is lost, and sent again to the next
-    server once its time-out is over. Until then the old server has ended, so the
-    time-out may be short.
+    Requests that the kernel sends while the connection ends are lost. It sends them
+    again to the next server once their time-out is over. The old server has ended by
+    then, so the time-out may be short.
     """
     device = attached_device(config)
     if device:
@@ -227,11 +226,11 @@ def let_go(config: VolumeConfig) -> None:
 
 def take_back(config: VolumeConfig) -> bool:
     """
-    Give the volume's device a connection to the server, if that was started anew.
+    Give the volume's device a connection to the server, if that was restarted.
 
     Returns:
-        False: there is no such device, or it has this very server. A server that goes
-        on could still carry out what the kernel would send again.
+        False: there is no such device, or it has this very server. A running server
+        could still execute the requests that the kernel would send again.
     Raises:
         MirrorError: the device cannot be given a connection.
     """
@@ -262,7 +261,7 @@ def _give(config: VolumeConfig, name: str, server: str) -> bool:
                 netlink.give_socket(_index(name), connection.socket)
                 return True
             except OSError as error:
-                # The kernel has yet to notice that the old one is lost.
+                # The kernel has not noticed yet that the old one is lost.
                 if error.errno != errno.ENOSPC or time.monotonic() > until:
                     raise MirrorIOError(
                         f"/dev/{name} takes no new connection: {error.strerror}"
@@ -279,10 +278,10 @@ def check_kernel(config: VolumeConfig, device: str = "") -> None:
     Load the kernel's nbd driver if it is not there.
 
     Args:
-        config: of the volume that is to be attached.
-        device: that it is to be attached as, or "".
+        config: of the volume to attach.
+        device: to attach it as, or "".
     Raises:
-        UnsupportedError: the kernel has none; the hint shows the other ways.
+        UnsupportedError: the kernel has none; the hint shows other ways.
         AccessError: not root.
     """
     if os.geteuid() != 0:
@@ -304,14 +303,14 @@ def other_ways(config: VolumeConfig) -> str:
     """Return the commands that use a volume without the kernel's nbd."""
     uri, folder = config.listen.uri, f"/run/nbd-mirror/{config.name}.fuse"
     if config.listen.path is not None:
-        path = config.listen.path.replace(",", ",,")  # as QEMU takes it
+        path = config.listen.path.replace(",", ",,")  # as QEMU parses it
         server = f"server.type=unix,server.path={path}"
     else:
         server = (
             f"server.type=inet,server.host={config.listen.client_host},"
             f"server.port={config.listen.port}"
         )
-    # QEMU wants a letter first.
+    # QEMU requires a letter first.
     node = re.sub(r"^(?![A-Za-z])", "v", re.sub(r"[^A-Za-z0-9-]", "-", config.name))
     node = node[:31]
     drive = f"file={uri},format=raw,if=virtio,cache=none"
@@ -360,11 +359,11 @@ def _note(
 
 
 def attached_device(config: VolumeConfig) -> str:
-    """Return the device the volume is attached to, as /dev/nbdN, or ""."""
+    """Return the device that the volume is attached to, as /dev/nbdN, or ""."""
     noted = attached.load(config.state_dir)
     try:
         name = devices.name_of(noted.device)
-        # After a reboot, or a detach by hand, the device may be another's.
+        # After a reboot or a manual detach the device may belong to another volume.
         same = (noted.boot_id, noted.pid) == (attached.boot_id(), devices.pid_of(name))
     except (OSError, MirrorError):
         return ""
@@ -379,12 +378,12 @@ def detach(config: VolumeConfig | None, device: str = "") -> str:
     Detach a volume, or a device by its name.
 
     Args:
-        config: of the volume; or None, and *device* says which.
+        config: of the volume; or None, if *device* names the device.
         device: such as /dev/nbd0.
     Returns:
         The device, as /dev/nbdN.
     Raises:
-        BusyError: it is mounted or in other use. NotRunningError: nothing is
+        BusyError: it is mounted or otherwise in use. NotRunningError: nothing is
         attached. MirrorIOError: nbd-client failed.
     """
     device = attached_device(config) if config is not None else device

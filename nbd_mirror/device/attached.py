@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What `attach` remembers in the state directory, in the file `attached`.
+The file `attached` in the state directory, in which `attach` remembers the device.
 
-The block size outlives a detach, so that the next attach, by systemd too, takes the
-one that an operator asked for. What names the device holds for one boot and one
-connection of it.
+The block size survives a detach, so that the next attach, even by systemd, uses the one
+that an operator asked for. The other entries identify the device for one boot and one
+connection.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MAX_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """The block size, and of an attached device what tells it from any later one."""
+    """The block size, and what identifies an attached device among later ones."""
 
     block_size: int = 0  # 0: never attached
     asked: bool = False  # whether an operator asked for this block size
     device: str = ""  # as nbdN; empty: detached
     boot_id: str = ""
-    pid: str = ""  # of the process that connected it, as the kernel has it
-    server: str = ""  # the process that serves it, as process_identity() gives it
+    pid: str = ""  # of the process that connected it, as the kernel reports it
+    server: str = ""  # the process that serves it, from process_identity()
     connections: int = 1
 
     def detached(self) -> Attached:
@@ -43,12 +43,12 @@ class Attached:
 
 
 def boot_id() -> str:
-    """Return a name of this boot."""
+    """Return an identifier of this boot."""
     return BOOT_ID.read_text().strip()
 
 
 def process_identity(pid: int) -> str:
-    """Return what tells process *pid* from all others of this boot; "" if it ended."""
+    """Return what identifies process *pid* in this boot; "" if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -57,11 +57,11 @@ def process_identity(pid: int) -> str:
 
 
 def load(state_dir: Path) -> Attached:
-    """Return what is remembered; of a file that is missing or garbled nothing."""
+    """Return what is remembered; nothing if the file is missing or garbled."""
     try:
         content, owner = read_plain(state_dir, NAME, MAX_BYTES)
         if owner not in (0, os.geteuid()):
-            return Attached()  # another's words would have root detach any device
+            return Attached()  # another user's file could make root detach any device
         found = json.loads(content)
         known = {
             field.name: found[field.name] for field in dataclasses.fields(Attached)
@@ -76,7 +76,7 @@ def load(state_dir: Path) -> Attached:
 
 def save(state_dir: Path, what: Attached) -> None:
     """
-    Remember *what*, whole or not at all.
+    Remember *what*, completely or not at all.
 
     Raises:
         MirrorIOError: it cannot be written.

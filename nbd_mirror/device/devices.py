@@ -27,14 +27,14 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 SWAPS = Path("/proc/swaps")
 
 MAX_SECTORS_KB = 1024  # longest read or write the kernel sends, KiB
-# Longest trim, bytes: the kernel's own 4 GiB may take a slow disk longer than the
-# time-out.
+# Longest trim, bytes: one of the kernel's own 4 GiB may take a slow disk longer than
+# the time-out.
 MAX_TRIM = 32 << 20
 _DEVICE = re.compile(r"(?:/dev/)?(nbd[0-9]{1,4})", re.ASCII)
 
 
 def size_of(name: str) -> int:
-    """Return sectors; 0 is a device without a connection."""
+    """Return the size in sectors; 0: the device has no connection."""
     try:
         return int((SYS_BLOCK / name / "size").read_text())
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def size_of(name: str) -> int:
 
 
 def is_free(name: str) -> bool:
-    """Tell whether the device has no connection and is getting none."""
+    """Return whether the device has no connection and is getting none."""
     return size_of(name) == 0 and not (SYS_BLOCK / name / "pid").exists()
 
 
@@ -96,12 +96,12 @@ def name_of(device: str) -> str:
 
 
 def pid_of(name: str) -> str:
-    """Return the process that connected the device, as the kernel has it."""
+    """Return the process that connected the device, as the kernel reports it."""
     return (SYS_BLOCK / name / "pid").read_text().strip()
 
 
 def set_limits(name: str) -> None:
-    """Bound the longest request that the kernel sends."""
+    """Limit the longest request that the kernel sends."""
     queue = SYS_BLOCK / name / "queue"
     for limit, hardware, wanted in (
         ("max_sectors_kb", "max_hw_sectors_kb", MAX_SECTORS_KB),
@@ -113,7 +113,7 @@ def set_limits(name: str) -> None:
 
 
 def user_of(name: str) -> str:
-    """Say what uses the device or a partition of it: a mount, swap, md, LVM; or ""."""
+    """Return what uses the device or a partition: a mount, swap, md, LVM; or ""."""
     block = SYS_BLOCK / name
     parts = [block, *(path.parent for path in block.glob(f"{name}p*/dev"))]
     numbers = {(path / "dev").read_text().strip() for path in parts}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A plain NBD client: connect to a volume's own server, read a little, hand it on.
+A plain NBD client: connect to a volume's own server, read a little, pass the connection
+on.
 
-`attach` looks at the content before the kernel has a device, and gives the kernel a
-new connection after the server was started again. nbd-client can do neither.
+`attach` reads the content before the kernel has a device, and gives the kernel a new
+connection after the server was restarted. nbd-client can do neither.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ LONGEST = 1 << 20  # bytes of an option's reply
 
 class Connection:
     """
-    A connection past its handshake.
+    A connection after its handshake.
 
     Attributes:
         socket: the connection; the kernel may take it over.
         size: of the volume, in bytes.
-        smallest: bytes of the smallest block that the server takes.
+        smallest: the smallest block that the server takes, in bytes.
 
     Args:
         config: of the volume.
     Raises:
-        NotRunningError: no server listens. MirrorIOError: the server speaks no NBD,
-        or refuses.
+        NotRunningError: no server listens. MirrorIOError: the server does not speak
+        NBD, or refuses.
     """
 
     def __init__(self, config: VolumeConfig) -> None:
@@ -68,7 +69,7 @@ class Connection:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             strangers.close(self.socket)
-        self.socket.close()  # and no more than that: the kernel may have it
+        self.socket.close()  # only close it: the kernel may have it
 
     def read(self, offset: int, length: int) -> bytes:
         """
@@ -116,7 +117,7 @@ class Connection:
             raise self._wrong("is no NBD server") from None
 
     def _take_reply(self) -> bool:
-        """Take one reply to the option; False if it was the last."""
+        """Receive one reply to the option; return False if it was the last."""
         magic, _, kind, length = struct.unpack(">QIII", self._receive(20))
         if magic != REPLY_MAGIC or length > LONGEST:
             raise self._wrong("is no NBD server")
@@ -134,7 +135,7 @@ class Connection:
         return True
 
     def _allow(self, slow: str) -> None:
-        """Give what comes next all of a time-out, however small its pieces are."""
+        """Give the next exchange a whole time-out, however small its pieces are."""
         self._until, self._slow = time.monotonic() + TIMEOUT_S, slow
         self._heard = False
 

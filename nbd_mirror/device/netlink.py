@@ -2,9 +2,9 @@
 """
 Change a device of the kernel's nbd while it is in use, over generic netlink.
 
-nbd-client 3.24 can connect a device, but cannot say how long the kernel shall wait for
-a new connection after the last one was lost, nor give it one. See
-linux/nbd-netlink.h and linux/genetlink.h.
+nbd-client 3.24 can connect a device. It cannot set how long the kernel waits for a new
+connection after the last one was lost, nor give the device one. See linux/nbd-netlink.h
+and linux/genetlink.h.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def set_timeout(index: int, seconds: int) -> None:
 
 def give_socket(index: int, sock: socket.socket) -> None:
     """
-    Give /dev/nbd*index* a connection in the place of one that was lost.
+    Give /dev/nbd*index* a connection in place of a lost one.
 
     Raises:
-        OSError: ENOSPC: none was lost. Else as above.
+        OSError: ENOSPC: none was lost. Otherwise as above.
     """
     item = _attribute(SOCK_FD, struct.pack("=I", sock.fileno()))
     items = _attribute(SOCK_ITEM | NESTED, item)
