@@ -10,7 +10,9 @@
  *                  it was last flushed, or what any later write brought, also
  *                  one that was only begun or only sent
  *   loss_record.c  the calls that feed both, and the lock that makes each of
- *                  them, and a look at all of it, one instant
+ *                  them, and a look at all of it, one instant; those of the
+ *                  remotes are in loss_remotes.c
+ *   loss_judge.c   what recovery makes of it, at such an instant
  *
  * So a crash is not tried out, it is computed, at every recorded call: what the
  * state files may be is put into a directory and recovered from; whatever could
@@ -49,6 +51,9 @@ void loss_set_boot (const char *boot);
 void loss_pretend_boot (const char *boot);
 void loss_lock (void);
 void loss_unlock (void);
+
+/* --- loss_remotes.c -------------------------------------------------- */
+
 /* For the peers of the site (struct peer_params). */
 void loss_enter (void *remote);
 void loss_applied (void *remote, const struct peer_command *cmd);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The recorded calls.  See loss.h.
+/* The recorded calls of files: the state directory's, and the local disk's. See
+ * loss.h.
  *
  * A sync is not really made: the model says what it makes durable, and it is
  * given some time instead, in which other threads may go on, without the lock.
@@ -10,22 +11,16 @@
 
 #define _GNU_SOURCE
 
-#include <endian.h>
-#include <libnbd.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 
-#include "wire/silence.h"
-#include "loss.h"
+#include "loss_calls.h"
 
 #define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"
 #define MAX_FDS 4096
 #define MAX_MAPPINGS 64
-#define MAX_HANDLES 256
 
 enum fd_kind { FD_OTHER, FD_DIRECTORY, FD_STATE, FD_LOCAL };
 
@@ -41,18 +36,10 @@ static struct mapping {
 } mappings[MAX_MAPPINGS];
 static unsigned nr_mappings;
 
-static struct handle {
-  struct nbd_handle *nbd;
-  uint32_t remote;
-  uint64_t serial;
-} handles[MAX_HANDLES];
-static unsigned nr_handles;
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const struct site *recorded; /* NULL: nothing is */
 static loss_event on_event;
 static const char *boot;
-static uint64_t serials[SITE_MAX_PEERS];
 static _Thread_local const char *pretended;
 static _Thread_local uint64_t nap;
 
@@ -80,8 +67,8 @@ loss_pretend_boot (const char *id)
   pretended = id;
 }
 
-static void
-event (bool sync)
+void
+loss_look (bool sync)
 {
   int saved = errno;
 
@@ -118,10 +105,6 @@ loss_stop_recording (void)
 }
 
 /* --- descriptors ----------------------------------------------------- */
-
-#define WRAPPED(type, name, ...)                                               \
-  type __real_##name (__VA_ARGS__);                                            \
-  type __wrap_##name (__VA_ARGS__)
 
 static enum fd_kind
 kind_of (int fd)
@@ -179,7 +162,7 @@ __wrap_openat (int dirfd, const char *path, int flags, ...)
   fd = __real_openat (dirfd, path, flags, mode);
   if (fd >= 0)
     note_fd (fd, FD_STATE, pages_open (path, fd));
-  event (false);
+  loss_look (false);
   loss_unlock ();
   return fd;
 }
@@ -213,7 +196,7 @@ WRAPPED (int, renameat, int from_fd, const char *from, int to_fd,
   r = __real_renameat (from_fd, from, to_fd, to);
   if (r == 0)
     pages_rename (from, to);
-  event (false);
+  loss_look (false);
   loss_unlock ();
   return r;
 }
@@ -228,7 +211,7 @@ WRAPPED (int, unlinkat, int dirfd, const char *path, int flags)
   r = __real_unlinkat (dirfd, path, flags);
   if (r == 0)
     pages_unlink (path);
-  event (false);
+  loss_look (false);
   loss_unlock ();
   return r;
 }
@@ -254,7 +237,7 @@ begin_local (uint64_t offset, uint64_t length, const void *data)
 
   loss_lock ();
   op = disk_begin (LOSS_LOCAL, offset, length, data, 0);
-  event (false);
+  loss_look (false);
   loss_unlock ();
   take_time ();
   return op;
@@ -268,7 +251,7 @@ end_local (struct write_op *op, bool done)
     disk_end (LOSS_LOCAL, op, false);
   else
     disk_cancel (LOSS_LOCAL, op);
-  event (false);
+  loss_look (false);
   loss_unlock ();
 }
 
@@ -289,7 +272,7 @@ WRAPPED (ssize_t, pwrite, int fd, const void *buf, size_t count, off_t offset)
     return __real_pwrite (fd, buf, count, offset);
   loss_lock ();
   n = __real_pwrite (fd, buf, count, offset);
-  event (false);
+  loss_look (false);
   loss_unlock ();
   return n;
 }
@@ -315,13 +298,13 @@ sync_pages (struct inode *inode, uint64_t offset, uint64_t length)
   uint64_t stamp;
 
   loss_lock ();
-  event (true);
+  loss_look (true);
   stamp = pages_stamp (inode);
   loss_unlock ();
   take_time ();
   loss_lock ();
   pages_synced (inode, stamp, offset, length);
-  event (true);
+  loss_look (true);
   loss_unlock ();
 }
 
@@ -331,13 +314,13 @@ sync_local (void)
   uint64_t stamp;
 
   loss_lock ();
-  event (true);
+  loss_look (true);
   stamp = disk_stamp ();
   loss_unlock ();
   take_time ();
   loss_lock ();
   disk_flushed (LOSS_LOCAL, stamp);
-  event (true);
+  loss_look (true);
   loss_unlock ();
 }
 
@@ -417,196 +400,4 @@ __wrap_msync (void *address, size_t length, int flags TEST_UNUSED)
   if (found.inode)
     sync_pages (found.inode, (uint64_t)((char *)address - found.start), length);
   return 0;
-}
-
-/* --- remotes --------------------------------------------------------- */
-
-WRAPPED (int, nbd_aio_connect_uri, struct nbd_handle *nbd, const char *uri)
-{
-  unsigned i;
-
-  loss_lock ();
-  for (i = 0; i < nr_handles && handles[i].nbd != nbd; i++)
-    ;
-  assert (i < MAX_HANDLES);
-  nr_handles += i == nr_handles;
-  handles[i].nbd = nbd;
-  handles[i].remote = (uint32_t)(uri[strlen (uri) - 1] - '0');
-  handles[i].serial = ++serials[handles[i].remote];
-  loss_unlock ();
-  return __real_nbd_aio_connect_uri (nbd, uri);
-}
-
-/* Under the lock, and an event before it is really sent: the peer cannot have
- * it before we know its cookie.
- */
-static struct write_op *
-begin_remote (struct nbd_handle *nbd, uint64_t offset, uint64_t length,
-              const void *data, uint32_t *disk)
-{
-  struct write_op *op;
-  unsigned i;
-
-  for (i = 0; handles[i].nbd != nbd; i++)
-    assert (i + 1 < nr_handles);
-  *disk = 1 + handles[i].remote;
-  op = disk_begin (*disk, offset, length, data, handles[i].serial);
-  event (false);
-  return op;
-}
-
-static void
-sent (uint32_t disk, struct write_op *op, int64_t cookie)
-{
-  if (cookie == -1)
-    disk_cancel (disk, op);
-  else
-    disk_set_cookie (op, (uint64_t)cookie);
-}
-
-WRAPPED (int64_t, nbd_aio_pwrite, struct nbd_handle *nbd, const void *buf,
-         size_t count, uint64_t offset, nbd_completion_callback callback,
-         uint32_t flags)
-{
-  struct write_op *op;
-  int64_t cookie;
-  uint32_t disk;
-
-  loss_lock ();
-  op = begin_remote (nbd, offset, count, buf, &disk);
-  cookie = __real_nbd_aio_pwrite (nbd, buf, count, offset, callback, flags);
-  sent (disk, op, cookie);
-  loss_unlock ();
-  return cookie;
-}
-
-WRAPPED (int64_t, nbd_aio_zero, struct nbd_handle *nbd, uint64_t count,
-         uint64_t offset, nbd_completion_callback callback, uint32_t flags)
-{
-  struct write_op *op;
-  int64_t cookie;
-  uint32_t disk;
-
-  loss_lock ();
-  op = begin_remote (nbd, offset, count, NULL, &disk);
-  cookie = __real_nbd_aio_zero (nbd, count, offset, callback, flags);
-  sent (disk, op, cookie);
-  loss_unlock ();
-  return cookie;
-}
-
-/* The plain transport's: headers and payloads of several commands, each in an
- * element of its own.  What of a command left before has no header here.
- */
-#define REQUEST_SIZE 28
-#define REQUEST_MAGIC 0x25609513u
-#define MAX_SENT 32
-
-struct sent_op {
-  struct write_op *op;
-  size_t start; /* where its header begins in what is sent */
-};
-
-static uint64_t
-field (const uint8_t *header, unsigned at, unsigned size)
-{
-  uint64_t value = 0;
-
-  for (unsigned i = at; i < at + size; i++)
-    value = value << 8 | header[i];
-  return value;
-}
-
-/* As the last character of its URI, which is its socket's path. */
-static uint32_t
-remote_of (int fd)
-{
-  struct sockaddr_un address = { 0 };
-  socklen_t length = sizeof address;
-
-  assert (getpeername (fd, (struct sockaddr *)&address, &length) == 0);
-  return (uint32_t)(address.sun_path[strlen (address.sun_path) - 1] - '0');
-}
-
-static struct write_op *
-begin_sent (uint32_t remote, const uint8_t *header, const void *payload)
-{
-  unsigned type = (unsigned)field (header, 6, 2);
-  struct write_op *op;
-
-  if (type != PEER_WRITE && type != PEER_ZERO)
-    return NULL;
-  op = disk_begin (1 + remote, field (header, 16, 8), field (header, 24, 4),
-                   type == PEER_WRITE ? payload : NULL, serials[remote]);
-  disk_set_cookie (op, field (header, 8, 8));
-  event (false);
-  return op;
-}
-
-WRAPPED (ssize_t, conn_sendmsg, int fd, const struct msghdr *msg, int flags)
-{
-  struct sent_op ops[MAX_SENT];
-  uint32_t remote = remote_of (fd);
-  unsigned nr = 0;
-  size_t at = 0;
-  ssize_t n;
-
-  loss_lock ();
-  for (size_t i = 0; i < msg->msg_iovlen; at += msg->msg_iov[i++].iov_len) {
-    const uint8_t *header = msg->msg_iov[i].iov_base;
-    const void *payload
-        = i + 1 < msg->msg_iovlen ? msg->msg_iov[i + 1].iov_base : NULL;
-    struct write_op *op = NULL;
-
-    if (msg->msg_iov[i].iov_len == REQUEST_SIZE
-        && field (header, 0, 4) == REQUEST_MAGIC)
-      op = begin_sent (remote, header, payload);
-    if (op)
-      ops[nr++] = (struct sent_op){ op, at };
-  }
-  loss_unlock ();
-  n = __real_conn_sendmsg (fd, msg, flags);
-  loss_lock ();
-  while (nr-- > 0)
-    if (n < 0 || ops[nr].start >= (size_t)n)
-      disk_cancel (1 + remote, ops[nr].op); /* not a byte of it has left */
-  loss_unlock ();
-  return n;
-}
-
-void
-loss_enter (void *remote TEST_UNUSED)
-{
-  loss_lock ();
-}
-
-void
-loss_applied (void *remote, const struct peer_command *cmd)
-{
-  uint32_t disk = 1 + (uint32_t)(uintptr_t)remote;
-  struct write_op *op;
-
-  if (cmd->type == PEER_FLUSH)
-    disk_flushed (disk, disk_stamp ());
-  else if (cmd->type != PEER_READ) {
-    op = disk_find (disk, be64toh (cmd->cookie), cmd->offset, cmd->length);
-    assert (op);
-    assert (disk_brings (op, cmd->type == PEER_WRITE ? cmd->data : NULL));
-    disk_end (disk, op, cmd->fua);
-  }
-  event (cmd->type == PEER_FLUSH || cmd->fua);
-}
-
-void
-loss_leave (void *remote TEST_UNUSED)
-{
-  loss_unlock ();
-}
-
-void
-loss_forget_old (uint32_t remote)
-{
-  loss_lock ();
-  disk_forget (1 + remote, serials[remote]);
-  loss_unlock ();
 }
