@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Which block size does the content of a disk need? Pure functions over its bytes.
+The block size that a disk's content needs: pure functions over its bytes.
 
-A file system that was made with small sectors cannot be mounted from a device with
-larger blocks, and a partition table counts in the sectors it was made with, so that
-with others each partition is cut or moved. What is not recognised gets the smallest
-blocks: all content can be used with them, except a partition table of larger ones.
+A file system made with small sectors cannot be mounted from a device with larger
+blocks. A partition table counts in the sectors that it was made with; with others each
+partition is cut or moved. Unknown content gets the smallest blocks, which suit all
+content except a partition table of larger sectors.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from dataclasses import dataclass
 
 __all__ = ["BLOCK_SIZES", "Choice", "Need", "Read", "choose", "need_of"]
 
-BLOCK_SIZES = (4096, 2048, 1024, 512)  # what the kernel's nbd takes, best first
+BLOCK_SIZES = (4096, 2048, 1024, 512)  # those of the kernel's nbd, best first
 SMALLEST, LARGEST = BLOCK_SIZES[-1], BLOCK_SIZES[0]
-HEAD = 128 << 10  # bytes; the superblocks looked for are in here
-TAIL = 64 << 10  # bytes; a table's copy is in here
+HEAD = 128 << 10  # the superblocks that this looks for are in here
+TAIL = 64 << 10  # the copy of a partition table is in here
 MBR_TYPES_EXTENDED = (0x05, 0x0F, 0x85)
 MBR_TYPE_GPT = 0xEE
 GPT_SIGNATURE = b"EFI PART"
 
-Read = Callable[[int, int], bytes]  # offset and length; short at the disk's end
+Read = Callable[[int, int], bytes]  # offset and length; shorter at the disk's end
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What some content needs: blocks of *block* bytes, or smaller unless *exact*."""
+    """The need of some content: blocks of *block* bytes, or smaller unless *exact*."""
 
     block: int
     what: str
@@ -41,7 +41,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A block size, why it is that, and a warning where it does not suit."""
+    """A block size, its reason, and a warning if it does not suit."""
 
     block: int
     why: str
@@ -64,13 +64,13 @@ def choose(
 
     Args:
         size: of the volume, in bytes.
-        smallest: the smallest block the server takes.
+        smallest: the smallest block that the server takes.
         need: of the content; None: there is none.
         asked: by the operator, now or earlier.
-        before: what was chosen for an earlier attachment.
+        before: the choice for an earlier attachment.
     Raises:
-        ValueError: *asked* cannot be used, or the content and the server cannot
-            agree; its text says why.
+        ValueError: *asked* cannot be used, or the content and the server need
+            different sizes; the text says why.
     """
     if asked is not None:
         return _asked(size, smallest, need, asked)
@@ -78,7 +78,7 @@ def choose(
         return Choice(_fitting(size, LARGEST, smallest), "nothing is on the disk yet")
     if not need.known and before is not None and size % before == 0:
         return Choice(before, "as it was attached before")
-    # A table of larger sectors cannot know of an end that is no whole sector.
+    # A table of larger sectors cannot describe an end inside a sector.
     block = need.block if need.exact else _fitting(size, need.block, smallest)
     if block < smallest:
         raise ValueError(
@@ -126,10 +126,10 @@ def _fitting(size: int, most: int, smallest: int) -> int:
 
 def need_of(read: Read, size: int) -> Need | None:
     """
-    Return what the content of a disk of *size* bytes needs; None: it is empty.
+    Return the need of the content of a disk of *size* bytes; None: it is empty.
 
     Args:
-        read: of the disk.
+        read: reads from the disk.
     """
     head = read(0, min(HEAD, size))
     whole = file_system(head)
@@ -208,7 +208,7 @@ def _luks(head: bytes) -> Need | None:
 
 
 def _fat(head: bytes) -> Need | None:
-    """Recognise FAT, exFAT and NTFS, whose first sector is that of a PC's disk."""
+    """Recognise FAT, exFAT and NTFS by the first sector, a PC boot sector."""
     if head[510:512] != b"\x55\xaa" or head[:1] not in (b"\xeb", b"\xe9"):
         return None
     if head[3:11] == b"EXFAT   ":
@@ -245,7 +245,7 @@ class _Entry:
 
 
 def _entries(head: bytes) -> list[_Entry]:
-    """Return the entries of the MBR; none where it is no table of partitions."""
+    """Return the entries of the MBR; none if it is no partition table."""
     if head[510:512] != b"\x55\xaa" or _fat(head) is not None:
         return []
     entries = []
@@ -259,7 +259,7 @@ def _entries(head: bytes) -> list[_Entry]:
 
 
 def partition_table(head: bytes, read: Read, size: int) -> Need | None:
-    """Recognise a table of partitions, and the sectors it counts in."""
+    """Recognise a partition table, and the sector size that it counts in."""
     entries = _entries(head)
     if not entries:
         return None
@@ -274,7 +274,7 @@ def partition_table(head: bytes, read: Read, size: int) -> Need | None:
 def _gpt_sector(head: bytes, read: Read, size: int, guard: _Entry) -> int:
     """Return the sector size of the GPT that suits the disk best."""
     found = [*_gpt_headers(head, read, size)]
-    # Tables of several sizes are left by one that was made over another.
+    # A table made over another may leave tables of several sizes.
     for sector, alternate in found:
         if alternate == size // sector - 1 and guard.end in (size // sector, 1 << 32):
             return sector
@@ -288,7 +288,7 @@ def _gpt_sector(head: bytes, read: Read, size: int, guard: _Entry) -> int:
 
 
 def _gpt_headers(head: bytes, read: Read, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the sector size, and the last sector, of each sound GPT header."""
+    """Yield the sector size, and the last sector, of each valid GPT header."""
     for sector in reversed(BLOCK_SIZES):
         alternate = _gpt_header(head[sector : 2 * sector], 1)
         if alternate is not None:
@@ -301,7 +301,7 @@ def _gpt_headers(head: bytes, read: Read, size: int) -> Iterator[tuple[int, int]
 
 
 def _gpt_header(sector: bytes, where: int) -> int | None:
-    """Return the other copy's sector if *sector* is a sound header at *where*."""
+    """Return the other copy's sector if *sector* is a valid header at *where*."""
     if sector[:8] != GPT_SIGNATURE:
         return None
     length, crc, mine, alternate = struct.unpack_from("<II4xQQ", sector, 12)
@@ -313,9 +313,9 @@ def _gpt_header(sector: bytes, where: int) -> int | None:
 
 def _mbr_sector(entries: list[_Entry], read: Read, size: int) -> int:
     """
-    Return the sector size of an MBR, which does not say it.
+    Return the sector size of an MBR, which does not record it.
 
-    512, unless only with 4096 something begins where the partitions do.
+    512, unless known content begins at the partitions' starts only with 4096.
     """
     if any(one.end * LARGEST > size for one in entries):
         return SMALLEST
@@ -325,7 +325,7 @@ def _mbr_sector(entries: list[_Entry], read: Read, size: int) -> int:
 
 
 def _begins(entry: _Entry, offset: int, read: Read) -> bool:
-    """Tell whether something that is known begins at *offset*."""
+    """Return whether known content begins at *offset*."""
     head = read(offset, HEAD)
     if entry.kind in MBR_TYPES_EXTENDED:
         return head[510:512] == b"\x55\xaa"

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-How fast resync may go: pure rules, without I/O, clock or thread.
+The pace of resync: pure rules, without I/O, clock or thread.
 
-While clients are idle it goes as fast as the link takes it: twice its bandwidth-delay
-product is under way, and no more, or a client that comes back waits behind it. On a
-slow link that is one copy of 64 KiB: two seconds at 256 kbit/s.
+While clients are idle, resync is as fast as the link allows. Twice the bandwidth-delay
+product is under way, and no more, because a client that returns would wait behind it.
+On a slow link that is one copy of 64 KiB: two seconds at 256 kbit/s.
 
-While they are not, clients come first without a knob. The engine counts each request as
-disturbed by copying or quiet. `Pace` compares a high percentile of the two, kind by
-kind: what resync does to a mean is nothing against what it does to the slow ones, and
-the mean even falls, as writes of dirty regions have no remote to wait for. It goes up
-and down a ladder of steps, each about twice as much as the one below. A step that was
-too much is not tried again for a while, and longer each time: or the tries alone would
-be the slow requests. Copying takes turns with rests, in which the quiet ones are
-measured. The lowest step copies a sixteenth of the time, so that a resync ends under
-any load.
+While clients are active, they come first, without a setting. The engine counts each
+request as disturbed by copying or quiet. `Pace` compares a high percentile of the two
+for each kind of request. The mean would not do: resync changes it little compared with
+the slow requests, and it even falls, because writes of dirty regions wait for no
+remote. The pace moves on a ladder of steps, each about twice the one below. A step that
+was too much is not tried again for a time, which grows with each failure; otherwise the
+tries alone would make the slow requests. Copying alternates with rests, in which the
+quiet requests are measured. The lowest step copies a sixteenth of the time, so a resync
+ends under any load.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Answered", "Counts", "Latency", "Pace", "Plan", "Window", "quantile"
 
 KIB, MIB = 1 << 10, 1 << 20
 
-Counts = Sequence[int]  # requests by what they took; a bucket is 1/4 of an octave
+Counts = Sequence[int]  # requests by their time; a bucket is 1/4 of an octave
 _FIRST_NS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """What the engine has counted since its start: a histogram for each kind."""
+    """The engine's counts since its start: a histogram for each kind."""
 
     quiet: Sequence[Counts]
     disturbed: Sequence[Counts]
@@ -43,10 +43,10 @@ class Latency:
 @dataclass(frozen=True, slots=True)
 class Answered:
     """
-    What a remote has answered of copies.
+    The remote's answers to copies.
 
     Args:
-        data_bytes, zero_bytes: running counts since the start; zeroes travel as a
+        data_bytes, zero_bytes: running counts since the start; zeroes are sent as a
             command without data.
         answer_s: the shortest time of a copy of data in the present call, seconds; 0:
             none was answered yet.
@@ -59,7 +59,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Copies in flight, bytes of each, and the turns of copying and rest (seconds)."""
+    """Copies under way, bytes of each, and the turns of copying and rest (seconds)."""
 
     depth: int
     copy_bytes: int
@@ -68,13 +68,13 @@ class Plan:
 
 
 def _bound_s(bucket: float) -> float:
-    """Give the lower bound of a bucket, or a point within."""
+    """Return the lower bound of a bucket, or a point within it."""
     octave, quarter = divmod(bucket, 4)
     return float(_FIRST_NS * 2.0**octave * (1 + quarter / 4) / 1e9)
 
 
 def quantile(counts: Sequence[float], share: float) -> float:
-    """Give the seconds that *share* of the requests took at most; 0 for none."""
+    """Return the seconds that *share* of the requests took at most; 0 for none."""
     rank, below = share * sum(counts), 0.0
     for bucket, count in enumerate(counts):
         if count > 0 and below + count >= rank:
@@ -85,48 +85,48 @@ def quantile(counts: Sequence[float], share: float) -> float:
 
 class Window:
     """
-    How many bytes to have under way on a link without other users.
+    The number of bytes to have under way on a link without other users.
 
     It finds a link's rate as BBR does (Cardwell and others, "BBR: Congestion-Based
-    Congestion Control", 2016). At first the window bounds the rate, and the link stands
-    idle. So the window grows by what is answered, which doubles it in each round, until
-    the rate stands still for some rounds. From then on it follows the best of the last
-    rates: answers come in bursts, and a flush or a busy machine holds them up, so that
-    one low rate says nothing of the link.
+    Congestion Control", 2016). At first the window limits the rate, and the link is
+    partly idle. So the window grows by the answered bytes, which doubles it in each
+    round, until the rate has not grown for some rounds. From then on it follows the
+    best of the last rates: answers come in bursts, and a flush or a busy machine delays
+    them, so a single low rate says nothing about the link.
 
-    Only data counts. The remote answers a hole of a gigabyte in a moment, whatever the
-    link: with it a slow link would seem quick. And a time in which more zeroes than
-    data were answered had less data than the link takes, so its rate counts only if it
-    is the best one, as BBR has it for a sender without enough to send.
+    Only data counts. The remote answers a hole of a gigabyte at once, whatever the
+    link, so with holes a slow link would seem fast. In a period with more answered
+    zeroes than data, the data did not fill the link, so its rate counts only if it is
+    the best one. BBR does the same for a sender without enough data.
 
-    With one copy under way a long way looks like a slow link: its answer takes as long
-    on either. So two are tried now and then. Else a link that was slow for a while
+    With one copy under way, a long round trip looks like a slow link: the answer takes
+    equally long. So sometimes two are tried. Otherwise a link that was slow for a while
     would never be filled again.
     """
 
     FIRST = MIB  # 8 s at 1 Mbit/s
     LEAST, MOST = 64 * KIB, 64 * MIB
     LEAST_COPY = 64 * KIB
-    # So long for one copy: the link is slow, and what was sent at first is too much.
+    # If one copy takes this long, the link is slow, and the first window was too large.
     SLOW_S = 1.0
-    # On a short way more than the product: what the far side takes in a moment keeps
-    # it busy while we are not scheduled.
+    # With a short round trip, more than the product: what the remote handles in this
+    # time keeps it busy while this process is not scheduled.
     MOMENT_S, MOMENT_MOST = 0.02, 2 * MIB
-    GROWTH = 1.25  # of the rate in a round: the link is not full yet
-    FULL_ROUNDS = 3  # without such growth: it is
-    PERIODS = 4  # times of an answer that a rate is measured over once it is full
-    RATES = 4  # the last ones, of which the best counts
-    LONE_RATES = 8  # with one copy under way, before two are tried
+    GROWTH = 1.25  # growth of the rate in a round: the link is not full yet
+    FULL_ROUNDS = 3  # rounds without such growth: it is full
+    PERIODS = 4  # answer times over which a rate is measured once it is full
+    RATES = 4  # number of last rates, of which the best counts
+    LONE_RATES = 8  # rates with one copy under way before two are tried
 
     def __init__(self) -> None:
-        """Begin with little, as the link may be slow."""
+        """Begin with little, because the link may be slow."""
         self.bytes = self.FIRST
         self._full = False
-        self._stood = 0  # rounds in which the rate stood still
+        self._stood = 0  # rounds in which the rate did not grow
         self._rates: deque[float] = deque(maxlen=self.RATES)
-        self._lone = 0  # rates in a row that asked for one copy
-        self._opened = self.FIRST  # what `bytes` was when the rate began
-        self._grown_by = 0  # answered bytes that the window has grown by
+        self._lone = 0  # rates in a row that led to one copy
+        self._opened = self.FIRST  # the value of `bytes` when the rate began
+        self._grown_by = 0  # answered bytes by which the window has grown
         self._since: tuple[float, Answered] | None = None
         self._answer_s = 0.0
 
@@ -134,14 +134,15 @@ class Window:
         """
         Forget when the last rate began: copying was interrupted.
 
-        And by what the window has grown since: nothing tells whether the link took it.
+        Also undo the window's growth since then, because the link may not have carried
+        it.
         """
         if self._since is not None and not self._full:
             self.bytes = min(self.bytes, self._opened)
         self._since = None
 
     def update(self, now: float, answered: Answered) -> None:
-        """Take what was answered until *now*."""
+        """Use what was answered until *now*."""
         data_bytes, answer_s = answered.data_bytes, answered.answer_s
         if answer_s <= 0:
             return
@@ -151,7 +152,7 @@ class Window:
             if answer_s > self.SLOW_S:
                 self.bytes = self.LEAST
             return
-        # A new call begins with an empty link and measures anew, so only grow slowly.
+        # A new call begins with an empty link and measures again, so grow only slowly.
         self._answer_s = min(answer_s, self._answer_s * 1.1)
         if not self._full:
             self.bytes = min(self.bytes + data_bytes - self._grown_by, self.MOST)
@@ -163,17 +164,17 @@ class Window:
             return
         rate = data / (now - then)
         zeroes = answered.zero_bytes - before.zero_bytes
-        # Where a copy takes so long, the link was not idle.
+        # If a copy takes so long, the link was not idle.
         limited = zeroes > data and self._answer_s <= self.SLOW_S
         self._take_rate(rate, limited=limited)
         self._since, self._opened = (now, answered), self.bytes
 
     def _take_rate(self, rate: float, *, limited: bool) -> None:
         """
-        Judge by one more rate (bytes per second) whether the window is right.
+        Adjust the window by one more rate (bytes per second).
 
         Args:
-            limited: by the data that there was to send, and perhaps not by the link.
+            limited: the available data limited the rate, and perhaps not the link.
         """
         best = max(self._rates, default=0.0)
         if not self._full:
@@ -186,10 +187,11 @@ class Window:
 
     def _judge_growth(self, rate: float, best: float, *, limited: bool) -> None:
         """
-        Find out whether the rate has followed the window, or the link is full.
+        Decide whether the rate has followed the window, or the link is full.
 
-        A limited rate does not show that it is full. But the window keeps only what it
-        grew by if the rate grew too: else holes between the data would open it.
+        A limited rate does not show that the link is full. But the window keeps its
+        growth only if the rate grew too; otherwise holes between the data would open
+        it.
         """
         wanted = self.GROWTH
         if limited:  # the window grew by the data alone, which may be little
@@ -203,17 +205,18 @@ class Window:
             self._full = self._stood >= self.FULL_ROUNDS
 
     def _try_two(self) -> None:
-        """Have two copies under way for a rate, where one has been for some rates."""
+        """After some rates with one copy under way, have two for one rate."""
         self._lone = self._lone + 1 if self.bytes == self.LEAST else 0
-        # On a slow link a client that comes back would wait for the second one.
+        # On a slow link a returning client would wait for the second copy.
         if self._lone >= self.LONE_RATES and self._answer_s < self.SLOW_S:
             self.bytes, self._lone = 2 * self.LEAST_COPY, 0
 
     def _wanted(self, rate: float) -> int:
-        """Give twice the bytes under way at *rate*, in whole copies."""
+        """Return twice the bytes under way at *rate*, in whole copies."""
         moment = min(rate * self.MOMENT_S, self.MOMENT_MOST)
-        # The time of the copy's own bytes is no way: on a slow link it is nearly all,
-        # and what is under way is what a client waits behind.
+        # The time of the copy's own bytes is not part of the round trip. On a slow link
+        # it is nearly all of the answer time, and a client waits behind what is under
+        # way.
         way_s = max(self._answer_s - self.LEAST_COPY / rate, 0.0)
         wanted = max(2 * rate * way_s + self.LEAST_COPY, moment)
         copies = round(wanted / self.LEAST_COPY)
@@ -239,30 +242,30 @@ class _Baseline:
 
 
 class Pace:
-    """How much to copy at once, given how clients' requests fare."""
+    """How much to copy at once, depending on the clients' latency."""
 
-    SLOWDOWN = 1.4  # what a high percentile may grow by
-    IDLE_S = 0.5  # without a request: no client is at work
+    SLOWDOWN = 1.4  # the allowed growth of a high percentile
+    IDLE_S = 0.5  # without a request for so long, clients count as idle
     LEAST_COPY, MOST_COPY = 64 * KIB, MIB
     SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the time: the ladder's lowest steps
-    BUSY_SHARE = 0.9  # of all above
+    BUSY_SHARE = 0.9  # for all steps above
     FIRST_STEP = len(SHARES)
     LEAST_REST_S, MOST_REST_S = 0.01, 0.25
-    REST_TIMES = 4  # of a request, so that some lie wholly within a rest
-    # What a client's request takes outside the engine: sockets and wake-ups.  Beside
-    # it, that a read from memory takes 20 us in the place of 5 is nothing.
+    REST_TIMES = 4  # times a request's duration, so that some fit into a rest
+    # The part of a client's request outside the engine: sockets and wake-ups. Compared
+    # with it, a read from memory of 20 us instead of 5 does not matter.
     OUTSIDE_S = 100e-6
-    ENOUGH, FEW, FEWEST = 400, 40, 3  # of a kind to judge by: at once,
-    FEW_S, FEWEST_S = 0.5, 2.0  # after so long, and after this
+    ENOUGH, FEW, FEWEST = 400, 40, 3  # requests of a kind to judge by: at once,
+    FEW_S, FEWEST_S = 0.5, 2.0  # after this time, and after this
     RETRY_S, MOST_RETRY_S = 1.0, 16.0
 
     def __init__(self) -> None:
-        """Begin as if a client were there: one turn of `judge` tells."""
+        """Begin as if a client were there; one call of `judge` will tell."""
         self.window = Window()
         self._seen: Latency | None = None
-        self._request_at: float | None = None  # when one was seen last
+        self._request_at: float | None = None  # when the last one was seen
         self._baselines: list[_Baseline] = []
-        self._pool: list[list[int]] = []  # disturbed ones on this step
+        self._pool: list[list[int]] = []  # disturbed requests on this step
         self._pooled_since: float | None = None
         self._step = self.FIRST_STEP
         self._ceiling: int | None = None  # a step that was too much
@@ -271,14 +274,14 @@ class Pace:
 
     @property
     def plan(self) -> Plan:
-        """What to do until `judge` is asked again."""
+        """The plan until the next call of `judge`."""
         if self._busy:
             return self._busy_plan()
         return self.sized(self.window.bytes, 8)
 
     def judge(self, now: float, latency: Latency, answered: Answered) -> Plan:
         """
-        Take what the engine has counted by *now*, and plan on.
+        Use the engine's counts up to *now*, and return the next plan.
 
         Args:
             latency: counted since the start.
@@ -298,10 +301,10 @@ class Pace:
         return self.plan
 
     def _take(self, latency: Latency) -> bool:
-        """Put what is new where it belongs; says whether there was anything."""
+        """Sort the new counts; return whether there were any."""
         seen, self._seen = self._seen, latency
         if seen is None:
-            # What was quiet before the resync began tells most of all.
+            # The quiet requests before the resync are the best baseline.
             self._baselines = [_Baseline(one) for one in latency.quiet]
             self._pool = [[0] * len(one) for one in latency.disturbed]
             return False
@@ -317,12 +320,12 @@ class Pace:
         return new
 
     def _start_over(self, now: float) -> None:
-        """Judge the step only by what comes from now on."""
+        """From now on judge the step only by new requests."""
         self._pool = [[0] * len(one) for one in self._pool]
         self._pooled_since = now
 
     def _climb(self, now: float) -> None:
-        """Go a step up or down, once enough is known of the present one."""
+        """Go a step up or down, once enough is known about the present one."""
         if self._pooled_since is None:
             self._pooled_since = now
         slowdown = self._slowdown(now - self._pooled_since)
@@ -336,7 +339,7 @@ class Pace:
             self._step = max(self._step - (2 if slowdown > 2 else 1), 0)
             return
         if self._ceiling is not None and self._step >= self._ceiling:
-            # It is all right now: the load has changed.
+            # The step is fine now: the load has changed.
             self._ceiling, self._retry_s = None, self.RETRY_S
         known = self._ceiling is None or self._step + 1 < self._ceiling
         if known or now >= self._retry_at:
@@ -344,10 +347,10 @@ class Pace:
 
     def _slowdown(self, elapsed_s: float) -> float | None:
         """
-        Say by what factor slow requests became slower, of the kind that suffers most.
+        Return the factor by which slow requests became slower, for the worst kind.
 
-        The percentile is as high as the number of requests lets it be: the two worst
-        ones prove nothing. None: not enough is known.
+        The percentile is as high as the number of requests allows: the two worst ones
+        prove nothing. None: not enough is known.
         """
         worst = None
         enough = self.ENOUGH
@@ -357,7 +360,7 @@ class Pace:
             number = min(sum(pool), baseline.total)
             if number < enough:
                 if any(pool) and elapsed_s < self.FEW_S:
-                    return None  # this kind may be the one that suffers
+                    return None  # this kind may be the worst
                 continue
             share = 1 - max(0.01, 2 / number)
             quiet_s = quantile(baseline.counts, share) + self.OUTSIDE_S
@@ -388,7 +391,7 @@ class Pace:
         return Plan(sized.depth, sized.copy_bytes, burst_s, rest_s)
 
     def _rest_s(self) -> float:
-        """Give a rest that is long enough to hold whole requests."""
+        """Return a rest that is long enough to contain whole requests."""
         took_s = max(
             (quantile(one.counts, 0.5) for one in self._baselines if one.total > 0),
             default=max((quantile(one, 0.5) for one in self._pool), default=0.0),
@@ -397,7 +400,7 @@ class Pace:
 
     @classmethod
     def sized(cls, under_way: int, depth: int) -> Plan:
-        """Cut what is to be under way into about *depth* copies."""
+        """Cut the bytes to have under way into about *depth* copies."""
         copy_bytes = cls.LEAST_COPY
         while copy_bytes < cls.MOST_COPY and copy_bytes * depth < under_way:
             copy_bytes *= 2
@@ -405,5 +408,5 @@ class Pace:
 
 
 def _grown(before: Counts, now: Counts) -> list[int]:
-    """Subtract two readings of counters; they are not of one instant."""
+    """Subtract two readings of counters, which are not of one instant."""
     return [max(b - a, 0) for a, b in itertools.zip_longest(before, now, fillvalue=0)]

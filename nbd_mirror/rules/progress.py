@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-How far resync is: pure rules, without I/O, clock or thread.
+The progress of a resync: pure rules, without I/O, clock or thread.
 
-`Progress` turns what the engine counts into honest figures; how fast resync may go is
-in pace.py.
+`Progress` turns the engine's counts into honest figures; pace.py decides the speed.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class Progress:
     """
     One resync, from the first dirty byte to none.
 
-    Feed it with `update` after each batch and before each status. Its total is
-    what was copied plus what is left, so it grows when clients dirty more, and done
-    never exceeds it.
+    Call `update` after each batch and before each status. Its total is what was copied
+    plus what is left, so it grows when clients make more dirty, and done never exceeds
+    it.
     """
 
     def __init__(self, now: float, dirty_bytes: int, copied_bytes: int) -> None:
@@ -34,13 +33,13 @@ class Progress:
         self._started = now
         self._moved = now
         self._first_copied = self._copied = copied_bytes
-        self._sample = (now, dirty_bytes, copied_bytes)  # the rate's last one
+        self._sample = (now, dirty_bytes, copied_bytes)  # the last one of the rate
         self._growth = 0.0
         self.dirty_bytes = dirty_bytes
         self.bytes_per_s = 0.0
 
     def update(self, now: float, dirty_bytes: int, copied_bytes: int) -> None:
-        """Take the figures of *now*; what goes back is taken as standing still."""
+        """Use the figures of *now*; a figure that falls counts as unchanged."""
         copied = max(copied_bytes, self._copied)
         if copied > self._copied or dirty_bytes < self.dirty_bytes:
             self._moved = max(now, self._moved)
@@ -56,14 +55,14 @@ class Progress:
             self._sample = (now, dirty_bytes, copied)
 
     def _weight(self, elapsed: float, now: float) -> float:
-        """Weigh a sample: the mean since the start, later of the last few seconds."""
+        """Return a sample's weight: first the mean, later the last few seconds."""
         return max(
             1 - math.exp(-elapsed / SMOOTHING_S),
             min(1.0, elapsed / (now - self._started)),
         )
 
     def waited(self, now: float) -> None:
-        """Say that nothing was to be done up to *now*: it is no stall."""
+        """Note that nothing had to be done up to *now*, so that this is no stall."""
         self._moved = max(now, self._moved)
 
     @property
@@ -73,19 +72,19 @@ class Progress:
 
     @property
     def total_bytes(self) -> int:
-        """What this resync comes to, as far as is known now."""
+        """The bytes of this resync, as far as is known now."""
         return self.done_bytes + self.dirty_bytes
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left at the present rate; None: not moving, so not known."""
+        """Seconds left at the present rate; None: nothing moves, so unknown."""
         if self.dirty_bytes == 0:
             return 0.0
         return self.dirty_bytes / self.bytes_per_s if self.bytes_per_s >= 1 else None
 
     @property
     def growing(self) -> bool:
-        """Whether clients dirty more than is copied."""
+        """Whether clients make more dirty than is copied."""
         return self._growth > 0
 
     @property

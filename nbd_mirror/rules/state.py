@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What a remote's state means, what happens next, and why it is so: pure rules.
+The states of a remote, their reasons, and the keeper's next step: pure rules.
 
-No I/O, clock or thread: facts go in as plain values, decisions come out, so that
+No I/O, clock or thread: facts go in as plain values and decisions come out, so that
 every combination can be tested. The engine makes the transitions (mechanism); this
 file names them, explains them and decides the keeper's next step.
 
@@ -25,10 +25,10 @@ file names them, explains them and decides the keeper's next step.
     failed       its log or disk cannot be        out_of_sync   an operator resumes
                  trusted: never connected                       or invalidates it
 
-Every state has a reason but in_sync, and that too while it is not proven or not
-connected: `describe` returns no empty one, whatever the facts are.
+Every state except in_sync has a reason; in_sync has one too while it is not proven or
+not connected. `describe` never returns an empty reason for the other states.
 
-The local disk has states of its own. It has no connection, so it has fewer:
+The local disk has its own states. It has no connection, so it has fewer:
 
     state        means                            leaves to     when
     -----------  -------------------------------  ------------  ---------------------
@@ -66,13 +66,13 @@ __all__ = [
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 30.0
-SILENT_S = 5.0  # a flush may take as long; a disk that takes longer is said to hang
-STALLED_S = 10.0  # a resync that finished no region for longer has to say why
+SILENT_S = 5.0  # a flush may take as long; a disk that takes longer counts as hanging
+STALLED_S = 10.0  # a resync that finished no region for longer must give a reason
 _ASSUMED = "assumed: in sync on the operator's word, no full resync has proven it"
 
 
 class RemoteState(Enum):
-    """A remote's state; the values are the words of status, log and metrics."""
+    """A remote's state; the values are the words in status, log and metrics."""
 
     IN_SYNC = "in_sync"
     HOLDING = "holding"
@@ -87,7 +87,7 @@ class RemoteState(Enum):
         Translate enum nbdm_remote_state.
 
         Raises:
-            ValueError: the engine and this file are not of one version.
+            ValueError: the engine and this file have different versions.
         """
         if not 1 <= value <= len(_BY_C_VALUE):
             raise ValueError(f"the engine reports the unknown remote state {value}")
@@ -95,7 +95,7 @@ class RemoteState(Enum):
 
 
 class LocalState(Enum):
-    """The local disk's state; the values are the words of status and log."""
+    """The local disk's state; the values are the words in status and log."""
 
     OK = "ok"
     FAILED = "failed"
@@ -104,10 +104,10 @@ class LocalState(Enum):
     @classmethod
     def from_c(cls, value: int) -> LocalState:
         """
-        Translate enum nbdm_local_state, whose order is this one's.
+        Translate enum nbdm_local_state, which has the same order.
 
         Raises:
-            ValueError: the engine and this file are not of one version.
+            ValueError: the engine and this file have different versions.
         """
         if not 1 <= value <= len(cls):
             raise ValueError(f"the engine reports the unknown local state {value}")
@@ -124,7 +124,7 @@ _BY_C_VALUE = (
     RemoteState.FAILED,
 )
 
-# Best first: a volume is what its worst remote is.
+# Best first: a volume's state is that of its worst remote.
 _SEVERITY = (
     RemoteState.IN_SYNC,
     RemoteState.HOLDING,
@@ -138,9 +138,9 @@ _SEVERITY = (
 @dataclass(frozen=True, slots=True)
 class Facts:
     """
-    A remote at one moment: the engine's report and what its keeper remembers.
+    A remote at one moment: the engine's report and its keeper's memory.
 
-    Times are seconds counted from that moment, so that judging them needs no clock.
+    Times are seconds counted from that moment, so the rules need no clock.
     """
 
     name: str
@@ -154,8 +154,8 @@ class Facts:
     reason: str = ""  # the engine's
     last_error: str = ""  # of connecting or copying, since it last worked
     connecting: bool = False  # an attempt is under way
-    retry_s: float = 0.0  # until the next attempt may be made
-    late_s: float = 0.0  # of the late-write window that are left
+    retry_s: float = 0.0  # until the next attempt may begin
+    late_s: float = 0.0  # left of the late-write window
     stalled_s: float = 0.0  # since resync last finished a region
     volume_failed: bool = False  # final: no remote is used any more
 
@@ -170,16 +170,16 @@ class LocalFacts:
     reason: str = ""  # the engine's
     last_error: str = ""  # of copying, since it last worked
     stalled_s: float = 0.0  # since a region was last copied back
-    silent_s: float = 0.0  # for which it has owed a request its answer
+    silent_s: float = 0.0  # how long the oldest request has had no answer
 
     @property
     def silent(self) -> bool:
-        """Whether requests wait for the disk, and nothing tells for how long."""
+        """Whether requests wait for the disk, without a known end."""
         return self.state is not LocalState.FAILED and self.silent_s >= SILENT_S
 
 
 class Action(Enum):
-    """What a keeper can do."""
+    """An action of a keeper."""
 
     CONNECT = "connect"
     RELEASE_LATE = "release_late"
@@ -189,7 +189,7 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An action; a WAIT ends after *wait_s*, None: when something changes."""
+    """An action; a WAIT ends after *wait_s*; None: only when something changes."""
 
     action: Action
     wait_s: float | None = None
@@ -229,9 +229,9 @@ def next_step(facts: Facts) -> Step:
 
 def backoff_s(attempt: int, random: float) -> float:
     """
-    Give the seconds to wait after failed attempt *attempt*, counted from 1.
+    Return the seconds to wait after failed attempt *attempt*, counted from 1.
 
-    They double; jitter keeps many volumes from retrying in step.
+    They double; jitter keeps many volumes from retrying at the same time.
 
     Args:
         random: in [0, 1).
@@ -241,7 +241,7 @@ def backoff_s(attempt: int, random: float) -> float:
 
 
 def hold_retry_s(random: float) -> float:
-    """Give the seconds between attempts while requests wait: the hold is short."""
+    """Return the seconds between attempts while requests wait: the hold is short."""
     return 0.05 + 0.15 * random
 
 
@@ -254,13 +254,13 @@ def volume_state(
     silent: bool = False,
 ) -> str:
     """
-    Name the volume's state: that of its worst disk.
+    Return the volume's state: that of its worst disk.
 
     Args:
         failed: metadata could not be persisted; final.
-        fenced: policy stop refuses writes, so it is no better than out_of_sync.
-        local: the local disk's; while it is copied back it is as bad as a remote
-            that is.
+        fenced: policy stop refuses writes, so it is at best out_of_sync.
+        local: the local disk's; while it is copied back it counts like a resyncing
+            remote.
         silent: requests wait for the local disk, as they would for a remote.
     """
     if failed or local is LocalState.FAILED:
@@ -277,15 +277,15 @@ def volume_state(
 
 def describe(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
     """
-    Say why a remote is in its state, and which command helps.
+    Return why a remote is in its state, and which command helps.
 
     Args:
-        config_name: what the operator calls the volume; "CONFIG" is for the command
-            line, which knows it, to fill in.
+        config_name: the operator's name of the volume; the command line replaces
+            "CONFIG" by it.
 
     Returns:
         The reason, empty only for a connected remote that is in sync and proven;
-        the hint, empty where no command helps and waiting does.
+        the hint, empty if no command helps and waiting does.
     """
     invalidate = f"nbd-mirror invalidate {config_name} {facts.name}"
     resume = f"nbd-mirror resume {config_name} {facts.name}"
@@ -309,13 +309,13 @@ def describe(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
     if not facts.admitted:
         return _why_not_connected(facts), f"{resume} (tries again at once)"
     if facts.state is RemoteState.OUT_OF_SYNC:
-        # The engine leaves this state as it admits; a status may fall in between.
+        # The engine leaves this state when it admits; a status may come just before.
         return facts.reason or "connected; resync begins", ""
     return _describe_resyncing(facts), ""
 
 
 def describe_stored(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
-    """Say the same of a remote that no server uses, as far as its log tells."""
+    """Return the same for a remote that no server uses, from its log."""
     if facts.state is RemoteState.IN_SYNC and facts.assumed:
         hint = f"nbd-mirror invalidate {config_name} {facts.name} (copies it all)"
         return _ASSUMED, hint
@@ -324,10 +324,10 @@ def describe_stored(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str
 
 def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str, str]:
     """
-    Say why the local disk is in its state, and which command helps.
+    Return why the local disk is in its state, and which command helps.
 
     Returns:
-        The reason, empty only if it is ok; the hint, empty where waiting helps.
+        The reason, empty only if it is ok; the hint, empty if waiting helps.
     """
     left = _size(facts.dirty_bytes)
     if facts.state is LocalState.FAILED:
@@ -371,12 +371,12 @@ def _describe_in_sync(facts: Facts, invalidate: str) -> tuple[str, str]:
 
 
 def _describe_resyncing(facts: Facts) -> str:
-    """Say what resync does or waits for; the first cause that holds counts."""
+    """Return what resync does or waits for; the first cause that holds counts."""
     left = _size(facts.dirty_bytes)
     if facts.retry_s > 0 and facts.last_error:
         failed = f"{left} left to copy; the last copy failed: {facts.last_error}"
         return f"{failed}; {_next_attempt(facts)}"
-    # While it copies, what was sent and not answered yet is late as well.
+    # While it copies, commands that were sent and not answered are late as well.
     if 0 < facts.dirty_bytes <= facts.late_bytes and facts.late_s > 0:
         because = f"; before: {facts.last_error}" if facts.last_error else ""
         return (
