@@ -62,10 +62,11 @@ def file_system(path: Path) -> str:
     """Return the type of the file system that holds *path*, as the kernel calls it."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            return fields[fields.index("-") + 1]
+    # Bytes: other users' names stand there too.
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) > 2 and fields[2] == wanted.encode():
+            return fields[fields.index(b"-") + 1].decode()
     return "unknown"
 
 

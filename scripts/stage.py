@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,8 +237,10 @@ class Stage:
 
 def mounted(path: Path) -> bool:
     """Say whether something is mounted on *path*."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return str(path) in (line.split()[4] for line in lines)
+    # Bytes: other users' names stand there too. Blanks in a name are escaped.
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    name = re.sub(rb"[ \t\n\\]", lambda m: b"\\%03o" % m[0][0], os.fsencode(path))
+    return name in (line.split(b" ")[4] for line in lines if line)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

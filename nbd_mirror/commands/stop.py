@@ -9,6 +9,7 @@ import select
 import time
 from pathlib import Path
 
+from ..base import processes
 from ..base.errors import (
     MetadataFailedError,
     MirrorError,
@@ -120,10 +121,9 @@ def _what_hangs(config: VolumeConfig) -> str:
 def _is_kept(pid: int) -> bool:
     """Return whether only threads that no signal ends are left of the process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return processes.stat_fields(pid)[processes.STATE] == "Z"
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def _wait_gone(config: VolumeConfig, pid: int, process: int, limit_s: float) -> bool:

@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base import processes
 from ..base.errors import MirrorIOError
 from ..base.files import read_plain, replace_file
 
@@ -50,10 +51,9 @@ def boot_id() -> str:
 def process_identity(pid: int) -> str:
     """Return what identifies process *pid* in this boot; "" if it has ended."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return f"{pid}/{processes.stat_fields(pid)[processes.START_TIME]}"
     except OSError:
         return ""
-    return f"{pid}/{stat.rpartition(')')[2].split()[19]}"
 
 
 def load(state_dir: Path) -> Attached:

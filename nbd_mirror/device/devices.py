@@ -116,19 +116,35 @@ def user_of(name: str) -> str:
     """Return what uses the device or a partition: a mount, swap, md, LVM; or ""."""
     block = SYS_BLOCK / name
     parts = [block, *(path.parent for path in block.glob(f"{name}p*/dev"))]
-    numbers = {(path / "dev").read_text().strip() for path in parts}
-    for line in MOUNTINFO.read_text().splitlines():
-        fields = line.split()
+    numbers = {(path / "dev").read_bytes().strip() for path in parts}
+    for fields in _table(MOUNTINFO):
         if fields[2] in numbers:
-            where = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
-            return f"it is mounted on {where}"
-    for line in SWAPS.read_text().splitlines()[1:]:
+            return f"it is mounted on {_unescaped(fields[4])}"
+    for fields in _table(SWAPS)[1:]:
         with contextlib.suppress(OSError):
-            status = Path(line.split()[0]).stat()
+            status = Path(_unescaped(fields[0])).stat()
             number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-            if stat.S_ISBLK(status.st_mode) and number in numbers:
+            if stat.S_ISBLK(status.st_mode) and number.encode() in numbers:
                 return "it is used as swap"
     for part in parts:
         for holder in sorted((part / "holders").glob("*")):
             return f"{holder.name} is built on it"
     return ""
+
+
+def _table(path: Path) -> list[list[bytes]]:
+    """
+    Return the fields of each line of a table of the kernel's.
+
+    Names in it are any user's. The kernel escapes spaces, tabs and line feeds; the
+    other ends of lines and blanks that a text can have stand there as they are, and so
+    do bytes that are no UTF-8.
+    """
+    lines = path.read_bytes().split(b"\n")
+    return [line.replace(b"\t", b" ").split(b" ") for line in lines if line]
+
+
+def _unescaped(name: bytes) -> str:
+    return os.fsdecode(
+        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), name)
+    )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from nbd_mirror.base.errors import (
     NotRunningError,
     UnsupportedError,
 )
+from nbd_mirror.commands import stop
 from nbd_mirror.device import attach, attached, devices
 from nbd_mirror.volume.config import VolumeConfig, load
 
@@ -207,6 +210,72 @@ def test_detach_of_a_mounted_device_names_the_mount_point(
     devices.MOUNTINFO.write_text(line.format(1))
     with pytest.raises(BusyError, match="it is mounted on /mnt/my disk"):
         attach.detach(None, "/dev/nbd0")
+
+
+# Any user may mount by FUSE, on a folder with a name like these. The first blank
+# ends a line, or a field, of text alone.
+ODD_NAMES = ("a\x0bb", "\udcff", "\u2028", "\x85 x", "a b\tc\nd\\e", "\r")
+
+# In a mount namespace of its own: says what uses the device that is mounted there,
+# and what the demonstration takes for mounted.
+LOOK = """
+import os, sys
+from pathlib import Path
+root, where = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.insert(0, sys.argv[3])
+from nbd_mirror.device import devices
+import stage
+devices.SYS_BLOCK = root
+device = os.stat(where).st_dev
+number = f"{os.major(device)}:{os.minor(device)}"
+(root / "nbd0" / "dev").write_text(number)
+assert devices.user_of("nbd0") == f"it is mounted on {where}", devices.user_of("nbd0")
+(root / "nbd0" / "dev").write_text("43:0")
+assert devices.user_of("nbd0") == ""
+assert stage.mounted(where)
+assert not stage.mounted(root)
+"""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_mounts_of_any_name_are_looked_at(
+    name: str, sys_block: Path, tmp_path: Path
+) -> None:
+    """Another user's mount point keeps no device from being detached."""
+    support.requires(os.geteuid() == 0, "only root mounts")
+    where = tmp_path / name
+    where.mkdir()
+    scripts = support.ROOT / "scripts"
+    mount = 'mount -t tmpfs none "$3" && exec "$0" -c "$1" "$2" "$3" "$4"'
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-c", mount),
+            *(sys.executable, LOOK, sys_block, where, scripts),
+        ],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+
+
+def test_process_that_calls_itself_anything_is_known_by_its_start() -> None:
+    """The server's name is any bytes: no letters of an encoding, and a ')'."""
+    name = 'open("/proc/self/comm", "wb").write(b"\\xff) Z 1\\n")'
+    code = f"{name}; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = attached.process_identity(process.pid)
+        assert found.startswith(f"{process.pid}/")
+        assert found.rpartition("/")[2].isdigit()
+        assert not stop._is_kept(process.pid)
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(30)
+    assert attached.process_identity(process.pid) == ""
 
 
 def test_detach_of_a_device_with_holders_is_refused(sys_block: Path) -> None:
