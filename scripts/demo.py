@@ -2,9 +2,8 @@
 """
 The demonstration: a real file system on a mirrored disk whose secondary is killed.
 
-It is a test as well: each claim it prints was checked, and its exit status is not 0
-if one did not hold. Exit status: 0 all was as it should be; 1 something was not;
-130 interrupted.
+It is also a test: it checks each claim that it prints. Exit status: 0 all checks
+passed; 1 one failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from nbd_mirror.volume import control
 
 STEPS = 9
 SIZE = "640MiB"
-# The trees to copy: present where scripts/setup was run, and not too large.
+# The trees to copy: they exist after scripts/setup, and are not too large.
 TREES = ("/usr/lib/gcc", "/usr/include", "/usr/lib/python3", "/usr/share/doc")
 MORE_TREES = ("/usr/lib/python3.11", "/usr/share/perl", "/usr/share/locale")
 MIB = 1 << 20
 NEEDED = 2048 * MIB  # in the temporary folder: three images, and copies of the trees
-KILL_AFTER = 16 * MIB  # that have reached the secondary
+KILL_AFTER = 16 * MIB  # bytes that have reached the secondary
 PROGRAMS = (
     "nbdkit",
     "nbdcopy",
@@ -61,7 +60,7 @@ uri = "nbd+unix:///?socket={folder}/far.sock"
 
 
 class Demo:
-    """The story, a method a step or two; *disk* is how the volume is used."""
+    """The steps of the demonstration, one or two per method, on *disk*."""
 
     def __init__(self, stage: Stage, disk: Disk) -> None:
         self._stage = stage
@@ -84,7 +83,7 @@ class Demo:
     # --- the set-up ---
 
     def start_secondary(self) -> None:
-        """Step: a plain NBD server with an image file, as it would run elsewhere."""
+        """Step: a plain NBD server with an image file, as on another host."""
         stage = self._stage
         stage.step('A secondary, "far": a plain nbdkit with an image file')
         stage.run("truncate -s 640M local.img far.img")
@@ -173,7 +172,7 @@ class Demo:
         )
 
     def write_on(self) -> None:
-        """Step: the disk is used without its secondary."""
+        """Step: use the disk without its secondary."""
         stage = self._stage
         stage.step("Go on writing: the disk works, the map remembers")
         before = self._remote()["dirty_bytes"]
@@ -194,7 +193,7 @@ class Demo:
         stage.step("The secondary is back: only what it missed is copied")
         stage.say("Its link is slow now, so that there is something to see.")
         dirty = self._remote()["dirty_bytes"]
-        # Ends after about six seconds, as nbdkit lets the first two pass at once.
+        # This takes about six seconds, because nbdkit lets the first two pass at once.
         megabits = min(max(dirty // MIB, 40), 180)
         stage.run("rm far.sock   # the killed server left it behind")
         self._start_nbdkit(
@@ -204,7 +203,7 @@ class Demo:
         stage.run("nbd-mirror watch demo.toml --until in_sync", timeout_s=60)
         stage.run("grep resync_done state/serve.log | tail -n 1")
         copied = resynced_bytes(read(stage.folder / "state" / "serve.log"))
-        # Clients may have written a little more meanwhile: ext4's own upkeep.
+        # Clients may have written a little more since: ext4's own maintenance.
         stage.check(
             self._remote()["dirty_bytes"] == 0 and copied <= dirty + 32 * MIB,
             f"in_sync: {format_size(copied)} were copied, of {SIZE}",
@@ -265,7 +264,7 @@ def read(path: Path) -> str:
 
 
 def resynced_bytes(log: str) -> int:
-    """Return how many bytes the last resync made clean, by the server's log."""
+    """Return how many bytes the last resync made clean, from the server's log."""
     found = re.findall(r"resync_done: (\d+) bytes", log)
     if not found:
         raise DemoError("the server's log has no resync_done")
@@ -273,7 +272,7 @@ def resynced_bytes(log: str) -> int:
 
 
 def files_of(tree: str) -> Iterator[os.stat_result]:
-    """Yield the facts of each regular file below *tree*."""
+    """Yield the stat result of each regular file below *tree*."""
     for folder, _, names in os.walk(tree):
         for name in names:
             facts = Path(folder, name).lstat()
@@ -292,7 +291,7 @@ def pick_tree(candidates: tuple[str, ...], least: int, most: int) -> str:
 
 
 def describe_tree(tree: str) -> str:
-    """Say how many files and bytes *tree* has."""
+    """Return how many files and bytes *tree* has."""
     sizes = [one.st_size for one in files_of(tree)]
     return f"{len(sizes):,} files, {format_size(sum(sizes))}"
 
@@ -306,7 +305,7 @@ def check_programs() -> None:
 
 
 def say_room() -> None:
-    """Say where room is missing, if it may be that; what was made is removed by now."""
+    """Say if there may be too little room; what was made is removed by now."""
     folder = tempfile.gettempdir()
     room = shutil.disk_usage(folder).free
     if room < NEEDED:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The ways the demonstration uses the served volume as a disk.
+The ways in which the demonstration uses the served volume as a disk.
 
-The kernel's own nbd where there is one; else FUSE and a loop device, which needs no
-nbd in the kernel; and for those who are not root nbdcopy and the ext4 tools, which
-read and write a file system without mounting it.
+It uses the kernel's own nbd if there is one; otherwise FUSE and a loop device, which
+need no nbd in the kernel; and for users other than root nbdcopy and the ext4 tools,
+which read and write a file system without mounting it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Disk", "choose_disk"]
 
 
 class Disk(ABC):
-    """How the volume is formatted, filled and, from an image, read back."""
+    """How to format the volume, fill it, and read it back from an image."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -32,7 +32,7 @@ class Disk(ABC):
         """Attach the volume and make a file system on it, ready for copies."""
 
     def prepare(self, tree: str, name: str) -> None:  # noqa: B027  mounts need none
-        """Do what the copy of *tree* to *name* needs beforehand."""
+        """Prepare the copy of *tree* to *name*."""
 
     @abstractmethod
     def copy_command(self, tree: str, name: str) -> str:
@@ -47,7 +47,7 @@ class Disk(ABC):
         """Make the file system on *image* readable below `back`."""
 
     def read_back_at(self, name: str) -> str:
-        """Return the folder where what was copied to *name* is read back."""
+        """Return the folder in which the copy *name* can be read back."""
         return f"back/{name}"
 
     def release_image(self) -> None:  # noqa: B027  what keeps nothing mounted
@@ -55,7 +55,7 @@ class Disk(ABC):
 
 
 class Mounted(Disk):
-    """With a mount; a subclass says what is mounted."""
+    """With a mount; a subclass decides what is mounted."""
 
     def copy_command(self, tree: str, name: str) -> str:
         """Copy, then wait for the disk."""
@@ -106,7 +106,7 @@ class KernelDisk(Mounted):
 
 
 class FuseDisk(Mounted):
-    """nbdfuse makes a file of it, a loop device a disk of the file."""
+    """nbdfuse makes a file of the volume, a loop device makes a disk of the file."""
 
     def make_file_system(self) -> None:
         """Start nbdfuse, format, mount."""
@@ -143,14 +143,14 @@ class UnmountedDisk(Disk):
     """ext4's own tools fill and read images, nbdcopy writes them to the volume."""
 
     def make_file_system(self) -> None:
-        """Say what is different; mke2fs makes and fills the file system in one."""
+        """Say what is different; mke2fs makes and fills the file system in one step."""
         self._stage.say(
             "Not mounting: mke2fs and debugfs fill a file system in a file,"
         )
         self._stage.say("and nbdcopy writes it to the volume.")
 
     def prepare(self, tree: str, name: str) -> None:
-        """Let mke2fs take the first tree along, and debugfs add the second."""
+        """Give the first tree to mke2fs, and add the second with debugfs."""
         if name == "first":
             self._stage.run(f"mke2fs -q -t ext4 -d {tree} fs.img 640M")
             return
@@ -159,14 +159,14 @@ class UnmountedDisk(Disk):
         self._stage.run("debugfs -w -f second.debugfs fs.img >second.log 2>&1")
 
     def copy_command(self, tree: str, name: str) -> str:  # noqa: ARG002
-        """Write the image, which *tree* is in already."""
+        """Write the image, which already contains *tree*."""
         uri = f"nbd+unix:///?socket={self._stage.folder}/demo.sock"
-        # The new volume is zero: nothing need be written where the image is.
+        # The new volume is zero: holes of the image need no write.
         options = "--flush --destination-is-zero" if name == "first" else "--flush"
         return f"nbdcopy {options} fs.img '{uri}'"
 
     def unmount(self) -> None:
-        """Do nothing: nbdcopy has gone."""
+        """Do nothing: nbdcopy has ended."""
 
     def read_image(self, image: str) -> None:
         """Copy the files out of *image*."""
@@ -175,7 +175,7 @@ class UnmountedDisk(Disk):
         )
 
     def read_back_at(self, name: str) -> str:
-        """Return it; the first tree became the root."""
+        """Return the folder; the first tree became the root."""
         return "back" if name == "first" else f"back/{name}"
 
 
@@ -193,7 +193,7 @@ def debugfs_script(tree: str, name: str) -> str:
 
 
 def choose_disk(stage: Stage, *, mount: bool) -> Disk:
-    """Return the best way this machine and user have."""
+    """Return the best way for this machine and user."""
     if not mount:
         return UnmountedDisk(stage)
     if os.geteuid() != 0:

@@ -2,9 +2,9 @@
 """
 Fail if an include in csrc/ or an import in nbd_mirror/ points to a higher layer.
 
-A folder is a layer, and the two lists are the plan: a file uses its own folder and
-those of the layers before it. They are what docs/design.md draws. Imports within
-functions and for types alone count as any other does.
+A folder is a layer, and the two lists define their order: a file uses its own folder
+and those of the layers before it. docs/design.md draws the same layers. Imports inside
+functions and for types count like any other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ C_LAYERS = (
     *("resync", "life", "executor", "doors"),
 )
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-ANYWHERE = ("api.h", "nbdm.h")  # the C API's types, which every layer speaks
+ANYWHERE = ("api.h", "nbdm.h")  # the C API's types, which every layer uses
 
 PACKAGE = "nbd_mirror"
-# In the last one neither uses the other: they meet at the control socket.
+# In the last layer neither folder uses the other: they meet at the control socket.
 PYTHON_LAYERS = (
     ("base",),
     ("rules",),
@@ -33,10 +33,10 @@ PYTHON_LAYERS = (
     ("device",),
     ("server", "commands"),
 )
-COMPILED = "_core"  # what the C code is built to; volume/core.py alone imports it
-TOP = "__main__"  # lies above all layers
+COMPILED = "_core"  # the compiled C code; only volume/core.py imports it
+TOP = "__main__"  # above all layers
 OUTSIDE = ("__init__", "_build")  # import nothing of ours
-VERSION = "__version__"  # of the package itself, which every layer may say
+VERSION = "__version__"  # of the package itself; every layer may import it
 
 
 def complaints(root: Path) -> list[str]:
@@ -95,7 +95,7 @@ def python_complaints(root: Path) -> Iterator[str]:
 
 
 def floor(module: tuple[str, ...]) -> int | None:
-    """Return how high a module lies, given by its path in the package, or None."""
+    """Return the height of a module, given by its path in the package, or None."""
     if len(module) > 1:
         for number, folders in enumerate(PYTHON_LAYERS):
             if module[0] in folders:
@@ -126,14 +126,14 @@ def judge_import(importer: tuple[str, ...], target: tuple[str, ...]) -> str:
 def imports(
     path: Path, module: tuple[str, ...]
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield the line and the path in the package of what a file imports of ours."""
+    """Yield the line and the path in the package of each import of ours."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = [PACKAGE, *module][: -node.level] if node.level else []
             origin = [*above, *(node.module.split(".") if node.module else [])]
-            # `from ..volume import config` names a module, as `from .config` does.
+            # `from ..volume import config` names a module, like `from .config`.
             deep = len(origin) > 2
             names = [origin if deep else [*origin, x.name] for x in node.names]
         else:

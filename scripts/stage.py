@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the demonstration stands on: text, commands that are shown and run, an end.
+The base of the demonstration: text, commands that are shown and run, an end.
 
-The command that is shown is the one that is run, by bash, in the demonstration's own
-folder; its output goes straight to the terminal. Every process is a session of its
-own, so Ctrl-C reaches this program alone, which then ends everything in order: a file
-system is unmounted before its server is stopped.
+Each shown command is run by bash in the demonstration's own folder, and its output goes
+straight to the terminal. Every process is a session of its own, so Ctrl-C reaches only
+this program, which then ends everything in order: it unmounts a file system before it
+stops the server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["DemoError", "Stage", "interruptible"]
 
 
 class DemoError(Exception):
-    """The demonstration cannot go on, or a check failed; the message says what."""
+    """The demonstration cannot continue, or a check failed; the message says why."""
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -39,7 +39,7 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
 
 
 def interruptible() -> None:
-    """Let Ctrl-C, SIGTERM and a closed terminal all end it in the same orderly way."""
+    """Let Ctrl-C, SIGTERM and a closed terminal end it in the same orderly way."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
 
@@ -60,7 +60,7 @@ class Stage:
         self._began = time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix="nbdm-demo-"))
         self.folder.chmod(0o755)
-        # Users type nbd-mirror; it is the one of this checkout.
+        # The user's nbd-mirror command is the one of this checkout.
         bin_dir = Path(sys.executable).parent
         path = f"{bin_dir}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         self._environment = {**os.environ, "PATH": path}
@@ -76,7 +76,7 @@ class Stage:
         self._stack.close()
 
     def on_exit(self, clean_up: Callable[[], object]) -> None:
-        """Have *clean_up* called at the end, whatever happens; last one first."""
+        """Call *clean_up* at the end, in any case; the last one added first."""
         self._stack.callback(clean_up)
 
     @property
@@ -93,7 +93,7 @@ class Stage:
         self._print(text + Text(title, style="bold"))
 
     def say(self, text: str) -> None:
-        """Say what happens, or why."""
+        """Print what happens, or why."""
         self._print(Text(text))
 
     def show_file(self, path: Path) -> None:
@@ -102,11 +102,11 @@ class Stage:
             self._print(Text(f"    {line}", style="dim"))
 
     def proven(self, text: str) -> None:
-        """Say that a check was passed."""
+        """Print that a check passed."""
         self._print(Text.assemble(("ok  ", "bold green"), text))
 
     def check(self, fact: bool, proven: str, otherwise: str) -> None:
-        """Say *proven*, or raise DemoError with *otherwise*."""
+        """Print *proven*, or raise DemoError with *otherwise*."""
         if not fact:
             raise DemoError(otherwise)
         self.proven(proven)
@@ -135,7 +135,7 @@ class Stage:
 
     def start(self, command: str, *, log: str = "") -> subprocess.Popen[bytes]:
         """
-        Show *command*, start it in the background, and have it ended at the end.
+        Show *command*, start it in the background, and end it at the end.
 
         Args:
             log: a file in the folder for its output; else it goes to the terminal.
@@ -148,7 +148,7 @@ class Stage:
     def finish(
         self, process: subprocess.Popen[bytes], command: str, *, timeout_s: float
     ) -> None:
-        """Wait until *process*, which runs *command*, has ended well."""
+        """Wait until *process*, which runs *command*, has ended with success."""
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -165,7 +165,7 @@ class Stage:
         Return once *condition* is true.
 
         Raises:
-            DemoError: it was not within *timeout_s*; *what* says what was missed.
+            DemoError: it was not true within *timeout_s*; *what* names the condition.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -189,7 +189,7 @@ class Stage:
     # --- the end ---
 
     def quietly(self, command: str, *, timeout_s: float = 30.0) -> bool:
-        """Run *command* unseen, for cleaning up; says whether it ended well."""
+        """Run *command* unseen, to clean up; return whether it succeeded."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
                 ["bash", "-c", command],
@@ -205,7 +205,7 @@ class Stage:
         return False
 
     def unmount(self, name: str) -> None:
-        """Unmount *name* if it is mounted; what is busy for long is detached."""
+        """Unmount *name* if it is mounted; if it stays busy, detach it."""
         path = self.folder / name
         for attempt in range(20):
             if not mounted(path):
@@ -216,7 +216,7 @@ class Stage:
                 time.sleep(0.2)
 
     def _end_strays(self) -> None:
-        """Kill what still names our folder: a server caught while it was starting."""
+        """Kill what still names our folder: a server that was just starting."""
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 pid = int(entry.parent.name)
@@ -228,7 +228,7 @@ class Stage:
 
     def _remove_folder(self) -> None:
         self._end_strays()
-        # Never look into a mount that could not be undone.
+        # Do not look into a mount that could not be removed.
         if any(mounted(path) for path in self.folder.iterdir()):
             self.say(f"{self.folder} is left: something is still mounted in it")
             return
@@ -236,15 +236,15 @@ class Stage:
 
 
 def mounted(path: Path) -> bool:
-    """Say whether something is mounted on *path*."""
-    # Bytes: other users' names stand there too. Blanks in a name are escaped.
+    """Return whether something is mounted on *path*."""
+    # Read bytes, because other users' names are there too. Blanks are escaped.
     lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
     name = re.sub(rb"[ \t\n\\]", lambda m: b"\\%03o" % m[0][0], os.fsencode(path))
     return name in (line.split(b" ")[4] for line in lines if line)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End *process* and what it started: by request, else by SIGKILL."""
+    """End *process* and its children: by request, else by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Random faults against a real site, every block judged, for as long as wanted.
+Run random faults against a real site, and judge every block, for as long as wanted.
 
-Each episode makes a volume with one or two secondaries, runs clients against it,
-breaks and mends things, and ends in sync with equal disks. What the clients sent and
-saw is judged by the register checker throughout. The same seed gives the same
-episodes: the same requests of each client and the same faults; how these fall
-together in time is the machine's, so a violation may need several repeats.
+Each episode makes a volume with one or two secondaries, runs clients against it, breaks
+and repairs things, and ends in sync with equal disks. The register checker judges
+everything that the clients sent and saw. The same seed gives the same episodes: the
+same requests of each client and the same faults. Their timing depends on the machine,
+so a violation may need several repeats.
 
-Exit status: 0 nothing was found; 1 a violation, its folder is kept; 2 wrong usage;
-130 interrupted.
+Exit status: 0 nothing was found; 1 a violation, its folder is kept; 2 wrong usage; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Soak:
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def tick(self) -> None:
-        """Renew the live line, a few times a second."""
+        """Update the live line, a few times a second."""
         now = time.monotonic()
         if self._status is None or self._field is None or now - self._shown < 0.2:
             return
@@ -81,7 +81,7 @@ class Soak:
         )
 
     def told(self, act: str) -> None:
-        """Remember what the nemesis does."""
+        """Store what the nemesis does."""
         self._act = act
         if self.options.verbose:
             self.say(f"  {self.elapsed_s:7.1f} s  {act}", "dim")
@@ -98,7 +98,7 @@ class Soak:
             self._status.start()
         try:
             number = first
-            # Each door has its turn, however short the time.
+            # Each door gets its turn, however short the time.
             least = 1 if options.episode is not None else len(options.doors)
             while self.episodes < least or (
                 options.episode is None and self.elapsed_s < options.minutes * 60
@@ -131,7 +131,8 @@ class Soak:
         except (ViolationError, AssertionError, pytest.fail.Exception) as error:
             self._violation(plan, folder, error)
             return False
-        except Exception as error:  # a bug of this tool: told apart, kept as well
+        # a bug of this tool: reported apart, and kept as well
+        except Exception as error:
             error.add_note(traceback.format_exc())
             self._violation(plan, folder, error)
             raise
@@ -226,7 +227,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare() -> None:
-    """Make what is started findable, reapable, and independent of the caller."""
+    """Make started programs findable, reapable and independent of the caller."""
     interruptible()
     os.environ.setdefault(support.MARKER, uuid.uuid4().hex)
     for name in ("NBD_MIRROR_CONFIG_DIR", "NBDM_FAULT", "PYTHONPATH"):

@@ -2,9 +2,9 @@
 """
 Acts of the soak's nemesis on links, starts and logs, and of operators.
 
-Each gets the nemesis and a secondary, and draws all its choices before it looks at the
-site, so that the same seed gives the same acts. What an act promises besides what the
-checker judges, it looks at itself: see docs/testing.md.
+Each act gets the nemesis and a secondary, and draws all its choices before it looks at
+the site, so that the same seed gives the same acts. If an act promises more than the
+checker judges, it checks that itself: see docs/testing.md.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = ["ACTS", "starts_in_vain"]
 Act = Callable[["Nemesis", Far], None]
 
 KBIT = 1000 / 8
-# Of links, bytes a second: 256 kbit/s to 1 Gbit/s. The slowest only where a whole
-# buffer of a unix socket passes within the deadline: it counts as one step.
+# Of links, bytes a second: 256 kbit/s to 1 Gbit/s. The slowest is used only if a whole
+# buffer of a unix socket passes within the deadline, because it counts as one step.
 SPEEDS = (256 * KBIT, 1e3 * KBIT, 4e3 * KBIT, 16e3 * KBIT, 128e3 * KBIT, 1e6 * KBIT)
 STEP = 62 << 10  # bytes
 NOTICED_S = 10.0  # a dead link without a client
@@ -57,7 +57,8 @@ def slow_link(n: Nemesis, far: Far) -> None:
     fair = [one for one in SPEEDS if one * field.plan.deadline_s >= 2 * STEP]
     speeds = [draw.choice(fair) for _ in range(draw.randint(1, 3))]
     times = [draw.uniform(0.5, 3.0) for _ in speeds]
-    # Alone: what an earlier connection left would arrive later than a late write may.
+    # Only alone: data of an earlier connection would arrive later than a late write
+    # may.
     if n.depth or far.link_broken or far.broken or not field.serving:
         return
     words = ", ".join(f"{speed / KBIT:.0f} kbit/s" for speed in speeds)
@@ -85,7 +86,7 @@ def _timed_out(log: str, far: Far) -> int:
 
 
 def deaf(n: Nemesis, far: Far) -> None:
-    """Have the secondary's end read nothing more, and answer what it has."""
+    """Make the secondary's end read nothing more, and answer what it has."""
     field = n.field
     away = 2 * field.plan.deadline_s + HOLD_S + n.draw.uniform(2.0, 4.0)
     if far.link_broken or far.broken or not field.serving:
@@ -104,7 +105,7 @@ def deaf(n: Nemesis, far: Far) -> None:
 
 
 def early_answer(n: Nemesis, far: Far) -> None:
-    """Have a long write answered after its header, and nothing more be read."""
+    """Make it answer a long write after its header, and read nothing more."""
     field = n.field
     away = 2 * field.plan.deadline_s + HOLD_S + n.draw.uniform(3.0, 5.0)
     if n.depth or far.link_broken or far.broken or not field.serving:
@@ -117,7 +118,7 @@ def early_answer(n: Nemesis, far: Far) -> None:
     field.rest(away)
     longest = field.load.longest_wait()
     far.speed("-", "-")
-    # What is kept back of the write is not to be taken for carried out.
+    # The withheld part of the write must not count as executed.
     far.signal_link(signal.SIGKILL)
     far.start_link()
     far.link_broken -= 1
@@ -127,7 +128,7 @@ def early_answer(n: Nemesis, far: Far) -> None:
 
 
 def silent_and_idle(n: Nemesis, far: Far) -> None:
-    """Silence the link while no client asks for anything: noticed all the same."""
+    """Silence the link while no client sends requests: it must be noticed."""
     field = n.field
     if n.depth or not field.serving:
         return
@@ -148,7 +149,7 @@ def silent_and_idle(n: Nemesis, far: Far) -> None:
 
 def _await_notice(n: Nemesis, far: Far) -> None:
     begun = time.monotonic()
-    # A second for a machine that is busy, and for the status.
+    # One second more for a busy machine, and for the status.
     while (passed := time.monotonic() - begun) < NOTICED_S + 1.0:
         remote = n.field.remote(far)
         if remote and not (remote["state"] == "in_sync" and remote["connected"]):
@@ -163,7 +164,7 @@ def _await_notice(n: Nemesis, far: Far) -> None:
 
 
 def starts_in_vain(draw: random.Random) -> list[str]:
-    """Draw how one to three starts in a row end."""
+    """Draw the ends of one to three starts in a row."""
     faults = []
     for _ in range(draw.randint(1, 3)):
         failing = draw.random() < 0.3
@@ -193,7 +194,7 @@ def interrupted_starts(n: Nemesis, _: Far) -> None:
 
 @contextlib.contextmanager
 def _reader(path: Path, lines: int) -> Iterator[None]:
-    """Make a pipe that is read for so many lines; its reader then ends or stalls."""
+    """Make a pipe that is read for so many lines; then its reader ends or stalls."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     ended, stalls = threading.Event(), lines % 2 == 0
@@ -212,7 +213,7 @@ def _reader(path: Path, lines: int) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        # One that still waits for a writer, or for words, gets them.
+        # Unblock a reader that still waits for a writer or for data.
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
             with contextlib.suppress(OSError):
@@ -223,7 +224,7 @@ def _reader(path: Path, lines: int) -> Iterator[None]:
 
 
 def broken_log(n: Nemesis, _: Far) -> None:
-    """Serve with a log that fails: the log is lost, and nothing else."""
+    """Serve with a log that fails: only the log is lost."""
     field, draw = n.field, n.draw
     full, lines = draw.random() < 0.4, draw.randint(1, 12)
     seconds = draw.uniform(0.5, 2.0)
@@ -246,7 +247,7 @@ def broken_log(n: Nemesis, _: Far) -> None:
 
 
 def operate(n: Nemesis, far: Far) -> None:
-    """Have an operator act on remotes of different states, amid faults."""
+    """Let an operator act on remotes of different states, during faults."""
     field, draw = n.field, n.draw
     words = ("pause", "resume", "invalidate")
     acts = [(draw.choice(words), draw.choice(field.fars)) for _ in range(5)]

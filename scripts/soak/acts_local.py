@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Acts of the soak's nemesis on the local disk: another, a shorter, a hung one."""
+"""Acts of the soak's nemesis on the local disk: another, a shorter, a hanging one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAID_S = 10.0  # until the status says that the local disk does not answer
 
 
 def swap_local(n: Nemesis, _: Far) -> None:
-    """Put another disk in the place of local while stopped: it must be refused."""
+    """Replace local by another disk while stopped: it must be refused."""
     field = n.field
     clean, seed = n.draw.random() < 0.5, n.draw.getrandbits(32)
     like_ours = n.draw.random() < 0.5
@@ -67,7 +67,7 @@ def _make_foreign(path: Path, size: int, seed: int, *, like_ours: bool) -> bytes
 
 
 def truncate_local(n: Nemesis, _: Far) -> None:
-    """Cut local short while it is served: its place is taken, nothing reads zeroes."""
+    """Cut local short while it is served: a remote replaces it, no zeroes are read."""
     field, draw = n.field, n.draw
     keep, seconds = draw.choice((0.0, 0.25, 0.5, 0.9)), draw.uniform(0.5, 2.0)
     restart = draw.random() < 0.3
@@ -82,7 +82,7 @@ def truncate_local(n: Nemesis, _: Far) -> None:
     field.counts["local disks cut short"] += 1
     os.truncate(local, kept)
     field.rest(seconds)
-    # Clients write and read everywhere, so one has met the end by now.
+    # Clients write and read everywhere, so one has reached the end by now.
     if field.local_state() == "ok":
         field.read_all()
     if field.local_state() == "ok":
@@ -94,7 +94,7 @@ def truncate_local(n: Nemesis, _: Far) -> None:
 
 
 def freeze_local(n: Nemesis, _: Far) -> None:
-    """Freeze the file system that local is on: said in the status, then thawed."""
+    """Freeze the file system of local: the status must say so; then thaw it."""
     field = n.field
     if n.depth or not field.serving or field.plan.freezes is False:
         return
@@ -123,7 +123,7 @@ def _await_words(n: Nemesis) -> None:
 
 
 def frozen_mount(folder: Path, plan: Plan, size: int) -> Path | None:
-    """Mount a file system of its own for local, if the plan has one and one can be."""
+    """Mount a separate file system for local, if planned and possible."""
     if not plan.freezes or os.geteuid() != 0:
         plan.freezes = False
         return None

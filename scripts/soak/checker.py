@@ -2,11 +2,11 @@
 """
 The register checker: judges every block of a disk by its history.
 
-It is told when each request was sent and how it ended, over crashes and failovers of
-the servers, is shown what was read from the volume or found on a disk, and says which
-blocks hold what they may not, with what was allowed and the block's history. What a
-block may hold, and why, is register.py's; this has the clock, the lock, and the
-requests under way. A tool for tests: the server does not use it.
+It learns when each request was sent and how it ended, across crashes and failovers of
+the servers, and what was read from the volume or found on a disk. It reports each block
+with forbidden content, with the allowed values and the block's history. register.py
+decides what a block may hold, and why; this module has the clock, the lock, and the
+requests under way. It is a tool for tests: the server does not use it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .register import BLOCK, NEVER, TORN, ZERO, Claim, Op, Register, decode, enc
 
 __all__ = ["Checker", "Verdict"]
 
-FOREIGN = -2  # a whole block, but another's
+FOREIGN = -2  # a whole block, but of another run or place
 MAX_NOTES = 500
 
 Data = bytes | bytearray | memoryview
@@ -28,7 +28,7 @@ Data = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A block that holds what it may not."""
+    """A block with forbidden content."""
 
     block: int
     where: str
@@ -51,7 +51,7 @@ class Checker:
     """
     Remembers what was sent, answered and flushed, and judges what is found.
 
-    Usable from many threads. The volume begins all zero.
+    May be used from many threads. The volume begins all zero.
 
     Args:
         blocks: of the volume.
@@ -69,7 +69,7 @@ class Checker:
         self._reading: dict[int, None] = {}  # starts of reads under way
         self._notes: deque[tuple[int, str]] = deque(maxlen=MAX_NOTES)
         self._ends: deque[int] = deque([0, 0], maxlen=2)  # of the last two servers
-        # For the totals: writes by their end, blocks looked at, and torn ones excused.
+        # For the totals: writes by their end, blocks judged, and torn blocks allowed.
         self.sent = self.answered = self.failed = self.lost = 0
         self.flushed = self.checked = self.torn = 0
 
@@ -80,7 +80,7 @@ class Checker:
     # --- what was done ---
 
     def note(self, text: str) -> None:
-        """Remember that something happened, for the histories."""
+        """Add an event to the histories."""
         with self._lock:
             self._notes.append((self._now(), text))
 
@@ -105,14 +105,14 @@ class Checker:
 
         Args:
             outcome: "ok", "error" (an answer, but a bad one), or "lost": its
-                connection is, and it may be carried out while its server lives.
+                connection was lost, and it may be executed while its server lives.
         Returns:
-            What an answer that came to light late proves wrong; as a rule nothing.
+            What an answer that came to light late proves wrong; usually nothing.
         """
         with self._lock:
             now = self._now()
             op.outcome = outcome
-            # What a server that is dead by now has answered it did before it died.
+            # A server that is dead by now executed before its death what it answered.
             end = min(now, op.server_ended)
             if outcome == "lost":
                 self.lost += 1
@@ -139,7 +139,7 @@ class Checker:
             return self._now()
 
     def end_flush(self, begun: int) -> None:
-        """Note that a flush was answered well: what was answered before is durable."""
+        """Note a good answer to a flush: what was answered before is durable."""
         with self._lock:
             now = self._now()
             while self._unflushed and self._unflushed[0].ended < begun:
@@ -147,7 +147,7 @@ class Checker:
                 self.flushed += 1
 
     def server_ended(self, text: str) -> None:
-        """Note that the server is dead: nothing it had is carried out from now on."""
+        """Note that the server is dead: from now on it executes nothing."""
         with self._lock:
             now = self._now()
             self._notes.append((now, text))
@@ -175,7 +175,7 @@ class Checker:
     def end_read(
         self, begun: int, first: int, data: Data, where: str = "read by a client"
     ) -> list[Verdict]:
-        """Judge what a read returned, and hold later ones to it."""
+        """Judge the result of a read, and hold later reads to it."""
         found = list(self._decoded(first, data))
         verdicts = []
         with self._lock:
@@ -199,8 +199,8 @@ class Checker:
         """
         Judge an in-sync disk beside the one that clients saw; its primary is dead.
 
-        It holds every answered write; of what was unanswered it may have another
-        part than local, whatever was read there, and later reads need not agree.
+        It holds every answered write. Of the unanswered ones it may have another part
+        than local, whatever was read there, and later reads need not agree.
         """
         found = list(self._decoded(first, data))
         verdicts = []
@@ -228,7 +228,7 @@ class Checker:
         return verdicts
 
     def explain(self, block: int, content: bytes, where: str) -> Verdict:
-        """Say what a block holds, and what it may, without judging it."""
+        """Return what a block holds, and what it may hold, without judging it."""
         ((_, _, text),) = self._decoded(block, content)
         with self._lock:
             now = self._now()

@@ -2,8 +2,8 @@
 """
 A secondary of the soak and the link to it, and the signals that break either.
 
-Several faults may hold one of them down at once, each ending by itself; so they are
-counted, and only the last to end mends it.
+Several faults may hold one of them down at the same time, and each ends by itself. So
+they are counted, and only the last one to end repairs it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Far:
     """
     A secondary and the link to it.
 
-    A "volatile" one is an nbdkit whose cache is written back by flushes alone: what
-    was not flushed is lost with it. A "slow-disk" is one whose flushes take as long as
-    a disk of *rate* bytes a second would. With a *network* the link leads through it.
+    A "volatile" one is an nbdkit whose cache is written back only by flushes, so
+    unflushed data is lost with it. A "slow-disk" is one whose flushes take as long as
+    those of a disk of *rate* bytes a second. With a *network* the link leads through
+    it.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Far:
         self.speed("-", "-")
         self._link: Any = None
         self._back: Any = None  # the link's far end, over a network
-        self.broken = 0  # how many faults hold it down on purpose
+        self.broken = 0  # number of faults that hold it down on purpose
         self.link_broken = 0
         server.uri = f"nbd+unix:///disk?socket={folder}/{self.name}.link"
 
@@ -83,7 +84,7 @@ class Far:
         support.wait_until(listen.exists, "the link")
 
     def speed(self, up: str, back: str) -> None:
-        """Limit the link, as link.py reads it; at once, connections stay."""
+        """Limit the link, in the format of link.py; at once, connections stay."""
         if self.network is not None and up != "early" and float(up.strip("-") or 1):
             limits = [None if word == "-" else float(word) for word in (up, back)]
             self.network.speed(*limits)
@@ -99,7 +100,7 @@ class Far:
                 os.kill(pid, number)
 
     def kill(self) -> None:
-        """Kill the server, return once all of it is gone."""
+        """Kill the server; return once all its processes have ended."""
         support.wait_until(self._is_killed, f"{self.name} to die")
 
     def _is_killed(self) -> bool:
@@ -107,7 +108,7 @@ class Far:
         return not self.server.pids()
 
     def signal_link(self, number: signal.Signals) -> None:
-        """Signal the link; return once it is dead if that was to kill it."""
+        """Signal the link; if the signal kills it, return once it is dead."""
         os.kill(self._link.pid, number)
         if number == signal.SIGKILL:
             self._link.wait(10)
@@ -117,7 +118,7 @@ class Far:
 
     @property
     def died(self) -> bool:
-        """Whether it died by itself; nbd-server, a daemon, cannot tell."""
+        """Whether it died by itself; unknown for nbd-server, a daemon."""
         process = self.server._process
         if self.server.kind == "nbd-server":
             return False
@@ -125,6 +126,6 @@ class Far:
 
     @property
     def death(self) -> int:
-        """Give the exit status of one that died."""
+        """Return the exit status of a server that died."""
         assert self.server._process is not None
         return int(self.server._process.returncode)

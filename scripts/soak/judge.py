@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The soak's looks at whole disks: by the checker, and one against the other."""
+"""The soak's checks of whole disks: by the checker, and one against the other."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A link that can fail and be slow: passes a socket's connections on to another one.
+A link that can fail and be slow: it passes a socket's connections on to another one.
 
-A process of its own, so that the faults are signals and nothing in it need know
-them. SIGKILL is a cut: both ends see the connection end, and what had passed is still
-carried out. SIGSTOP is a network that drops everything: neither end learns of it, and
-what was under way arrives when it goes on, late.
+It is a process of its own, so that the faults are signals and its code need not know
+them. SIGKILL is a cut: both ends see the connection end, and data that has passed is
+still executed. SIGSTOP is a network that drops everything: neither end notices, and
+what was under way arrives late, when the process continues.
 
-Its speed is read from a file, again and again: bytes a second towards the target and
-back, "-" for no limit, 0 for an end that takes nothing more. "early" in the place of
-the first: of the next long write the header alone is taken, and answered.
+It reads its speed from a file, again and again: bytes a second towards the target and
+back, "-" for no limit, 0 for an end that accepts nothing more. "early" in place of the
+first: of the next long write only the header is read, and it is answered.
 
 usage: link.py LISTEN TARGET SPEED    (each a path, or HOST:PORT)
 """
@@ -23,20 +23,20 @@ import threading
 import time
 from pathlib import Path
 
-# This file is run by its path, with nothing of the package around it.
+# This file is run by its path, without the package around it.
 from wire import Requests, simple_answer
 
 CHUNK = 256 << 10  # bytes
-SLICE_S = 0.02  # of a slow link: so much is passed on at once
+SLICE_S = 0.02  # of a slow link: passed on at once
 LEAST = 512  # bytes at once
 BUFFER = 16 << 10  # bytes that wait in a TCP socket
-LONG = 128 << 10  # bytes of a write that is answered early
+LONG = 128 << 10  # a write of this length is answered early
 QUIET_S = 0.2  # for what the target has answered
-LOOK_S = 0.05  # how often the file is read
+LOOK_S = 0.05  # interval between reads of the file
 
 
 class Speed:
-    """What the file says, and when more may pass in one direction."""
+    """The limit in the file, and when more may pass in one direction."""
 
     def __init__(self, path: Path, direction: int) -> None:
         self._path, self._direction = path, direction
@@ -56,7 +56,7 @@ class Speed:
             self._limit = None if word in ("-", "early") else float(word)
 
     def wait(self) -> int:
-        """Return how many bytes may pass, once some may."""
+        """Return how many bytes may pass, once any may."""
         while True:
             self._look()
             left = self._free - time.monotonic()
@@ -64,7 +64,7 @@ class Speed:
                 break
             time.sleep(min(max(left, 0.001), SLICE_S))
         if self._limit is None:
-            # In small bites while a header is waited for, or all of a write is in.
+            # Small pieces while a header is awaited; otherwise as much as there is.
             return LEAST if self.early else CHUNK
         return min(CHUNK, max(LEAST, int(self._limit * SLICE_S)))
 
@@ -76,7 +76,7 @@ class Speed:
 
 
 def answer_early(client: socket.socket, cookie: bytes, speed: Speed) -> None:
-    """Answer a write that has not come yet, and take nothing more."""
+    """Answer a write that has not arrived, and read nothing more."""
     time.sleep(QUIET_S)
     client.sendall(simple_answer(cookie))
     while speed.early:
@@ -85,7 +85,7 @@ def answer_early(client: socket.socket, cookie: bytes, speed: Speed) -> None:
 
 
 def pass_on(source: socket.socket, target: socket.socket, speed: Speed) -> None:
-    """Copy until *source* ends, then say so to *target*."""
+    """Copy until *source* ends, then shut *target* down."""
     buffer = memoryview(bytearray(CHUNK))
     requests = Requests() if speed.upwards else None
     over_tcp = socket.AF_INET in (source.family, target.family)
@@ -94,7 +94,8 @@ def pass_on(source: socket.socket, target: socket.socket, speed: Speed) -> None:
         while count := source.recv_into(buffer[: min(most, speed.wait())]):
             speed.passed(count)
             if source.family == socket.AF_INET:
-                # Else its small sender waits for an acknowledgement that is put off.
+                # Otherwise a sender of small packets waits for a delayed
+                # acknowledgement.
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             writes = requests.take(buffer[:count]) if requests else []
             cookies = [cookie for cookie, length in writes if length >= LONG]
@@ -118,7 +119,7 @@ def open_socket(where: str) -> tuple[socket.socket, str | tuple[str, int]]:
 
 
 def serve(client: socket.socket, target: str, path: Path) -> None:
-    """Join *client* with a new connection to *target*, both ways."""
+    """Connect *client* with a new connection to *target*, in both directions."""
     server, address = open_socket(target)
     with client, server:
         try:
@@ -127,7 +128,7 @@ def serve(client: socket.socket, target: str, path: Path) -> None:
             return
         for sock in (client, server):
             if sock.family == socket.AF_INET:
-                # A slow link is to be felt, and not hidden by what waits in here.
+                # A slow link must be felt, and not hidden by buffers in here.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         back = threading.Thread(
@@ -139,11 +140,11 @@ def serve(client: socket.socket, target: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Take connections until killed."""
+    """Accept connections until killed."""
     listen, target, speed = sys.argv[1:]
     if "/" in listen:
         Path(listen).unlink(missing_ok=True)
-    # Under another name until it listens: it is there once it takes connections.
+    # Use another name until it listens, so that the name accepts connections.
     early = f"{listen}.new" if "/" in listen else listen
     listener, address = open_socket(early)
     with listener:

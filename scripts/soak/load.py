@@ -2,9 +2,9 @@
 """
 The soak's clients: threads that write, read, flush, zero and trim, all checked.
 
-Each has its own connection and its own seeded choice of requests, which does not
-depend on how they end: the same seed gives every client the same sequence. How the
-sequences of different clients interleave does depend on the machine.
+Each has its own connection and its own seeded choice of requests, which does not depend
+on how they end: the same seed gives every client the same sequence. The interleaving of
+different clients' sequences depends on the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .register import BLOCK
 
 __all__ = ["Load", "ViolationError", "read_all"]
 
-# How often; flushes and FUA are each episode's own, as without them much is unflushed.
+# Frequencies. Flushes and FUA differ by episode, because without them much is
+# unflushed.
 KINDS = {"write": 52.0, "read": 32.0, "zero": 7.0, "trim": 5.0}
 FLUSHES = (0.05, 0.5, 4.0)
 FUAS = (0.0, 0.02, 0.1)
@@ -35,12 +36,12 @@ SWEEP = 64  # blocks a read
 
 
 class ViolationError(Exception):
-    """Something is not as it must be; the message says what."""
+    """A promise was broken; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client does next."""
+    """The next request of a client."""
 
     kind: str
     first: int
@@ -51,11 +52,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """What an episode's clients share."""
+    """The habits that an episode's clients share."""
 
     hot: list[int]  # blocks near which they like to write, so that they overlap
-    flushes: float  # how often, beside KINDS
-    fuas: float  # the part of the writes
+    flushes: float  # frequency, in addition to KINDS
+    fuas: float  # share of the writes
 
 
 class Choice:
@@ -114,7 +115,7 @@ class Client(threading.Thread):
                 self.parked = False
                 self.since = time.monotonic()
                 self._step(self._choice.next())
-        except Exception as error:  # a bug of ours must not end as silence
+        except Exception as error:  # a bug of ours must not end in silence
             self._load.fail(f"a client ended: {type(error).__name__}: {error}")
         finally:
             self.parked = True
@@ -222,7 +223,7 @@ class Load:
         self._verdicts.append(text)
 
     def longest_wait(self) -> float:
-        """Return how long the request that waits longest has done so, in seconds."""
+        """Return how long the oldest request has waited, in seconds."""
         now = time.monotonic()
         waits = [
             now - one.since
@@ -232,7 +233,7 @@ class Load:
         return max(waits, default=0.0)
 
     def check(self) -> None:
-        """Raise ViolationError for what a client saw, or waits for in vain."""
+        """Raise ViolationError for what a client saw, or if it waits too long."""
         if self._verdicts:
             raise ViolationError("\n".join(self._verdicts[:20]))
         waited = self.longest_wait()
@@ -240,14 +241,14 @@ class Load:
             raise ViolationError(f"a request was not answered for {waited:.0f} s")
 
     def pause(self, watch: Callable[[], None]) -> None:
-        """Return once no request is under way; *watch* is called meanwhile."""
+        """Return once no request is under way; calls *watch* while it waits."""
         self.pausing = True
         while not all(client.parked for client in self._clients):
             watch()
             time.sleep(0.01)
 
     def go_on(self) -> None:
-        """Let them send again."""
+        """Let the clients send again."""
         for client in self._clients:
             client.since = time.monotonic()
             client.parked = False
@@ -280,7 +281,7 @@ class Load:
 
 
 def read_all(uri: str, blocks: int, checker: Checker) -> list[Verdict] | None:
-    """Read the whole volume and judge it; None if its server went away meanwhile."""
+    """Read the whole volume and judge it; None if its server went away."""
     verdicts: list[Verdict] = []
     begun = 0
     try:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The nemesis: breaks a site in every way there is a signal or a command for.
+The nemesis: breaks a site with every signal and command that there is.
 
-An act breaks one thing, lets time pass, and mends it; while it is broken another act
-may begin, so that faults overlap. Every choice comes from the episode's seed alone
-and none depends on what the site does: the same seed gives the same acts in the same
-order. The machine decides only how far the clients have come by then.
+An act breaks one thing, lets time pass, and repairs it. While it is broken another act
+may begin, so that faults overlap. Every choice comes from the episode's seed alone and
+none depends on what the site does: the same seed gives the same acts in the same order.
+The machine only decides how far the clients are by then.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .plan import HOLD_S
 
 __all__ = ["Nemesis"]
 
-DEEPEST = 2  # faults within one another
+DEEPEST = 2  # faults inside one another
 
 
 def _name(act: Callable[..., None]) -> str:
-    """Return an act's name, as the option --acts has it."""
+    """Return an act's name for the option --acts."""
     function = act.func if isinstance(act, functools.partial) else act
     return str(function.__name__).lstrip("_")
 
@@ -71,7 +71,7 @@ class Nemesis:
             self._acts = [(1, act) for act in chosen]
 
     def play(self) -> None:
-        """Run the episode's acts, then see to it that all is well again."""
+        """Run the episode's acts, then check that all is well again."""
         field = self.field
         for _ in range(field.plan.acts):
             field.rest(self.draw.uniform(0.1, 0.9))
@@ -95,18 +95,18 @@ class Nemesis:
         self.say(f"heal, in sync, compare {when}")
         for far in self.field.fars:
             self.field.tell("resume", far)
-        # With the clients going on first: in sync must be reached under load too.
+        # First let the clients continue: in sync must be reached under load too.
         if self.draw.random() < 0.5:
             self.field.wait_in_sync()
         self.field.settle()
 
     def say(self, text: str) -> None:
-        """Tell the histories and the terminal what is done."""
+        """Add the act to the histories and show it."""
         self.field.checker.note(text)
         self._told(text)
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass while something is broken, perhaps breaking more."""
+        """Let time pass while something is broken, and perhaps break more."""
         self.depth += 1
         first = self.draw.uniform(0.0, seconds)
         more = self.draw.random() < 0.35 and self.depth < DEEPEST
@@ -117,7 +117,7 @@ class Nemesis:
         self.depth -= 1
 
     def around(self, limit_s: float) -> float:
-        """Draw a duration that is clearly less than the limit, or more."""
+        """Draw a duration that is clearly shorter than the limit, or longer."""
         draw = self.draw
         if draw.random() < 0.5:
             return limit_s * draw.uniform(0.1, 0.6)
@@ -138,7 +138,7 @@ class Nemesis:
         field, moment = self.field, self.draw.uniform(0.0, 0.2)
         if not field.serving:
             return
-        if self.depth == 0:  # nothing is broken: under load it gets in sync
+        if self.depth == 0:  # nothing is broken: it gets in sync under load
             self.heal()
             field.rest(moment)
         self.say(f"kill the primary under load, fail over to {far.name}")
@@ -157,7 +157,7 @@ class Nemesis:
 
     @contextlib.contextmanager
     def secondary_dead(self, far: Far) -> Iterator[None]:
-        """Have a secondary dead meanwhile."""
+        """Keep a secondary dead inside the context."""
         field = self.field
         far.broken += 1
         if far.broken == 1:
@@ -266,8 +266,8 @@ class Nemesis:
         """
         Let the local disk fail, and the secondaries take its place.
 
-        Alone, and never beside a link that holds bytes back: a secondary that is the
-        only source has no other disk to repair what it is sent late.
+        Only alone, and never beside a link that holds bytes back: a secondary that is
+        the only source has no other disk to repair late writes from.
         """
         field, draw = self.field, self.draw
         point = draw.choice(("local_write", "local_write", "local_flush", "local_read"))
@@ -286,7 +286,7 @@ class Nemesis:
         field.rest(away)
         if field.local_state() == "failed":
             field.counts["local disks failed"] += 1
-        armed = True  # the fault may be still to come, until the next start
+        armed = True  # the fault may still come, until the next start
         if meanwhile == "kill the primary":
             self.restart(vain)
             armed = False
@@ -305,13 +305,13 @@ class Nemesis:
             field.bring_local_back(replaced=replaced)
 
     def restart(self, in_vain: Sequence[str] = ()) -> None:
-        """Kill the primary and serve it again, perhaps after starts in vain."""
+        """Kill the primary and serve it again, perhaps after failing starts."""
         self.field.kill_primary()
         for fault in in_vain:
             self.field.start_in_vain(fault)
         self.field.serve()
 
     def hurry(self, far: Far) -> None:
-        """Mostly have it connected at once: the back-off alone would take the time."""
+        """Usually make it connect at once: otherwise the back-off takes the time."""
         if self.draw.random() < 0.7:
             self.field.tell("resume", far)

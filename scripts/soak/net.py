@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A network of two namespaces with a link of a real kernel between them, for root.
+A network of two namespaces with a real kernel's link between them, for root.
 
 The kernel's own queue makes the link slow (tc), so what is under way waits there, and
-TCP's windows bound it. Nothing of it is seen outside of the namespaces.
+TCP's windows limit it. Nothing of it is visible outside the namespaces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NEAR, FAR = "10.78.0.1", "10.78.0.2"
 PORT = 10809
 FASTEST = 1_000_000_000  # bits a second
 BURST = 1600  # bytes; a packet
-QUEUE = 256 << 10  # bytes that wait at most
+QUEUE = 256 << 10  # bytes that may wait
 _numbers = itertools.count()
 
 
@@ -28,7 +28,7 @@ class Network:
     Two namespaces and the link between them.
 
     Raises:
-        OSError, subprocess.CalledProcessError: this machine cannot have them.
+        OSError, subprocess.CalledProcessError: impossible on this machine.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Network:
             _ip("-n", name, "link", "set", "nbdm", "up")
 
     def command(self, *, far: bool) -> list[str]:
-        """Return what runs a command at one end."""
+        """Return the command prefix that runs a command at one end."""
         return ["ip", "netns", "exec", self._names[far]]
 
     def speed(self, up: float | None, back: float | None) -> None:
@@ -65,7 +65,7 @@ class Network:
             _run(*words)
 
     def close(self) -> None:
-        """Remove all of it; processes in it keep what they have until they end."""
+        """Remove all of it; processes inside keep what they have until they end."""
         for name in self._names:
             subprocess.run(
                 ["ip", "netns", "del", name], capture_output=True, check=False
@@ -73,7 +73,7 @@ class Network:
 
 
 def possible() -> bool:
-    """Tell whether this process may make one."""
+    """Return whether this process may make one."""
     return os.geteuid() == 0 and bool(shutil.which("ip") and shutil.which("tc"))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an episode of the soak is made of: all of it is drawn from its seed."""
+"""The choices of one episode of the soak, all drawn from its seed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import random
 
 __all__ = ["HOLD_S", "LATE_S", "Plan"]
 
-# "volatile" loses what was not flushed when it is killed; "slow-disk" has a disk that
-# is slow behind a cache.
+# "volatile" loses unflushed data when it is killed; "slow-disk" has a slow disk behind
+# a cache.
 KINDS = ("nbdkit", "qemu-nbd", "nbd-server", "volatile", "slow-disk")
 HOLD_S, LATE_S = 0.5, 1.5
 SLOWEST, FASTEST = 4e6, 16e6  # bytes a second that a slow disk writes
 
 
 class Plan:
-    """What an episode is made of."""
+    """The choices of one episode."""
 
     def __init__(self, seed: int, episode: int, doors: list[str]) -> None:
         self.name = f"seed {seed} episode {episode}"
@@ -30,10 +30,10 @@ class Plan:
         self.region_size = draw.choice(("4KiB", "16KiB", "64KiB"))
         self.acts = draw.randint(4, 8)
         self.deadline_s = draw.choice((1.0, 1.0, 1.0, 1.0, 4.0))
-        # Whether links lead through the kernel's network; needs root. A lost packet may
-        # silence it for a second.
+        # Whether links lead through the kernel's network, which needs root. A lost
+        # packet may silence it for a second.
         self.network = draw.random() < 0.6 and self.deadline_s > 1
-        # Whether local is on a file system that can be frozen; needs root.
+        # Whether local is on a file system that can be frozen, which needs root.
         self.freezes = draw.random() < 0.25
         self.disk_rate = round(draw.uniform(SLOWEST, FASTEST))
 

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A block of 4 KiB as a register: what may it hold, after all that was written to it?
+A block of 4 KiB as a register: which values may it hold after all its writes?
 
 A written block carries its number, the numbers of the run and of the write, and a
-checksum; a zeroed or trimmed one is a write of the value "zero".
+checksum; a zeroed or trimmed block is a write of the value "zero".
 
-The judgement is linearizability. Where values are unique it is exact and cheap
-(Gibbons and Korach): take a write and all reads of it, *first_end* the first of them
-to end and *last_start* the last to begin. Two writes contradict each other if each
-has a part that ended before a part of the other began, as then each would have to
-come first. This one comparison finds a lost write, a stale read, and a value that
-goes back after it was seen, whatever was under way at once.
+The judgement is linearizability. With unique values it is exact and cheap (Gibbons and
+Korach). Take a write and all reads of it; *first_end* is the first of them to end and
+*last_start* the last to begin. Two writes contradict each other if each has a part that
+ended before a part of the other began, because then each would have to come first. This
+one comparison finds a lost write, a stale read, and a value that reverts after it was
+seen, whatever was under way at the same time.
 
-A write without a good answer (an error, or the server died) may have taken effect,
-at any time until it ended, or never: it counts only once it is seen. Its end is the
-error's arrival, or the death of the server that had it.
+A write without a good answer (an error, or the server died) may have taken effect at
+any time until it ended, or never: it counts only once it is seen. It ends when the
+error arrives, or when its server dies.
 
-A whole block is written by one pwrite inside a page, so a server that is killed
-leaves no half block; a read may be torn only beside a write of its block, and a disk
-that lost its power only where a write was never answered.
+A whole block is written by one pwrite inside a page, so a killed server leaves no half
+block. A read may be torn only beside a write of its block, and a disk that lost power
+only where a write was never answered.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ MAGIC = b"NBDMREG1"
 HEADER = struct.Struct("<8sQQQ")
 CRC = struct.Struct("<I")
 ZEROES = bytes(BLOCK)
-ZERO, TORN = 0, -1  # what is found in place of a write's number
+ZERO, TORN = 0, -1  # found in place of a write's number
 NEVER = 1 << 62
-KEPT = 8  # claims of a block that are kept without asking which still matter
+KEPT = 8  # claims of a block that are kept before checking which still matter
 OLD_KEPT = 8  # claims that no longer matter, for reports
 MASK = (1 << 128) - 1
 
 
 def encode(block: int, seq: int, run: int) -> bytes:
-    """Return the content of *block* as write *seq* of *run* leaves it."""
+    """Return the content of *block* after write *seq* of *run*."""
     fill = ((block + 1) * 0x9E3779B97F4A7C15 * (seq + 1) & MASK).to_bytes(16, "little")
     head = HEADER.pack(MAGIC, run, block, seq)
     body = head + (fill * 254)[: BLOCK - len(head) - CRC.size]
@@ -81,7 +81,7 @@ class Op:
     count: int
     fua: bool
     ended: int = NEVER
-    answered: bool = False  # well
+    answered: bool = False  # with success
     outcome: str = "pending"
     server_ended: int = NEVER  # when the server that had it was dead
     flushed: int = NEVER
@@ -93,11 +93,11 @@ class Claim:
 
     op: Op
     seen_end: int = NEVER  # the earliest end of a read that saw it
-    seen_start: int = 0  # the latest begin of one
+    seen_start: int = 0  # the latest begin of such a read
 
     @property
     def value(self) -> int:
-        """What a block that it was written to holds."""
+        """The value of a block after it."""
         return self.op.seq if self.op.kind == "write" else ZERO
 
     @property
@@ -111,7 +111,7 @@ class Claim:
         return max(self.op.seq, self.seen_start)
 
     def contradicts(self, other: Claim) -> bool:
-        """Tell whether each must have come before the other."""
+        """Return whether each must have come before the other."""
         return self.first_end < other.last_start and other.first_end < self.last_start
 
     def __str__(self) -> str:
@@ -129,18 +129,18 @@ class Claim:
 
 @dataclass(slots=True)
 class Register:
-    """A block's claims that may still matter, and the latest of those that cannot."""
+    """A block's claims that may still matter, and the latest of the others."""
 
     claims: list[Claim] = field(default_factory=list)
     old: deque[Claim] = field(default_factory=lambda: deque(maxlen=OLD_KEPT))
 
     def allowed(self, span: tuple[int, int], value: int | None = None) -> list[Claim]:
         """
-        Return what a read may return.
+        Return the claims that a read may return.
 
         Args:
             span: when the read began and ended.
-            value: only claims of this one.
+            value: only claims of this value.
         """
         return [
             claim
@@ -152,13 +152,14 @@ class Register:
 
     def copied(self, span: tuple[int, int], since: int) -> list[Claim]:
         """
-        Return what an in-sync copy may hold whose primary is dead.
+        Return the claims that an in-sync copy may hold whose primary is dead.
 
-        Of what that primary had not answered each disk may have its own part, also
-        where it was read from the other one. What an earlier one left was made equal.
+        Of the requests that this primary had not answered, each disk may have its own
+        part, even if they were read from the other disk. What an earlier primary left
+        was made equal.
 
         Args:
-            span: when the copy is looked at.
+            span: when the copy is judged.
             since: when the primary before the dead one had ended.
         """
         own = {id(c) for c in self.claims if c.op.seq > since and not c.op.answered}
@@ -176,7 +177,7 @@ class Register:
 
     @staticmethod
     def _possible(one: Claim, span: tuple[int, int], claims: list[Claim]) -> bool:
-        """Tell whether *one* could be seen in *span* and contradict nothing."""
+        """Return whether *one* could be seen in *span* and contradict nothing."""
         begun, ended = span
         first_end = min(one.op.ended, one.seen_end, ended)
         last_start = max(one.op.seq, one.seen_start, begun)
@@ -188,20 +189,20 @@ class Register:
         return True
 
     def see(self, value: int, span: tuple[int, int]) -> bool:
-        """Hold later reads to what this one returned; False if it may not have been."""
+        """Hold later reads to the result of this one; False if it was not allowed."""
         fitting = self.allowed(span, value)
-        # Which of several zeroes it was cannot be told: then it holds no later read.
+        # It is unknown which of several zeroes it was: then it holds no later read.
         if len(fitting) == 1:
             fitting[0].seen_end = min(fitting[0].seen_end, span[1])
             fitting[0].seen_start = max(fitting[0].seen_start, span[0])
         return bool(fitting)
 
     def may_be_torn(self, span: tuple[int, int]) -> bool:
-        """Tell whether a read in *span* had a write of the block beside it."""
+        """Return whether a write of the block ran beside a read in *span*."""
         return any(c.op.seq < span[1] and c.op.ended > span[0] for c in self.claims)
 
     def durable(self) -> list[Claim]:
-        """Return what a disk may hold that lost all it had not flushed."""
+        """Return the claims that a disk may hold that lost everything unflushed."""
         floor = max(c.op.seq for c in self.claims if c.op.flushed < NEVER)
         return [c for c in self.claims if c.op.ended >= floor]
 
@@ -220,9 +221,10 @@ class Register:
 
     def forget(self, oldest_read: int) -> None:
         """
-        Move to *old* what lies wholly before a durable write.
+        Move to *old* what is completely before a durable write.
 
-        Kept are claims seen so late that a remaining one might contradict them.
+        Claims that were seen so late that a remaining one might contradict them are
+        kept.
 
         Args:
             oldest_read: when the oldest read under way began.

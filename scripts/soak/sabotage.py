@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Sabotage: proof that the soak finds what it is there to find.
+Sabotage: proof that the soak finds what it must find.
 
 Each way spoils something behind the mirror's back, as a bug that loses a write would,
-and then lets the episode end as any other does. One that ends well means that the
-checker is blind.
+and then lets the episode end like any other. If the episode ends well, the checker is
+blind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write(field: Field, count: int = 1) -> int:
 
 
 def spoil(image: Path, content: bytes) -> None:
-    """Put *content* at block AT of an image."""
+    """Write *content* to block AT of an image."""
     with image.open("r+b") as file:
         file.seek(AT * BLOCK)
         file.write(content)
@@ -67,7 +67,7 @@ def torn_block(field: Field) -> None:
 
 
 def copy(field: Field) -> None:
-    """Lose a write on a secondary alone."""
+    """Lose a write only on a secondary."""
     quiet(field)
     old = encode(AT, write(field), field.plan.run)
     write(field)
@@ -76,7 +76,7 @@ def copy(field: Field) -> None:
 
 
 def dirty_map(field: Field) -> None:
-    """Clear a dirty map: what the remote missed is then never copied."""
+    """Clear a dirty map: then what the remote missed is never copied."""
     quiet(field)
     far = field.fars[0]
     far.broken += 1
@@ -89,7 +89,7 @@ def dirty_map(field: Field) -> None:
     before = field.checker.answered
     support.wait_until(lambda: field.checker.answered > before + 200, "more writes")
     field.load.pause(field.watch)
-    # A clean stop would put a checksum over the map, and the start then not believe it.
+    # A clean stop would write a checksum over the map, and the start would reject it.
     field.kill_primary()
     path = field.site.map_path(far.name)
     with path.open("r+b") as file:
@@ -111,5 +111,5 @@ SABOTAGES: dict[str, Callable[[Field], None]] = {
 
 
 def sabotage(name: str, field: Field) -> None:
-    """Spoil something, and look as every episode does."""
+    """Spoil something, and check as every episode does."""
     SABOTAGES[name](field)

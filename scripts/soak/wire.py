@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Follow what an NBD client sends, so that a link can answer in its server's place."""
+"""Follow an NBD client's requests, so that a link can answer in its server's place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WRITE = 1
 
 
 def simple_answer(cookie: bytes) -> bytes:
-    """Return the answer that all went well."""
+    """Return the answer for success."""
     return struct.pack(">II8s", ANSWER_MAGIC, 0, cookie)
 
 
@@ -43,7 +43,7 @@ class Requests:
         return writes
 
     def _step(self) -> list[tuple[bytes, int]] | None:
-        """Take one header; None if it is not there yet."""
+        """Parse one header; None if it is not complete yet."""
         if self._stage == "flags":
             return self._cut(FLAGS.size, "options")
         if self._stage == "options":
