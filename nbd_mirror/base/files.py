@@ -20,7 +20,14 @@ from pathlib import Path
 
 from .errors import AccessError
 
-__all__ = ["check_private", "open_plain", "opened_folder", "read_plain", "replace_file"]
+__all__ = [
+    "check_private",
+    "is_there",
+    "open_plain",
+    "opened_folder",
+    "read_plain",
+    "replace_file",
+]
 
 # FIFOs are opened without waiting for their other end, and then refused.
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -88,6 +95,16 @@ def replace_file(folder: Path, name: str, content: bytes, mode: int = 0o600) -> 
             with contextlib.suppress(OSError):
                 os.unlink(new, dir_fd=dir_fd)
             raise
+
+
+def is_there(path: str | Path) -> bool:
+    """
+    Say whether a file is seen there, by any user.
+
+    `Path.exists` raises where this user may not look, which is no answer for one who
+    only asks.
+    """
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def check_private(folder: Path, command: str) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 import shlex
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from ..base.errors import (
     MissingError,
     from_errno,
 )
-from ..base.files import check_private
+from ..base.files import check_private, is_there
 from ..base.units import format_size
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
@@ -109,7 +111,7 @@ def _check_local(config: VolumeConfig) -> None:
     except (FileNotFoundError, NotADirectoryError):
         size = config.size and format_size(config.size, exact=True).removesuffix("iB")
         hint = f"truncate -s {size.removesuffix('B')} {quoted}" if size else ""
-        if (config.state_dir / "superblock").exists():
+        if is_there(config.state_dir / "superblock"):
             uri = shlex.quote(config.remotes[0].uri)
             hint = (
                 f"if it was lost, copy it back first: nbdcopy {uri} {quoted}, then "
@@ -118,13 +120,14 @@ def _check_local(config: VolumeConfig) -> None:
         raise MissingError(f"the local disk {local} is not there", hint) from None
     except OSError as error:
         raise from_errno(error.errno or 0, f"{local}: {error.strerror}") from None
-    if local.is_dir():
+    if stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"the local disk {local} is a folder")
-    if not local.is_file() and not local.is_block_device():
+    is_file = stat.S_ISREG(status.st_mode)
+    if not is_file and not stat.S_ISBLK(status.st_mode):
         raise ConfigError(
             f"the local disk {local} is neither a file nor a block device"
         )
-    if local.is_file() and status.st_size < max(config.size, 1):
+    if is_file and status.st_size < max(config.size, 1):
         raise ConfigError(
             f"the local disk {local} has {status.st_size} bytes, "
             f"the volume needs {max(config.size, 1)}",
@@ -147,7 +150,7 @@ def _make_folder(config: VolumeConfig, force: bool) -> bool:
         ) from None
     else:
         return True
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112  is_dir raises where we may not look
         raise ExistsError(f"the state directory's path {folder} is no folder")
     check_private(folder, "create")
     pid = serving_pid(config)

@@ -364,7 +364,8 @@ def attached_device(config: VolumeConfig) -> str:
     try:
         name = devices.name_of(noted.device)
         # After a reboot or a manual detach the device may belong to another volume.
-        same = (noted.boot_id, noted.pid) == (attached.boot_id(), devices.pid_of(name))
+        pid = devices.pid_of(name)
+        same = pid != "" and (noted.boot_id, noted.pid) == (attached.boot_id(), pid)
     except (OSError, MirrorError):
         return ""
     return f"/dev/{name}" if same else ""

@@ -96,8 +96,11 @@ def name_of(device: str) -> str:
 
 
 def pid_of(name: str) -> str:
-    """Return the process that connected the device, as the kernel reports it."""
-    return (SYS_BLOCK / name / "pid").read_text().strip()
+    """Return the process that connected the device, as the kernel reports it, or ""."""
+    try:
+        return (SYS_BLOCK / name / "pid").read_text().strip()
+    except OSError:
+        return ""  # the device is no longer connected
 
 
 def set_limits(name: str) -> None:

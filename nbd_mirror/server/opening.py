@@ -11,6 +11,7 @@ import errno
 import os
 
 from ..base.errors import MirrorError
+from ..base.files import is_there
 from ..volume import config as _config
 from ..volume.core import Engine
 
@@ -51,7 +52,7 @@ def _hint(error: MirrorError, config: _config.VolumeConfig) -> str:
             return _OTHER
         case errno.ENOMEDIUM:
             return _LOST
-        case errno.ENOENT if not os.path.exists(config.local):  # noqa: PTH110
+        case errno.ENOENT if not is_there(config.local):
             return _LOST
         case errno.ENOTCONN:
             return _NO_SYNC

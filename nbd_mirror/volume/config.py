@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from ..base.errors import AccessError, ConfigError, MissingError
+from ..base.files import is_there
 from ..base.listen import Listen, parse_listen
 from . import config_values as values
 from .model import Params, RemoteParams
@@ -229,7 +230,7 @@ def _read(source: Path, asked: str) -> str:
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         hint = "create the file; the README shows one"
-        if asked != os.fspath(source) and Path(f"{asked}.toml").exists():
+        if asked != os.fspath(source) and is_there(f"{asked}.toml"):
             hint = f"name the file with its folder: ./{asked}.toml"
         raise MissingError(f"there is no configuration {source}", hint) from None
     except IsADirectoryError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FormatError, MirrorError, MissingError, UnsupportedError
-from ..base.files import read_plain
+from ..base.files import is_there, read_plain
 from ..rules.state import Facts, LocalFacts, LocalState, RemoteState
 from .config import VolumeConfig
 from .mapview import DirtyMaps, open_map
@@ -129,7 +129,7 @@ def mapped_disks(config: VolumeConfig) -> list[str]:
     """Return the disks that have a dirty map: local first, then the remotes."""
     remotes = [remote.name for remote in config.remotes]
     # A volume of an earlier version has none before it is served again.
-    return ["local", *remotes] if _map_path(config, "local").exists() else remotes
+    return ["local", *remotes] if is_there(_map_path(config, "local")) else remotes
 
 
 def _map_path(config: VolumeConfig, disk: str) -> Path:

@@ -335,6 +335,78 @@ def test_attached_is_a_new_file_and_roots_word(foreign: tuple[Site, Path]) -> No
     assert attached.load(site.state) == attached.Attached()
 
 
+# --- what this user may not look at ---
+
+
+def as_nobody(
+    site: Site, folder: Path, *words: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user without rights, who stands in *folder*."""
+    return subprocess.run(
+        [*site.command(), *words],
+        cwd=folder,
+        env=os.environ | site.environment(),
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def hidden(site: Site) -> tuple[Site, Path]:
+    """Give a volume of which another user may read the configuration alone."""
+    for folder in (site.folder, *site.folder.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    site.create()
+    folder = site.folder / "hidden"
+    folder.mkdir(mode=0o700)
+    (folder / "v.toml").write_bytes(site.config.read_bytes())
+    site.state.rename(folder / "state")
+    site.keys["state"] = str(folder / "state")
+    site.write_config()
+    site.config.chmod(0o644)
+    return site, folder
+
+
+@pytest.mark.parametrize("hides", ["state", "state of a lost disk", "local"])
+def test_what_a_user_may_not_look_at_is_said(
+    hidden: tuple[Site, Path], hides: str
+) -> None:
+    """Each command says so in one line, whether or not the local disk is there."""
+    site, folder = hidden
+    if hides == "local":
+        site.keys["state"] = str(site.folder / "none")
+        site.keys["local"] = str(folder / "local.img")
+        site.write_config()
+        site.config.chmod(0o644)
+    elif hides == "state of a lost disk":
+        site.local.unlink()
+    wait = ["--for", "in_sync", "--timeout", "1s"]
+    commands = {"wait": wait, "invalidate": ["dr"], "attach": []}
+    for name in ("create", "serve", "status", "stop", "inspect", "detach", *commands):
+        words = [name, str(site.config), *commands.get(name, [])]
+        done = as_nobody(site, Path("/"), *words)
+        assert done.returncode not in (0, 1), (name, done.stderr)
+        assert done.stderr.startswith("nbd-mirror: "), done.stderr
+        assert "internal error" not in done.stderr
+
+
+def test_name_in_a_folder_that_a_user_may_not_look_at(
+    hidden: tuple[Site, Path],
+) -> None:
+    """Where a file of that name might be, which the hint would tell of."""
+    site, folder = hidden
+    done = as_nobody(site, folder, "status", "v")
+    assert done.returncode == 4, done.stderr
+    assert "there is no configuration" in done.stderr
+
+
 # --- locks that any user can take ---
 
 
