@@ -24,6 +24,7 @@ from .asked import name_volume
 from .output import plain
 
 __all__ = [
+    "NAME_WIDTH",
     "can_draw_blocks",
     "describe_policy",
     "describe_resync",
@@ -45,6 +46,9 @@ _STYLES = {
 }
 _SHADE_STYLE = "red"
 LONGEST_RUNS = 10
+# Names up to this width are aligned.  One long name must not move the lines of all
+# other disks beyond the edge of the terminal.
+NAME_WIDTH = 16
 
 
 def state_text(state: str) -> Text:
@@ -122,7 +126,7 @@ def show_status(console: Console, status: Status, asked: str) -> None:
     if status.log_lines_lost:
         lines = _count(status.log_lines_lost, "line")
         _line(console, f"  log: {lines} lost: it cannot be written, or was too slow")
-    width = max(len(disk.name) for disk in status.disks)
+    width = min(max(len(disk.name) for disk in status.disks), NAME_WIDTH)
     _show_local(console, status.local, asked, width)
     for remote in status.remotes:
         _show_remote(console, remote, asked, width)

@@ -26,7 +26,7 @@ from ..volume.offline import stopped_status
 from ..volume.status import Disk, Status
 from .asked import name_volume
 from .output import plain
-from .show import describe_resync, state_text
+from .show import NAME_WIDTH, describe_resync, state_text
 
 __all__ = ["reached", "status_of", "wait_for", "watch"]
 
@@ -208,7 +208,8 @@ def _picture(status: Status, asked: str) -> Group:
     )
     lines: list[Text | Table | Padding] = [head]
     disks = _disks(status)
-    name_width = max((len(plain(disk.name)) for disk in disks), default=0)
+    longest = max((len(plain(disk.name)) for disk in disks), default=0)
+    name_width = min(longest, NAME_WIDTH)
     for disk in disks:
         lines.append(_disk_line(disk, name_width))
         # Not in a column: a narrow terminal has no room for one.
@@ -229,7 +230,8 @@ def _disk_line(disk: Disk, name_width: int) -> Table:
             width=32,
         )
     table = Table.grid(padding=(0, 2))
-    table.add_column(min_width=name_width)
+    # A long name is folded: the state and the progress keep their room.
+    table.add_column(width=name_width, overflow="fold")
     table.add_column(min_width=STATE_WIDTH, no_wrap=True)
     table.add_row(
         Text(plain(disk.name), style="bold"),

@@ -42,6 +42,29 @@ def test_words_of_a_server_command_no_terminal(
         assert not set("\x1b\x9b\x7f") & set(shown)
 
 
+def test_long_name_leaves_the_other_lines_readable() -> None:
+    """One of 63 characters: all others begin where they would, and fit."""
+    long = "x" * 63
+    resync = {"done_bytes": 1, "total_bytes": 4, "bytes_per_s": 1, "eta_s": 3}
+    status = a_status(
+        a_remote(name="dr", state="resyncing", resync=resync),
+        a_remote(name=long, state="out_of_sync"),
+    )
+    lines = _shown(status).splitlines()
+    (dr,) = [line for line in lines if line.startswith("  dr ")]
+    assert dr.index("resyncing") <= 20
+    assert any(line.startswith(f"  {long}  out_of_sync ") for line in lines)
+    out = io.StringIO()
+    Console(file=out, width=80).print(
+        watch._picture(Status.model_validate(status), "pg")
+    )
+    shown = out.getvalue()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "out_of_sync" in shown
+    assert "25.0%" in shown
+    assert long in "".join(line[:16].strip() for line in shown.splitlines())
+
+
 def test_status_shows_why_and_what_to_try_with_the_volumes_name() -> None:
     """Reason and hint stand under the state they belong to."""
     text = _shown(
