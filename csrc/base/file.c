@@ -60,7 +60,7 @@ full_pwrite (int fd, const void *buf, size_t count, uint64_t offset)
       continue;
     if (n == -1)
       return -errno;
-    if (n == 0) /* would loop for ever */
+    if (n == 0) /* otherwise this would loop forever */
       return -EIO;
     p += n;
     count -= (size_t)n;

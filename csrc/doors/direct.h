@@ -67,7 +67,7 @@ struct clients {
   pthread_cond_t gone;  /* a session's thread has ended */
   struct session *first;
   uint32_t nr, nr_shaking, nr_admitted;
-  bool disconnecting; /* all sessions are told to end */
+  bool disconnecting; /* all sessions must end */
 };
 
 enum stage { SHAKING_HANDS, ADMITTED, PUT_OUT };
@@ -134,7 +134,7 @@ struct session {
   bool waiting;       /* for memory */
   bool no_more;       /* the end of the stream, or of the server */
   bool ended;  /* the client disconnected or sent nonsense: no requests */
-  bool closed; /* by the client: poll would report it for ever */
+  bool closed; /* by the client: poll would report it forever */
 
   pthread_mutex_t lock;    /* protects all below; before the budget's */
   struct op *first, *last; /* answers to send */

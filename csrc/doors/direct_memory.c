@@ -52,7 +52,7 @@ budget_end (struct budget *budget)
   pthread_mutex_destroy (&budget->lock);
 }
 
-/* How much a session with so many bytes of buffers must reserve. */
+/* The reservation of a session with `bytes` bytes of buffers. */
 static uint64_t
 charge_of (uint64_t bytes)
 {
@@ -232,7 +232,7 @@ budget_take_locked (struct session *s, size_t bytes)
   spare_free_locked (s);
   if (charge_locked (s, bytes))
     return true;
-  /* Rounded up, so it stays enough whatever is given back before. */
+  /* Rounded up, so that it stays enough whatever is given back before. */
   s->waiting = true;
   queue (budget, s, (bytes + CHUNK - 1) / CHUNK * CHUNK);
   return collect_locked (s) && charge_locked (s, bytes);

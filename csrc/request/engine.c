@@ -83,7 +83,7 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
               strerror (-leg->result));
     remote_broken_locked (r, leg->conn, why);
   }
-  /* The change of state has marked the range already.  To mark it again costs
+  /* The change of state has already marked the range.  Marking it again costs
    * nothing, and does not depend on which thread changed the state.
    */
   mark_dirty_locked (r, req->offset, req->length, leg->sent);

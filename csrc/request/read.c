@@ -304,7 +304,7 @@ nbdm_extents (struct nbdm *v, uint64_t count, uint64_t offset,
   int rc = check_range (v, count, offset);
 
   if (rc == 0)
-    rc = fenced_read_check (v); /* a hole tells as much as a read */
+    rc = fenced_read_check (v); /* a hole reveals as much as a read */
   if (rc < 0)
     return rc;
   while (offset < end && nr < max) {

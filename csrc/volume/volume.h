@@ -175,7 +175,7 @@ struct local {
   atomic_u64 errors;
   atomic_u64 silent_ns;           /* age of its oldest unanswered call */
   struct sleep_average asleep[2]; /* of small reads, and of small writes */
-  uint32_t deadline_ms;           /* 0: it may keep a request for ever */
+  uint32_t deadline_ms;           /* 0: it may keep a request forever */
   pthread_t guard;                /* see local_deadline.c */
   bool guard_running, guard_stop; /* the first: only its starter uses it */
 };

@@ -103,7 +103,7 @@ defer_wake_locked (struct conn *conn, struct waiter *waiter,
   *p = waiter->next;
   waiter->asleep = false;
   if (nr_to_wake == MAX_TO_WAKE)
-    conn_wake_deferred (); /* better under a lock than never */
+    conn_wake_deferred (); /* a wake under a lock is better than none */
   to_wake[nr_to_wake++] = &waiter->wake_reason;
   atomic_store_explicit (&waiter->wake_reason, why, memory_order_release);
   /* From here on the waiter may be freed. */

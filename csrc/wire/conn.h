@@ -105,7 +105,7 @@ int conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter);
  */
 void conn_wait (struct conn *conn, struct waiter *waiter);
 
-/* Send what conn_issue left, as far as the socket has room. */
+/* Send what conn_issue left, until the socket is full. */
 void conn_push (struct conn *conn);
 
 /* A thread that waits in poll for several descriptors, one of them this

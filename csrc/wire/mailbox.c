@@ -64,7 +64,7 @@ mailbox_ring (struct mailbox *box)
   if (box == own || atomic_exchange (&box->rung, true))
     return;
   if (nr_to_ring == MAX_TO_RING)
-    mailbox_ring_all (); /* better under a lock than never */
+    mailbox_ring_all (); /* a ring under a lock is better than none */
   atomic_fetch_add (&box->users, 1);
   to_ring[nr_to_ring++] = box;
 }
@@ -85,7 +85,7 @@ mailbox_post (struct waiter *waiter)
   struct mailbox *box = waiter->box;
   struct waiter *before = atomic_load (&box->posted);
 
-  atomic_fetch_add (&box->users, 1); /* its owner may go once it is posted */
+  atomic_fetch_add (&box->users, 1); /* its owner may leave once it is posted */
   do
     waiter->next = before;
   while (!atomic_compare_exchange_weak (&box->posted, &before, waiter));

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The plain transport's sending half.  transport_plain.c says when a command
- * leaves, and which thread sends.
+/* The sending half of the plain transport. transport_plain.c explains when a
+ * command leaves, and which thread sends.
  */
 
 #define _GNU_SOURCE
@@ -27,8 +27,11 @@
 #define BATCH_BYTES (256u << 10) /* no command joins a batch of that size */
 #define SEND_AT_ONCE (64u << 10) /* bytes: large enough not to wait */
 #define LOOK_UP_MS 20            /* for answers, while it waits for room */
-#define TURN_BATCHES 64u /* that one thread sends, for all, if that takes */
-#define TURN_NS UINT64_C (10000000) /* so long: a core may be taken from it */
+/* A thread that sends for all ends its turn after both of these.  The time
+ * alone would not do: the thread may lose its core.
+ */
+#define TURN_BATCHES 64u
+#define TURN_NS UINT64_C (10000000)
 
 static size_t
 payload_size (const struct command *cmd)
@@ -56,7 +59,7 @@ fill_request (struct nbd_request *request, const struct command *cmd)
                                    .length = htobe32 ((uint32_t)cmd->length) };
 }
 
-/* Everything from `unsent` on, as far as a batch goes. */
+/* Collect a batch, beginning with `unsent`. */
 static void
 gather_locked (struct plain *plain, struct msghdr *msg)
 {
@@ -78,8 +81,8 @@ gather_locked (struct plain *plain, struct msghdr *msg)
   plain->nr_batched = i;
 }
 
-/* So many bytes of the batch have left.  False: a command was answered that has
- * not wholly left.
+/* `bytes` bytes of the batch have left.  False: a command was answered that had
+ * not been sent completely.
  */
 static bool
 sent_locked (struct conn *conn, size_t bytes)
@@ -122,8 +125,8 @@ plain_describe_loss (int err, char *why, size_t max)
     snprintf (why, max, "the connection broke: %s", strerror (err));
 }
 
-/* The result of a sendmsg: 1 go on, 0 the socket is full, -1 the connection is
- * over, for the reason in `why`.
+/* The result of a sendmsg.  1: continue; 0: the socket is full; -1: the
+ * connection is over, for the reason in `why`.
  */
 static int
 outcome_locked (struct conn *conn, ssize_t n, int err, char *why)
@@ -147,8 +150,8 @@ plain_has_unsent (const struct conn *conn)
   return conn->plain->unsent && !conn->plain->sending && !conn->dead;
 }
 
-/* Send until nothing is left, the socket is full, or this thread has sent for
- * long enough.  No effect while another thread sends.  Drops the lock during a
+/* Send until nothing is left, the socket is full, or this thread's turn is
+ * over.  No effect while another thread sends.  Releases the lock during a
  * send.  True: the socket is full.
  */
 static bool
@@ -178,14 +181,14 @@ push_relock (struct conn *conn)
       atomic_store (&plain->full, true);
       return true;
     case -1:
-      /* At once: no thread may send or believe anything in between. */
+      /* At once: in between no thread may send, or believe an answer. */
       conn_die_locked (conn, why);
       pthread_mutex_unlock (&conn->lock);
       conn_kill (conn, why);
       pthread_mutex_lock (&conn->lock);
     }
   }
-  /* The poller sends the rest, as when the socket is full. */
+  /* The poller sends the rest, as for a full socket. */
   if (!plain->sending)
     atomic_store (&plain->full, plain->unsent != NULL);
   return false;

@@ -121,7 +121,7 @@ struct patience {
   bool over;
 };
 
-/* Else libnbd has closed it, and the number may belong to another file. */
+/* Otherwise libnbd has closed it, and the number may belong to another file. */
 static bool
 is_same_socket (int one, int other)
 {
@@ -191,7 +191,7 @@ handshake (struct conn *conn, uint64_t until_ns, uint32_t timeout_ms)
 {
   int rc = drive (conn, until_ns, timeout_ms);
 
-  /* Else it has failed, or is of the old style. */
+  /* Otherwise it has failed, or is of the old style. */
   if (rc == 0
       && (nbd_aio_is_negotiating (conn->nbd) || nbd_aio_is_ready (conn->nbd)))
     rc = dup_socket (conn);
@@ -306,7 +306,8 @@ issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return 0;
 }
 
-/* libnbd sends at once, and what the socket has no room for with the steps. */
+/* libnbd sends at once; the later steps send what the socket has no room for.
+ */
 static void
 push (struct conn *conn, const struct waiter *waiter)
 {
@@ -337,7 +338,7 @@ notify_write (struct conn *conn)
     counter_add (&conn->went, after - before);
 }
 
-/* libnbd does not tell how much of it is still unsent. */
+/* libnbd does not report how much of it is still unsent. */
 static uint64_t
 unsent_of_oldest (const struct conn *conn)
 {
@@ -371,7 +372,7 @@ step (struct conn *conn, bool wait)
   if (pfd[0].revents & (POLLOUT | POLLERR)
       && (nbd_aio_get_direction (conn->nbd) & LIBNBD_AIO_DIRECTION_WRITE))
     notify_write (conn);
-  /* Before the waiters wake, or they would not know the reason. */
+  /* Before the waiters wake: they need the reason. */
   if (nbd_aio_is_dead (conn->nbd) || nbd_aio_is_closed (conn->nbd))
     conn_kill (conn, nbd_aio_is_dead (conn->nbd)
                          ? libnbd_words ()

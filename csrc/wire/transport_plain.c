@@ -6,37 +6,39 @@
  * answer with one, polls before both and serialises all of it under a lock that
  * every thread takes.  In this transport
  *
- *   commands that meet at the socket leave with one sendmsg, headers and
- *   payloads gathered where they lie;
- *   answers come in as many as there are with one recv, and without a poll;
+ *   commands that come together leave with one sendmsg, which gathers headers
+ *   and payloads in place;
+ *   one recv, without a poll, takes all answers that are there;
  *   no lock is held over either.
  *
- * When a command leaves: at once if the server has nothing to do, or if it is
- * large; else with the next push, which its issuer makes when it has done its
- * own part, the local write (as Nagle's algorithm sends: RFC 896).  Meanwhile
- * others' commands join it.  A server that has work is not kept waiting by it.
+ * When a command leaves: at once if the server has nothing to do, or if the
+ * command is large.  Otherwise it leaves with the next push, which its issuer
+ * makes after its own part, the local write (as Nagle's algorithm sends: RFC
+ * 896).  Until then commands of other threads join it.  This never delays an
+ * idle server.
  *
- * One thread at a time sends, the first that pushes.  It goes on until nothing
- * is left, so the others need not wait for their turn; but after TURN_NS and
- * TURN_BATCHES it leaves the rest.  Where others add commands as quickly as it
- * sends them, it would else never come to its own client or, being the ticker,
- * to a deadline.  The next thread that adds a command goes on with them, or the
- * poller, or the ticker.
+ * One thread at a time sends, the first that pushes.  It continues until
+ * nothing is left, so the others need not wait for their turn; but after
+ * TURN_NS and TURN_BATCHES it leaves the rest.  Otherwise, while other threads
+ * add commands as fast as it sends them, it would never return to its own
+ * client, or, as the ticker, to a deadline.  The next thread that adds a
+ * command sends the rest, or the poller, or the ticker.
  *
- * No send blocks: a thread that has to wait for room waits in poll, and the end
- * of the connection, by a deadline or otherwise, ends that.  One thread waits
- * for room, for all, and leaves once its own commands are answered: on a slow
- * link others' commands never come to an end, and its client would wait with
- * it.  The poller sends what is left then.
+ * No send blocks: a thread that needs room waits in poll, which the end of the
+ * connection, by a deadline or otherwise, ends.  One thread waits for room on
+ * behalf of all, and leaves once its own commands are answered: on a slow link
+ * there are always commands of others, and its client would wait for them.  The
+ * poller then sends the rest.
  *
  * An answer may come before sendmsg has returned to the thread that sent the
- * command.  It is kept, and given to the waiter when the call has returned:
- * until then the kernel may read the command and its payload.  If the command
- * has not wholly left by then, no honest server can have answered it, and the
- * connection is over.  So no answered command is left to send.
+ * command.  The answer is kept, and given to the waiter when the call has
+ * returned: until then the kernel may read the command and its payload.  If the
+ * command has not been sent completely by then, no honest server can have
+ * answered it, and the connection ends.  So no answered command is left to
+ * send.
  *
  * The end: conn_kill shuts the socket down, both calls return, and the poller,
- * once no sendmsg is under way, ends all that is outstanding.
+ * once no sendmsg is under way, ends all outstanding commands.
  */
 
 #define _GNU_SOURCE
@@ -65,9 +67,9 @@
 #include "wire/transport.h"
 #include "wire/transport_plain.h"
 
-/* --- Taking in answers ------------------------------------------------ */
+/* --- Receiving answers ------------------------------------------------ */
 
-/* Servers answer about in order, so it is near the oldest. */
+/* Servers answer roughly in order, so search from the oldest. */
 static struct command *
 find_locked (const struct conn *conn, uint64_t cookie)
 {
@@ -91,7 +93,7 @@ answered_locked (struct conn *conn, struct command *cmd, int error,
     conn_answer_locked (conn, cmd, error, now);
 }
 
-/* Take one header.  NULL, or the error in it. */
+/* Process one header.  NULL, or what is wrong with it. */
 static const char *
 take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
                    uint64_t now)
@@ -119,7 +121,7 @@ take_reply_locked (struct conn *conn, const struct nbd_simple_reply *reply,
   return NULL;
 }
 
-/* The headers that are in the inbox, up to one with a payload. */
+/* Process the headers in the inbox, up to one with a payload. */
 static const char *
 take_replies (struct conn *conn)
 {
@@ -141,7 +143,7 @@ take_replies (struct conn *conn)
   return wrong;
 }
 
-/* More bytes of the payload are in its buffer. */
+/* More bytes of the payload have arrived in its buffer. */
 static void
 filled (struct conn *conn, size_t bytes)
 {
@@ -180,7 +182,7 @@ take_in (struct conn *conn)
     else
       break;
   }
-  /* What is left is less than a header. */
+  /* The rest is less than a header. */
   memmove (plain->inbox, plain->inbox + plain->start,
            plain->end - plain->start);
   plain->end -= plain->start;
@@ -219,7 +221,7 @@ receive_some (struct conn *conn, int flags)
   struct plain *plain = conn->plain;
   struct command *cmd = plain->filling;
 
-  if (cmd) /* the inbox is empty then */
+  if (cmd) /* then the inbox is empty */
     return receive (conn->fd, (char *)cmd->buf + plain->filled,
                     cmd->length - plain->filled, flags);
   return receive (conn->fd, plain->inbox + plain->end, INBOX_SIZE - plain->end,
@@ -248,8 +250,8 @@ static bool
 step (struct conn *conn, bool wait)
 {
   struct plain *plain = conn->plain;
-  /* Answers that were kept become valid when a sendmsg returns, which wakes no
-   * recv; it returns soon.
+  /* Kept answers become valid when a sendmsg returns, which wakes no recv; it
+   * returns soon.
    */
   bool soon = atomic_load (&plain->nr_early) > 0;
   bool full = wait && !soon && atomic_load (&plain->full);
@@ -350,7 +352,7 @@ plain_take_over (struct conn *conn)
   conn->plain = calloc (1, sizeof *conn->plain);
   if (conn->plain == NULL)
     return set_error (-ENOMEM, "connect");
-  /* Ours is a dup, which stays open. */
+  /* Our socket is a dup, which stays open. */
   nbd_close (conn->nbd);
   conn->nbd = NULL;
   close (conn->kick);
