@@ -584,7 +584,7 @@ def _text(words: Any) -> str:
 def _reason(words: str) -> bytes:
     """Encode a reason so that it fits its field without cutting a character."""
     room: int = lib.NBDM_REASON_LEN - 1
-    return words.encode()[:room].decode(errors="ignore").encode()
+    return _c_text(words)[:room].decode(errors="ignore").encode()
 
 
 def _ms(seconds: float) -> int:

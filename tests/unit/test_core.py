@@ -270,6 +270,13 @@ class TestRemotes:
         engine.explain(0, "a" + "ü" * 200)
         assert engine.remote_status(0).reason == "a" + "ü" * 79
 
+    def test_reason_with_a_name_that_is_no_text_is_taken(
+        self, engine: core.Engine
+    ) -> None:
+        """A path may have any bytes: what cannot be said becomes a '?'."""
+        engine.explain(0, "no \udcff.sock")
+        assert engine.remote_status(0).reason == "no ?.sock"
+
     def test_event_after_a_change_is_not_missed(self, engine: core.Engine) -> None:
         """A change between looking and waiting ends the wait at once."""
         seen = engine.remote_status(0).serial

@@ -249,11 +249,12 @@ class TestResume:
                 command(mirror.params.local)
         assert mirror.local_state() is LocalState.OK
 
+    @pytest.mark.parametrize("name", ["other.img", "\udcff\udce4.img"], ids=ascii)
     def test_another_disk_is_refused_and_not_written_to(
-        self, mirror: LocalMirror, run_dir: Path
+        self, mirror: LocalMirror, run_dir: Path, name: str
     ) -> None:
-        """The sample tells; the reason stays for status."""
-        other = run_dir / "other.img"
+        """The sample tells; the reason stays for status, whatever its name."""
+        other = run_dir / name
         content = os.urandom(SIZE)
         other.write_bytes(content)
         mirror.fail_local()
