@@ -14,6 +14,7 @@ import difflib
 import fnmatch
 import json
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -226,7 +227,9 @@ def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
 
 def _read(source: Path, asked: str) -> str:
     try:
-        with source.open("rb") as file:
+        with open(source, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{source} is no plain file, so no configuration")
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         hint = "create the file; the README shows one"
@@ -238,7 +241,8 @@ def _read(source: Path, asked: str) -> str:
     except PermissionError:
         raise AccessError(f"{source} may not be read by this user") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{source} cannot be read: {why}") from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{source.name}: over 1MiB long, so no configuration file")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -249,6 +253,11 @@ def _read(source: Path, asked: str) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(f"{source.name}: line {line} is not UTF-8 text") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, and do not wait for the other end of a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def check_links(config: VolumeConfig, *, uses_local: bool = True) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,16 @@ def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, ".", ".."):
         with pytest.raises(ConfigError, match="is a folder"):
             load(folder)
+
+
+@pytest.mark.timeout(20)
+def test_fifo_or_device_instead_of_a_file_is_refused(tmp_path: Path) -> None:
+    """What has no end, or no beginning, is not waited for."""
+    fifo = tmp_path / "v.toml"
+    os.mkfifo(fifo)
+    for path in (fifo, "/dev/zero", "/dev/null"):
+        with pytest.raises(ConfigError, match="is no plain file"):
+            load(path)
 
 
 def test_params_hold_what_the_engine_is_told(file: Path) -> None:
