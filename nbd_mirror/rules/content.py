@@ -25,6 +25,7 @@ TAIL = 64 << 10  # the copy of a partition table is in here
 MBR_TYPES_EXTENDED = (0x05, 0x0F, 0x85)
 MBR_TYPE_GPT = 0xEE
 GPT_SIGNATURE = b"EFI PART"
+GPT_HEADER = 92  # bytes, at least; a disk may end before
 
 Read = Callable[[int, int], bytes]  # offset and length; shorter at the disk's end
 
@@ -76,7 +77,9 @@ def choose(
         return _asked(size, smallest, need, asked)
     if need is None:
         return Choice(_fitting(size, LARGEST, smallest), "nothing is on the disk yet")
-    if not need.known and before is not None and size % before == 0:
+    if before not in BLOCK_SIZES or before < smallest or size % before:
+        before = None
+    if not need.known and before is not None:
         return Choice(before, "as it was attached before")
     # A table of larger sectors cannot describe an end inside a sector.
     block = need.block if need.exact else _fitting(size, need.block, smallest)
@@ -302,10 +305,10 @@ def _gpt_headers(head: bytes, read: Read, size: int) -> Iterator[tuple[int, int]
 
 def _gpt_header(sector: bytes, where: int) -> int | None:
     """Return the other copy's sector if *sector* is a valid header at *where*."""
-    if sector[:8] != GPT_SIGNATURE:
+    if sector[:8] != GPT_SIGNATURE or len(sector) < GPT_HEADER:
         return None
     length, crc, mine, alternate = struct.unpack_from("<II4xQQ", sector, 12)
-    if mine != where or not 92 <= length <= len(sector):
+    if mine != where or not GPT_HEADER <= length <= len(sector):
         return None
     summed = sector[:16] + bytes(4) + sector[20:length]
     return int(alternate) if crc == zlib.crc32(summed) else None

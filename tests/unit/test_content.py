@@ -183,6 +183,18 @@ def test_no_content_is_an_error(length: int, fill: bytes) -> None:
     assert (found is None) == (not any(data))
 
 
+@pytest.mark.parametrize("sector", [512, 1024, 2048, 4096])
+def test_gpt_header_that_the_disk_ends_in_is_none(sector: int) -> None:
+    """A table was put on a larger disk; of this one only its guard is believed."""
+    guard = bytes(446) + bytes([0, 0, 2, 0, 0xEE, 0, 0, 0]) + struct.pack("<II", 1, 9)
+    head = guard.ljust(510, b"\0") + b"\x55\xaa"
+    whole = head.ljust(sector, b"\0") + b"EFI PART" + bytes(sector - 8)
+    for end in range(sector, len(whole) + 1):
+        data = whole[:end]
+        found = need_of(reader(data), len(data))
+        assert found == Need(512, "a GPT of 512-byte sectors", exact=True)
+
+
 def test_lvm_and_luks_may_hold_anything() -> None:
     """What is inside of them cannot be seen, or is not looked for."""
     lvm = bytearray(SIZE >> 6)
@@ -222,6 +234,7 @@ UNKNOWN = Need(512, "content of an unknown kind", known=False)
         (SIZE, 512, UNKNOWN, {}, 512),
         (SIZE, 512, UNKNOWN, {"before": 4096}, 4096),
         (SIZE + 512, 512, UNKNOWN, {"before": 4096}, 512),
+        (SIZE, 512, UNKNOWN, {"before": 256}, 512),
         (SIZE, 4096, None, {}, 4096),
         (SIZE, 512, XFS, {"asked": 4096}, 4096),
         (SIZE, 512, None, {"asked": 512}, 512),
@@ -244,6 +257,7 @@ def test_choice(
         (SIZE + 512, 512, None, 4096, "would cut off the volume's last 512 bytes"),
         (SIZE, 4096, None, 512, "takes no blocks smaller than 4096"),
         (SIZE, 4096, XFS, None, "needs blocks of 512 bytes, and its server takes"),
+        (SIZE, 4096, UNKNOWN, None, "needs blocks of 512 bytes, and its server takes"),
         (SIZE + 512, 512, GPT_4096, 2048, "would cut off"),
     ],
 )
@@ -252,7 +266,7 @@ def test_choice_that_cannot_be_is_said(
 ) -> None:
     """One line names what is wrong with it."""
     with pytest.raises(ValueError, match=words) as caught:
-        choose(size, smallest, found, asked=asked)
+        choose(size, smallest, found, asked=asked, before=512)
     assert "\n" not in str(caught.value)
 
 
