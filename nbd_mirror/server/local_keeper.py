@@ -162,7 +162,7 @@ class LocalKeeper(DiskKeeper):
         try:
             yield
         except BaseException as error:
-            # Not where it is in use already, or the volume ends: it says so itself.
+            # Not if it is in use already, or if the volume ends.
             with contextlib.suppress(MirrorError):
                 self._engine.drop(LOCAL, str(error))
             raise
@@ -287,7 +287,7 @@ class LocalKeeper(DiskKeeper):
         state = volume.local.state
         with self._lock:
             if before is not state:
-                self._error = ""  # it was of what went on in the last state
+                self._error = ""  # it belonged to the last state
             facts = self._facts(volume)
         if before is not state and state is LocalState.RESYNCING:
             came_from_ok = before is LocalState.OK and seen is not None

@@ -359,7 +359,7 @@ def save_png(maps: list[DirtyMaps], file: str | os.PathLike[str], title: str) ->
         title: a line of text above.
     Raises:
         OSError: it cannot be written. UnsupportedError: Pillow is not installed.
-        FormatError: a map was cut short meanwhile.
+        FormatError: a map was truncated in the meantime.
     """
     try:
         from PIL import Image, ImageDraw

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What the soak breaks: a real site, with a link before each secondary.
+The site that the soak breaks: a real one, with a link before each secondary.
 
-The tests' own site does the work. Here is what a run of hours needs besides: servers
-that may die by themselves (nbdkit 1.32 fails an assertion when a client vanishes with
-requests in flight) and are then started again as their units would, and the looks at
-all disks once a server is dead or the site is quiet.
+The tests' own site does most of the work. This module adds what a run of hours needs:
+it restarts servers that may die by themselves (nbdkit 1.32 fails an assertion when a
+client vanishes with requests in flight), as their units would; and it checks all disks
+once a server is dead or the site is quiet.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ASSERTION = "raw_send_socket"  # of nbdkit 1.32
 SIZE = 16 << 20  # bytes
 BLOCKS = SIZE // BLOCK
 NBDKITS = {"volatile": "nbdkit", "slow-disk": "nbdkit"}
-HEALED_S = 90.0  # until in sync once nothing is broken any more
+HEALED_S = 90.0  # limit until in sync once nothing is broken
 
 
 class Field:
@@ -54,7 +54,7 @@ class Field:
         folder: with a short path.
         plan: of the episode.
         counts: of the whole run; added to.
-        tick: called often while something is waited for.
+        tick: called often during a wait.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Field:
         self._logs_read: dict[Path, int] = {}
 
     def _network(self) -> Network | None:
-        """Make a network for a link if the plan has one and one can be."""
+        """Make a network for a link if planned and possible."""
         if not (self.plan.network and possible()):
             return None
         self.counts["links over a network"] += 1
@@ -114,7 +114,7 @@ class Field:
 
         Args:
             fault: of its local disk, for NBDM_FAULT; gone if it dies by itself.
-            output: where its log goes, if it is to fail.
+            output: the file for its log, if that is to fail.
         """
         self._log_fails = output is not None
         while True:
@@ -127,25 +127,25 @@ class Field:
             self.serving = True
             if self.read_all():
                 return
-            # Its connection ended amid the reads; a server that is alive must answer.
+            # Its connection ended during the reads; a server that is alive must answer.
             support.wait_until(lambda: not self.site.alive, "the server to be gone")
             self._died()
 
     def read_all(self) -> bool:
-        """Read and judge every block; False if the server went away meanwhile."""
+        """Read and judge every block; False if the server went away."""
         verdicts = read_all(self.site.uri, BLOCKS, self.checker)
         complain(verdicts or [])
         return verdicts is not None
 
     def start_in_vain(self, fault: str) -> None:
-        """Start the primary with a fault that ends it; kill it if it does not."""
+        """Start the primary with a fault that ends it; if it does not end, kill it."""
         self.counts["starts in vain"] += 1
         self.site.serve(self.plan.door, fault=fault, ready=False)
         self._wait_for_answer()
         self.kill_primary()
 
     def refused_start(self, why: str) -> None:
-        """Start the primary, which must refuse with an exit code of its own."""
+        """Start the primary, which must refuse with a specific exit code."""
         self.site.serve(self.plan.door, ready=False)
         self._wait_for_answer()
         if self.site.alive:
@@ -172,7 +172,7 @@ class Field:
         self._ended("the primary was killed")
 
     def stop_primary(self) -> None:
-        """Stop it cleanly; what is stored as in sync must be equal."""
+        """Stop it cleanly; a disk that is stored as in sync must be equal."""
         self.serving = False
         try:
             answer = control.call(self.site.state, "stop", 60.0)
@@ -194,7 +194,7 @@ class Field:
                 self.judge.compare(far, "after a clean stop")
 
     def _died(self) -> None:
-        """Take the primary's own death as a kill, if it is the known one."""
+        """Treat the primary's own death as a kill, if it is the known one."""
         self.serving = False
         code = self.site.ended()
         known = ASSERTION in self.site.log
@@ -211,7 +211,7 @@ class Field:
         self.checker.server_ended(text)
         self._scan_log()
         if self._stored().local.state != "ok":
-            return  # it misses what the secondaries have
+            return  # it misses data that the secondaries have
         self.judge.disk(self.site.local, self.checker.judge, f"local disk, {text}")
 
     def tail(self) -> str:
@@ -221,7 +221,7 @@ class Field:
     # --- the disks ---
 
     def stored_in_sync(self, far: Far) -> bool:
-        """Tell whether the dead primary's logs say that *far* is a copy."""
+        """Return whether the dead primary's logs say that *far* is a copy."""
         remotes = self._stored().remotes
         stored = next(one for one in remotes if one.name == far.name)
         return stored.state == "in_sync" and stored.dirty_bytes == 0
@@ -230,7 +230,7 @@ class Field:
         return stopped_status(config_module.load(self.site.config))
 
     def fail_over(self, far: Far) -> None:
-        """Judge a secondary as the one disk that is left, the primary being dead."""
+        """Judge a secondary as the only remaining disk; the primary is dead."""
         if far.broken:
             return
         in_sync = self.stored_in_sync(far)
@@ -251,7 +251,7 @@ class Field:
     # --- watching ---
 
     def watch(self) -> None:
-        """Start again what died by itself; raise ViolationError for what may not be."""
+        """Restart servers that died; raise ViolationError for other deaths."""
         self._tick()
         self.load.check()
         if self.serving and not self.site.alive:
@@ -273,12 +273,12 @@ class Field:
             time.sleep(min(left, 0.05))
 
     def tell(self, what: str, far: Far) -> None:
-        """Send pause, resume or invalidate; a server that has died gets none."""
+        """Send pause, resume or invalidate, unless the server has died."""
         with contextlib.suppress(MirrorError):
             self.site.tell(what, far.name)
 
     def switch_policy(self, policy: str) -> None:
-        """Switch the policy of the primary while it runs, if it does."""
+        """Switch the policy of a running primary."""
         with contextlib.suppress(MirrorError):
             control.call(self.site.state, "policy", 30.0, policy=policy)
             self.counts["policy switches"] += 1
@@ -290,13 +290,13 @@ class Field:
         return {}
 
     def local_reason(self) -> str:
-        """Return what the status says of the local disk; "" without an answer."""
+        """Return the status's reason of the local disk; "" without an answer."""
         with contextlib.suppress(MirrorError):
             return str(self.site.status()["local"]["reason"])
         return ""
 
     def local_state(self) -> str:
-        """Tell the local disk's state; or "failed volume", or "" without an answer."""
+        """Return local's state; or "failed volume", or "" without an answer."""
         with contextlib.suppress(MirrorError):
             status = self.site.status()
             failed = status["state"] == "failed" and status["local"]["state"] == "ok"
@@ -304,13 +304,13 @@ class Field:
         return ""
 
     def tell_local(self, *, replaced: bool) -> None:
-        """Say that the local disk works again, or that it is another one."""
+        """Send resume for the local disk, or invalidate if it was replaced."""
         with contextlib.suppress(MirrorError):
             self.site.tell("invalidate" if replaced else "resume", "local")
             self.counts["local disks brought back"] += 1
 
     def bring_local_back(self, *, replaced: bool) -> None:
-        """Have what the local disk misses copied back; the remotes must be well."""
+        """Copy back what the local disk misses; the remotes must be well."""
         deadline = time.monotonic() + HEALED_S
         while (state := self.local_state()) != "ok":
             self.watch()
@@ -350,7 +350,7 @@ class Field:
             time.sleep(0.05)
 
     def settle(self) -> None:
-        """With no request under way and all in sync: all disks are equal and right."""
+        """With no request under way and all in sync, check that all disks are equal."""
         self.load.pause(self.watch)
         while True:
             self.wait_in_sync()
@@ -375,7 +375,7 @@ class Field:
         self.load.go_on()
 
     def _scan_log(self) -> None:
-        """Count what the server said that it did; it has ended."""
+        """Count what the server reports in its log; it has ended."""
         if self.site.log_path in self._logs_read:
             return
         self._logs_read[self.site.log_path] = 1
