@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A volume is opened by one process at a time, and with its own parameters. */
+
+#include <sys/file.h>
+
+#include "lone_volume.h"
+
+static void
+test_volume_is_opened_once (void)
+{
+  struct nbdm *second = NULL;
+
+  make_volume (SIZE, REGION);
+  struct nbdm *v = open_volume ();
+  assert (nbdm_open (&params, &second) == -EBUSY);
+  ASSERT_SAYS ("is in use by process");
+  assert (nbdm_create (&params, 1) == -EBUSY);
+  nbdm_close (v);
+  end_volume ();
+}
+
+/* Another start holds the lock for a moment, to put serve.log aside. */
+static void
+test_lock_of_a_moment_is_waited_for (void)
+{
+  int ready[2], status;
+  char byte;
+
+  make_volume (SIZE, REGION);
+  assert (pipe (ready) == 0);
+  pid_t pid = fork ();
+  assert (pid >= 0);
+  if (pid == 0) {
+    int fd = openat (site.fd, "lock", O_RDWR);
+
+    if (fd < 0 || flock (fd, LOCK_EX | LOCK_NB) < 0
+        || write (ready[1], "", 1) != 1)
+      _exit (1);
+    usleep (100000);
+    _exit (0);
+  }
+  assert (read (ready[0], &byte, 1) == 1);
+  nbdm_close (open_volume ());
+  waitpid (pid, &status, 0);
+  assert (status == 0);
+  close (ready[0]);
+  close (ready[1]);
+  end_volume ();
+}
+
+/* While local has failed nothing locks it. */
+static void
+test_volume_whose_lock_was_removed_is_opened_once (void)
+{
+  struct nbdm *second = NULL;
+
+  make_volume (SIZE, REGION);
+  params.local_choice = NBDM_LOCAL_LOST;
+  struct nbdm *v = open_volume ();
+  assert (unlinkat (site.fd, "lock", 0) == 0);
+  assert (nbdm_open (&params, &second) == -EBUSY);
+  ASSERT_SAYS ("is in use by another process");
+  assert (nbdm_create (&params, 1) == -EBUSY);
+  nbdm_close (v);
+  v = open_volume ();
+  nbdm_close (v);
+  params.local_choice = NBDM_LOCAL_CHECKED;
+  end_volume ();
+}
+
+static void
+test_other_parameters_are_refused (void)
+{
+  struct nbdm *v = NULL;
+
+  make_volume (SIZE, REGION);
+  params.region_size = 2 * REGION;
+  assert (nbdm_open (&params, &v) == -EINVAL);
+  ASSERT_SAYS ("region_size");
+  params.region_size = REGION;
+  params.size = SIZE - 512;
+  assert (nbdm_open (&params, &v) == -EINVAL);
+  params.size = 0;
+  params.name = "other";
+  assert (nbdm_open (&params, &v) == -EINVAL);
+  ASSERT_SAYS ("the state of volume \"test\"");
+  end_volume ();
+}
+
+int
+main (void)
+{
+  alarm (100); /* nothing here may hang */
+  RUN (test_volume_is_opened_once);
+  RUN (test_lock_of_a_moment_is_waited_for);
+  RUN (test_volume_whose_lock_was_removed_is_opened_once);
+  RUN (test_other_parameters_are_refused);
+  return 0;
+}
