@@ -143,18 +143,32 @@ def _command(config: VolumeConfig, door: str) -> list[str]:
             )
         plugin = [os.fspath(NATIVE_PLUGIN)]
     else:
-        _check_python_plugin(nbdkit)
+        _check_python_plugin(nbdkit, config)
         plugin = ["python", os.fspath(PYTHON_PLUGIN)]
     return [nbdkit, "-f", *plugin, f"config={config.source}"]
 
 
-def _check_python_plugin(nbdkit: str) -> None:
+def _check_python_plugin(nbdkit: str, config: VolumeConfig) -> None:
+    if not _is_utf8(os.fspath(config.source)):
+        raise UnsupportedError(
+            f"nbdkit's Python plugin cannot be told of {config.source}, whose name is "
+            "not UTF-8",
+            "nbd-mirror serve CONFIG --door native, or --door direct",
+        )
     rc, said = run(nbdkit, "python", "--dump-plugin")
     if rc:
         raise UnsupportedError(
             f"nbdkit has no Python plugin: {said}",
             "apt-get install nbdkit-plugin-python",
         )
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _environment(asked: Asked | None) -> dict[str, str]:

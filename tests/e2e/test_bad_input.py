@@ -104,6 +104,23 @@ def test_serve_not_created_is_said(site: Site, door: str) -> None:
     assert f"try: nbd-mirror create {site.config}" in said
 
 
+@pytest.mark.parametrize("door", ["direct", "native", "python"])
+def test_configuration_in_a_folder_that_is_no_utf_8(site: Site, door: str) -> None:
+    """It is served, but by nbdkit's Python plugin, which takes text alone."""
+    folder = site.folder / "\udcff\udce4"
+    folder.mkdir()
+    config = str(site.config.rename(folder / "v.toml"))
+    site.cli("create", config)
+    commands = ["serve", config, "--door", door]
+    if door == "python":
+        said = site.refused(14, "is not UTF-8", commands=commands)
+        assert "try: nbd-mirror serve " in said
+        assert "--door native" in said
+        return
+    site.cli(*commands)
+    site.cli("stop", config)
+
+
 def test_state_of_another_volume_is_refused(site: Site, door: str) -> None:
     """The state of a volume of another name is not used."""
     site.create()
