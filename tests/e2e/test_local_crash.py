@@ -17,10 +17,17 @@ from typing import Any
 import pytest
 import support
 from e2e.lib.clients import dirty_set
-from e2e.lib.disks import FuseDisk, local_of, resync_back, wait_local
+from e2e.lib.disks import (
+    FuseDisk,
+    assert_whole,
+    local_of,
+    read_all,
+    resync_back,
+    take_over,
+    wait_local,
+)
 from e2e.lib.harness import MIB, Site
 from e2e.test_crash import move_to_another_boot
-from e2e.test_local_failure import assert_whole, read_all, take_over
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import pytest
 from support import Processes, wait_until
-from unit.test_keeper import Mirror, same_images
-from unit.volumes import REGION, SIZE, Remote, make_params
+from unit.volumes import REGION, SIZE, Mirror, Remote, make_params, same_images
 
 from nbd_mirror.base.errors import (
     BusyError,

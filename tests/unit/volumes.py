@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from support import Processes, wait_listening
+from support import Processes, wait_listening, wait_until
 
+from nbd_mirror.rules.state import RemoteState, describe
+from nbd_mirror.server.keeper import Keeper, RemotePolicy
 from nbd_mirror.volume import core
 
 SIZE = 16 << 20  # bytes
@@ -71,3 +74,67 @@ def make_file(tmp_path: Path) -> Path:
         '[[remote]]\nname="dr"\nuri="nbd://h/x"\n'
     )
     return path
+
+
+class Mirror:
+    """An open volume with a keeper, and what the keeper logged."""
+
+    def __init__(
+        self, params: core.Params, uri: str, engine: type[core.Engine] = core.Engine
+    ) -> None:
+        self.params = params
+        self.uri = uri
+        self.log: list[str] = []
+        self.engine = engine(params)
+        self.engine.start()
+        self.keeper: Keeper | None = None
+
+    def keep(
+        self,
+        *,
+        late_window_s: float = 0.0,
+        hold_s: float = HOLD_MS / 1000,
+        random: Callable[[], float] = lambda: 0.5,
+    ) -> Keeper:
+        """Start a keeper; its random numbers are all *random*'s."""
+        policy = RemotePolicy(
+            name="dr",
+            uri=self.uri,
+            deadline_s=2.0,
+            hold_s=hold_s,
+            late_window_s=late_window_s,
+        )
+        self.keeper = Keeper(self.engine, 0, policy, self._note, random=random)
+        self.keeper.start()
+        return self.keeper
+
+    def _note(self, level: str, text: str) -> None:
+        self.log.append(text)
+        print(level, text)  # shown if the test fails
+
+    def state(self) -> RemoteState:
+        """Ask the engine."""
+        return self.engine.remote_status(0).state
+
+    def wait_for(self, state: RemoteState) -> None:
+        """Wait until the remote is in *state*."""
+        wait_until(lambda: self.state() is state, state.value)
+
+    def reason(self) -> str:
+        """Say what status would."""
+        assert self.keeper is not None
+        return describe(self.keeper.view().facts)[0]
+
+    def close(self) -> None:
+        """End the keeper and the volume."""
+        if self.keeper is not None:
+            self.keeper.end()
+            self.engine.wake()
+            assert self.keeper.join(15.0)
+        self.engine.stop()
+        self.engine.close()
+
+
+def same_images(mirror: Mirror, remote: Remote) -> bool:
+    """Compare both disks byte for byte."""
+    return Path(mirror.params.local).read_bytes() == remote.image.read_bytes()

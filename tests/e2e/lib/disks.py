@@ -19,14 +19,18 @@ from typing import Any
 
 import pytest
 import support
+from e2e.lib.clients import Load
 from e2e.lib.harness import Site
 
 __all__ = [
     "FrozenDisk",
     "FuseDisk",
+    "assert_whole",
     "local_of",
+    "read_all",
     "resync_back",
     "small_disk",
+    "take_over",
     "wait_local",
 ]
 
@@ -229,3 +233,32 @@ def resync_back(site: Site, command: str = "resume") -> dict[str, Any]:
     found = wait_local(site, "ok")
     assert found["dirty_bytes"] == 0
     return found
+
+
+def read_all(site: Site, load: Load) -> None:
+    """Fail unless a client reads every answered block."""
+    handle = site.client()
+    load.check(lambda offset, length: bytes(handle.pread(length, offset)))
+    handle.shutdown()
+
+
+def assert_whole(site: Site, load: Load) -> None:
+    """Stop; fail unless both images are equal and hold every answered block."""
+    load.stop()
+    assert load.errors == []
+    site.stop()
+    site.assert_equal()
+    load.check_file(site.local)
+    load.check_file(site.dr.image)
+
+
+def take_over(site: Site, fail: Callable[[], object], **options: int) -> Load:
+    """Have the local disk fail under load; return the load once clients went on."""
+    load = site.load(flush_every=5, **options)
+    support.wait_until(lambda: load.count > 50, "the load to run")
+    fail()
+    wait_local(site, "failed")
+    before = load.count
+    support.wait_until(lambda: load.count > before + 50, "writes without local")
+    assert load.errors == []
+    return load

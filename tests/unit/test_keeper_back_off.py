@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When the keeper makes its next attempt: after losses, and when it is asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from support import wait_until
+from unit.volumes import SIZE, Mirror, Remote, make_params
+
+from nbd_mirror.rules.state import RemoteState
+from nbd_mirror.volume import core
+from nbd_mirror.volume.model import Disk
+
+
+class TestBackOff:
+    """When the next attempt is made."""
+
+    def test_connection_that_dies_at_once_is_noticed_and_backed_off(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """It was never seen admitted, and still each loss is told and waited out."""
+
+        class Dying(core.Engine):
+            def admit(self, disk: Disk) -> None:
+                super().admit(disk)
+                self.drop(disk, "gone at once")
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Dying)
+        try:
+            remote.start()
+            mirror.keep()
+            wait_until(lambda: sum("connect: nbd" in x for x in mirror.log) >= 3, "3")
+        finally:
+            mirror.close()
+        events = [x.split()[2] for x in mirror.log if "connect: " in x]
+        assert events[:5] == ["connect:", "disconnect:"] * 2 + ["connect:"]
+
+    def test_connection_lost_soon_after_each_sample_is_backed_off(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """In sync for a moment, again and again, is no reason to try at once."""
+
+        class Closing(core.Engine):
+            def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
+                if self.remote_status(0).admitted:
+                    self.drop(disk, "closed")
+                return super().wait(disk, seen, timeout_s)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Closing)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            wait_until(lambda: keeper.view().facts.retry_s > 0.75, "a wait near 0.8 s")
+        finally:
+            mirror.close()
+        assert 3 <= sum(" connect: " in line for line in mirror.log) <= 5
+        assert sum("-> in_sync" in line for line in mirror.log) >= 2
+
+    def test_held_requests_are_tried_for_after_early_losses(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """However long the back-off is by then, the hold does not pass without one."""
+
+        class Flapping(core.Engine):
+            drops = 4
+            tried_held = 0
+
+            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+                if self.remote_status(remote).state is RemoteState.HOLDING:
+                    self.tried_held += 1
+                super().connect(remote, uri, timeout_s)
+
+            def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
+                if self.drops and self.remote_status(0).admitted:
+                    self.drops -= 1
+                    self.drop(disk, "closed")
+                return super().wait(disk, seen, timeout_s)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Flapping)
+        engine = mirror.engine
+        assert isinstance(engine, Flapping)
+        try:
+            remote.start()
+            mirror.keep()
+            wait_until(
+                lambda: not engine.drops and engine.remote_status(0).admitted,
+                "the connection that is kept",
+            )
+            before = engine.tried_held
+            remote.kill()
+            mirror.wait_for(RemoteState.HOLDING)
+            mirror.wait_for(RemoteState.OUT_OF_SYNC)
+            assert engine.tried_held > before
+        finally:
+            mirror.close()
+
+    def test_asked_during_an_attempt_tries_again_when_it_fails(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """An operator's resume amid an attempt is not lost to that one's back-off."""
+        trying, go_on = threading.Event(), threading.Event()
+
+        class Slow(core.Engine):
+            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+                if "nowhere" in uri:
+                    trying.set()
+                    assert go_on.wait(20)
+                super().connect(remote, uri, timeout_s)
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, "nbd+unix:///?socket=/nowhere", Slow)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            assert trying.wait(20)
+            keeper._attempt = 30  # the back-off by now: half a minute
+            keeper.retry_now(remote.uri)
+            mirror.engine.explain(0, "an operator resumed it")
+            go_on.set()
+            wait_until(lambda: mirror.state() is RemoteState.IN_SYNC, "in_sync")
+        finally:
+            go_on.set()
+            mirror.close()
+
+    def test_asked_after_a_loss_tries_again_at_once(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """A resume that comes before the keeper sees the loss outdoes the back-off."""
+        lost, go_on = threading.Event(), threading.Event()
+
+        class Losing(core.Engine):
+            def admit(self, disk: Disk) -> None:
+                super().admit(disk)
+                if not lost.is_set():
+                    self.drop(disk, "lost at once")
+                    lost.set()
+                    assert go_on.wait(20)
+
+        params = make_params(run_dir)
+        core.create(params)
+        mirror = Mirror(params, remote.uri, Losing)
+        try:
+            remote.start()
+            keeper = mirror.keep()
+            assert lost.wait(20)
+            keeper._attempt = 30  # the back-off by now: half a minute
+            keeper.retry_now(remote.uri)
+            mirror.engine.pause(0, paused=False)
+            go_on.set()
+            mirror.wait_for(RemoteState.IN_SYNC)
+        finally:
+            go_on.set()
+            mirror.close()
+        assert any("disconnect: lost at once" in line for line in mirror.log)
+
+    def test_asked_while_a_difference_is_found_tries_again(
+        self, run_dir: Path, remote: Remote
+    ) -> None:
+        """A resume amid an attempt is not lost to the difference that one finds."""
+        failing, go_on = threading.Event(), threading.Event()
+
+        class Failing(core.Engine):
+            def fail(self, remote: int, reason: str) -> None:
+                failing.set()
+                assert go_on.wait(20)
+                super().fail(remote, reason)
+
+        params = make_params(run_dir, assume=True)
+        core.create(params)
+        other = run_dir / "other.img"
+        other.write_bytes(os.urandom(SIZE))
+        mirror = Mirror(params, remote.uri, Failing)
+        try:
+            remote.start(image=other)
+            keeper = mirror.keep()
+            assert failing.wait(20)
+            remote.kill()
+            remote.start()
+            keeper.retry_now(remote.uri)
+            mirror.engine.reset(0)
+            mirror.engine.pause(0, paused=False)
+            go_on.set()
+            mirror.wait_for(RemoteState.IN_SYNC)
+        finally:
+            go_on.set()
+            mirror.close()
