@@ -46,31 +46,31 @@ any_set (const struct remote *r, const struct bitmap *map, uint64_t count,
   return bitmap_next_set (map, first, first + nr) < first + nr;
 }
 
-/* The `nr`-th remote that has the range, with a reference to its connection;
- * earlier ones may have answered an error.  NULL: there is none.
+/* A remote that has the range, with a reference to its connection; not one of
+ * `refused`, a bit a remote, which have answered an error.  NULL: there is
+ * none.
  */
 static struct remote *
 find_source (struct nbdm *v, const struct remote *except, uint64_t count,
-             uint64_t offset, uint32_t nr, struct conn **conn)
+             uint64_t offset, uint32_t refused, struct conn **conn)
 {
   struct remote *found = NULL;
   bool held = true;
 
   LOCK_FOR_SCOPE (&v->lock);
   while (held && found == NULL) {
-    uint32_t skip = nr;
-
     held = false;
     for (uint32_t i = 0; i < v->nr_remotes && found == NULL; i++) {
       struct remote *r = &v->remotes[i];
 
-      if (r == except || any_set (r, &r->disk.dm.map[MAP_DIRTY], count, offset))
+      if (r == except || refused >> i & 1
+          || any_set (r, &r->disk.dm.map[MAP_DIRTY], count, offset))
         continue;
       if (any_set (r, &r->disk.dm.owed, count, offset)) {
         held = true; /* after the takeover it is known which disk has it */
         continue;
       }
-      if (r->admitted && skip-- == 0)
+      if (r->admitted)
         found = r;
       held = held || (r->state == NBDM_HOLDING && !v->failed && !v->stopping);
     }
@@ -86,13 +86,13 @@ static int
 remotes_pread (struct nbdm *v, const struct remote *except, void *buf,
                uint64_t count, uint64_t offset)
 {
-  uint32_t errors = 0, losses = 0;
+  uint32_t refused = 0, losses = 0;
   struct remote *r;
   struct conn *conn;
   int rc;
 
   while (losses < MAX_LOSSES
-         && (r = find_source (v, except, count, offset, errors, &conn))) {
+         && (r = find_source (v, except, count, offset, refused, &conn))) {
     rc = conn_pread (conn, buf, count, offset);
     if (rc == -ENOTCONN || rc == -ESHUTDOWN) {
       losses++;
@@ -105,7 +105,7 @@ remotes_pread (struct nbdm *v, const struct remote *except, void *buf,
     if (rc == 0)
       return 0;
     if (rc != -ENOTCONN && rc != -ESHUTDOWN)
-      errors++;
+      refused |= 1u << remote_index (r);
   }
   return -EIO;
 }

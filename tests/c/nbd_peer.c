@@ -197,6 +197,12 @@ peer_hold_writes (struct peer *peer, bool hold)
 }
 
 void
+peer_fail_reads (struct peer *peer)
+{
+  atomic_store (&peer->fails_reads, true);
+}
+
+void
 peer_answer_flush (struct peer *peer)
 {
   pthread_mutex_lock (&peer->lock);

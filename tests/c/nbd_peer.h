@@ -91,6 +91,9 @@ void peer_answer_flush (struct peer *peer);
 /* With `shuffle`: no write is carried out; all else goes on. */
 void peer_hold_writes (struct peer *peer, bool hold);
 
+/* From now on it answers reads with EIO. */
+void peer_fail_reads (struct peer *peer);
+
 /* A disk behind a write cache: from now on a flush takes so long, and a second
  * for so many unflushed bytes; 0: none.  In order, the others wait for it.
  */

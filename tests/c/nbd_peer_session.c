@@ -9,6 +9,7 @@
 #undef NDEBUG
 #include <assert.h>
 #include <endian.h>
+#include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -117,17 +118,25 @@ wait_for (struct session *s, enum peer_hold below)
   return go;
 }
 
+static uint32_t
+error_of (struct peer *peer, const struct peer_command *cmd)
+{
+  if (cmd->type == PEER_READ && atomic_load (&peer->fails_reads))
+    return EIO;
+  return cmd->type == PEER_ZERO ? peer->params.refuse_zeroes : 0;
+}
+
 static bool
 answer (struct session *s, const struct peer_command *cmd)
 {
-  uint32_t error = cmd->type == PEER_ZERO ? s->peer->params.refuse_zeroes : 0;
+  uint32_t error = error_of (s->peer, cmd);
   const struct wire_reply reply = { .magic = htobe32 (REPLY_MAGIC),
                                     .error = htobe32 (error),
                                     .cookie = cmd->cookie };
 
   return wait_for (s, PEER_HOLD_ANSWERS)
          && wire_transmit (s->fd, &reply, sizeof reply)
-         && (cmd->type != PEER_READ
+         && (cmd->type != PEER_READ || error
              || wire_transmit (s->fd, cmd->data, cmd->length));
 }
 

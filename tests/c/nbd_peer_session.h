@@ -6,6 +6,7 @@
 #define NBDM_NBD_PEER_SESSION_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/un.h>
 
 #include "nbd_peer.h"
@@ -31,6 +32,7 @@ struct peer {
   char socket[sizeof ((struct sockaddr_un *)0)->sun_path];
   int listener;
   pthread_t acceptor;
+  atomic_bool fails_reads;
 
   pthread_mutex_t lock; /* all below, and the images' change */
   pthread_cond_t changed;

@@ -410,7 +410,31 @@ killed_before_the_marks (void)
   assert (end (&writer) == 0 && read_at (0) == 3);
 }
 
+/* A remote that cannot read a region is asked once.  Another one, which is back
+ * from a hold meanwhile, is asked whatever its place in the list.
+ */
+static void
+one_cannot_read_and_one_is_held (void)
+{
+  struct job reader = { .offset = 0 };
+  uint64_t answered;
+
+  bring_up_small (2, 1000 * SITE_DEADLINE_S);
+  assert (write_at (0, 1) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  peer_fail_reads (site.peers[1]);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  answered = site_status (&site, 1).remote.commands;
+  start (&reader, do_read);
+  WAIT_FOR (site_status (&site, 1).remote.commands > answered);
+  site_connect (&site, 0);
+  assert (end (&reader) == 1);
+}
+
 static const struct schedule schedules[] = {
+  { "one_cannot_read_and_one_is_held", "local_write:1=error",
+    one_cannot_read_and_one_is_held },
   { "killed_before_the_marks", "local_write:1=error,slot_reserved:3=wait:gate",
     killed_before_the_marks },
   { "refused_by_a_lost_remote", "local_write:1=error,leg_answered:4=wait:gate",
