@@ -198,12 +198,10 @@ flush_and_clean (struct copy_back *b)
   flush_bound_took (&v->local.flush_bound, used, now_ns () - begin);
   fault_point ("local_resync_before_clean");
   pthread_mutex_lock (&v->lock);
-  if (rc < 0)
-    local_await_takeover_relock (v);
-  if (rc < 0 && v->drained)
-    rc = -EIO; /* as above: the stop flushes too, and finds the error */
-  else if (rc < 0)
-    rc = local_flush_lost_relock (v) < 0 ? rc : -EIO;
+  if (rc < 0) {
+    local_flush_failed_relock (v);
+    rc = -EIO;
+  }
   else if (v->local.state == NBDM_LOCAL_RESYNCING && !v->failed && !v->drained
            && identity_copied_back_locked (v) == 0) {
     cleaned = dirty_map_clean (&v->local.disk.dm, 0, v->nr_regions);

@@ -36,11 +36,13 @@
 #include "base/error.h"
 #include "base/fault.h"
 #include "base/lock.h"
+#include "logs/activity.h"
 #include "logs/dirty_map.h"
 #include "resync/resync_call.h"
 #include "resync/resync_copy.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
+#include "volume/local_state.h"
 #include "volume/state.h"
 #include "volume/volume.h"
 #include "wire/conn.h"
@@ -63,13 +65,13 @@ end_copy (struct batch *b, struct copy *copy)
 }
 
 static uint64_t
-bytes_of (const struct batch *b, const struct runs *runs)
+regions_of (const struct runs *runs)
 {
   uint64_t count = 0;
 
   for (size_t i = 0; i < runs->nr; i++)
     count += runs->list[i].count;
-  return count * b->remote->disk.volume->region_size;
+  return count;
 }
 
 static int
@@ -118,18 +120,50 @@ begin_flush (struct batch *b)
   fault_point ("resync_flush_begun");
 }
 
+/* The remote may be in sync after this: then no copy is under way, and what was
+ * copied from local counts only if local had all of it.  Its flush tells, and
+ * covers what was copied by earlier calls as well.  Without an active extent
+ * nothing was written since the last one.
+ */
+static int
+prove_copies_relock (struct batch *b)
+{
+  struct remote *r = b->remote;
+  struct nbdm *v = r->disk.volume;
+  int rc = 0;
+
+  if (!r->unproven || r->conn != b->conn
+      || regions_of (&b->flushing) < r->disk.dm.map[MAP_DIRTY].nr_set)
+    return 0;
+  if (v->local.state != NBDM_LOCAL_FAILED
+      && activity_count (&v->activity) > 0) {
+    pthread_mutex_unlock (&v->lock);
+    rc = flush_local_group (v);
+    pthread_mutex_lock (&v->lock);
+  }
+  /* If another remote takes local's place, it was made dirty what is in doubt.
+   */
+  if (rc < 0)
+    rc = local_flush_failed_relock (v);
+  if (rc == 0)
+    r->unproven = false;
+  return rc;
+}
+
 /* All regions in `flushing` were answered before the flush began: clear them.
  */
-static void
+static int
 clean (struct batch *b)
 {
   struct remote *r = b->remote;
   struct nbdm *v = r->disk.volume;
   uint64_t cleaned = 0;
+  int rc;
 
   fault_point ("resync_before_clean");
   pthread_mutex_lock (&v->lock);
-  if (!v->failed && r->conn == b->conn)
+  rc = prove_copies_relock (b);
+  if (rc == 0 && !v->failed && r->conn == b->conn)
     for (size_t i = 0; i < b->flushing.nr; i++)
       cleaned += dirty_map_clean (&r->disk.dm, b->flushing.list[i].first,
                                   b->flushing.list[i].count);
@@ -142,6 +176,7 @@ clean (struct batch *b)
   resync_cleaned_locked (&b->call, cleaned);
   pthread_mutex_unlock (&v->lock);
   b->flushing.nr = 0;
+  return rc < 0 ? set_message (rc, "the local disk failed to flush") : 0;
 }
 
 /* Receive the answer of the flush under way if it is there, or wait for it. */
@@ -158,8 +193,7 @@ end_flush (struct batch *b, bool wait)
   b->call.flush_ended_ns = now_ns ();
   if (rc < 0)
     return set_message (-ENOTCONN, "the connection was lost");
-  clean (b);
-  return 0;
+  return clean (b);
 }
 
 static bool
@@ -180,7 +214,9 @@ drive_flush (struct resync_call *c)
   if (b->flush_begun)
     return end_flush (b, false);
   if (b->copied.nr > 0
-      && (resync_flush_due (c, bytes_of (b, &b->copied)) || is_pressed (b)))
+      && (resync_flush_due (c, regions_of (&b->copied)
+                                   * c->target->volume->region_size)
+          || is_pressed (b)))
     begin_flush (b);
   return 0;
 }

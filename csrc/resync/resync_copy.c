@@ -135,6 +135,9 @@ resync_lock_copy (struct batch *b, struct copy *copy)
    */
   if (rc == 1) {
     copy->was_late = any_late_locked (b->remote, &copy->range);
+    copy->doubts = v->local.doubts;
+    if (v->local.state != NBDM_LOCAL_FAILED)
+      b->remote->unproven = true;
     mark_dirty_locked (b->remote, copy->range.offset, copy->range.length, true);
   }
   pthread_mutex_unlock (&v->lock);
@@ -383,7 +386,7 @@ resync_end_copy (struct batch *b, struct copy *copy)
     region_span (v, copy->range.offset, copy->range.length, &run.first,
                  &run.count);
     rc = remember_run (&b->copied, &run);
-    if (rc == 0)
+    if (rc == 0 && copy->doubts == v->local.doubts)
       bitmap_set (&r->disk.dm.copied, run.first, run.count);
     measure_locked (b, copy);
     fault_point ("resync_copied");

@@ -290,6 +290,7 @@ flush_local_once_relock (struct nbdm *v)
     v->local.flush_error = rc;
     local_note_error_locked (v, rc);
     atomic_store (&v->local.doubted, true);
+    local_doubt_copies_locked (v);
   }
   pthread_cond_broadcast (&v->changed);
 }

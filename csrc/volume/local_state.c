@@ -150,19 +150,48 @@ miss_locked (struct nbdm *v, uint64_t first, uint64_t count)
 }
 
 static void
+extent_span (const struct nbdm *v, uint64_t extent, uint64_t *first,
+             uint64_t *count)
+{
+  uint64_t offset = extent * EXTENT_SIZE;
+
+  region_span (v, offset,
+               v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE,
+               first, count);
+}
+
+/* Only a flush tells what local has lost.  Until then a copy takes what is
+ * there instead, and a flush of the remote does not make that what clients
+ * wrote.  So a remote is `unproven` from such a copy on until a flush of local,
+ * and in sync after that alone (resync.c).  What no flush of local has covered
+ * lies in active extents.  Copies under way find the count of doubts changed.
+ */
+void
+local_doubt_copies_locked (struct nbdm *v)
+{
+  uint64_t extents[ACTIVITY_EXTENTS], first, count;
+  uint32_t nr = activity_list (&v->activity, extents, ACTIVITY_EXTENTS);
+
+  v->local.doubts++;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    for (uint32_t e = 0; v->remotes[i].unproven && e < nr; e++) {
+      extent_span (v, extents[e], &first, &count);
+      mark_regions_locked (&v->remotes[i], first, count, false);
+    }
+}
+
+/* All that local has answered and not flushed, and copies of it. */
+static void
 miss_active_locked (struct nbdm *v)
 {
-  uint64_t extents[ACTIVITY_EXTENTS];
+  uint64_t extents[ACTIVITY_EXTENTS], first, count;
   uint32_t nr = activity_list (&v->activity, extents, ACTIVITY_EXTENTS);
 
   for (uint32_t i = 0; i < nr; i++) {
-    uint64_t offset = extents[i] * EXTENT_SIZE, first, count;
-    uint64_t length
-        = v->size - offset < EXTENT_SIZE ? v->size - offset : EXTENT_SIZE;
-
-    region_span (v, offset, length, &first, &count);
+    extent_span (v, extents[i], &first, &count);
     miss_locked (v, first, count);
   }
+  local_doubt_copies_locked (v);
 }
 
 /* No remote could take local's place.  Undo the marks of this takeover on
@@ -335,6 +364,13 @@ local_flush_lost_relock (struct nbdm *v)
   if (rc < 0)
     volume_fail_locked (v, v->local.disk.reason);
   return rc;
+}
+
+int
+local_flush_failed_relock (struct nbdm *v)
+{
+  local_await_takeover_relock (v);
+  return v->drained ? -EIO : local_flush_lost_relock (v);
 }
 
 /* Is there a remote that has the region and may become its only source? */

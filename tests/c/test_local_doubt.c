@@ -192,10 +192,79 @@ sample_of_a_doubted_disk (void)
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_disk_admit (site.volume, 2) == 0);
   assert (site_status (&site, 1).state == NBDM_IN_SYNC);
+}
+
+/* The page cache of local has lost a write, and no flush has told it yet: local
+ * reads as before the write, and so does what is copied from it.
+ */
+static void
+write_and_lose (uint64_t offset)
+{
+  assert (write_at (offset, 7) == 0);
+  punch_local (offset);
+}
+
+/* The flush that tells it comes after the copy: the remote is not in sync,
+ * takes nobody's place, and no client is told that its write is safe.
+ */
+static void
+loss_told_after_a_copy (void)
+{
+  bring_up (1, 100);
+  lose (0);
+  write_and_lose (5 * REGION);
+  site_connect (&site, 0);
+  (void)site_resync (&site, 0, &(struct nbdm_resync){ .max_bytes = SIZE });
+  assert (nbdm_flush (site.volume) == -EIO);
+  assert (site_status (&site, 0).state != NBDM_IN_SYNC);
+}
+
+/* Another remote has the write and takes local's place.  The one that was
+ * copied to is copied to again.
+ */
+static void
+loss_told_after_a_copy_of_two (void)
+{
+  bring_up (2, 100);
+  lose (1);
+  write_and_lose (5 * REGION);
+  site_connect (&site, 1);
+  (void)site_resync (&site, 1, &(struct nbdm_resync){ .max_bytes = SIZE });
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  site_resync_to_end (&site, 1);
+  lose (0);
+  assert (read_at (5 * REGION) == 7);
+}
+
+/* The same while the copy is under way. */
+static void
+loss_told_beside_a_copy (void)
+{
+  struct job copy = { 0 };
+
+  bring_up (2, 100);
+  lose (1);
+  write_and_lose (5 * REGION);
+  site_connect (&site, 1);
+  start (&copy, do_resync_second);
+  wait_at_gate ();
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  open_gate ();
+  end (&copy);
+  site_resync_to_end (&site, 1);
+  lose (0);
   assert (read_at (5 * REGION) == 7);
 }
 
 static const struct schedule schedules[] = {
+  { "loss_told_beside_a_copy",
+    "local_flush:2=error,resync_answered:3=wait:gate",
+    loss_told_beside_a_copy },
+  { "loss_told_after_a_copy", "local_flush:2=error", loss_told_after_a_copy },
+  { "loss_told_after_a_copy_of_two", "local_flush:2=error",
+    loss_told_after_a_copy_of_two },
   { "doubt_during_a_read",
     "local_read:1=error,local_read:2=error,local_read:3=wait:gate,"
     "local_flush:2=error",

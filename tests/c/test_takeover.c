@@ -314,10 +314,11 @@ write_of_a_mended_disk (void)
 }
 
 /* The first remote alone has a region beside local, and loses it with its
- * cache.  The second one is copied it meanwhile, and takes local's place.
+ * cache.  The second one is copied it meanwhile, from local, which fails: so it
+ * does not take local's place.
  */
 static void
-other_successor_than_was_asked (void)
+copied_to_is_no_successor (void)
 {
   struct job copy = { 0 }, failing = { .offset = 40 * REGION, .value = 1 };
 
@@ -340,15 +341,17 @@ other_successor_than_was_asked (void)
   peer_hold (site.peers[0], PEER_GO);
   site_wait_state (&site, 0, NBDM_HOLDING);
   open_at ("copy");
-  assert (end (&copy) == 0);
-  site_wait_state (&site, 1, NBDM_IN_SYNC);
+  WAIT_FOR (site_status (&site, 1).remote.answered_bytes > 0);
   peer_hold (site.peers[2], PEER_GO);
-  WAIT_FOR (local_state () == NBDM_LOCAL_FAILED);
+  assert (end (&failing) == -EIO);
+  assert (local_state () == NBDM_LOCAL_OK);
+  end (&copy);
   site_connect (&site, 0);
-  assert (end (&failing) == 0);
-  site_resync_to_end (&site, 0);
-  assert (memcmp (peer_image (site.peers[0]), peer_image (site.peers[1]), SIZE)
-          == 0);
+  for (uint32_t i = 0; i < site.nr_peers; i++) {
+    site_resync_to_end (&site, i);
+    assert (memcmp (site.image, peer_image (site.peers[i]), SIZE) == 0);
+  }
+  assert (read_at (5 * REGION) == 7);
 }
 
 static void
@@ -424,10 +427,10 @@ static const struct schedule schedules[] = {
     "local_read:1=error,local_read:2=error,local_write:2=error,"
     "after_remote:2=wait:failing,after_remote:1=wait:gate",
     write_of_a_mended_disk },
-  { "other_successor_than_was_asked",
+  { "copied_to_is_no_successor",
     "resync_after_read:1=wait:copy,local_write:2=error,"
     "after_remote:2=wait:gate",
-    other_successor_than_was_asked },
+    copied_to_is_no_successor },
   { "late_write_stays_late", "local_write:1=error,after_remote:1=wait:gate",
     late_write_stays_late },
   { "bad_sector_keeps_its_copy",
