@@ -57,7 +57,8 @@ bring_up (uint32_t nr_peers, uint32_t hold_ms)
   open_door ();
 }
 
-/* With these limits of the door, and the least memory that clients can share.
+/* The door has these limits, and its clients share the least memory that is
+ * allowed.
  */
 static TEST_UNUSED void
 bring_up_limited (uint32_t max_clients, uint32_t stall_ms)
@@ -96,7 +97,7 @@ wait_no_clients (void)
   assert (status.inflight == 0);
 }
 
-/* Every remote has what local has. */
+/* Stop, and fail unless every remote has what local has. */
 static void
 take_down (void)
 {
@@ -110,8 +111,8 @@ take_down (void)
   site_end (&site);
 }
 
-/* End while writes wait for a remote that does not come back: the stop of the
- * volume is what lets them go.
+/* End the door while writes wait for a remote that does not come back: the stop
+ * of the volume ends their wait.
  */
 static TEST_UNUSED void
 end_held (void)

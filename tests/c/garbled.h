@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A state directory that is garbled, one file at a time: a start refuses,
- * naming the file, or makes more dirty, saying why; never less (rule 9).
+/* A state directory in which one file is garbled: a start refuses, naming the
+ * file, or marks more regions dirty, saying why; it never marks fewer (rule 9).
  *
- * Each way of ending a session is a scenario.  The tests that include this do
- * each of their harms to each file of each.
+ * Each way of ending a session is a scenario. The tests that include this apply
+ * each of their kinds of damage to each file of each scenario.
  *
- * What no start can see is left out here and told in FORMAT.md: bits lost from
- * the maps, and slots zeroed, of a volume that was in use; nothing there has a
- * checksum, for a bit is set by one store.
+ * Damage that no start can notice is left out; docs/FORMAT.md describes it: in
+ * a volume that was in use, bits that are lost from the maps, and slots that
+ * are zeroed. Those have no checksum, because one store sets a bit.
  */
 
 #ifndef NBDM_GARBLED_H
@@ -39,8 +39,8 @@ static struct scenario {
   struct verdict intact;
 } scenarios[NR_ENDINGS];
 
-/* The first so many regions of one file's maps may be lost by this harm, from
- * `first` on; NULL: nothing may.
+/* The regions of one file's maps that this damage may lose: `count` of them,
+ * from `first` on. A NULL pointer: none may be lost.
  */
 struct unseen {
   const char *file;
@@ -68,7 +68,7 @@ wrong (const struct scenario *s, const char *file, const char *fmt, ...)
 
 /* --- the states ------------------------------------------------------ */
 
-/* What the intact state says has to cover what truly differs. */
+/* The dirty bits of the intact state must cover every region that differs. */
 static void
 check_covers (const struct scenario *s)
 {
@@ -121,7 +121,9 @@ make_scenario (struct scenario *s, enum ending ending)
   }
 }
 
-/* Not before all were made: the first start here reads NBDM_FAULT for good. */
+/* Call it after all scenarios were made: its start is the first in this
+ * process, and the process keeps the NBDM_FAULT that it reads then.
+ */
 static void
 judge_intact (struct scenario *s)
 {
@@ -146,7 +148,9 @@ may_be_lost (const struct unseen *unseen, const char *map, uint32_t region)
          && region - unseen->first < unseen->count;
 }
 
-/* Less dirty than intact is wrong; true if it is more. */
+/* Complain of a region that was dirty in the intact state and is clean now.
+ * Returns whether more regions are dirty.
+ */
 static bool
 compare (const struct scenario *s, const struct verdict *got,
          const struct unseen *unseen, const char *file, const char *harm)
@@ -171,9 +175,9 @@ compare (const struct scenario *s, const struct verdict *got,
   return more;
 }
 
-/* A superblock of another volume or time looks right by itself: then it is a
- * log that does not fit it, or the local disk, which an older one knows by what
- * it held then.
+/* A superblock of another volume or time looks right by itself. Then the start
+ * names a log that does not fit it, or the local disk, whose samples are of
+ * another time.
  */
 static bool
 names (const char *words, const char *file)
@@ -186,7 +190,7 @@ names (const char *words, const char *file)
   return strstr (words, file);
 }
 
-/* The harm is done: start, and start again, as a kill in between would. */
+/* Start from the damaged files, and start again, as after a kill in between. */
 static void
 check (const struct scenario *s, const char *file, const char *harm,
        const struct unseen *unseen, unsigned starts)
@@ -215,7 +219,7 @@ check (const struct scenario *s, const char *file, const char *harm,
 /* --- harm --------------------------------------------------------------------
  */
 
-/* What is put in the file's place; no size: as it was. */
+/* Put these bytes in the place of the file, and check. */
 static void
 replace (const struct scenario *s, const struct state_file *file,
          const char *harm, const void *bytes, size_t size,

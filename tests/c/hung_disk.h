@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A volume with a deadline for its local disk, and a fault point in the midst
- * of the disk's call that waits for a file: so the disk keeps a call until the
- * test opens the gate.
+/* A volume with a deadline for its local disk, and a fault point inside the
+ * disk's call that waits for a file: the disk keeps a call until the test opens
+ * the gate.
  */
 
 #ifndef NBDM_TEST_HUNG_DISK_H
@@ -45,8 +45,8 @@ assert_failed (void)
   assert (status.local.errors == 0);
 }
 
-/* No disk is attached before the call has ended; then this one is, and all that
- * the volume has is copied to it, whatever the call did.
+/* Attaching is refused until the call has ended. Then the disk is attached, and
+ * the remote's content is copied to it, whatever the call wrote.
  */
 static TEST_UNUSED void
 copy_back_after_the_call (void)
@@ -65,7 +65,7 @@ copy_back_after_the_call (void)
 
 /* --- a call is kept ----------------------------------------------------- */
 
-/* The asker is answered while the disk still keeps the call. */
+/* The client gets its answer while the disk still keeps the call. */
 static TEST_UNUSED struct job
 keep_and_answer (int (*run) (struct job *job), int expected)
 {

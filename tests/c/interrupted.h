@@ -86,20 +86,22 @@ void bench_connect (struct bench *bench, uint32_t remote);
 void bench_connect_all (struct bench *bench);
 /* Cleanly; and close it. */
 void bench_stop (struct bench *bench);
-/* What a fault may make fail: an error ends the process, as a kill would. */
+/* Faults make these calls fail: an error ends the process, as a kill would. */
 void bench_must (int rc);
 /* Write the first bytes of the regions, and note the answer.  An error ends the
  * process, as a kill would.
  */
 void bench_write (struct bench *bench, unsigned first, unsigned count,
                   uint8_t value);
-/* No region reads as older than answered.  EIO is right where local alone has
- * it, and a start that could not use it has made it failed.
+/* No region reads as older than what was answered. EIO is right where local
+ * alone has a region and a start that could not use local has made it failed.
  */
 void bench_check_reads (struct bench *bench);
 /* Copy until local is ok and every remote in sync; read all; stop. */
 void bench_mend (struct bench *bench);
-/* Open, with all there again: nothing was lost meanwhile. */
+/* Open the volume with all its logs there again: no log was lost since `image`
+ * was taken.
+ */
 void bench_open_and_mend (struct bench *bench);
 
 /* --- in the parent, after that ----------------------------------------- */

@@ -32,8 +32,8 @@
 
 /* --- loss_record.c --------------------------------------------------- */
 
-/* What happens at a recorded call, under the lock: `sync` before and after
- * each call that makes something durable.
+/* The test's function for each recorded call, which holds the lock. `sync` is
+ * true before and after each call that makes something durable.
  */
 typedef void (*loss_event) (bool sync);
 
@@ -45,8 +45,8 @@ typedef void (*loss_event) (bool sync);
 void loss_record (const struct site *site, loss_event event);
 void loss_stop_recording (void);
 void loss_set_boot (const char *boot);
-/* The boot id this thread reads, and nothing it does is recorded, until NULL
- * is set again.
+/* Until NULL is set again, this thread reads this boot id, and its calls are
+ * not recorded.
  */
 void loss_pretend_boot (const char *boot);
 void loss_lock (void);
@@ -94,8 +94,8 @@ struct write_op;
 
 void disks_init (uint64_t size, uint32_t nr_disks);
 void disks_free (void);
-/* The local disk as found, all of it durable: the primary has lost power.  Not
- * for a remote, whose cache outlives that.
+/* Take the local disk as it is, all of it durable, because the primary has lost
+ * power. Not for a remote, whose cache survives that.
  */
 void disk_adopt_local (int fd);
 /* A remote lost power: all it holds is durable.  What was sent may be under
@@ -114,7 +114,9 @@ struct write_op *disk_find (uint32_t disk, uint64_t cookie, uint64_t offset,
 bool disk_brings (const struct write_op *op, const void *data);
 /* It never happens. */
 void disk_cancel (uint32_t disk, struct write_op *op);
-/* It is what a read sees; with `durable` it alone is on the platter. */
+/* The write has ended: a read sees it. With `durable` the medium has it and no
+ * older content.
+ */
 void disk_end (uint32_t disk, struct write_op *op, bool durable);
 /* What had ended by the stamp is durable. */
 uint64_t disk_stamp (void);
@@ -131,7 +133,7 @@ void disk_may_change (uint32_t disk, uint64_t *bits);
  * region.
  */
 void disk_leave_local (int fd, enum loss_how how, uint64_t *random);
-/* The same of a part of it, in another file that holds anything yet. */
+/* The same for a part of the disk, in another file, whatever that holds now. */
 void disk_leave_part (int fd, uint64_t offset, uint64_t length,
                       enum loss_how how, uint64_t *random);
 /* Is this, and nothing else, what lost power would leave there? */

@@ -12,7 +12,8 @@
   type __real_##name (__VA_ARGS__);                                            \
   type __wrap_##name (__VA_ARGS__)
 
-/* Let the test look, if calls are recorded.  With the lock. */
+/* Call the test's function, if calls are recorded. The caller holds the lock.
+ */
 void loss_look (bool sync);
 
 #endif /* NBDM_LOSS_CALLS_H */

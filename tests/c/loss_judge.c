@@ -131,7 +131,7 @@ read_superblock (struct disk_superblock *sb)
 
   assert (fd >= 0 && superblock_load (fd, sb, &torn) == 0);
   close (fd);
-  /* What is torn may have said: in use. */
+  /* The torn slot may have said that the volume is in use. */
   if (torn)
     sb->flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
 }
@@ -190,9 +190,10 @@ crc_of (const struct disk_superblock *sb)
   return htole32 (crc32c (0, &copy, sizeof copy));
 }
 
-/* The disk stands for the local one, though it is another file: only what it
- * holds is to tell.  And of the samples a few are judged, others each time, as
- * the blocks of all of them take longer than the rest of the judgement.
+/* This disk stands for the local one, though it is another file, so that only
+ * its content counts. Of the samples a few are judged, others each time,
+ * because reading the blocks of all of them takes longer than the rest of the
+ * judgement.
  */
 static void
 thin_out_identity (void)

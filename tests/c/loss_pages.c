@@ -107,9 +107,9 @@ collect_inode (struct inode *inode)
   return changed;
 }
 
-/* Twice the same is one instant: the engine's threads store into the mappings
- * meanwhile, and what they move from one page to another must be seen in one
- * of them.
+/* Read until two reads are equal, which makes them one instant. The engine's
+ * threads store into the mappings while this reads, and a bit that they move
+ * from one page to another must be seen in one of them.
  */
 void
 pages_collect (void)

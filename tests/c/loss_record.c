@@ -218,7 +218,9 @@ WRAPPED (int, unlinkat, int dirfd, const char *path, int flags)
 
 /* --- writes ---------------------------------------------------------- */
 
-/* Without the lock: a disk takes its time, and others go on meanwhile. */
+/* The caller does not hold the lock: a disk takes its time, and other threads
+ * run.
+ */
 static void
 take_time (void)
 {

@@ -43,8 +43,8 @@ WRAPPED (int, nbd_aio_connect_uri, struct nbd_handle *nbd, const char *uri)
   return __real_nbd_aio_connect_uri (nbd, uri);
 }
 
-/* Under the lock, and an event before it is really sent: the peer cannot have
- * it before we know its cookie.
+/* The caller holds the lock, and there is an event before the command is really
+ * sent: the peer cannot receive it before its cookie is known here.
  */
 static struct write_op *
 begin_remote (struct nbd_handle *nbd, uint64_t offset, uint64_t length,

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* An NBD client that does what no well-bred one would: stops in the midst of a
- * header, leaves answers unread, asks for what is forbidden.  libnbd keeps a
- * test from all of that, so here is what of the protocol a test needs, one step
- * a function.
+/* An NBD client that breaks the rules: it stops in the middle of a header,
+ * leaves answers unread, sends forbidden requests. libnbd prevents all of that,
+ * so this file has the parts of the protocol that the tests need, one step a
+ * function.
  *
- * A call that the server keeps waiting for CLIENT_DEADLINE_S fails the test:
- * nothing that is asked of a server may hang.
+ * A call that the server keeps waiting for CLIENT_DEADLINE_S fails the test: no
+ * request to a server may hang.
  */
 
 #ifndef NBDM_NBD_CLIENT_H
@@ -97,7 +97,7 @@ client_assert_closed (const struct client *c)
 
 /* --- Handshake ------------------------------------------------------------ */
 
-/* Connected, and greeted; `flags` are the client's. */
+/* Connect and read the greeting; `flags` are the client's. */
 static TEST_UNUSED struct client
 client_connect (const char *socket_path, uint32_t flags)
 {
@@ -313,7 +313,8 @@ client_close (const struct client *c)
   close (c->fd);
 }
 
-/* Take its leave: the server closes, when it has answered all. */
+/* Send a disconnect: the server closes the connection when it has answered all.
+ */
 static TEST_UNUSED void
 client_leave (const struct client *c)
 {

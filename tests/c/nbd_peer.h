@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* An NBD server inside the test, for what no other server can be made to do:
- * show its image at one instant, lose what it has not flushed, apply and
- * answer commands in any order, and apply those of a dead connection late.
+/* An NBD server inside the test. It does what no other server can be made to
+ * do: it shows its image at one instant, loses what it has not flushed, applies
+ * and answers commands in any order, and applies those of a dead connection
+ * late.
  *
- * The image is in memory.  What a read sees is one copy of it, what has been
- * flushed is another, so that a loss of power is a choice between the two,
- * sector by sector.
+ * The image is in memory. One copy of it is what a read sees, another what has
+ * been flushed, so a loss of power is a choice between the two, sector by
+ * sector.
  */
 
 #ifndef NBDM_NBD_PEER_H
@@ -51,8 +52,8 @@ struct peer_params {
   uint32_t refuse_zeroes; /* offered, and answered with this errno; 0: done */
   uint32_t zero_bytes_per_ms; /* how quickly it zeroes; 0: at once */
   bool shuffle; /* apply and answer in any order, now and then later */
-  /* Around the applying of a command, so that it is one instant of the
-   * test's; `applied` is called between the two, with the image changed.
+  /* Called around the applying of a command, which makes it one instant for the
+   * test; `applied` is called between the two, when the image has changed.
    */
   void (*enter) (void *opaque);
   void (*applied) (void *opaque, const struct peer_command *cmd);
@@ -94,8 +95,9 @@ void peer_hold_writes (struct peer *peer, bool hold);
 /* From now on it answers reads with EIO. */
 void peer_fail_reads (struct peer *peer);
 
-/* A disk behind a write cache: from now on a flush takes so long, and a second
- * for so many unflushed bytes; 0: none.  In order, the others wait for it.
+/* Model a disk behind a write cache: from now on a flush takes this many ms,
+ * and one second more for each `bytes_per_s` unflushed bytes; 0: none. Without
+ * `shuffle` other commands wait for it.
  */
 void peer_slow_flushes (struct peer *peer, unsigned ms, uint64_t bytes_per_s);
 

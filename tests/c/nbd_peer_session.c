@@ -62,7 +62,7 @@ apply_locked (struct peer *peer, const struct peer_command *cmd)
     flush_locked (peer, cmd->offset, cmd->length);
 }
 
-/* Before the flush, or the FUA write, is done. */
+/* Wait as long as the disk needs for the flush or the FUA write. */
 static void
 take_time (struct peer *peer, const struct peer_command *cmd)
 {
@@ -223,7 +223,7 @@ is_held_locked (struct peer *peer, const struct item *item)
   return false;
 }
 
-/* Any of those queued; NULL when the connection has ended. */
+/* Take any command of the queue; NULL when the connection has ended. */
 static struct item *
 next_item (struct session *s, bool *later)
 {

@@ -42,7 +42,8 @@ struct peer {
   bool hold_flushes, hold_writes;
   unsigned flush_ms;
   uint64_t flush_rate;
-  unsigned may_apply, may_answer; /* so many flushes nonetheless */
+  /* How many flushes are let through although `hold_flushes` is set. */
+  unsigned may_apply, may_answer;
   bool stopping, keep;
   uint64_t random;
   struct session *sessions;

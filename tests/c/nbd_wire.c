@@ -41,9 +41,10 @@ wire_receive (int fd, void *buf, size_t count)
   return true;
 }
 
-/* The other side may have all of it, and a test change `p`, before send
- * returns.  The sanitizer's own send looks at the bytes once more after the
- * call, so it is passed by; one of no bytes orders what came before.
+/* The other side may have received all of it, and a test may change `p`, before
+ * send returns. The sanitizer's send reads the bytes a second time after the
+ * call, so the system call is made directly; a send of no bytes gives the
+ * sanitizer the order of events.
  */
 static ssize_t
 send_bytes (int fd, const char *p, size_t count)

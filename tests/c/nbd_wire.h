@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What of the NBD protocol nbd_peer.c speaks: fixed newstyle, simple replies.
- * The protocol is followed, so that libnbd is talked to as by any server; what
- * of it is not there is refused.
+/* The parts of the NBD protocol that nbd_peer.c speaks: fixed newstyle, simple
+ * replies. libnbd can talk to it as to any server; the other parts are refused.
  */
 
 #ifndef NBDM_NBD_WIRE_H
@@ -17,7 +16,7 @@
 #define TYPE_DISCONNECT 2
 #define FLAG_FUA 1
 
-/* Big-endian, but for the cookie, which is the client's. */
+/* Big-endian, except the cookie, which is the client's. */
 struct __attribute__ ((packed)) wire_request {
   uint32_t magic;
   uint16_t flags, type;
@@ -30,7 +29,7 @@ struct __attribute__ ((packed)) wire_reply {
   uint64_t cookie;
 };
 
-/* All of it, or false: the connection is over. */
+/* Both move all `size` bytes, or return false when the connection is over. */
 bool wire_receive (int fd, void *buf, size_t count);
 bool wire_transmit (int fd, const void *buf, size_t count);
 /* Up to the transmission phase; false: the client wants none. */

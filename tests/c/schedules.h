@@ -54,7 +54,9 @@ int read_at (uint64_t offset);
 void lose (uint32_t remote);
 /* Connect a remote at the address of another peer: what the engine returned. */
 int connect_at (uint32_t remote, uint32_t peer);
-/* Use the local disk, which has failed, again: it is copied back to. */
+/* Attach and admit the local disk that has failed: the engine copies back to
+ * it.
+ */
 void attach_and_admit (void);
 /* Have the local disk lose a region: a hole is in its place. */
 void punch_local (uint64_t offset);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A volume whose remotes are servers inside the test (nbd_peer.h), so that
- * both images can be looked at, at one instant and without a copy.  In memory
- * where there is a file system for it: these tests do nothing but write, and
- * what a disk would keep is not what they are about.
+/* A volume whose remotes are servers inside the test (nbd_peer.h), so that a
+ * test can compare both images at one instant and without a copy. Its files are
+ * in memory where a tmpfs exists: these tests write all the time and are not
+ * about what a disk keeps.
  */
 
 #ifndef NBDM_SITE_H

@@ -137,7 +137,9 @@ test_activity_pick_forgets_the_one_before (void)
   folder_remove (&folder, FILES ("activity"));
 }
 
-/* It never left the disk, so it needs no write, and lost power finds it. */
+/* The disk still has it, so it needs no write, and a start after lost power
+ * finds it.
+ */
 static void
 test_activity_cold_extent_comes_back_durable (void)
 {

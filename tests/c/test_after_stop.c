@@ -150,8 +150,8 @@ stops_again (void)
   return nbdm_stop (bench.volume);
 }
 
-/* Every command there is: what it answers after a stop; 1: whatever, as it can
- * change nothing.
+/* Every command, with its answer after a stop; 1: any answer, because the
+ * command changes nothing.
  */
 static const struct command_row {
   const char *name;
@@ -252,8 +252,9 @@ commands_after_the_stop (void *opaque)
   nbdm_close (bench.volume);
 }
 
-/* Generations and times differ from run to run, so it is not the bytes that are
- * compared: the next start finds nothing amiss, and what a control finds.
+/* Generations and times differ from run to run, so the files are not compared
+ * byte by byte. Instead the next start must find nothing wrong, and the same as
+ * a control.
  */
 static void
 starts_cleanly (void *opaque)

@@ -70,7 +70,9 @@ test_bound_finds_the_rate (void)
   }
 }
 
-/* It was quick, and no more: few connections are lost until the bound fits. */
+/* The disk was quick and has become slow: few connections are lost until the
+ * bound fits.
+ */
 static void
 test_bound_comes_down (void)
 {
@@ -86,7 +88,7 @@ test_bound_comes_down (void)
   assert (bound.bytes[BACKLOG_DATA] >= 512u * MIB);
 }
 
-/* Less to flush does not help against a time that each flush takes. */
+/* A smaller bound does not help where each flush takes a constant time. */
 static void
 test_bound_is_kept_where_less_does_not_help (void)
 {
@@ -112,7 +114,7 @@ test_room_is_shared (void)
   assert (flush_bound_room (&bound, used, BACKLOG_DATA, all) <= all / 2);
   used[BACKLOG_DATA] = all / 2;
   assert (flush_bound_room (&bound, used, BACKLOG_DATA, 4096) == 0);
-  /* Quick answers alone make nothing grow, slow ones less of it. */
+  /* Quick answers alone do not raise the bound; slow ones lower it. */
   flush_bound_zeroed (&bound, all, 1);
   assert (bound.bytes[BACKLOG_ZEROES] == all);
   flush_bound_zeroed (&bound, all, 5 * S_NS);
@@ -423,7 +425,7 @@ test_long_trim_is_left_to_resync (void)
   assert (site_status (&site, 0).remote.late_regions == 0);
   assert (took >= DEADLINE_MS && took < 3 * DEADLINE_MS);
   assert (site.image[0] == 0 && site.image[SIZE - 1] == 0);
-  /* Another one is left at once. */
+  /* The next trim does not wait. */
   start = now_ms ();
   assert (nbdm_trim (site.volume, SIZE, 0, 0) == 0);
   assert (now_ms () - start < DEADLINE_MS);
@@ -455,8 +457,8 @@ note_length (void *opaque, const struct peer_command *cmd)
     longest = cmd->length;
 }
 
-/* A region of 4 MiB is minutes on a slow link: it travels in pieces, so many
- * at a time as the pace says, or a client would wait for all of it.
+/* A region of 4 MiB takes minutes on a slow link. It is sent in pieces, as many
+ * at a time as the pace allows; otherwise a client would wait for all of it.
  */
 static void
 test_long_region_travels_in_pieces (void)

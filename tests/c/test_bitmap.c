@@ -137,7 +137,7 @@ test_bitmap_count_leaves_out_padding (void)
   memset (bytes, 0xff, 8192);
   assert (bitmap_init (&map, bytes, PAGE_BITS + 13) == 0);
   count_all (&map);
-  count_all (&map); /* once more, and no bit counts twice */
+  count_all (&map); /* a second count counts no bit twice */
   assert (map.nr_set == PAGE_BITS + 13);
   assert (map.page_set[0] == PAGE_BITS && map.page_set[1] == 13);
   assert (bytes[4097] == 0xff); /* counting changes nothing */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Classification: the table in classify.c row by row, and where the pieces of
- * a request are cut.
+/* Classification: the table in classify.c row by row, and the boundaries at
+ * which a request is cut into pieces.
  */
 
 #include "logs/bitmap.h"

@@ -28,7 +28,9 @@ assert_data_first (const struct client *c, uint32_t length, uint32_t data)
   assert (be32toh (map[0].length) >= data);
 }
 
-/* Told the old way, and all that goes with it. */
+/* A client that ends the handshake with EXPORT_NAME learns size and flags, and
+ * is served.
+ */
 static void
 test_export_name (void)
 {
@@ -109,7 +111,7 @@ assert_rude (uint32_t flags, const void *bytes, size_t size)
   client_close (&c);
 }
 
-/* What a handshake may be told, and what ends it. */
+/* The options that a handshake accepts, and those that end it. */
 static void
 test_handshake (void)
 {
@@ -152,7 +154,7 @@ assert_listed (const struct client *c, const char *name)
   assert (memcmp (entry + sizeof length, name, length) == 0);
 }
 
-/* Told the old way. */
+/* The client ends the handshake with EXPORT_NAME. */
 static struct client
 open_export (const char *name, bool read_only)
 {
@@ -167,8 +169,8 @@ open_export (const char *name, bool read_only)
   return c;
 }
 
-/* Two exports of one volume: each by its name, and the first by any other; all
- * that one refuses the other takes.
+/* Two exports of one volume: each is reached by its name, the first also by any
+ * other name. The second is read-only.
  */
 static void
 test_exports (void)
@@ -212,7 +214,9 @@ test_exports (void)
   take_down ();
 }
 
-/* Each is refused by itself, payload and all, and the session goes on. */
+/* Each of these requests is refused alone, with its payload read, and the
+ * session goes on.
+ */
 static void
 test_refused_requests (void)
 {
@@ -241,7 +245,7 @@ test_refused_requests (void)
   take_down ();
 }
 
-/* What it had sent before it closed its side is answered. */
+/* The server answers what the client sent before it closed its side. */
 static void
 test_half_closed (void)
 {

@@ -16,7 +16,7 @@
 /* --- how many there may be --------------------------------------------------
  */
 
-/* What GO, or EXPORT_NAME, comes to. */
+/* The type of the reply to GO. */
 static uint32_t
 ask_to_go (const struct client *c)
 {
@@ -29,8 +29,8 @@ greeted (void)
   return client_connect (door, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
 }
 
-/* A client too many is told so, and may ask again; a client that knows only
- * EXPORT_NAME is disconnected.  The others are not disturbed.
+/* The client beyond the limit gets an error and may ask again; a client that
+ * knows only EXPORT_NAME is disconnected. The other clients are not disturbed.
  */
 static void
 test_too_many_clients (void)

@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The direct door under load: what clients may do to it, and to each other,
- * while remotes come and go, and while it ends.
+ * while remotes come and go, and while the door ends.
  *
- * What is looked for: a request that is never answered, an answer that is given
- * twice, a write that is not where it was said to be, and a client that others
- * have to wait for.
+ * The tests look for a request that is never answered, an answer that is given
+ * twice, a write in the wrong place, and a client that delays others.
  */
 
 #define _GNU_SOURCE
@@ -88,7 +87,9 @@ issue_shared (struct loader *l, struct slot *slot)
                          slot->length, l->buf);
 }
 
-/* Where no other client writes: what was answered is what is read, at once. */
+/* Use the place where no other client writes: a read there returns the last
+ * answered write.
+ */
 static bool
 issue_own (struct loader *l, struct slot *slot)
 {
@@ -142,7 +143,9 @@ take_answer (struct loader *l)
     return false;
   slot = &l->slots[answer.cookie % IN_FLIGHT];
   assert (slot->busy && slot->cookie == answer.cookie); /* once */
-  /* Also while it ends: a request is carried out, or has no answer. */
+  /* This holds while the door ends too: a request is carried out, or has no
+   * answer.
+   */
   assert (answer.error == 0);
   if (simple && answer.error == 0 && slot->type == NBD_CMD_READ
       && !client_receive (&l->client, l->buf, slot->length))
@@ -320,15 +323,15 @@ test_remotes_come_and_go (void)
   run_trouble (20);
 }
 
-/* So long that all that is lost is sent again. */
+/* The hold is so long that every lost command is sent again. */
 static void
 test_remotes_are_held (void)
 {
   run_trouble (400);
 }
 
-/* The ways to go: in a header, in a small and a large payload, half closed, and
- * with all answers unread.
+/* A client closes the connection within a header, within a small or a large
+ * payload, after closing only its sending side, or with all answers unread.
  */
 static void
 go_abruptly (unsigned how)
@@ -388,7 +391,7 @@ test_end_under_load (void)
 }
 
 /* Requests wait for a remote that does not come back, and one client is still
- * shaking hands: the volume's stop is what bounds the server's.
+ * in the handshake: the stop of the volume ends both waits.
  */
 static void
 test_end_while_held (void)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The memory that all clients of the direct door share: who gets it, who is
- * disconnected for it, and the wake-ups of those that wait for it.
+/* The memory that all clients of the direct door share: which clients get it,
+ * which are disconnected for keeping it, and how those that wait for it are
+ * woken.
  */
 
 #define _GNU_SOURCE
@@ -74,7 +75,7 @@ wait_for (atomic_bool *what)
 /* --- memory ------------------------------------------------------------------
  */
 
-/* Everything that is taken at once, and none of its answers read. */
+/* A client that asks for many reads and receives no answer. */
 static struct client
 deaf (uint32_t length)
 {
@@ -85,7 +86,7 @@ deaf (uint32_t length)
   return c;
 }
 
-/* It begins a write, and never ends it. */
+/* A client that begins a write and never sends the rest. */
 static struct client
 halting (void)
 {
@@ -108,8 +109,8 @@ assert_dropped (const struct client *c)
   assert (n == 0 || errno == ECONNRESET);
 }
 
-/* Clients that hold all there is and do not move are disconnected for one that
- * waits, and for that alone; small requests are never kept waiting.
+/* Clients that hold all the memory and receive nothing are disconnected when
+ * another client waits for it, and only then; small requests never wait.
  */
 static void
 test_memory_that_is_kept (void)
@@ -139,7 +140,9 @@ test_memory_that_is_kept (void)
   take_down ();
 }
 
-/* One that reads slowly, while others wait, is waited for. */
+/* A client that reads slowly is not disconnected, though others wait for its
+ * memory.
+ */
 static void
 test_slow_is_not_deaf (void)
 {
@@ -173,10 +176,10 @@ test_slow_is_not_deaf (void)
  * ------------------------------------------------
  */
 
-/* Of any sanitizer, which counts what the process has allocated. */
+/* Every sanitizer has it: the bytes that the process has allocated. */
 size_t __sanitizer_get_current_allocated_bytes (void);
 
-/* As many small requests as a client may have under way, at once. */
+/* Send at once as many small requests as a client may have under way. */
 static void
 fill_up (const struct client *c, uint16_t type)
 {
@@ -202,7 +205,7 @@ fill_up (const struct client *c, uint16_t type)
   }
 }
 
-/* What small requests take stays within what each client has free. */
+/* Small requests take no more than the bytes that each client has free. */
 static void
 test_small_requests_take_little (void)
 {
@@ -266,8 +269,8 @@ greedy (void *opaque)
   return NULL;
 }
 
-/* Sixteen clients whose requests are several times the budget: each is served
- * in its turn, and none is taken for one that does not move.
+/* The requests of sixteen clients are several times the budget: each is served
+ * in its turn, and none is taken for a client that does not move.
  */
 static void
 test_many_share_it (void)
@@ -282,8 +285,8 @@ test_many_share_it (void)
   take_down ();
 }
 
-/* A client waits for memory, and then finds a buffer of its own: what it waited
- * for is not kept for it, however long it stays.
+/* A client waits for memory and then finds that its own buffer is large enough:
+ * the memory it waited for is given back, however long the client stays.
  */
 static void
 test_waited_in_vain (void)
@@ -353,8 +356,8 @@ take_all (const struct client *c, const struct client *other)
   }
 }
 
-/* Its thread stands before its poll, and what is left of its answers goes out
- * with the next send.
+/* Hold the session's thread before its poll, at the point where the next send
+ * sends the last of its answers.
  */
 static void
 hold_before_last_send (const struct client *c)
@@ -376,9 +379,9 @@ hold_before_last_send (const struct client *c)
   }
 }
 
-/* A session gives memory back that another one waits for, and then the local
- * disk keeps it: the other one is rung before that, and all rings after it
- * arrive.
+/* A session gives memory back for which another one waits, and then the local
+ * disk keeps the session: it wakes the other session before that call, and
+ * later wake-ups arrive too.
  */
 static void
 test_rings_before_the_disk (void)
@@ -426,7 +429,9 @@ press_main (void *opaque)
   return NULL;
 }
 
-/* A session that waits looks for memory; did it free so large a buffer? */
+/* Search for memory as a waiting session does. Returns whether that freed a
+ * buffer as large as `room`.
+ */
 static bool
 press_frees (struct session *session, size_t room)
 {
@@ -462,8 +467,8 @@ __wrap_op_get (struct session *session, size_t room)
   return op;
 }
 
-/* A session finds a buffer of its own, and one that waits has it freed before
- * it is taken: what is allocated in its place is counted.
+/* A session finds a buffer of its own, and a waiting session frees it before
+ * the first one takes it: the buffer that is allocated instead is counted.
  */
 static void
 test_spare_buffer_is_freed (void)
@@ -485,7 +490,9 @@ test_spare_buffer_is_freed (void)
   take_down ();
 }
 
-/* The server ends while clients keep all there is, and others wait. */
+/* The server ends while some clients keep all the memory and others wait for
+ * it.
+ */
 static void
 test_end_while_waiting (void)
 {

@@ -14,7 +14,7 @@
 #include "wire/protocol.h"
 #include "direct_site.h"
 
-/* So many requests, or as many as the server takes. */
+/* Send `nr` requests, or as many as the server takes. */
 static void
 send_unread (const struct client *c, uint16_t type, uint32_t length,
              unsigned nr)
@@ -35,8 +35,8 @@ send_unread (const struct client *c, uint16_t type, uint32_t length,
   free (message);
 }
 
-/* Clients that write and never read their answers: the ranges that they wrote
- * are free for the others, and so are the workers.
+/* Some clients write and never read their answers: their ranges are free for
+ * other clients, and so are the workers.
  */
 static void
 test_mute_clients (void)
@@ -47,7 +47,7 @@ test_mute_clients (void)
   bring_up (1, 1000);
   for (unsigned i = 0; i < 4; i++) {
     mute[i] = client_open (door, i % 2);
-    /* More than the socket holds; and what is written is not answered. */
+    /* The answers are more than the socket holds, so no write is answered. */
     send_unread (&mute[i], NBD_CMD_READ, i < 2 ? 8192 : LARGEST / 4, 60);
     send_unread (&mute[i], NBD_CMD_WRITE, i < 2 ? 8192 : LARGEST / 4, 1000);
   }
@@ -86,8 +86,8 @@ drip_ask (struct drip *d, uint32_t length)
   d->asked += length;
 }
 
-/* Often enough that, in the time a send may take, the kernel has room for one
- * more piece each time: so a blocking send goes on.
+/* Read so often that the kernel has room for one more piece within the time
+ * that a send may take: a blocking send would go on for ever.
  */
 static void *
 drip_on (void *unused)
@@ -110,9 +110,9 @@ drip_on (void *unused)
   return NULL;
 }
 
-/* Clients that read, but little at a time and for ever, more of them than there
- * are workers, do not keep these from another's large read: it is answered
- * before any has taken one of its own answers meanwhile.
+/* More clients than there are workers read for ever, but little at a time. They
+ * do not keep the workers from another client's large read: it is answered
+ * before any of them has received one whole answer.
  */
 static void
 test_dripping_clients (void)
@@ -162,9 +162,9 @@ wait_inflight (uint32_t least)
   } while (status.inflight < least);
 }
 
-/* Writes that wait for a remote, as many as there are workers for them and one
- * more: the last that its client may send is taken whole, and another client
- * reads what the local disk has.
+/* As many writes as there are workers, and one more, wait for a remote: the
+ * server receives the last one whole, and another client reads from the local
+ * disk.
  */
 static void
 test_held_writes (void)
@@ -263,7 +263,7 @@ full (unsigned nr)
   return c;
 }
 
-/* Clients that read nothing do not keep the flushes of those that do. */
+/* Clients that read nothing do not delay the flushes of other clients. */
 static void
 test_flushes_of_the_deaf (void)
 {
@@ -301,8 +301,8 @@ test_flushes_of_the_deaf (void)
 
 /* --- the end -------------------------------------------------------------- */
 
-/* A client that asks without end while it shakes hands, and reads nothing, is
- * not waited for: the handshake's own limit is half a minute.
+/* The server's end does not wait for a client that sends options without end
+ * and reads nothing: the handshake's own limit is half a minute.
  */
 static void
 test_end_while_shaking_hands (void)

@@ -311,7 +311,7 @@ test_dirty_map_clean_but_garbled_is_refused (void)
 
   for (unsigned i = 0; i < sizeof places / sizeof places[0]; i++) {
     garble (&folder, "dirty.dr", places[i]);
-    /* Twice: to look at it must not mend it. */
+    /* Look twice, because the first look must not repair it. */
     assert_refused (&folder, SESSION, "dirty.dr is garbled (CRC of the maps)");
     assert_refused (&folder, SESSION, "dirty.dr is garbled (CRC of the maps)");
     garble (&folder, "dirty.dr", places[i]);

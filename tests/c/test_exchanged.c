@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Every file of the state directory exchanged: for one of another volume,
- * remote, version or session; for none, a folder, a pipe, or a file that cannot
- * be read.
+/* Every file of the state directory is exchanged for one of another volume,
+ * remote, version or session, or for no file, a folder, a pipe, or a file that
+ * cannot be read.
  */
 
 #include "base/crc32c.h"
@@ -86,8 +86,8 @@ change_all (const struct scenario *s, const struct state_file *file)
   free (bytes);
 }
 
-/* Of an earlier session, of the other remote, of another log, of another
- * volume in the same state.
+/* The file comes from an earlier session, the other remote, another log, or
+ * another volume in the same state.
  */
 static void
 exchange_all (const struct scenario *s, const struct state_file *file)
@@ -156,7 +156,7 @@ stand_in_all (const struct scenario *s, const struct state_file *file)
   }
 }
 
-/* Said twice, so once is enough. */
+/* Two files say that the volume failed, so one of them is enough. */
 static void
 failure_said_once (struct scenario *s)
 {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The executor without NBD: the test is a second door, whose clients are arrays
- * of requests.  Each io ends once, with the right bytes, on the thread that its
- * `done` is told of, whatever the remotes and other lanes do meanwhile.
+ * of requests. Each io ends once, with the right bytes, and `done` runs on the
+ * thread that was promised, whatever the remotes and other lanes do.
  */
 
 #define _GNU_SOURCE
@@ -159,7 +159,7 @@ static struct pool *const last = &lonely.pools[WRITERS];
 static atomic_bool no_threads;
 static atomic_uint refused, nr_naps;
 
-/* Has the pool's worker thought it over whether it is to end? */
+/* Whether the pool's worker has checked if it is to end. */
 static bool
 has_decided (void)
 {
@@ -265,7 +265,7 @@ test_every_kind (void)
   assert (carry_out (IO_FLUSH, 0, 0, 0)->end.by == IO_BY_FLUSHER);
 }
 
-/* The log is told why, and only of errors. */
+/* The log gives the reason, and only for errors. */
 static void
 test_error (void)
 {
@@ -275,8 +275,8 @@ test_error (void)
   assert (ask->end.rc == -EINVAL && strstr (ask->words, "outside"));
 }
 
-/* A write waits for its remote on the lane, and holds up no read; the door's
- * own descriptor is heard meanwhile, and a time-out ends a wait.
+/* A write waits for its remote on the lane and delays no read; the lane still
+ * polls the door's own descriptor, and a time-out ends a wait.
  */
 static void
 test_wait (void)

@@ -211,7 +211,9 @@ test_remote_lost_is_local_alone (void)
   end_test ();
 }
 
-/* The remote dies with the command: told of, not ended, completed, dirty. */
+/* The remote dies while it has the command: express_end does not end the
+ * request, express_complete does, and the region is dirty.
+ */
 static void
 test_lost_half_way_is_completed (void)
 {
@@ -313,10 +315,10 @@ test_part_is_lent (void)
   end_test ();
 }
 
-/* A connection that is dropped is in no use, and the ticker looks at it no
- * more.  The session that has the poller's part is at the local disk, for as
- * long as that takes: so the others are told, whether the part was lent before
- * or is after.
+/* No thread uses a connection that is dropped, and the ticker no longer polls
+ * it. The session that polls for the others is held at the local disk: so the
+ * other sessions are woken, whether they handed their part over before or after
+ * the drop.
  */
 static void
 drop_while_poller_is_away (bool absent_before)

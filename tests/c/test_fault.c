@@ -82,7 +82,7 @@ pass_unknown_point (void *opaque)
   fault_point ("local_flus");
 }
 
-/* Else no test could ever name it. */
+/* Otherwise no test could name it. */
 static void
 test_fault_point_that_is_in_no_table_ends_the_process (void)
 {

@@ -100,7 +100,7 @@ test_file_made_holds_header_and_allocated_zeroes (void)
   drop (&folder, fd);
 }
 
-/* Also over what a killed maker left behind. */
+/* The file is also made over the remains of a maker that was killed. */
 static void
 test_file_made_again_replaces_the_old (void)
 {
@@ -191,8 +191,8 @@ test_file_past_the_size_limit_leaves_nothing (void)
   folder_remove (&folder, NO_FILES);
 }
 
-/* On a tmpfs of our own, in a mount namespace of our own, which ends with the
- * child.  Exit code 77: not allowed to make one here.
+/* The child has a tmpfs in a mount namespace of its own, which ends with the
+ * child. Exit code 77: it may not make one here.
  */
 static void
 fill_a_small_tmpfs (void *opaque)
@@ -212,7 +212,7 @@ fill_a_small_tmpfs (void *opaque)
   ASSERT_SAYS ("no room for dirty.dr (1.2 MiB) in the state directory");
   assert (fstatat (dirfd, "dirty.dr", &st, 0) == -1);
   assert (fstatat (dirfd, "dirty.dr~new", &st, 0) == -1);
-  /* And what fits is made: nothing was left allocated. */
+  /* A file that fits is made: the failed one left nothing allocated. */
   assert (file_make (dirfd, "dirty.dr", &h, 11 * LAYOUT_PAGE) == 0);
 }
 

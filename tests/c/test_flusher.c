@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Clients that never flush: the engine does, and so little is copied again
- * when a remote is lost.
+/* Clients never flush: the engine does, so little is copied again when a remote
+ * is lost.
  */
 
 #include "api.h"
@@ -100,8 +100,8 @@ test_lost_remote_misses_only_what_came_since (void)
   end_site ();
 }
 
-/* Our flush is a command like any other: one that hangs is found by it, also
- * when no client is there to wait.
+/* The engine's own flush is a command like any other: if it hangs, the deadline
+ * finds it, also when no client waits.
  */
 static void
 test_hung_remote_is_found (void)

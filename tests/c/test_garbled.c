@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Every file of the state directory with wrong bytes: every bit of what means
- * something, and one of each byte of what does not; cut and grown; zeroed,
- * filled with ones and with noise.
+/* Every file of the state directory gets wrong bytes. Every bit of a field is
+ * tried, and one bit of each other byte; the file is cut and grown, and zeroed
+ * or filled with ones or noise.
  */
 
 #include "logs/layout.h"
@@ -64,8 +64,8 @@ flip (const struct scenario *s, const struct state_file *file, size_t at,
          at % 16 == 0 ? 2 : 1);
 }
 
-/* Of what is zero and stays so, and has one CRC over it all, a bit here and
- * there is as good as each.
+/* Of bytes that are always zero and under one CRC, one bit in so many
+ * represents the rest.
  */
 #define SPARSE 29
 
@@ -74,8 +74,9 @@ flip_all (const struct scenario *s, const struct state_file *file)
 {
   for (size_t at = 0; at < file->size; at++) {
     if (means_something (file, at)) {
-      /* How it ended makes no difference to a checksum: every bit for those
-       * that clients care for, one of each byte for the rest.
+      /* The ending makes no difference to a checksum: try every bit for those
+       * endings that matter most to clients, and one bit of each byte for the
+       * others.
        */
       bool every = s->ending == STOPPED || s->ending == KILLED;
       for (unsigned bit = 0; bit < 8; bit++)
@@ -119,7 +120,8 @@ resize_all (const struct scenario *s, const struct state_file *file)
   free (bytes);
 }
 
-/* What no start can see in these bytes: see the top of the file. */
+/* The regions that a start cannot see are lost in these bytes: see garbled.h.
+ */
 static const struct unseen *
 unseen_range (const struct scenario *s, const struct state_file *file,
               size_t at)

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A remote that breaks the protocol, at each byte of its answers: they are cut,
- * garbled, early, sent twice or of nothing that was asked.  Whatever it does,
- * every command ends, those it has not answered as lost, and no thread touches
- * a command after its end.
+/* A remote that breaks the protocol at each byte of its answers: they are cut,
+ * garbled, early, sent twice, or answer nothing that was sent. In each case
+ * every command ends, the unanswered ones as lost, and no thread touches a
+ * command after its end.
  */
 
 #define _GNU_SOURCE
@@ -39,8 +39,8 @@ issue_all (void)
   conn_push (v.conn);
 }
 
-/* Ticks alone, with no deadline worth the name: what the server did must be
- * enough.
+/* Only tick, with a deadline that is never reached: the server's act alone must
+ * end the commands.
  */
 static void
 let_end (void)
@@ -64,7 +64,7 @@ free_all (void)
 static uint8_t answers[ERRANDS * (REPLY + SECTOR)];
 static size_t ends[ERRANDS + 1]; /* of each answer, in these bytes */
 
-/* Take in all requests, and write down what an honest server would say. */
+/* Receive all requests, and write down the answers of an honest server. */
 static void
 prepare_answers (void)
 {
@@ -94,7 +94,8 @@ header_end (unsigned i)
   return ends[i] + REPLY;
 }
 
-/* A bit of a payload, or of the error of what has none: the client cannot tell.
+/* A bit of a payload, or of the error of a command without one: the client
+ * cannot notice.
  */
 static bool
 is_plausible (size_t at)
@@ -208,7 +209,7 @@ test_answers (void)
     }
 }
 
-/* One that was asked for nothing, one twice, one of the future. */
+/* An answer to no command, a second answer to one, an answer to a later one. */
 static void
 test_answers_to_nothing (void)
 {
@@ -241,7 +242,7 @@ test_answers_to_nothing (void)
 /* --- answers before the request has left -----------------------------------
  */
 
-/* What a sendmsg does, and what the server says meanwhile. */
+/* The result of a sendmsg, during which the server answers. */
 enum outcome { ALL, SHORT, FULL, INTERRUPTED, NR_OUTCOMES };
 
 static bool intercept;
@@ -335,7 +336,7 @@ test_early_answers (void)
     }
 }
 
-/* The same with nothing in the way: of a large write only some has left. */
+/* The same without a wrapper: only a part of a large write has left. */
 static void
 test_early_answer_to_a_large_write (void)
 {

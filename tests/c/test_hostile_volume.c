@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A volume whose remote was honest until it was in sync, and then breaks the
- * protocol, falls silent, or is slow.  No client waits for it without an end.
+/* A volume whose remote is honest until it is in sync, and then breaks the
+ * protocol, falls silent, or is slow. No client waits for ever.
  */
 
 #define _GNU_SOURCE
@@ -19,7 +19,9 @@
 
 static atomic_bool over;
 
-/* What a server that was honest so far does with the first large write. */
+/* The server was honest so far; this is what it does with the first large
+ * write.
+ */
 enum deed {
   EARLY_AND_DEAF, /* answers after its header, reads no more */
   DEAF,           /* reads no more, from its middle on */
@@ -186,7 +188,9 @@ meet (struct nbdm *volume, enum deed deed)
   server.deed = deed;
   start = now_ns ();
   assert (nbdm_pwrite (volume, buf, sizeof buf, LARGE, 0) == 0);
-  /* A write that was answered twice was answered; not so what came then. */
+  /* A write that was answered twice counts as answered; the commands after it
+   * do not.
+   */
   assert (nbdm_flush (volume) == 0);
   assert (now_ns () - start < 20 * DEADLINE_MS * UINT64_C (1000000));
   over = true;
@@ -291,7 +295,7 @@ write_poison (void *opaque)
 }
 
 /* Local has failed, and the server, which alone has the range, dies of each
- * write to it: the client is told, and what else it writes is answered.
+ * write to it: the client gets an error, and its other writes are answered.
  */
 static void
 meet_poison (struct nbdm_params *params, char *uri)
@@ -326,7 +330,9 @@ meet_poison (struct nbdm_params *params, char *uri)
   assert (truncate (params->local, VOLUME_SIZE) == 0);
 }
 
-/* A range that is compared is held: not for as long as a slow link needs. */
+/* The range that a comparison holds is not held for as long as a slow link
+ * needs.
+ */
 static void
 compare_slowly (struct nbdm_params *params, const char *uri)
 {

@@ -116,8 +116,8 @@ write_huge (void *opaque)
   return NULL;
 }
 
-/* A thread that waits for room in the socket has its answer: it leaves what
- * another one has still to send to that one.  No thread ticks.
+/* A thread that waits for room in the socket gets its answer: it leaves the
+ * rest of another thread's bytes to that thread. No thread ticks.
  */
 static void
 test_answered_thread_sends_for_no_other (void)
@@ -158,8 +158,8 @@ static uint64_t first_cookie;
 static unsigned nr_crowd;   /* commands that others add, one at each sendmsg */
 static unsigned nr_sendmsg; /* since the last of them was wanted */
 
-/* While a thread is in sendmsg another client's adds a command.  The first one
- * is answered meanwhile, as the ticker sees.
+/* While a thread is in sendmsg, another client's thread adds a command. During
+ * the third the first command is answered, and the ticker takes the answer in.
  */
 static void
 join_crowd (void)
@@ -254,7 +254,7 @@ test_crowd_keeps_no_thread (void)
 
 static char flood_uri[160];
 
-/* Tells of the export, again and again. */
+/* Send replies about the export without end. */
 static void *
 flood (void *opaque)
 {
@@ -279,7 +279,9 @@ flood (void *opaque)
   }
   v.fd = accept4 (v.listener, NULL, NULL, SOCK_CLOEXEC);
   assert (v.fd >= 0);
-  /* So much on the way that it is never all read; only root may. */
+  /* With so many bytes in the socket the client never reads all of them; only
+   * root may do this.
+   */
   (void)setsockopt (v.fd, SOL_SOCKET, SO_SNDBUFFORCE, &much, sizeof much);
   if (wire_transmit (v.fd, &greeting, sizeof greeting))
     while (wire_transmit (v.fd, infos, sizeof infos))

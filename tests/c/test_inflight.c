@@ -88,7 +88,7 @@ test_inflight_missing_is_enoent (void)
   folder_remove (&folder, NO_FILES);
 }
 
-/* The bytes as FORMAT.md has them, summed up here by hand. */
+/* The bytes as FORMAT.md describes them, with the checksum made by hand. */
 static void
 test_inflight_slot_on_disk_is_as_laid_out (void)
 {
@@ -336,7 +336,9 @@ struct race {
   atomic_u64 rounds; /* in memory shared with the child */
 };
 
-/* One slot stays open; the others are opened, noted in and freed for ever. */
+/* One slot stays open; the others are opened, recorded and freed in an endless
+ * loop.
+ */
 static void
 reserve_and_retire (void *opaque)
 {

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Starts that do not end, one after the other, from every state a volume may be
- * in: each start is killed at a fault point or fails at it, the next one as
- * well, at every pair of points, and then one goes through.  It must find all
- * that was answered, read nothing old, leave every region a source, and come to
- * be in sync with equal disks; and it finds no more dirty than a first start
- * would have, where the page cache lived.
+/* Starts that do not end, one after the other, from every state of a volume:
+ * each start is killed or fails at a fault point, the next one as well, at
+ * every pair of points, and then one goes through. That one must find all
+ * answered writes, read nothing old, leave a source of every region, and come
+ * in sync with equal disks; where the page cache survived, it must not find
+ * more dirty than a first start would.
  *
  * States: all well; a remote behind; local failed, each remote the only source
- * of something; local resyncing, with it and a remote the only source of
- * something.  Each is stopped or killed in the middle of a write, with the
- * power lost or not, and with a log lost or not.
+ * of some regions; local resyncing, with it and a remote the only source of
+ * some. Each volume is stopped, or killed in the middle of a write, with or
+ * without a loss of power, and with or without the loss of a log.
  *
  * All pairs are many thousands: a seeded choice of them is tried, and with
  * NBDM_INTERRUPTED=all every one.
@@ -105,7 +105,7 @@ local_resyncing (bool stop)
   end_life (stop);
 }
 
-/* An operator is about while a remote is lost and copied to. */
+/* An operator gives commands while a remote is lost and copied to. */
 static void
 operated (bool stop)
 {
@@ -250,9 +250,9 @@ condemn (const char *const *faults, unsigned nr, const char *what)
   exit (1);
 }
 
-/* What was found is the same as at the start that nothing interrupted; only
- * that after a clean stop and lost power more is late, for the superblock does
- * not vouch for logs that are ahead of it.
+/* The result must be that of a start that nothing interrupted. One exception:
+ * after a clean stop and a loss of power more is late, because the superblock
+ * does not vouch for logs that are newer than it.
  */
 static bool
 found_the_same (void)
@@ -333,7 +333,9 @@ note_faults (const char *folder)
     snprintf (path, sizeof path, "%s/%s.reached", folder, point);
     if (stat (path, &st) < 0)
       continue;
-    /* All of a start; of a life's, which passes some often, the last ones. */
+    /* All passes of a start; of a session's, which passes some points often,
+     * the last six.
+     */
     for (off_t nth = st.st_size > 6 ? st.st_size - 5 : 1; nth <= st.st_size;
          nth++)
       for (int error = 0; error <= fails; error++) {
@@ -345,8 +347,8 @@ note_faults (const char *folder)
   }
 }
 
-/* Every point counts how often it is passed by `body`, which begins with what
- * was left.
+/* Have every fault point count how often `body` passes it; `body` begins with
+ * the last session's files.
  */
 static void
 find_faults (const struct left *left, const char *own, void (*body) (void *))

@@ -25,7 +25,7 @@ do_resync_first (struct job *job)
 }
 
 /* An answered write and one under way are in one region when the server loses
- * its cache.  The second is sent again, the first is not: no flush is answered
+ * its cache. The second is sent again, the first is not: no flush is answered
  * before that region has been copied, though it is late.
  */
 static void
@@ -56,7 +56,9 @@ lost_in_a_late_region (void)
   assert (end (&copy) == 0);
   assert (peer_image (site.peers[0])[0] == 1
           && peer_image (site.peers[0])[SECTOR] == 2);
-  /* The dead connection's write may come yet: it is copied once more. */
+  /* The dead connection's write may still come: the region is copied a second
+   * time.
+   */
   assert (site_status (&site, 0).remote.late_regions == 1
           && site_status (&site, 0).dirty_regions == 1);
   peer_image (site.peers[0])[SECTOR] = 9;

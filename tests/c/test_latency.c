@@ -15,7 +15,7 @@ count (struct latency *latency, enum latency_kind kind, bool disturbed,
   return atomic_load (&latency->counts[kind][disturbed][bucket]);
 }
 
-/* The lower bound that nbd_mirror/rules/pace.py takes for it too. */
+/* The lower bound, which nbd_mirror/rules/pace.py assumes too. */
 static uint64_t
 lower_bound (unsigned bucket)
 {
@@ -73,7 +73,7 @@ test_what_overlaps_copying_is_disturbed (void)
   assert (count (&latency, LATENCY_MIRRORED, false, 0) == 2);
 }
 
-/* Threads are still where the copying had put them: that is no baseline. */
+/* The copying still affects the threads: this is no baseline. */
 static void
 test_what_begins_just_after_copying_is_disturbed (void)
 {

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Remotes that leave the configuration, come back, or come anew, and names.
+/* Remotes leave the configuration, come back, or are new, and so are their
+ * names.
  *
- * A remote that may be the only one to have something may not be left out; one
- * that was left out knows nothing when it is back.
+ * A remote may not be left out if it may be the only one that has some region;
+ * one that was left out counts as empty when it is back.
  */
 
 #include "api.h"
@@ -116,7 +117,9 @@ may_write_alone (void *opaque)
   bench_write (&bench, 4, 2, 3);
 }
 
-/* It comes back: whatever its map said once, all of it is dirty, and late. */
+/* The remote comes back: whatever its old map says, all of it is dirty and
+ * late.
+ */
 static void
 is_all_dirty (void *opaque)
 {
@@ -173,8 +176,8 @@ test_left_out_while_local_is_ok_begins_anew (void)
   }
 }
 
-/* The start that leaves it out ends early, at each step: then it was there all
- * the while, or it begins anew.
+/* The start that leaves the remote out ends early, at each step: the next start
+ * either finds the remote as it was, or begins with a new one.
  */
 static void
 test_left_out_by_a_start_that_does_not_end (void)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What lies on the local disk, and not yet on its medium, when it is taken into
- * use: at a start after a kill, and when an operator brings it back.
+/* Bytes that the local disk has but that are not on its medium when it comes
+ * into use: at a start after a kill, and when an operator brings it back.
  *
- * The kernel says once that it could not write a page, and takes it for clean
- * from then on.  So a start whose flush fails is not the last to know of it;
- * and a disk that was not flushed is not used.
+ * The kernel reports once that it could not write a page, and then takes the
+ * page for clean. So later starts must know that a start's flush failed, and a
+ * disk that was not flushed is not used.
  */
 
 #include "api.h"
@@ -63,7 +63,8 @@ lose (unsigned region, uint8_t value)
 
 /* --- at a start ----------------------------------------------------------- */
 
-/* As the engine does where no client flushes: the remotes, and not local. */
+/* Flush the remotes and not local, as the engine does where no client flushes.
+ */
 static void
 flush_remotes_alone (void)
 {
@@ -167,7 +168,9 @@ brings_it_back (void *opaque)
   bench_mend (&bench);
 }
 
-/* What is not copied back is believed as soon as the disk is admitted. */
+/* The regions that are not copied back count as good as soon as the disk is
+ * admitted.
+ */
 static void
 test_disk_that_is_brought_back_is_flushed_first (void)
 {

@@ -119,7 +119,7 @@ test_write_error_is_taken_over (void)
   write_block (0, 1, 0);
   write_block (1, 2, 0);
   assert (local_status ().state == NBDM_LOCAL_OK);
-  write_block (2, 3, 0); /* local refuses it, the client is not told */
+  write_block (2, 3, 0); /* local refuses it, and the client gets no error */
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (local_status ().local.errors == 1);
   assert (local_status ().reason[0]);
@@ -138,7 +138,7 @@ test_write_error_is_taken_over (void)
   write_block (3, 6, 0);
   assert_block (2, 4);
   copy_back ();
-  /* What was in the one active extent. */
+  /* The content of the one active extent. */
   assert (local_status ().copied_bytes == 64u * REGION);
   assert (nbdm_local_attach (volume, params.local, 0) == -EALREADY);
   end_equal ();
@@ -374,7 +374,8 @@ child_killed (const char *what, const char *folder)
   abort (); /* it was to be killed */
 }
 
-/* Of a write that was logged and not begun: the remote has what was there. */
+/* A write was logged and did not begin: the remote still has the older bytes.
+ */
 static void
 test_killed_before_local_is_marked (void)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A local disk that is cut short while the volume serves it: what it lost is
+/* A local disk is cut short while the volume serves it: the bytes it lost are
  * never read as zeroes.
  */
 
@@ -24,7 +24,7 @@ assert_all_there (void)
     assert (read_at (region * REGION) == 7);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (strstr (local_status ().reason, "lost bytes"));
-  /* Also what was not active: nothing tells which bytes the disk lost. */
+  /* Inactive extents count too: nothing shows which bytes the disk lost. */
   assert (local_status ().dirty_regions == SIZE / REGION);
   assert (nbdm_local_attach (site.volume, site.local, 0) == -ENOMEDIUM);
 }
@@ -49,7 +49,8 @@ cut_and_write (void)
   assert_all_there ();
 }
 
-/* A write makes it as long as it was: its size alone tells nothing any more. */
+/* A write makes the file as long as before: its size alone proves nothing then.
+ */
 static void
 cut_and_write_the_end (void)
 {
@@ -61,7 +62,7 @@ cut_and_write_the_end (void)
   assert (read_at (SIZE - SECTOR) == 9);
 }
 
-/* No client asks for anything. */
+/* No client sends a request. */
 static void
 cut_and_nothing (void)
 {

@@ -53,9 +53,8 @@ keeps_a_flush (void)
   copy_back_after_the_call ();
 }
 
-/* Those that wait for the range go on, and it is theirs that stays: the late
- * call writes to the disk that failed, and no client reads what it leaves
- * there.
+/* Writes that wait for the range go on, and their bytes stay: the late call
+ * writes to the disk that failed, and no client reads those bytes.
  */
 static void
 writes_of_the_same_range (void)
@@ -97,7 +96,7 @@ slot_outlives_the_state (void)
   copy_back_after_the_call ();
 }
 
-/* More of them than calls may be under way at a time. */
+/* More writes than there may be calls under way at a time. */
 static void
 keeps_all (void)
 {
@@ -281,8 +280,8 @@ do_extents (struct job *job)
   return extent.type == NBDM_EXTENT_HOLE;
 }
 
-/* The disk tells of a hole and keeps the question that has to follow.  A keeper
- * asks too, which is to go on.
+/* The disk reports a hole and hangs in the query that has to follow. A keeper
+ * sends this request too, and must go on.
  */
 static void
 hole_whose_size_hangs (void)
@@ -305,7 +304,7 @@ hole_whose_size_hangs (void)
 /* --- a disk that is well ---------------------------------------------------
  */
 
-/* Of any length, and where a call's buffer ends. */
+/* Requests of any length, also across the end of a call's buffer. */
 static void
 all_kinds_and_lengths (void)
 {

@@ -21,7 +21,7 @@ exists (const char *name)
 
 /* --- a disk that is attached ---------------------------------------------- */
 
-/* Neither this one, by whatever name, nor another. */
+/* Attaching this disk, by any name, or another disk is refused. */
 static void
 refused_while_a_call_is_kept (void)
 {
@@ -51,7 +51,8 @@ do_compare (struct job *job)
   return nbdm_remote_compare (site.volume, 0, job->offset / REGION);
 }
 
-/* It hangs while it is compared: the range is let go, and it is not admitted.
+/* The disk hangs while it is compared: the range is let go, and the disk is not
+ * admitted.
  */
 static void
 attached_disk_hangs (void)
@@ -93,8 +94,8 @@ compared_disk_hangs (void)
   WAIT_FOR (nbdm_remote_compare (site.volume, 0, 100) == 0);
 }
 
-/* The same where it keeps as many calls as may be under way, and no request has
- * given one up.
+/* The same while the disk keeps as many calls as may be under way, and no
+ * request has given one up.
  */
 static void
 compared_while_all_are_kept (void)
@@ -119,7 +120,9 @@ compared_while_all_are_kept (void)
   assert (nbdm_remote_compare (site.volume, 0, 200) == 0);
 }
 
-/* It hangs while it is copied back to: failed again, and no request waits. */
+/* The disk hangs while it is copied back to: it has failed again, and no
+ * request waits.
+ */
 static void
 copy_back_hangs (void)
 {
@@ -194,8 +197,8 @@ opened_disk_hangs (void)
   copy_back_after_the_call ();
 }
 
-/* The volume ends before the disk lets go: the thread in it has the last
- * reference to what it looks at.
+/* The volume ends before the disk lets go: the thread in the call has the last
+ * reference to what it reads.
  */
 static void
 opened_disk_hangs_in_a_stop (void)
@@ -209,8 +212,8 @@ opened_disk_hangs_in_a_stop (void)
   WAIT_FOR (do_attach (NULL) == 0);
 }
 
-/* Clean, though the disk still has the call; and a volume that opens the disk
- * next is kept away from it until the call has ended.
+/* The stop is clean, though the disk still has the call; a volume that opens
+ * the disk next is kept away from it until the call has ended.
  */
 static void
 stop_after_the_takeover (void)
@@ -252,7 +255,7 @@ stop_whose_flush_hangs (void)
   site_open (&site);
 }
 
-/* Everything is flushed by then: it is known by less, and that is all. */
+/* Everything is flushed by then: the disk only has fewer samples. */
 static void
 stop_whose_samples_hang (void)
 {

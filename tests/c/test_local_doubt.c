@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A disk that may have lost what it answered is not believed. */
+/* A disk that may have lost answered writes is not believed. */
 
 #define _GNU_SOURCE
 #include "api.h"

@@ -178,8 +178,8 @@ flushes_asked (void)
   return asked;
 }
 
-/* A client asked for a flush before the disk failed, and waited for another
- * flush meanwhile: it begins nothing on the failed disk.
+/* A client sent a flush before the disk failed, and it waited for another
+ * flush: it begins nothing on the failed disk.
  */
 static void
 flush_that_waited_for_a_failed_disk (void)
@@ -277,7 +277,7 @@ do_admit (struct job *job)
   return nbdm_disk_admit (site.volume, NBDM_LOCAL);
 }
 
-/* Whatever asks for the volume's lock goes on meanwhile. */
+/* Threads that need the volume's lock go on. */
 static void
 admitted_disk_hangs (void)
 {
@@ -298,8 +298,8 @@ admitted_disk_hangs (void)
   assert (local_status ().state == NBDM_LOCAL_RESYNCING);
 }
 
-/* A flush of what was copied back hangs, in a thread that has flushed before.
- * The status tells that the disk is silent.
+/* A flush of copied-back regions hangs, in a thread that has flushed before.
+ * The status shows that the disk is silent.
  */
 static void
 flush_of_a_replaced_disk (void)

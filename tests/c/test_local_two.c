@@ -130,8 +130,9 @@ second_remote_crashes (void)
   end_equal ();
 }
 
-/* What was copied back before local failed once more is copied again: the flush
- * that was to make it durable has failed, and a second flush proves nothing.
+/* What was copied back before local failed the second time is copied again: the
+ * flush that was to make it durable has failed, and a second flush proves
+ * nothing.
  */
 static void
 fails_while_copying_back (void)
@@ -227,7 +228,8 @@ no_room_and_no_disk (void)
   assert (nbdm_stop (site.volume) == 0);
 }
 
-/* A switch to policy stop in the middle of a takeover finds local ok still. */
+/* After a switch to policy stop in the middle of a takeover local is still ok.
+ */
 static void
 policy_stop_in_a_takeover (void)
 {
@@ -355,7 +357,7 @@ refused_by_a_lost_remote (void)
   site_wait_state (&site, 1, NBDM_HOLDING);
   open_gate ();
   assert (end (&trim) == 0);
-  /* Power is lost: of the map what was synced is left. */
+  /* Power is lost: only the synced part of the map is left. */
   synced = !site.volume->remotes[1].disk.dm.changed;
   nbdm_close (site.volume);
   if (!synced)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Output never matters: whatever becomes of descriptor 2, no thread that writes
- * a line waits or ends, what was lost is counted, and said once it can be.
+/* Output never matters: whatever happens to descriptor 2, no thread that writes
+ * a line waits or ends; lost lines are counted, and the count is logged as soon
+ * as that is possible.
  *
  * Each case is a child, as a process has one log.
  */
@@ -99,7 +100,9 @@ stalled (void *opaque)
   output_is (ends[1]);
   say_much ();
   wait_lost (0);
-  /* What is not ours does not block either. */
+  /* Writes of other code to this descriptor, which do not go through the log,
+   * do not block either.
+   */
   for (unsigned i = 0; i < LINES; i++)
     (void)!write (2, "nbdkit: error\n", 14);
   nbdm_log_flush (50); /* its time is over long before there is a reader */
@@ -142,7 +145,7 @@ no_output (void *opaque)
   say_much ();
 }
 
-/* A client causes as many lines as it likes, and 100 are written. */
+/* A client causes many lines, and 100 are written. */
 static void
 too_many (void *opaque)
 {
@@ -164,7 +167,7 @@ too_many (void *opaque)
   assert (nr >= 100 && nr < 110);
 }
 
-/* Words of others forge no line and command no terminal. */
+/* Words from outside forge no line and control no terminal. */
 static void
 words (void *opaque)
 {
@@ -192,7 +195,7 @@ words (void *opaque)
   assert (strstr (text, "nbdkit: ?[2J???\xc3\xa9?\n"));
 }
 
-/* The last words of a process that an assertion ends. */
+/* The last line of a process that an assertion ends. */
 static void
 assertion (void *opaque)
 {
@@ -242,7 +245,9 @@ test_rotation (void)
                  FILES ("precious", "serve.log", "serve.log.1", "serve.log.2"));
 }
 
-/* A file that another program put in the place of ours is left alone. */
+/* The log does not touch a file that another program put in the place of its
+ * own.
+ */
 static void
 put_aside (void *opaque)
 {

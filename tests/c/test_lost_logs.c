@@ -60,7 +60,7 @@ test_lost_power_ignores_torn_slots (void)
   end_volume ();
 }
 
-/* The start that finds a log lost dies once the fresh one is there. */
+/* The start that finds a log lost dies after it made a new one. */
 static void
 test_start_killed_after_renewing_a_log_is_still_all_dirty (void)
 {
@@ -76,7 +76,9 @@ test_start_killed_after_renewing_a_log_is_still_all_dirty (void)
   }
 }
 
-/* Rule 9, for every log and every kind of loss: all dirty, and said. */
+/* Rule 9, for every log and every kind of loss: all is dirty, and the reason is
+ * given.
+ */
 static void
 test_lost_log_means_all_dirty (void)
 {
@@ -161,7 +163,7 @@ test_one_torn_superblock_slot_goes_on (void)
   assert (nbdm_start (v) == 0);
   write_at (v, 0);
   nbdm_close (v);
-  /* Whichever is the newer, what either slot says has to be enough. */
+  /* Each slot alone must be enough, whichever is the newer. */
   for (off_t slot = 0; slot < 2; slot++) {
     copy_file ("superblock", "kept");
     flip ("superblock", slot * 4096 + 300);

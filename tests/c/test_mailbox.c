@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* No mail is missed: each waiter that is told of is taken exactly once, and the
- * owner, which sleeps in poll and nowhere else, is always woken.
+/* No mail is missed: each waiter that is posted is taken exactly once, and the
+ * owner, which sleeps only in poll, is always woken.
  */
 
 #include <poll.h>
@@ -18,7 +18,7 @@
 
 static struct mailbox *box;
 
-/* A teller has one waiter, and tells of it again once it was taken. */
+/* A poster has one waiter, and posts it again once the owner has taken it. */
 static struct teller {
   struct waiter waiter;
   atomic_uint taken;
@@ -96,7 +96,7 @@ test_own_mail_does_not_ring (void)
   mailbox_ring_all ();
   fd = (struct pollfd){ .fd = box->fd, .events = POLLIN };
   assert (poll (&fd, 1, 0) == 0);
-  /* In the order they were told of. */
+  /* They arrive in the order in which they were posted. */
   assert (mailbox_take (box, false) == &first && first.next == &second
           && second.next == NULL);
   assert (mailbox_take (box, false) == NULL);

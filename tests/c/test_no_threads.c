@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door when the system has no thread left to give: what has begun is
- * completed by the session's own thread, what has not waits for the one worker
- * there always is, and no thread waits for itself.
+/* The direct door when the system cannot make a thread: the session's own
+ * thread completes requests that have begun, the others wait for the one worker
+ * that always exists, and no thread waits for itself.
  *
  * pthread_create fails for the door's threads while the test says so.
  */

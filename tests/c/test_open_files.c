@@ -120,7 +120,9 @@ answer_with_file (uint64_t cookie)
   send_with_file (v.fd, &reply, sizeof reply, 0);
 }
 
-/* With an answer, with the bytes of a read: the ticker takes them in. */
+/* The files come with an answer or with the bytes of a read: the ticker
+ * receives them.
+ */
 static void
 test_files_with_answers (void)
 {
@@ -173,8 +175,8 @@ test_files_with_urgent_bytes (void)
   tear_down_walls ();
 }
 
-/* They were not taken in when the connection ended for another reason: by a
- * thread that reads it to its end, or none.
+/* The files are still in the socket when the connection is killed: a tick
+ * receives them, or nothing does.
  */
 static void
 test_files_left_in_a_dead_connection (void)
@@ -247,7 +249,9 @@ test_files_with_requests (void)
   send_files_with_requests (1);
 }
 
-/* At each place where a client is read: in the handshake, or never. */
+/* The files come where the door receives bytes in the handshake, or where it
+ * never receives them.
+ */
 static void
 test_files_at_other_places (void)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* No thread waits for a remote's flush whose answer only this thread would take
- * in: any thread that waits for the flush takes its answer in.
+/* No thread waits for a remote's flush whose answer only that thread would
+ * receive: any thread that waits for the flush receives its answer.
  */
 
 #include "api.h"

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The policy is switched while requests run: what was promised under the old
- * policy holds at the moment the new one comes into force, and a fence is
- * durable before a request is answered by it.
+/* The policy is switched while requests run: what the old policy promised holds
+ * when the new one comes into force, and a fence is durable before any request
+ * depends on it.
  */
 
 #include "api.h"
@@ -97,7 +97,7 @@ test_stop_fences_at_once_and_degrade_lifts (void)
   assert (write_stamp (3, REGION) == 0 && nbdm_flush (volume) == 0);
   assert (status ().state == NBDM_OUT_OF_SYNC && status ().dirty_regions == 2);
 
-  /* Behind is enough: it need not be away. */
+  /* A remote that is behind is enough: it need not be away. */
   bring_remote_back ();
   assert (status ().state == NBDM_RESYNCING);
   assert (nbdm_set_policy (volume, NBDM_STOP, 0) == 0);
@@ -127,7 +127,7 @@ test_fenced_reads_are_switched_too (void)
   bring_remote_back ();
   resync_to_end ();
   assert (read_block (0) == 0);
-  /* Only a fence makes them fail, not an outage. */
+  /* Only a fence makes reads fail, not an outage. */
   lose_remote ();
   assert (nbdm_set_policy (volume, NBDM_DEGRADE, 1) == 0);
   assert (read_block (0) == 0);
@@ -183,7 +183,7 @@ one_flush (void *rc)
   return NULL;
 }
 
-/* It was let in when the remote need not have it. */
+/* The write began under degrade, when the remote did not need to have it. */
 static void
 test_write_under_way_when_stop_begins_is_not_acknowledged (void)
 {
@@ -196,7 +196,7 @@ test_write_under_way_when_stop_begins_is_not_acknowledged (void)
   assert (pthread_create (&thread, NULL, one_write, &rc) == 0);
   await_gate ();
   assert (nbdm_set_policy (volume, NBDM_STOP, 0) == 0);
-  /* Also with the remote back: the write's range is still to be copied. */
+  /* Even when the remote is back, the write's range is still to be copied. */
   bring_remote_back ();
   open_gate ();
   pthread_join (thread, NULL);
@@ -296,7 +296,7 @@ test_refused_when_it_could_not_be_kept (void)
   remove_site ();
 }
 
-/* What the remote's server was sent, past the mirror. */
+/* Read a byte of the remote's disk itself, past the mirror. */
 static uint8_t
 remote_byte (uint64_t offset)
 {

@@ -119,7 +119,7 @@ one_request (uint64_t r, uint8_t *buf)
   uint64_t offset = hot[(r >> 8) % sizeof hot] * (uint64_t)EXTENT_SIZE;
   unsigned kind = r >> 16 & 31;
 
-  /* Few places, so that writes meet; some cross into the next extent. */
+  /* Use few places, so that writes meet; some cross into the next extent. */
   offset += (r >> 24) % 16 * LOSS_UNIT;
   if (r >> 32 & 1 && offset >= EXTENT_SIZE)
     offset -= 8 * LOSS_UNIT;
@@ -148,7 +148,7 @@ writer (void *opaque)
       durable_write (r >> 8, (unsigned)me);
     assert (one_request (peer_random (&random), buf) == 0);
     nr_requests++;
-    /* In bursts, so that extents go cold and resyncs come to an end. */
+    /* Write in bursts, so that extents go cold and resyncs come to an end. */
     if (peer_random (&random) % 8 == 0)
       poll (NULL, 0, 2);
   }
@@ -289,9 +289,9 @@ lose_power (uint64_t r)
   loss_record (&site, at_event);
 }
 
-/* A start that lost power ends at any event of it: the next one begins with
- * what that left.  Its own events are judged as all are, so what is tried is
- * two losses within starts, or three, one after the other.
+/* A start loses power at any of its events: the next one begins with the rest.
+ * The events of a start are judged as all others are, so the test tries two
+ * losses within starts, or three, one after the other.
  */
 static void
 start_that_does_not_end (uint64_t r)

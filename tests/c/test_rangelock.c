@@ -207,7 +207,7 @@ wait_for_range (void *opaque)
   return NULL;
 }
 
-/* A lost wake-up would hang here, and the runner's time-out tells. */
+/* A lost wake-up hangs here, until the runner's time-out. */
 static void
 test_rangelock_remove_wakes_waiting_thread (void)
 {

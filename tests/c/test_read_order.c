@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A value that a client has seen does not go back: also where one disk takes
- * the place of another beside a write that is not answered yet, and only one of
- * the two has carried that out.
+/* A value that a client has read never goes back, even where one disk takes the
+ * place of another during an unanswered write that only one of the two has
+ * carried out.
  */
 
 #include "api.h"

@@ -120,7 +120,9 @@ flush_fails_for_good (struct nbdm *v)
   assert (nbdm_flush (v) == -EIO);
 }
 
-/* An error of FUA may be that of another write's page, and is told once. */
+/* An error of FUA may come from another write's page, and the kernel reports it
+ * once.
+ */
 static void
 fua_fails_for_good (struct nbdm *v)
 {
@@ -137,7 +139,9 @@ extent_is_dirty (struct nbdm *v)
   assert (remote (v).dirty_regions >= EXTENT / REGION);
 }
 
-/* What the kernel could not write it may have dropped: no exact page cache. */
+/* The kernel may have dropped the pages that it could not write, so the page
+ * cache is not exact.
+ */
 static void
 test_failed_flush_is_final_and_recovered_as_lost_power (void)
 {

@@ -146,7 +146,9 @@ check_differing_are_dirty (void)
 
 /* --- rounds ---------------------------------------------------------- */
 
-/* The remote becomes dirty, all of it or what is written meanwhile. */
+/* Make the remote dirty: all of it, or the regions that are written while it is
+ * away.
+ */
 static void
 begin_round (unsigned round)
 {

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Copies that go on while a flush is under way, and what that flush clears.
+/* Copies that go on while a flush is under way, and the regions that this flush
+ * clears.
  *
  * The server carries a flush out and keeps its answer until the test lets it
  * go, while it answers copies: so every copy but the first ones is made beside
- * a flush.  A server that then loses what it has not flushed must not differ in
- * a region that is not dirty (rule 3).
+ * a flush. If the server then loses what it has not flushed, only dirty regions
+ * may differ (rule 3).
  */
 
 #include "api.h"
@@ -115,7 +116,7 @@ check_differing_are_dirty (void)
   return differing;
 }
 
-/* No answer to a flush: all is copied nonetheless, and nothing is clean. */
+/* The server answers no flush: all regions are copied, and none is clean. */
 static void
 test_copies_go_on_beside_a_flush (void)
 {

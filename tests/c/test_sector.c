@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Requests of any bytes, while remotes take whole sectors alone: what one
- * writes beside another in the same sector is neither lost nor brought back,
- * on any disk.
+/* Requests of any bytes, to remotes that take whole sectors: a write beside
+ * another one in the same sector is neither lost nor undone, on any disk.
  *
- * Each thread owns the bytes of every fourth stripe, which are no sectors and
- * share them with the others', so it knows what must be read there.
+ * Each thread owns the bytes of every fourth stripe. The stripes are no whole
+ * sectors and share them with other threads' stripes, so each thread knows what
+ * it must read there.
  */
 
 #define _GNU_SOURCE
@@ -57,7 +57,7 @@ __wrap_pwrite (int fd, const void *buf, size_t count, off_t offset)
   return -1;
 }
 
-/* As a server that negotiates 512 would have it. */
+/* Assert whole sectors, as a server with a block size of 512 bytes requires. */
 static void
 assert_sectors (void *opaque, const struct peer_command *cmd)
 {
@@ -195,7 +195,7 @@ test_borders (void)
 /* --- a local disk that fails -------------------------------------------------
  */
 
-/* What stands beside the bytes cannot be read: it comes from a remote, or
+/* The neighbours of the bytes cannot be read: they come from a remote, or
  * nothing is written.
  */
 static void

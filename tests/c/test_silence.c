@@ -121,8 +121,8 @@ answer_ask (uint32_t error)
     assert (wire_transmit (v.fd, block, sizeof block));
 }
 
-/* Asked again and again, and any answer will do; the reports know only of what
- * others asked.
+/* The ticker sends a probe again and again, and any answer will do; the reports
+ * count only other threads' commands.
  */
 static void
 test_idle (void)
@@ -147,7 +147,7 @@ test_idle (void)
   assert (!conn_report (v.conn).overdue);
 }
 
-/* However long a command may take: within ten seconds. */
+/* The ticker acts within ten seconds, however long a command may take. */
 static void
 test_idle_with_a_long_deadline (void)
 {
@@ -225,7 +225,7 @@ test_slow_sender (void)
 
 /* --- bytes that gain nothing ---------------------------------------------- */
 
-/* A byte now and then is as good as none. */
+/* One byte at long intervals counts as silence. */
 static void
 test_trickling_sender (void)
 {
@@ -275,8 +275,8 @@ test_mute (void)
   assert_lost (e);
 }
 
-/* The kernel of a host takes a lot for a process that hangs: more writes that
- * come do not help it.
+/* The kernel of a host receives many bytes for a process that hangs: later
+ * writes do not reset the deadline.
  */
 static void
 test_hung_while_more_is_written (void)
@@ -380,7 +380,7 @@ start (unsigned i, bool tcp)
   exit (0);
 }
 
-/* The longest shows nothing of a transport: once is enough. */
+/* The longest case shows nothing about a transport, so it runs once. */
 static bool
 is_wanted (unsigned i, const char *name)
 {

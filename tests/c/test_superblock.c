@@ -164,7 +164,7 @@ assert_not_ours (int fd, const char *words)
   ASSERT_SAYS (words);
 }
 
-/* As another program would write it. */
+/* Store the superblock as another program would. */
 static void
 put_sealed (int fd, struct disk_superblock *sb, off_t offset)
 {

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A remote is about to take local's place, and is lost over the flush that is
- * to make it the only source.  It may have lost what it answered, or a command
- * to it may still come late, or it may have the only copy that can be read: so
- * what local and the remote are said to miss afterwards has to be exact.
+/* A remote is about to take local's place, and is lost during the flush that is
+ * to make it the only source. It may have lost answered writes, or a command to
+ * it may still come late, or it may have the only copy that can be read: so the
+ * dirty bits of local and the remote must be exact afterwards.
  */
 
 #define _GNU_SOURCE
@@ -109,8 +109,8 @@ do_look (struct job *job)
   return nbdm_cool (site.volume, 60000);
 }
 
-/* Local has lost bytes, and the remote alone has anything: the next look has it
- * take local's place.
+/* Local has lost bytes, and the remote alone has any: at the next look at
+ * local's size it takes local's place.
  */
 static void
 cut_disk_leaves_the_remote_well (void)
@@ -154,8 +154,8 @@ mended_disk_keeps_what_it_has (void)
   assert (read_at (9 * REGION) == 9);
 }
 
-/* The first remote misses a region, and is long at the flush of the takeover;
- * the second one is lost meanwhile.
+/* The first remote misses a region, and the takeover's flush of it takes long;
+ * the second remote is lost during that flush.
  */
 static void
 begin_a_long_takeover (struct job *failing)
@@ -192,7 +192,8 @@ assert_all_equal (void)
   }
 }
 
-/* It is back, without what it had answered: no read goes to it. */
+/* The second remote is back and has lost what it answered: no read goes to it.
+ */
 static void
 successor_that_lost_its_cache (void)
 {
@@ -211,8 +212,8 @@ successor_that_lost_its_cache (void)
   assert_all_equal ();
 }
 
-/* It stays away: reads and writes wait for what comes of the takeover, and then
- * local has all of it.
+/* The second remote stays away: reads and writes wait for the end of the
+ * takeover, and then local has all of it.
  */
 static void
 successor_that_stays_away (void)
@@ -235,7 +236,7 @@ successor_that_stays_away (void)
   assert_all_equal ();
 }
 
-/* What was on the remote's lost connection is nobody's to wait for: local goes
+/* No request waits for the commands of the remote's lost connection: local goes
  * on at once, not when the remote's hold is over.
  */
 static void
@@ -314,8 +315,8 @@ write_of_a_mended_disk (void)
 }
 
 /* The first remote alone has a region beside local, and loses it with its
- * cache.  The second one is copied it meanwhile, from local, which fails: so it
- * does not take local's place.
+ * cache. During the takeover the region is copied to the second one, which then
+ * takes local's place.
  */
 static void
 copied_to_is_no_successor (void)

@@ -29,7 +29,7 @@ make_site (uint32_t error)
   site_open (&site);
 }
 
-/* As a keeper would: connect, copy, and connect again after each error. */
+/* Act as a keeper does: connect, copy, and connect again after each error. */
 static void
 bring_in_sync (void)
 {

@@ -49,7 +49,9 @@ int LLVMFuzzerInitialize (int *argc, char ***argv);
 int LLVMFuzzerTestOneInput (const uint8_t *data, size_t size);
 int __wrap_dprintf (int fd, const char *format, ...);
 
-/* The log: that of what a fuzzer does wrong would be all of its output. */
+/* The log is dropped: a line for each mistake of the fuzzer would be all of its
+ * output.
+ */
 int
 __wrap_dprintf (int fd, const char *format, ...)
 {

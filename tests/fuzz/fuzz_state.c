@@ -117,7 +117,7 @@ LLVMFuzzerInitialize (int *argc, char ***argv)
 
 /* --- edits ----------------------------------------------------------- */
 
-/* The files as edited, and what was done to them. */
+/* The edited files, and what was done to them. */
 struct garbled {
   struct image image; /* bytes of our own */
   size_t capacity[MAX_FILES];
@@ -313,8 +313,8 @@ beyond_sight (const struct state *s, const struct garbled *g)
   return false;
 }
 
-/* Is the oracle to be asked?  One old file is found out; two, or one beside a
- * superblock that lost its newer slot, may fit each other.
+/* Whether the oracle can judge this. A start notices one old file; two, or one
+ * beside a superblock that lost its newer slot, may fit each other.
  */
 static bool
 is_damage (const struct state *s, struct garbled *g)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Every input of the corpus once more, without libFuzzer: so that what was
- * found is tested with any compiler.
+/* Run every input of the corpus without libFuzzer, so that any compiler can
+ * test what the fuzzers found.
  */
 
 #include <assert.h>
