@@ -55,7 +55,7 @@ late_write_window = "5s"
 
 [[remote]]
 name = "far"
-uri = "nbd+unix:///?socket={folder}/far.sock"
+uri = "{uri}"
 """
 
 
@@ -106,7 +106,8 @@ class Demo:
         stage = self._stage
         stage.step("A volume: one TOML file, demo.toml")
         config = stage.folder / "demo.toml"
-        config.write_text(CONFIG.format(size=SIZE, folder=stage.folder))
+        uri = stage.uri("far.sock")
+        config.write_text(CONFIG.format(size=SIZE, folder=stage.folder, uri=uri))
         stage.show_file(config)
         stage.say(
             "late_write_window: what was under way when a connection died might still "

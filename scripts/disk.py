@@ -126,7 +126,7 @@ class FuseDisk(Mounted):
         """Show the volume as a file, disk/nbd."""
         stage = self._stage
         (stage.folder / "disk").mkdir()
-        uri = f"nbd+unix:///?socket={stage.folder}/demo.sock"
+        uri = stage.uri("demo.sock")
         process = stage.start(f"nbdfuse disk '{uri}'")
         stage.on_exit(lambda: stage.unmount("disk"))
         stage.wait_until(
@@ -160,7 +160,7 @@ class UnmountedDisk(Disk):
 
     def copy_command(self, tree: str, name: str) -> str:  # noqa: ARG002
         """Write the image, which already contains *tree*."""
-        uri = f"nbd+unix:///?socket={self._stage.folder}/demo.sock"
+        uri = self._stage.uri("demo.sock")
         # The new volume is zero: holes of the image need no write.
         options = "--flush --destination-is-zero" if name == "first" else "--flush"
         return f"nbdcopy {options} fs.img '{uri}'"

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.text import Text
@@ -83,6 +84,10 @@ class Stage:
     def elapsed_s(self) -> float:
         """Seconds since it began."""
         return time.monotonic() - self._began
+
+    def uri(self, name: str) -> str:
+        """Return the NBD URI of the socket *name* in the folder."""
+        return f"nbd+unix:///?socket={quote(str(self.folder / name))}"
 
     # --- text ---
 
