@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from pydantic import BeforeValidator, ValidationInfo
 
@@ -27,6 +27,9 @@ MIN_MEMORY, MAX_MEMORY = 64 << 20, 1 << 40  # one of the largest requests must f
 
 # Shorter than NBDM_NAME_LEN.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+# As RFC 3986 has it, and libnbd reads it.
+_NOT_IN_URI = re.compile(r"[^A-Za-z0-9._~:/?#@!$&'()*+,;=%-]|%(?![0-9A-Fa-f]{2})")
+_NOT_IN_HOST = re.compile(r"[^A-Za-z0-9._~:@!$&'()*+,;=%\[\]-]|%(?![0-9A-Fa-f]{2})")
 _SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 
 _NAME_RULE = (
@@ -133,19 +136,39 @@ def check_uri(value: str) -> str:
     except ValueError:
         raise ValueError(f"must be {_URI_RULE}") from None
     # C ends a string at a NUL, and urlsplit ignores line ends: both change the address.
-    if parts.scheme not in _SCHEMES or not value.isprintable():
+    if value.partition(":")[0] not in _SCHEMES or not value.isprintable():
         raise ValueError(f"must be {_URI_RULE}")
+    _check_characters(value, parts.netloc)
     sockets = parse_qs(parts.query).get("socket", [])
     if parts.scheme.endswith("+unix"):
         if len(sockets) != 1 or sockets[0][:1] != "/" or "\0" in sockets[0]:
             raise ValueError("needs ?socket=/absolute/path of the server's socket")
         if len(os.fsencode(sockets[0])) > MAX_UNIX_PATH:
             raise ValueError(f"the socket's path is over {MAX_UNIX_PATH} bytes")
-    elif not parts.hostname or port == 0:
-        raise ValueError(f"has no host; must be {_URI_RULE}")
+    elif not parts.hostname or port == 0 or parts.netloc.endswith(":"):
+        raise ValueError(f"has no host or no port; must be {_URI_RULE}")
+    elif sockets:
+        raise ValueError(f"has a socket beside a host; must be {_URI_RULE}")
     if parts.fragment:
         raise ValueError("an NBD URI has no '#' part")
     return value
+
+
+def _check_characters(value: str, host: str) -> None:
+    """
+    Check that libnbd can read a URI, as urlsplit reads any text.
+
+    A remote that cannot be asked for would look like one that is away.
+    """
+    bad = _NOT_IN_HOST.search(host)
+    if bad is not None:
+        raise ValueError(f'has "{bad[0]}" in its host; must be {_URI_RULE}')
+    behind = value.partition(":")[2].removeprefix("//")[len(host) :]
+    bad = _NOT_IN_URI.search(behind)
+    if bad is not None:
+        raise ValueError(f'has "{bad[0]}", which a URI writes as {quote(bad[0])}')
+    if "%00" in value:
+        raise ValueError("has a NUL, %00")
 
 
 def check_path(value: str, info: ValidationInfo) -> str:

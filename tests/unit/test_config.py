@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from e2e.lib.clients import nbd
+from pydantic import ValidationError
 
 from nbd_mirror.base.errors import ConfigError, MissingError
 from nbd_mirror.base.listen import Listen
-from nbd_mirror.volume.config import check_links, load, to_params
+from nbd_mirror.volume.config import RemoteConfig, check_links, load, to_params
 
 GOOD = """\
 name = "pg"
@@ -303,6 +305,73 @@ def test_fifo_or_device_instead_of_a_file_is_refused(tmp_path: Path) -> None:
     for path in (fifo, "/dev/zero", "/dev/null"):
         with pytest.raises(ConfigError, match="is no plain file"):
             load(path)
+
+
+PIECES = (*map(chr, range(0x20, 0x7F)), "\xe9", "%2", "%zz", "%20", "%e9")
+
+
+def is_uri(uri: str) -> bool:
+    """Tell whether a remote may have it."""
+    try:
+        RemoteConfig(name="dr", uri=uri)
+    except ValidationError:
+        return False
+    return True
+
+
+def libnbd_reads(uri: str) -> bool:
+    """Tell whether libnbd gets as far as to connect, which fails."""
+    with pytest.raises(nbd.Error) as caught:
+        nbd.NBD().connect_uri(uri)
+    return bool(caught.value.errno != "EINVAL")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nbd+unix:///x?socket=/nonexistent/{}",
+        "nbd+unix:///{}?socket=/nonexistent",
+        "nbd://127.0.0.1:1/{}",
+        "nbd://127.0.0.1:1/?a={}",
+    ],
+)
+def test_uri_is_taken_if_libnbd_can_read_it(uri: str) -> None:
+    """What it cannot read is a mistake of the file, and no remote that is away."""
+    asked = [uri.format(piece) for piece in PIECES]
+    unlike = [one for one in asked if is_uri(one) != libnbd_reads(one)]
+    # It passes over what C ends a text at, and a '#' with all behind it.
+    assert [one for one in unlike if "#" not in one] == []
+    assert not is_uri("nbd://127.0.0.1:1/x%00y")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "NBD://127.0.0.1:1/",
+        "nbd://127.0.0.1:/",
+        "nbd://127.0.0.1:1/?socket=/nonexistent",
+        "nbd://[::1/",
+        "nbd://[::1]x:1/",
+        "nbd://a b/",
+        "nbd://a%zz/",
+        "nbd://a\xe9/",
+        "nbd://a|b/",
+    ],
+)
+def test_uri_that_libnbd_refuses_is_refused(uri: str) -> None:
+    """Of a host nothing is tried that would be looked up."""
+    assert not libnbd_reads(uri)
+    assert not is_uri(uri)
+
+
+def test_uri_that_no_uri_can_be_says_how_it_is_written(file: Path) -> None:
+    """The character, and what stands for it."""
+    text = GOOD.replace("nbd://dr.example.net/pg", "nbd+unix:///?socket=/my disk")
+    file.write_text(text)
+    with pytest.raises(ConfigError, match='has " ", which a URI writes as %20'):
+        load(file)
+    file.write_text(text.replace("my disk", "my%20disk"))
+    assert load(file).remotes[0].uri.endswith("/my%20disk")
 
 
 def test_params_hold_what_the_engine_is_told(file: Path) -> None:
