@@ -164,7 +164,7 @@ def left_loops(folder: Path) -> list[str]:
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             file = backing.read_text()
-        except OSError:  # detached meanwhile
+        except OSError:  # detached while this looked
             continue
         if f"{folder}/" in file:
             found.append(f"/dev/{backing.parent.parent.name}")

@@ -137,7 +137,7 @@ def marked_processes(marker: str = "") -> dict[int, str]:
             if wanted not in (entry / "environ").read_bytes().split(b"\0"):
                 continue
             command = (entry / "cmdline").read_bytes()
-        except OSError:  # it ended meanwhile, or is another user's
+        except OSError:  # it has ended, or is another user's
             continue
         if is_running(int(entry.name)):
             text = command.replace(b"\0", b" ").decode(errors="replace").strip()

@@ -31,7 +31,7 @@ SIZE = 320 << 20  # mkfs.xfs makes none below 300 MB
 def test_connection_reads_the_volume_to_its_end(
     new_site: Callable[..., Site], address: str, door: str
 ) -> None:
-    """The handshake tells the size; a read may begin and end anywhere."""
+    """The handshake has the size; a read may begin and end anywhere."""
     keys = {} if address == "unix" else {"listen": f"tcp:127.0.0.1:{free_port()}"}
     site = new_site(size=(1 << 20) + 512, **keys)
     content = os.urandom(site.size)

@@ -70,7 +70,7 @@ def settled(site: Site, fewest: Usage | None = None) -> Usage:
 
 def test_reconnects_leak_nothing(new_site: Sites) -> None:
     """Thousands of lost connections under load cost no descriptor and no memory."""
-    # Eight remotes lose theirs at once: what one does takes its time, knowingly.
+    # Eight remotes lose their connections at once: one alone would take too long.
     site = new_site(
         remotes=["faulty"] * REMOTES,
         size=256 * KIB,

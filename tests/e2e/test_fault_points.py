@@ -203,7 +203,7 @@ def check_error(bench: Bench, name: str, fault: str) -> None:
     elif name == "stop":
         assert number == errno.EIO
     else:
-        # A client is never told that the logs' disk is full: his is not.
+        # No client learns that the logs' disk is full: the client's disk is not.
         more = {errno.ENOSPC} if name in OPERATORS else set()
         assert number in {0, errno.EIO} | more
         check_failed_for_good(bench)
@@ -219,7 +219,7 @@ ERROR_KINDS = [name for name, kind in KINDS.items() if not kind.extra]
 
 @pytest.mark.parametrize("name", ERROR_KINDS)
 def test_metadata_error_at_every_point_is_final(bench: Bench, name: str) -> None:
-    """A log that cannot be written: failed for good, EIO, and a start mends it."""
+    """A log that cannot be written fails the volume until the next start: EIO."""
     fails = core.fault_points()
     for point, times in points_of(bench, name).items():
         if not fails[point] or point.startswith("local_"):

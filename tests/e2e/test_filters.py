@@ -114,7 +114,7 @@ def test_paused_requests_within_the_deadline_are_only_late(
 
 
 def test_paused_requests_past_the_deadline_are_dirty_and_late(new_site: Sites) -> None:
-    """Past it the client is answered; what the server does later is copied over."""
+    """Past the deadline the client is answered; what comes later is copied over."""
     site = new_site(size=8 * MIB)
     site.deadline = "500ms"
     site.write_config()

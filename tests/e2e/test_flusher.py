@@ -12,7 +12,7 @@ Sites = Callable[..., Site]
 
 
 def test_never_flushing_load_leaves_little_behind(new_site: Sites) -> None:
-    """The unflushed set comes down again and again, and to nothing when writes end."""
+    """The unflushed set shrinks again and again, and is empty when the writes end."""
     site = new_site(size=128 * MIB)
     site.bring_up()
     load = site.load(block=MIB)

@@ -320,7 +320,7 @@ def test_killed_in_its_first_session_knows_its_disk(served: Site) -> None:
 
 
 def test_killed_while_busy_everywhere_goes_by_the_device(served: Site) -> None:
-    """Nothing is left to compare: the same file is used, and a copy of it is not."""
+    """No sample is left to compare: the same file is used, and a copy of it is not."""
     site = served
     write(site, *range(0, site.size, 4 * MIB))
     site.kill()
@@ -423,7 +423,10 @@ def test_missing_disk_is_given_up_and_replaced(served: Site) -> None:
 
 
 def test_given_up_by_a_start_that_was_killed_misses_everything(served: Site) -> None:
-    """Also what it answered and had not flushed: the next start is told nothing."""
+    """
+    It also misses answered writes that were not flushed: the next start has no record
+    of them.
+    """
     site = served
     write(site, 3 * MIB)
     site.kill()

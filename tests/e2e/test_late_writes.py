@@ -85,7 +85,7 @@ def test_late_after_resend_is_copied_over(new_site: Sites, kind: str) -> None:
 
 
 def test_late_after_outage_and_catch_up_is_copied_over(new_site: Sites) -> None:
-    """Out of sync, caught up but for what is late: then the old one comes."""
+    """Out of sync, all but the late regions caught up: then the old one comes."""
     site, handle = begin(new_site, hold="200ms")
     site.faulty.on("received", faults.keep, faults.drop, times=1, at=AT)
     site.faulty.on("export", faults.drop, kind="connection")
@@ -185,7 +185,7 @@ def test_late_at_end_of_window_is_copied_over(new_site: Sites) -> None:
         site.faulty.late()
         if time.monotonic() < begun + WINDOW_S:
             break
-        site.wait_in_sync()  # this machine was too slow: once more
+        site.wait_in_sync()  # this machine was too slow: try again
     else:
         support.requires(False, "too slow to hit a tenth of a second")
     finish(site, handle)
@@ -193,7 +193,10 @@ def test_late_at_end_of_window_is_copied_over(new_site: Sites) -> None:
 
 
 def test_late_without_window_differs(new_site: Sites) -> None:
-    """With no window it does differ: the server does what the others rely upon."""
+    """
+    Without the window the disks differ: this proves that the server does what the
+    others need.
+    """
     site, handle = begin(new_site, late_write_window="0s")
     site.faulty.on("received", faults.keep, faults.drop, times=1, at=AT)
     handle.pwrite(OLD, AT)

@@ -178,7 +178,7 @@ def test_resync_interrupted_goes_on_where_it_was(slow_site: Site, how: str) -> N
 
 
 def test_resync_progress_is_honest(slow_site: Site) -> None:
-    """While resyncing, status tells done, total, rate and what is left."""
+    """While resyncing, status shows done, total, rate and what is left."""
     site = slow_site
     found = site.wait_remote(
         lambda one: one["resync"] and one["resync"]["done_bytes"] > 0, "progress"

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_bad_sector_is_read_from_the_remote_and_rewritten(
     site: Site, door: str
 ) -> None:
-    """One sector: the read is right, the sector is written again, and it is counted."""
+    """The read is right, the sector is written again, and it is counted."""
     disk = FuseDisk(site)
     site.fill(site.local, site.size)
     site.bring_up(door)
@@ -79,7 +79,7 @@ def test_bad_sector_while_clients_write_keeps_what_they_wrote(site: Site) -> Non
 
 
 def test_bad_sector_does_not_keep_a_remote_out(site: Site) -> None:
-    """A sector that the sample would compare: the remote is needed to mend it."""
+    """The sample would compare this sector: the remote is needed to repair it."""
     disk = FuseDisk(site)
     site.fill(site.local, site.size)
     site.bring_up()

@@ -131,7 +131,10 @@ def test_copied_back_is_durable_before_it_is_called_so(site: Site) -> None:
 
 
 def test_local_fails_again_while_it_is_copied_back(site: Site) -> None:
-    """In the middle of copying back: failed again, served on, and at the end whole."""
+    """
+    It fails in the middle of copying back: the remote serves on, and at the end all is
+    whole.
+    """
     disk = FuseDisk(site)
     site.fill(site.local, site.size)
     site.bring_up()

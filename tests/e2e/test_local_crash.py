@@ -92,7 +92,7 @@ def test_killed_while_local_has_failed_loses_nothing(
 def test_killed_at_a_step_keeps_every_answered_write(
     site: Site, point: str, kind: str
 ) -> None:
-    """At each step of the takeover and of copying back; then served, and whole."""
+    """Killed at each step of the takeover and the copy back, it is whole again."""
     disk = FuseDisk(site)
     site.fill(site.local, 8 * MIB)
     site.bring_up()
@@ -189,7 +189,7 @@ def test_disk_missing_that_had_not_failed_is_refused(site: Site) -> None:
 
 
 def test_remote_lost_and_server_killed_waits_for_the_remote(site: Site) -> None:
-    """Neither disk alone will do: EIO until the remote is back, and all is there."""
+    """Neither disk alone has all: EIO until the remote is back, then all of it."""
     disk = FuseDisk(site)
     site.bring_up()
     load = take_over(site, disk.unplug)
@@ -231,7 +231,7 @@ def failed(site: Site) -> FuseDisk:
 def test_resume_of_another_disk_is_refused_by_the_sample(
     site: Site, failed: FuseDisk
 ) -> None:
-    """Not the disk that was left: said, nothing written to it, the right one works."""
+    """Another disk is refused with a reason and not written to; the right one works."""
     failed.unplug()
     right, wrong = site.local, site.folder / "wrong.img"
     content = os.urandom(site.size)
@@ -320,7 +320,7 @@ def test_invalidate_of_the_only_source_is_refused(site: Site, failed: FuseDisk) 
 
 
 def test_status_wait_watch_and_inspect_tell_of_it(site: Site, failed: FuseDisk) -> None:
-    """Each command tells the state, the reason, the bytes and what helps."""
+    """Each command shows the state, the reason, the bytes and what helps."""
     config = str(site.config)
     said = site.cli("status", config).stdout
     assert "Input/output error" in said

@@ -73,7 +73,8 @@ def test_frozen_file_system_is_not_seen_by_clients(hanging: Site, door: str) -> 
     assert_kept(site)
     disk.thaw()
     wait_released(site)
-    # What was late is written by now: to what local misses, and nobody reads it.
+    # The late write is done by now, in a region that local misses, and no client reads
+    # it.
     assert site.differing() <= dirty_set(site.map_path("local"))
     handle = site.client()
     load.check(lambda offset, length: bytes(handle.pread(length, offset)))
@@ -111,7 +112,7 @@ def test_each_kind_of_request_that_hangs_is_answered(hanging: Site, kind: str) -
 
 
 def test_one_connection_goes_on_beside_a_request_that_hangs(hanging: Site) -> None:
-    """What the disk does not keep is answered at once, of the same client."""
+    """Requests of the same client that the disk does not keep are answered at once."""
     site = hanging
     site.keys["local_deadline"] = "10s"
     disk = FuseDisk(site)

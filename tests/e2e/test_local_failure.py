@@ -74,7 +74,7 @@ def test_takeover_is_not_seen_by_clients(site: Site, door: str, kind: str) -> No
     load = site.load(flush_every=5)
     disk.mend()
     back = resync_back(site)
-    # What clients write meanwhile goes to both, and neither misses it.
+    # What clients write during the copy goes to both, and neither misses it.
     assert 0 < back["copied_bytes"] <= missed
     assert back["repaired_regions"] == 0, "nothing was unreadable"
     assert_whole(site, load)
@@ -104,7 +104,7 @@ def test_takeover_copies_only_what_was_missed(site: Site) -> None:
 
 
 def test_takeover_on_a_full_disk(site: Site) -> None:
-    """ENOSPC of local is made up for by a remote that has room; with room, back."""
+    """A remote with room serves while local has ENOSPC; with room, local is back."""
     resize = small_disk(site, 2)
     site.bring_up()
     handle = site.client()
@@ -123,7 +123,7 @@ def test_takeover_on_a_full_disk(site: Site) -> None:
 
 @pytest.mark.parametrize("request_kind", ["zero", "trim", "write with FUA"])
 def test_takeover_by_each_kind_of_request(site: Site, request_kind: str) -> None:
-    """Trims, zeroes and FUA's flush are made up for as writes are."""
+    """The remote serves when a trim, a zero or a FUA flush fails, as for a write."""
     site.fill(site.local, site.size)
     site.bring_up()
     site.stop()
@@ -166,7 +166,7 @@ def test_disk_pulled_out_and_replaced_under_load(site: Site) -> None:
 def test_replaced_disk_at_another_path_is_taken_from_the_configuration(
     site: Site,
 ) -> None:
-    """`local` is read anew: another path needs no restart, and holds after one."""
+    """`local` is read again: another path needs no restart, and is kept."""
     disk = FuseDisk(site)
     site.fill(site.local, 4 * MIB)
     site.bring_up()

@@ -43,7 +43,7 @@ def failed_with_data(site: Site) -> tuple[FuseDisk, Any]:
 
 
 def test_remote_back_within_the_hold_costs_no_error(new_site: Sites) -> None:
-    """With local failed a short outage is waited out, as ever."""
+    """With local failed, requests wait for the end of a short outage, as otherwise."""
     site = new_site(hold="20s")
     _, handle = failed_with_data(site)
     results: list[bytes] = []
@@ -66,7 +66,10 @@ def test_remote_back_within_the_hold_costs_no_error(new_site: Sites) -> None:
 
 
 def test_remote_lost_for_longer_gives_eio_and_loses_nothing(site: Site) -> None:
-    """After the hold EIO, never local's old data; back again, all of it is there."""
+    """
+    After the hold clients get EIO, never local's old data; then the remote has all of
+    it.
+    """
     _, handle = failed_with_data(site)
     site.dr.kill()
     assert errno.EIO == error_of(handle.pread, 4096, 0)
@@ -90,7 +93,7 @@ def test_remote_lost_for_longer_gives_eio_and_loses_nothing(site: Site) -> None:
 
 
 def test_remote_killed_under_load_stays_the_source(site: Site) -> None:
-    """What was under way when it died is not dirty on it: no other disk has it."""
+    """Writes under way when it died are not dirty on it: no other disk has them."""
     disk = FuseDisk(site)
     site.bring_up()
     load = take_over(site, lambda: disk.fail("write"), threads=4)

@@ -397,8 +397,8 @@ class Machine(MachineSite):
         if self.pending or not self.servers:
             return
         for server in self.servers:
-            # Resync clears bits meanwhile, a lost connection sets some: no region
-            # does both without a request.
+            # While this reads, resync clears bits and a lost connection sets some: no
+            # region does both without a request.
             before = self.dirty(server)
             differing = set(differing_regions(self.local, server.image, REGION, SIZE))
             missed = differing - before - self.dirty(server)

@@ -400,7 +400,7 @@ def test_what_a_user_may_not_look_at_is_said(
 def test_name_in_a_folder_that_a_user_may_not_look_at(
     hidden: tuple[Site, Path],
 ) -> None:
-    """Where a file of that name might be, which the hint would tell of."""
+    """The hint would name a file there, if it could see one."""
     site, folder = hidden
     done = as_nobody(site, folder, "status", "v")
     assert done.returncode == 4, done.stderr

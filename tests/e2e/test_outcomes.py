@@ -68,7 +68,7 @@ DROPS = [
     ("write", "header"),
     ("write", "payload"),
     ("write", "received"),  # not carried out
-    ("write", "applied"),  # carried out, and no answer tells
+    ("write", "applied"),  # carried out and not answered
     ("zero", "header"),
     ("zero", "received"),
     ("zero", "applied"),
@@ -83,7 +83,7 @@ DROPS = [
 def test_dropped_within_hold_costs_nothing(
     new_site: Sites, kind: str, event: str
 ) -> None:
-    """Dropped at any step of a command and back within `hold`: no client is told."""
+    """Dropped at any step of a command and back within `hold`: no client notices."""
     site = new_site(remotes=["faulty"], size=SIZE, hold=PATIENCE_S)
     handle = begin(site)
     site.faulty.on(event, faults.drop, kind=sent_as(kind), times=1)
@@ -153,7 +153,10 @@ ERRORS = [
 def test_error_answered_degrades_and_heals(
     new_site: Sites, kind: str, number: int, words: str
 ) -> None:
-    """Degrade: the client is told ok, the remote is out of sync and says the error."""
+    """
+    Degrade: the client gets no error, the remote is out of sync with the error as
+    reason.
+    """
     site = new_site(remotes=["faulty"], size=SIZE, hold=PATIENCE_S)
     handle = begin(site)
     # Away after it, so that the state lasts and can be looked at.

@@ -191,7 +191,7 @@ def test_fenced_reads_fail_as_configured(new_site: Sites, door: str) -> None:
 
 
 def test_policy_command_shows_switches_and_says_what_lasts(new_site: Sites) -> None:
-    """The command shows and switches, and tells where the configuration differs."""
+    """The command shows and switches, and says where the configuration differs."""
     site = new_site(size=4 * MIB)
     site.bring_up()
     config = str(site.config)

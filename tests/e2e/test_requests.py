@@ -79,7 +79,7 @@ def test_flush_on_another_connection_covers_all(served: Site, handle: Any) -> No
 
 
 def test_flags_all_are_advertised(handle: Any) -> None:
-    """A client is told of everything the doors can do."""
+    """The flags offer a client everything that the doors can do."""
     assert handle.can_flush()
     assert handle.can_fua()
     assert handle.can_trim()
@@ -181,7 +181,7 @@ def test_cache_is_taken(handle: Any) -> None:
 
 
 def test_block_size_hints_are_told(served: Site) -> None:
-    """A client (nbdinfo) is told 512, 4096 and 64 MiB, and multi-conn."""
+    """A client (nbdinfo) sees 512, 4096 and 64 MiB, and multi-conn."""
     done = served.processes.run(["nbdinfo", "--json", served.uri])
     export = json.loads(done.stdout)["exports"][0]
     assert export["export-size"] == served.size

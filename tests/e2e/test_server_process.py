@@ -146,7 +146,7 @@ def test_server_that_gives_no_status_is_stopped(
 def test_server_that_a_signal_ends_before_the_stop_comes(
     site: Site, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """Whether it ended cleanly is not known by its silence: the superblock says."""
+    """Its silence does not show whether it ended cleanly: the superblock does."""
     site.bring_up()
 
     def ask_too_late(config: VolumeConfig, command: str, timeout_s: float) -> object:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Disks that take less than their link brings: they are slow, and not dead.
+Disks that flush more slowly than their link brings data: they are slow, and not dead.
 
 All that a test writes would take several deadlines to flush. So it must reach the disk
 in pieces: no connection is lost, nothing is copied twice, and no client gets an error.

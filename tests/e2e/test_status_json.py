@@ -84,7 +84,7 @@ def assert_recorded(kind: str, site: Site) -> None:
 
 
 def test_status_of_a_served_volume_is_as_recorded(site: Site) -> None:
-    """In sync, stopped, and killed: the same keys, whoever says them."""
+    """In sync, stopped, and killed: the keys are the same, with or without a server."""
     site.create()
     assert_recorded("created", site)
     site.dr.start()

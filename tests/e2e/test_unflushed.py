@@ -146,7 +146,7 @@ def test_crash_in_flush_loses_nothing(new_site: Sites, event: str) -> None:
     site.faulty.crash()
     while not handle.aio_command_completed(cookie):
         handle.poll(-1)
-    # It was sent again: what is answered now is durable, or copied once more.
+    # It was sent again: what is answered now is durable, or is copied again.
     site.wait_in_sync()
     assert regions
     finish(site, handle)

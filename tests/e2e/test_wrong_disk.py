@@ -39,8 +39,8 @@ def swapped(request: pytest.FixtureRequest, site: Site) -> Site:
     site.bring_up()
     site.dr.image.with_suffix(".backup").write_bytes(site.dr.image.read_bytes())
     handle = site.client()
-    # After the backup was taken: what it misses are six blocks scattered over two
-    # extents, and neither the first nor the last region tells.
+    # Written after the backup was taken: six blocks scattered over two extents, and
+    # neither the first nor the last region shows it.
     for offset in range(8 * MIB, 14 * MIB, MIB):
         handle.pwrite(os.urandom(4096), offset)
     handle.flush()

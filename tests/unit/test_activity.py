@@ -242,12 +242,12 @@ class ActivityMachine(RuleBasedStateMachine):
 
     @rule()
     def drop(self) -> None:
-        """Drop those that no request took meanwhile; the flush has succeeded."""
+        """Drop those that no request has taken since; the flush has succeeded."""
         assert self.model.drop() == lib.activity_drop(self.c_log.c)
 
     @rule(most=st.integers(1, 140))
     def cool(self, most: int) -> None:
-        """Let idle extents go cold, with no request meanwhile."""
+        """Let idle extents go cold; no request comes in between."""
         self.pick(most, -1)
         self.drop()
 

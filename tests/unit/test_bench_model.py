@@ -41,7 +41,7 @@ def test_verdict_median_and_direction_decide(
 
 
 def test_spread_is_median_least_and_most() -> None:
-    """One wild round moves the median little, and is told."""
+    """One wild round moves the median little, and the report names it."""
     assert Spread(1.0, 0.9, 7.0) == Spread.of([1.0, 7.0, 0.9])
     assert Spread(1.5, 1.0, 2.0) == Spread.of([1.0, 2.0])
     assert Spread(1.0, 1.0, 1.0) == Spread.of([1.0])

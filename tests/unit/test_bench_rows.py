@@ -54,7 +54,7 @@ def test_table_python_door_is_reported() -> None:
 
 
 def test_table_resync_from_the_file_is_reported() -> None:
-    """Without a server in its way nbdcopy is quicker: told, and not asked for."""
+    """Nbdcopy without a server is quicker: its figure is shown, without a bound."""
     (row,) = chosen(["resync_full"])
     assert {"nbdcopy", "file", "rate"} == {claim.key for claim in row.claims}
 

@@ -41,7 +41,7 @@ def test_time_of_ended_threads_counts() -> None:
 
 
 def test_switches_are_seen() -> None:
-    """To wait for another's answer is one at least, whatever else runs."""
+    """A thread that waits for an answer switches at least once, whatever else runs."""
     echo = ["sed", "--unbuffered", "p"]
     with subprocess.Popen(
         echo, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -37,7 +37,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_warning_is_shown_until_it_is_gone(
     tree: Path, code: str, flag: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also when the object is there, compiled with the warning by an earlier build."""
+    """An earlier build compiled the object with the warning: it is shown again."""
     tree.write_text(code)
     for _ in range(2):
         assert _build.main(["--warnings"]) == 1
@@ -47,7 +47,7 @@ def test_a_warning_is_shown_until_it_is_gone(
 
 
 def test_an_unchanged_file_is_not_compiled_again(tree: Path) -> None:
-    """But one that has changed is, and so is each after a header has."""
+    """A file that has changed is compiled, and each file whose header has changed."""
     tree.write_text(CLEAN)
     out = tree.parents[2] / "build" / "plugin.o"
 

@@ -35,7 +35,7 @@ def write(checker: Checker, *, fua: bool = False, outcome: str = "ok") -> bytes:
 
 @given(st.integers(0, 1 << 40), st.integers(1, 1 << 50), st.integers(0, (1 << 63) - 1))
 def test_content_names_its_write(block: int, seq: int, run: int) -> None:
-    """A block tells which write of which block and run it is."""
+    """A block identifies its write, its place and the run."""
     content = encode(block, seq, run)
     assert BLOCK == len(content)
     assert (block, seq, run) == decode(content)
@@ -91,7 +91,7 @@ def linearizable(events: list[Event], held: int = ZERO) -> bool:
             continue  # that one ended before this one began
         if one.kind == "read" and one.value != held:
             continue
-        # What may be left out and ended before is left out for good.
+        # An event that may be left out and ended before this is left out for ever.
         left = [o for o in rest if o.end >= one.start]
         if linearizable(left, one.value if one.kind == "write" else held):
             return True
@@ -100,7 +100,7 @@ def linearizable(events: list[Event], held: int = ZERO) -> bool:
 
 @dataclass
 class Played:
-    """A random history as the checker was told it, and as the oracle sees it."""
+    """A random history in the form of the checker, and in that of the oracle."""
 
     events: list[Event] = field(default_factory=list)
     complained: bool = False
@@ -156,7 +156,7 @@ def test_judges_as_the_oracle_does(seed: int, steps: int) -> None:
 @settings(max_examples=800)
 @given(st.integers(0, 1 << 32), st.integers(4, 18))
 def test_complains_of_zeroes_with_reason(seed: int, steps: int) -> None:
-    """Zeroes do not tell whose they are: fewer complaints, but no wrong one."""
+    """Zeroes do not identify their write: fewer complaints, but no wrong one."""
     played = play(random.Random(seed), steps, zeroes=True)
     assert not (played.complained and linearizable(played.events))
 

@@ -104,7 +104,7 @@ def test_error_is_one_line_and_a_hint_with_the_users_name_for_it(file: Path) -> 
 
 
 def test_hints_can_be_pasted(tmp_path: Path) -> None:
-    """Whatever the paths are: each command is given to a shell, and works there."""
+    """Whatever the paths are, a shell runs each command as it stands."""
     folder = tmp_path / "my CONFIG's $HOME"
     folder.mkdir()
     file = make_file(folder)
@@ -134,7 +134,7 @@ def test_hints_can_be_pasted(tmp_path: Path) -> None:
 
 
 def test_current_folder_that_was_removed_is_said(file: Path, tmp_path: Path) -> None:
-    """A relative path leads nowhere from there; a whole one is as good as ever."""
+    """A relative path leads nowhere from there; an absolute one works as before."""
     gone = tmp_path / "gone"
     script = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"'
     for config, code in (("v.toml", 4), (str(file), NotRunningError.exit_code)):
@@ -221,7 +221,7 @@ def test_output_nobody_reads_to_the_end_is_no_error(file: Path) -> None:
 
 
 def test_create_with_a_local_disk_too_small_tells_both_sizes(file: Path) -> None:
-    """What is there and what is needed."""
+    """The message has the size that is there and the size that is needed."""
     (file.parent / "d.img").write_bytes(bytes(5000))
     done = nbd_mirror("create", file)
     assert done.returncode == ConfigError.exit_code

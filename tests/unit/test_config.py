@@ -63,7 +63,7 @@ def test_file_of_the_manual_is_read_in_base_units(file: Path) -> None:
 
 
 def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
-    """What may be left out has the documented default."""
+    """A key that may be left out has the documented default."""
     path = tmp_path / "v.toml"
     path.write_text(
         'name="v"\nsize="adopt"\nlocal="d.img"\nstate="logs"\n'
@@ -180,7 +180,7 @@ def test_mistake_gets_one_line_with_key_value_and_rule(
 
 
 def test_mistakes_several_get_a_line_each(file: Path) -> None:
-    """All mistakes are told at once."""
+    """One run reports all mistakes."""
     _replace(file, '"degrade"\nhold = "2s"', '"x"\nhold = "y"')
     assert ["pg.toml: policy", "pg.toml: hold"] == [
         line.split(" =")[0] for line in _line(file).splitlines()
@@ -282,7 +282,7 @@ def test_path_is_not_looked_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_name_that_is_missing_says_which_file_was_sought(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole path is told, and a file of that name here is pointed at."""
+    """The message has the whole path, and points at a file of that name here."""
     monkeypatch.setenv("NBD_MIRROR_CONFIG_DIR", "/nonexistent")
     monkeypatch.chdir(file.parent)
     with pytest.raises(MissingError, match=r"/nonexistent/pg\.toml") as caught:
@@ -291,7 +291,7 @@ def test_name_that_is_missing_says_which_file_was_sought(
 
 
 def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
-    """A folder is told as such."""
+    """The message says that it is a folder."""
     for folder in (tmp_path, ".", ".."):
         with pytest.raises(ConfigError, match="is a folder"):
             load(folder)
@@ -299,7 +299,7 @@ def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(20)
 def test_fifo_or_device_instead_of_a_file_is_refused(tmp_path: Path) -> None:
-    """What has no end, or no beginning, is not waited for."""
+    """A file without an end, or a pipe without a writer, is not waited for."""
     fifo = tmp_path / "v.toml"
     os.mkfifo(fifo)
     for path in (fifo, "/dev/zero", "/dev/null"):

@@ -63,7 +63,7 @@ def test_what_a_dead_worker_left_fails_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-n2",)], ids=str)
 def test_a_skip_needs_a_fact_in_ci(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Of two skips the one that tells no fact of the machine fails the run."""
+    """Of two skips the one without a fact of the machine fails the run."""
     done = run(tmp_path, SKIPS, *options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 skipped" in done.stdout

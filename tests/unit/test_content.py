@@ -196,7 +196,7 @@ def test_gpt_header_that_the_disk_ends_in_is_none(sector: int) -> None:
 
 
 def test_lvm_and_luks_may_hold_anything() -> None:
-    """What is inside of them cannot be seen, or is not looked for."""
+    """Their content cannot be seen, or is not looked for."""
     lvm = bytearray(SIZE >> 6)
     lvm[512:520], lvm[536:544] = b"LABELONE", b"LVM2 001"
     luks1 = bytearray(SIZE >> 6)
@@ -284,7 +284,7 @@ def test_choice_that_cannot_be_is_said(
 def test_choice_against_the_content_is_warned_of(
     found: Need, asked: int, words: str
 ) -> None:
-    """The operator's word counts, for a disk that is to be formatted anew."""
+    """The operator decides, because the disk may be about to be formatted."""
     choice: Choice = choose(SIZE, 512, found, asked=asked)
     assert choice.block == asked
     assert words in choice.warning

@@ -215,7 +215,7 @@ def test_call_of_another_user_is_refused_even_past_the_mode(state: Path) -> None
 
 
 def test_client_that_says_nothing_holds_nobody(state: Path) -> None:
-    """A stuck client is dropped after its time-out; others are served meanwhile."""
+    """A stuck client is dropped after its time-out; others are served all the while."""
     with socket.socket(socket.AF_UNIX) as stuck:
         stuck.settimeout(5)
         stuck.connect(str(control_path(state)))
@@ -239,7 +239,7 @@ def test_request_that_is_garbled_gets_an_error(state: Path, line: bytes) -> None
 
 
 def test_answer_that_is_garbled_is_told(tmp_path: Path) -> None:
-    """Something else that answers on the socket is not believed."""
+    """A program that answers on the socket in another form is not believed."""
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(control_path(tmp_path)))
         other.listen()
@@ -331,7 +331,7 @@ def test_ping_names_the_process_that_listens(tmp_path: Path) -> None:
 
 
 def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
-    """What the lock's file says is believed of who holds the lock alone."""
+    """The lock's file is believed only of the process that holds the lock."""
     lock = tmp_path / "lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

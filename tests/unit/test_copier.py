@@ -61,7 +61,7 @@ def under_way(plan: Plan) -> int:
 
 
 def test_an_idle_volumes_first_call_fills_the_link_from_the_start() -> None:
-    """However late its pace's thread is: a call that begins slowly would stay slow."""
+    """The first call has the right pace, however late the pace's thread runs."""
     engine = Engine(calls=1, slow_s=0.2)
     engine.copier().copy()
     (plan,) = engine.begun
@@ -70,7 +70,7 @@ def test_an_idle_volumes_first_call_fills_the_link_from_the_start() -> None:
 
 
 def test_a_pace_that_has_not_changed_is_set_all_the_same() -> None:
-    """It may have been set before the call was there to take it."""
+    """The earlier setting may have come before the call could take it."""
     engine = Engine(calls=3)
     engine.copier().copy()
     assert len(engine.set) >= 3

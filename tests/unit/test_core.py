@@ -176,7 +176,7 @@ class TestRequests:
     def test_request_outside_is_einval(
         self, engine: core.Engine, length: int, offset: int
     ) -> None:
-        """A bad range is told from a bad disk."""
+        """A bad range and a bad disk give different errors."""
         with pytest.raises(ConfigError) as caught:
             engine.pwrite(bytes(length), offset)
         assert caught.value.errno == errno.EINVAL

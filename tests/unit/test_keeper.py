@@ -18,7 +18,7 @@ from nbd_mirror.rules.state import RemoteState
 
 
 class TestCatchingUp:
-    """From whatever was missed to in_sync."""
+    """A remote that missed something becomes in_sync."""
 
     def test_new_remote_is_copied_and_becomes_in_sync(
         self, mirror: Mirror, remote: Remote
@@ -145,7 +145,7 @@ class TestPolicy:
         assert same_images(synced, remote)
 
     def test_end_while_waiting_is_immediate(self, synced: Mirror) -> None:
-        """A keeper that waits for its next attempt ends at once when told to."""
+        """A keeper that waits for its next attempt ends at once when asked to."""
         keeper = synced.keep(random=lambda: 0.9)
         wait_until(lambda: keeper.view().facts.retry_s > 1.0, "a long wait")
         keeper.end()

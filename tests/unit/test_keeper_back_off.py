@@ -21,7 +21,10 @@ class TestBackOff:
     def test_connection_that_dies_at_once_is_noticed_and_backed_off(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """It was never seen admitted, and still each loss is told and waited out."""
+        """
+        The keeper never saw it admitted, and still reports each loss and waits after
+        it.
+        """
 
         class Dying(core.Engine):
             def admit(self, disk: Disk) -> None:
@@ -66,7 +69,7 @@ class TestBackOff:
     def test_held_requests_are_tried_for_after_early_losses(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """However long the back-off is by then, the hold does not pass without one."""
+        """The keeper tries within the hold, however long the back-off has become."""
 
         class Flapping(core.Engine):
             drops = 4

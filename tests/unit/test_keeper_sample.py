@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The keeper compares a remote's disk before it uses it, and what compared nothing is no
+The keeper compares a remote's disk before it uses it, and a comparison of nothing is no
 proof.
 """
 
@@ -30,7 +30,7 @@ class TestSample:
     def test_other_disk_is_failed_and_not_written_to(
         self, synced: Mirror, remote: Remote, run_dir: Path
     ) -> None:
-        """A disk that was not left here: failed, with the region, and unchanged."""
+        """Another disk is failed, with the region as reason, and is unchanged."""
         other = run_dir / "other.img"
         content = os.urandom(SIZE)
         other.write_bytes(content)
@@ -101,7 +101,7 @@ class TestSample:
 
 
 class TestProof:
-    """What compared nothing is no proof."""
+    """A sample that compared nothing is no proof."""
 
     def writer(self, synced: Mirror, count: int, offset: int) -> threading.Thread:
         """Begin a write, which waits for the remote as long as the hold lasts."""
@@ -124,7 +124,7 @@ class TestProof:
     def test_requests_hold_every_region_and_the_disk_is_another(
         self, holding_long: Mirror, remote: Remote
     ) -> None:
-        """While nothing could be compared it is said, and nothing is written."""
+        """While nothing can be compared the log says so, and nothing is written."""
         synced = holding_long
         content = os.urandom(SIZE)
         remote.image.write_bytes(content)
@@ -173,7 +173,7 @@ class TestProof:
     def test_requests_hold_a_part_of_each_region(
         self, synced: Mirror, remote: Remote
     ) -> None:
-        """What no request holds is compared: another disk is found at once."""
+        """The bytes that no request holds are compared: another disk is found."""
         content = os.urandom(SIZE)
         remote.image.write_bytes(content)
         remote.start()
@@ -187,7 +187,7 @@ class TestProof:
     def test_one_clean_region_among_many_is_found(
         self, synced: Mirror, remote: Remote
     ) -> None:
-        """Chance does not hit it; it is compared nonetheless."""
+        """The random choice does not hit it, and it is compared all the same."""
         clean = NR_REGIONS // 2 + 1
         with remote.image.open("r+b") as image:
             image.seek(clean * REGION + 100)

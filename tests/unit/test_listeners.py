@@ -69,7 +69,7 @@ def test_bind_without_the_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_bind_to_a_port_in_use_is_refused() -> None:
-    """TCP ports too."""
+    """A TCP port in use is refused like a socket in use."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(BusyError, match="socket in use"):

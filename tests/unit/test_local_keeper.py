@@ -129,7 +129,7 @@ def mirror(run_dir: Path, remote: Remote) -> Iterator[LocalMirror]:
 
 
 class TestCopyingBack:
-    """From failed to ok."""
+    """A failed disk becomes ok."""
 
     def test_resumed_disk_is_copied_back_and_it_is_said(
         self, mirror: LocalMirror, remote: Remote
@@ -187,7 +187,7 @@ class TestCopyingBack:
     def test_turn_that_fails_is_waited_out_in_every_state(
         self, mirror: LocalMirror, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Also of a disk that is ok: a failure that stays must not fill the log."""
+        """A lasting failure does not fill the log, of a disk that is ok either."""
         turns: list[float] = []
 
         def fail(_: object) -> None:
@@ -221,7 +221,7 @@ class TestCopyingBack:
         assert fresh.read_bytes() == remote.image.read_bytes()
 
     def test_end_while_waiting_is_immediate(self, mirror: LocalMirror) -> None:
-        """A keeper with nothing to do ends when told to."""
+        """A keeper with nothing to do ends when asked to."""
         mirror.local.start()
         mirror.local.end()
         mirror.engine.wake()
@@ -229,7 +229,7 @@ class TestCopyingBack:
 
 
 class TestResume:
-    """What is not the disk that was left is not used."""
+    """A disk that is not the one that was left is not used."""
 
     def refused(
         self, mirror: LocalMirror, path: str, error: type[Exception], words: str
@@ -252,7 +252,7 @@ class TestResume:
     def test_another_disk_is_refused_and_not_written_to(
         self, mirror: LocalMirror, run_dir: Path, name: str
     ) -> None:
-        """The sample tells; the reason stays for status, whatever its name."""
+        """The sample finds it; the reason stays in the status, under any name."""
         other = run_dir / name
         content = os.urandom(SIZE)
         other.write_bytes(content)
@@ -296,7 +296,7 @@ class TestResume:
         monkeypatch: pytest.MonkeyPatch,
         command: str,
     ) -> None:
-        """Neither its path nor the disk: the next command takes another one."""
+        """Neither its path nor the disk is kept: the next command takes another one."""
         mirror.fail_local()
         link = run_dir / "link.img"
         link.symlink_to(mirror.params.local)
@@ -316,7 +316,7 @@ class TestResume:
         mirror.wait_for_local(LocalState.OK)
 
     def test_error_of_an_earlier_state_is_not_told(self, mirror: LocalMirror) -> None:
-        """What went wrong before the disk failed says nothing of it now."""
+        """An error from before the disk failed is not reported as its reason now."""
         mirror.local._note("no remote is connected")
         mirror.local.start()
         mirror.fail_local()
@@ -327,7 +327,7 @@ class TestResume:
     def test_disk_that_hangs_keeps_one_command(
         self, mirror: LocalMirror, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Further commands are told so soon: each would hold a control thread."""
+        """Further commands get an error soon: each would hold a control thread."""
         monkeypatch.setattr(local_keeper, "COMMAND_S", 0.2)
         mirror.fail_local()
         hangs = Watched.hangs = threading.Event()

@@ -103,7 +103,10 @@ def test_map_that_a_start_does_not_believe_means_all_dirty(
 def test_map_of_another_volume_or_disk_means_all_dirty(
     tmp_path: Path, disk: str
 ) -> None:
-    """Put there by mistake, it tells of few dirty regions, and the start of all."""
+    """
+    A map that was put there by mistake has few dirty regions; the start takes all as
+    dirty.
+    """
     config = make_volume(tmp_path / "one", assume=False)
     other = make_volume(tmp_path / "other", assume=True)
     donor = other if disk == "dr" else config

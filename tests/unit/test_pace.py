@@ -208,7 +208,10 @@ class TestWindow:
 
     @pytest.mark.parametrize("way_s", [0.02, 0.05, 0.2])
     def test_link_that_was_slow_for_a_while_is_filled_again(self, way_s: float) -> None:
-        """1 Gbit/s was 1 Mbit/s: a copy a round trip is not all that it gets after."""
+        """
+        1 Gbit/s was 1 Mbit/s for a while: afterwards it carries more than a copy a
+        round trip.
+        """
         window, answered, looks = Window(), 0.0, itertools.count()
         seen = []
         for rate in (125e6, 125e3, 125e6):
@@ -351,7 +354,7 @@ class TestPace:
         assert mean >= 0.2 * harm * (Pace.SLOWDOWN - 1)
 
     def test_plan_that_always_harms_goes_on_at_the_floor(self) -> None:
-        """Whatever is copied hurts: a sixteenth of the time, and it ends."""
+        """Every copy delays clients: it takes a sixteenth of the time, and ends."""
         model = Model(lambda under_way: 1e-3 if under_way == 0 else 10e-3)
         model.run(10)
         plans = model.run(20)

@@ -257,7 +257,7 @@ class TestDescribe:
         assert "has not answered 3 commands" in reason
 
     def test_reason_of_a_copy_that_fails_is_its_error(self) -> None:
-        """A resync that is retried tells the error and the bytes left."""
+        """A resync that is retried shows the error and the bytes left."""
         facts = Facts(
             "dr",
             RemoteState.RESYNCING,
@@ -323,7 +323,7 @@ class TestSilentDisk:
     """A local disk that keeps requests waiting is not well, whatever its state."""
 
     def test_it_is_said_for_how_long(self) -> None:
-        """Also while it is copied back to; not of one that is not used."""
+        """The copy back shows it as well; a disk that is not used does not."""
         for state in (LocalState.OK, LocalState.RESYNCING):
             facts = LocalFacts(state, sources=1, silent_s=11.5)
             assert facts.silent

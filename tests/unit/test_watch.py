@@ -89,7 +89,7 @@ def test_wait_for_the_local_disk_alone(config: VolumeConfig) -> None:
 
 
 def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
-    """A `wait` in vain says why."""
+    """A `wait` that times out says why."""
     remote = a_remote(state="out_of_sync", reason="refused", hint="nbd-mirror resume")
     with (
         _served(config, a_status(remote)),
@@ -100,7 +100,7 @@ def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> 
 
 
 def test_wait_on_a_failed_volume_ends_at_once(config: VolumeConfig) -> None:
-    """What can never come is not waited for."""
+    """A state that can never come is not waited for."""
     status = a_status(a_remote(), state="failed", reason="fdatasync: EIO")
     with (
         _served(config, status),
@@ -141,7 +141,7 @@ def test_wait_goes_on_while_a_server_is_silent(
 def test_wait_for_a_server_that_stays_silent_says_so(
     config: VolumeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its queue of connections is full, too."""
+    """The server's queue of connections is full, too."""
     monkeypatch.setattr(watch, "LAST_ASK_S", 0.1)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(control_path(config.state_dir)))
@@ -215,7 +215,7 @@ def test_status_of_an_earlier_versions_server_is_shown(config: VolumeConfig) -> 
 
 
 def test_status_of_a_later_versions_server_is_shown(config: VolumeConfig) -> None:
-    """What it says beside what is known is left out."""
+    """Keys that this version does not know are left out."""
     later = {"from_now_on": {"x": [1 << 4000]}}
     status = a_status({**a_remote(), **later}, local={**a_local(), **later}, **later)
     with _served(config, status):
@@ -250,7 +250,7 @@ def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> No
 
 
 def test_watch_shows_the_local_disk_until_it_is_ok(config: VolumeConfig) -> None:
-    """What is copied back has its lines and its bar, and ends like a resync."""
+    """The copy back has its lines and its bar, and ends like a resync."""
     resync = {
         "done_bytes": 1 << 19,
         "total_bytes": 1 << 20,

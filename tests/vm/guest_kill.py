@@ -77,7 +77,7 @@ class Victim:
         return sum(1 for _ in records(self.answers))
 
     def writer_ended(self) -> bool:
-        """Tell whether the writer was told of the server's death."""
+        """Tell whether the writer has seen the server's death."""
         pid, status = os.waitpid(self._writer, os.WNOHANG)
         if pid and status:
             raise RuntimeError(f"the writer ended with status {status}")

@@ -41,7 +41,7 @@ def fio(mirror: Mirror, file: str, *options: str) -> list[str]:
 
 
 def written() -> int:
-    """Return how many sectors the device was told to write."""
+    """Return how many sectors were written to the device."""
     return int((BLOCK / "stat").read_text().split()[6])
 
 

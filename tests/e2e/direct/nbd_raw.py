@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A small NBD client on a bare socket, for what no good client ever sends.
+A small NBD client on a bare socket, for bytes that no correct client sends.
 
 It speaks as doc/proto.md of the NBD project has it, and shares no code with the
 server. A test can send any bytes at any time and in any pieces; what comes back is
@@ -131,7 +131,7 @@ class OptionReply:
 
 @dataclass(frozen=True)
 class Export:
-    """What a client is told of the disk."""
+    """What the handshake says of the disk."""
 
     size: int
     flags: int

@@ -170,7 +170,7 @@ def test_block_status_tells_holes(dial: Dial) -> None:
 
 
 def test_block_status_many_runs_are_told_in_parts(dial: Dial) -> None:
-    """More runs than fit an answer: it tells the first of them, and no gap."""
+    """More runs than fit an answer: it has the first of them, and no gap."""
     client = transmitting(dial())
     client.call(raw.CMD_TRIM, 8 * MIB, 8 * MIB)
     for i in range(700):
@@ -324,7 +324,7 @@ def test_requests_cut_anywhere(served: Site, client: RawClient, cut: int) -> Non
         wire += one
         cookies.add(cookie)
     client.send(wire[:cut])
-    # An answer to something else would tell that it was taken in; there is none to
+    # An answer to another request would show that it was taken in; there is none to
     # wait for, so the other client's answer has to do.
     assert_serves(served)
     client.send(wire[cut:])

@@ -127,7 +127,7 @@ class FuseDisk:
         self._nbdfuse.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """Have it carry out what it was asked for meanwhile."""
+        """Have it carry out the requests that came while it hung."""
         assert self._nbdfuse is not None
         self._nbdfuse.send_signal(signal.SIGCONT)
 

@@ -133,7 +133,7 @@ def flush(case: Case) -> None:
 
 
 def lost(case: Case) -> None:
-    """Lose the server with answers unflushed and a write under way, for good."""
+    """Lose the server for ever, with answers unflushed and a write under way."""
     bench = case.bench
     case.open_in_sync(hold_ms=50)
     child = bench.child

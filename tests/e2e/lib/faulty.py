@@ -97,7 +97,7 @@ class Faulty(Secondary):
             self._rules.append(rule)
 
     def off(self) -> None:
-        """Forget what on() was told."""
+        """Forget all rules of on()."""
         with self._changed:
             self._rules.clear()
 

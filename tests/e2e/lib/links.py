@@ -57,7 +57,7 @@ class Link:
             )
 
     def cut(self) -> None:
-        """Pull the cable: nothing comes through, and neither end is told."""
+        """Pull the cable: nothing comes through, and neither end notices."""
         run("ip", "-n", self.far, "link", "set", "far", "down")
 
     def mend(self) -> None:
