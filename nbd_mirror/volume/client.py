@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..base.errors import FormatError, NotRunningError
+from ..base.errors import FormatError, NotRunningError, WaitTimeoutError
 from . import control
 from .answers import Ping, Policy, read
 from .config import VolumeConfig
@@ -79,8 +79,8 @@ def _call(
 ) -> tuple[Any, int]:
     try:
         return control.exchange(config.state_dir, command, timeout_s, args)
-    except NotRunningError as error:
-        raise NotRunningError(
+    except (NotRunningError, WaitTimeoutError) as error:
+        raise type(error)(
             *(silent_server(config.state_dir) or (error.message, error.hint))
         ) from None
 

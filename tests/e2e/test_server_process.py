@@ -227,6 +227,9 @@ def test_status_of_a_server_that_hangs_is_what_the_logs_say(site: Site) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
         shown = json.loads(site.cli("status", "--json", str(site.config)).stdout)
+        for command in ("serve", "stop"):
+            words = f"process {pid} holds the volume", f"kill -TERM {pid}"
+            site.refused(11, *words, commands=[command, str(site.config)])
     finally:
         os.kill(pid, signal.SIGCONT)
     assert shown["state"] == "no_answer"
