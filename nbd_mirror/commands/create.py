@@ -61,9 +61,16 @@ def create_volume(
     _check_local_is_whole(config)
     _check_local(config)
     made = _make_folder(config, force)
+    superblock = config.state_dir / "superblock"
+    replaces = superblock.exists()
     try:
         core.create(params, force=force)
     except MirrorError as error:
+        if replaces and not superblock.exists():
+            error.message += (
+                "; the state that was there is given up already, and the local disk "
+                "was not touched: until a create succeeds there is no volume"
+            )
         if made:
             with contextlib.suppress(OSError):
                 config.state_dir.rmdir()  # fails, rightly, if it is not empty

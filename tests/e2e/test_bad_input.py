@@ -374,6 +374,15 @@ def test_create_disk_full_leaves_nothing_half_made(
     site.cli("create", str(site.config))
     site.serve()
     site.stop()
+    # A create that replaces a volume has given it up by then, and says so.
+    used = sum(file.stat().st_blocks for file in site.state.iterdir()) * 512
+    processes.run(["mount", "-o", f"remount,size={used + 16384}", small])
+    commands = ["create", str(site.config), "--force"]
+    said = site.refused(8, "no room", "given up already", commands=commands)
+    assert "the local disk was not touched" in said
+    site.refused(4, "no state", commands=["status", str(site.config)])
+    processes.run(["mount", "-o", "remount,size=16m", small])
+    site.cli("create", str(site.config))
 
 
 def test_serve_disk_full_is_said(site: Site, processes: support.Processes) -> None:
