@@ -361,8 +361,8 @@ say_lost (uint64_t nr)
   size_t n = stamp (line, sizeof line, "warning");
 
   n += (size_t)snprintf (line + n, sizeof line - n,
-                         "log: %llu lines were lost here: it could not be "
-                         "written, or not as fast as it came\n",
+                         "log: %llu lines were lost here: writing failed, or "
+                         "was too slow\n",
                          (unsigned long long)nr);
   return write_out (line, n) == 0;
 }

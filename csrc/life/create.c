@@ -126,11 +126,12 @@ measure_local (const struct nbdm_params *params, uint64_t *size)
   if (*size == 0)
     return set_message (-EINVAL, "the local disk %s is empty", params->local);
   if (local_size < *size)
-    return set_message (-EINVAL,
-                        "the local disk %s has %llu bytes, the volume is to "
-                        "have %llu",
-                        params->local, (unsigned long long)local_size,
-                        (unsigned long long)*size);
+    return set_message (
+        -EINVAL,
+        "the local disk %s has %llu bytes, but the volume needs "
+        "%llu",
+        params->local, (unsigned long long)local_size,
+        (unsigned long long)*size);
   return 0;
 }
 

@@ -140,7 +140,7 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
   if (fstat (fd, &st) < 0 || !S_ISREG (st.st_mode) || st.st_nlink != 1) {
     close (fd);
     return set_message (
-        -EPERM, "the lock in %s is no file of its own: remove it", state_dir);
+        -EPERM, "the lock in %s is a link or no file: remove it", state_dir);
   }
   rc = lock_patiently (fd);
   if (rc < 0) {
@@ -292,7 +292,7 @@ load_superblock (struct nbdm *v, const char *state_dir)
     v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
     snprintf (
         v->reason, sizeof v->reason,
-        "one of the two slots of superblock is garbled: the other counts");
+        "one of the two slots of superblock is garbled: the other is used");
   }
   memcpy (v->uuid, v->sb.uuid, sizeof v->uuid);
   v->size = le64toh (v->sb.size);

@@ -143,8 +143,7 @@ exchange_locked (struct remote *r, struct remote *other, uint64_t address)
     if (r->address) /* else the other cannot have its disk now */
       miss_also (other, r);
     snprintf (v->reason, sizeof v->reason,
-              "%.50s is connected where %.50s was: what either missed is "
-              "copied",
+              "%.50s has the address of %.50s: what either missed is copied",
               r->disk.name, other->disk.name);
   }
   other->address = r->address;

@@ -97,7 +97,7 @@ remotes_pread (struct nbdm *v, const struct remote *except, void *buf,
     if (rc == -ENOTCONN || rc == -ESHUTDOWN) {
       losses++;
       pthread_mutex_lock (&v->lock);
-      conn_kill (conn, "the connection was lost over a read");
+      conn_kill (conn, "the connection was lost during a read");
       remote_lost_locked (r, conn);
       pthread_mutex_unlock (&v->lock);
     }

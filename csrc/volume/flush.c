@@ -423,7 +423,7 @@ nbdm_flush (struct nbdm *v)
     pthread_cond_broadcast (&v->changed);
   /* Policy stop: what the remote did not flush is not safe on both disks. */
   if (rc == 0 && (v->failed || v->fenced))
-    rc = set_message (-EIO, "the flush did not reach every leg: %s",
+    rc = set_message (-EIO, "the flush did not reach every disk: %s",
                       v->failed ? v->reason : "a remote is out of sync");
   pthread_mutex_unlock (&v->lock);
   return rc;

@@ -186,8 +186,8 @@ static int
 shrunk_error (const struct nbdm *v)
 {
   return set_message (-EIO,
-                      "the local disk has lost bytes: it is smaller than when "
-                      "it was opened with %llu, and nothing of it counts",
+                      "the local disk has lost bytes: it is smaller than the "
+                      "%llu it was opened with, and none of it is trusted",
                       (unsigned long long)v->local.file.size);
 }
 

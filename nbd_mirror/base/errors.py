@@ -269,7 +269,7 @@ _BY_ERRNO: dict[int, type[MirrorError]] = {
 }
 
 
-_ROOM = "make room where `state` lies, then do it again"
+_ROOM = "make room on the file system of `state`, then try again"
 
 # The usual hints, if the caller has no better one.
 _HINTS: dict[int, str] = {

@@ -124,7 +124,7 @@ def _check_local(config: VolumeConfig) -> None:
                 f"if it was lost, copy it back first: nbdcopy {uri} {quoted}, then "
                 "nbd-mirror create CONFIG --force"
             )
-        raise MissingError(f"the local disk {local} is not there", hint) from None
+        raise MissingError(f"the local disk {local} does not exist", hint) from None
     except OSError as error:
         raise from_errno(error.errno or 0, f"{local}: {error.strerror}") from None
     if stat.S_ISDIR(status.st_mode):

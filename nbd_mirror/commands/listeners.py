@@ -80,7 +80,7 @@ def _remove_in_the_way(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise BusyError(f"{path} is there and is no socket: choose another")
+        raise BusyError(f"{path} exists and is no socket: choose another path")
     if not _is_stale(path):
         raise BusyError(f"socket in use: another server listens on {path}")
     path.unlink(missing_ok=True)

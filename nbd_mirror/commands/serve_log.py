@@ -132,4 +132,4 @@ def last_words(log: Path, said: list[str]) -> str:
     """Return the server's last lines before it ended: our own, if there are any."""
     ours = [line for line in said if line.startswith(_SAID)]
     words = "\n".join(ours or said[-3:])
-    return words or f"nbd-mirror: the server ended without a word; see {log}"
+    return words or f"nbd-mirror: the server ended without a message; see {log}"

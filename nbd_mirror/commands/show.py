@@ -69,7 +69,7 @@ def describe_resync(resync: Resync | None) -> str:
         f"{format_size(resync.bytes_per_s)}/s",
     ]
     if resync.growing:
-        words.append("growing: clients dirty more than is copied")
+        words.append("growing: clients make more dirty than is copied")
     elif resync.eta_s is not None:
         words.append(f"{format_duration(round(resync.eta_s))} left")
     return ", ".join(words)
@@ -242,7 +242,7 @@ def show_map(console: Console, maps: DirtyMaps, size: int) -> None:
         _line(console, f"  {name}: {format_size(maps.bytes_of(count, size))}")
     runs, total, all_seen = maps.longest_runs(LONGEST_RUNS)
     if runs:
-        more = "" if all_seen else ", and more that were not looked at"
+        more = "" if all_seen else ", and more that were not counted"
         _line(console, f"  {_count(total, 'run')}{more}; the longest:")
         for run in runs:
             _line(console, f"    {run}")

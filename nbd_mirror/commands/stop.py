@@ -83,7 +83,7 @@ def _still_there(
         )
     limit_s = config.stop_limit_s + STOP_SLACK_S
     return WaitTimeoutError(
-        f"{words} has not ended {limit_s:g}s after it was told to{hangs}; "
+        f"{words} has not ended {limit_s:g}s after the request{hangs}; "
         "nothing that was answered is lost if it is killed: the next start "
         "recovers as after a crash",
         f"{kill}, then nbd-mirror serve CONFIG",

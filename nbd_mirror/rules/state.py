@@ -346,7 +346,7 @@ def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str,
     if facts.silent:
         return (
             f"it has not answered for {_seconds(facts.silent_s)}: requests wait for it",
-            "look at the disk and the kernel's log; requests go on when it answers",
+            "check the disk and the kernel's log; requests continue when it answers",
         )
     if facts.state is LocalState.OK:
         return "", ""
@@ -355,7 +355,7 @@ def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str,
     if facts.sources == 0:
         return f"{words}: no remote is connected; waiting for one", ""
     if facts.last_error:
-        return f"{words}; {facts.last_error}; tried again by itself", ""
+        return f"{words}; {facts.last_error}; the server tries again", ""
     if facts.stalled_s > STALLED_S:
         stalled = f"no region was copied for {_seconds(facts.stalled_s)}"
         return f"{words}; {stalled}: clients' requests hold the regions", ""

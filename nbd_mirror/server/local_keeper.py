@@ -200,7 +200,7 @@ class LocalKeeper(DiskKeeper):
             )
         if not compared:
             raise RemoteError(
-                "no remote is connected: nothing tells whether this is the disk that "
+                "no remote is connected to show whether this is the disk that "
                 f"was left: {path}",
                 "nbd-mirror resume CONFIG, then nbd-mirror resume CONFIG local",
             )

@@ -136,7 +136,7 @@ def _first_that_tells(
         elif left_s() <= 0:
             raise BusyError(
                 "requests hold every region that could tell whether these are the "
-                "same disks: tried again by itself"
+                "same disks: the server tries again"
             )
         else:
             serial = engine.remote_status(tally.remote).serial

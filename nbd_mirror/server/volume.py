@@ -176,7 +176,7 @@ class Volume:
             if os.geteuid() == 0 and take_back(self._config):
                 log("info", f"{attached_device(self._config)} has this server now")
         except MirrorError as error:
-            text = f"{error}; what uses the device gets errors in {RECONNECT_S} s"
+            text = f"{error}; programs that use it get errors in {RECONNECT_S} s"
             log("warning", f"volume {self._config.name}: {text}")
 
     def _threads(self) -> list[Keeper | LocalKeeper]:
@@ -274,7 +274,7 @@ class Volume:
         name = self._config.name
         if status.failed:
             text = f"volume {name}: failed: {status.reason}"
-            self._say_once("error", f"{text}; writes get EIO until it is served anew")
+            self._say_once("error", f"{text}; writes get EIO until it is served again")
         elif status.reason:
             # The status shows it only until the server ends; the log keeps it.
             self._say_once("warning", f"volume {name}: {status.reason}")

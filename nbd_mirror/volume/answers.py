@@ -82,6 +82,6 @@ def read(model: type[_Model], answer: object) -> _Model:
         return model.model_validate(answer)
     except ValidationError:
         raise FormatError(
-            "what answers on the control socket is no nbd-mirror server, or one of "
+            "the program on the control socket is no nbd-mirror server, or one of "
             "another version"
         ) from None

@@ -90,7 +90,7 @@ def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...
                 raise ValueError(
                     f'no remote can be called "{name}{end}" beside "{name}": '
                     f"dirty.{name}{end} is a file of either; give one of them "
-                    "another name, by which it is a new remote and copied anew"
+                    "another name, which makes it a new remote, all dirty"
                 )
     return remotes
 

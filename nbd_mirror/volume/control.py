@@ -140,7 +140,7 @@ def exchange(
             ) from None
         except (ValueError, RecursionError):
             raise FormatError(
-                "what answers on the control socket is no nbd-mirror server"
+                "the program on the control socket is no nbd-mirror server"
             ) from None
         except OSError as error:
             raise MirrorIOError(
@@ -160,6 +160,6 @@ def _result(answer: Any) -> Any:
         raised = from_name(name, message, hint)
     except (KeyError, TypeError):
         raise FormatError(
-            "what answers on the control socket is no nbd-mirror server"
+            "the program on the control socket is no nbd-mirror server"
         ) from None
     raise raised

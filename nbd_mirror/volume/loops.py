@@ -56,7 +56,7 @@ def own_address(uri: str, listen: Listen) -> str:
         same = listen.path is None and _same_port(
             parts.hostname or "", parts.port or DEFAULT_PORT, listen
         )
-    return f"this is where the volume itself listens, {listen}" if same else ""
+    return f"this is the volume's own address, {listen}" if same else ""
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -93,7 +93,7 @@ class DirtyMaps:
         except (FileNotFoundError, NotADirectoryError):
             raise MissingError(
                 f"there is no dirty map {self.path}",
-                "nbd-mirror serve CONFIG (makes it anew, all dirty)",
+                "nbd-mirror serve CONFIG (makes a new one, all dirty)",
             ) from None
         except PermissionError:
             raise AccessError(f"{self.path} may not be read by this user") from None

@@ -38,7 +38,7 @@ __all__ = [
 
 LOCKS = Path("/proc/locks")
 _ALL = 1 << 64  # more regions than any volume has
-_MADE_ANEW = "nbd-mirror serve CONFIG (makes it anew, all dirty)"
+_MADE_ANEW = "nbd-mirror serve CONFIG (makes a new one, all dirty)"
 
 
 def load_core() -> Any:
@@ -220,7 +220,7 @@ def _local(config: VolumeConfig, volume: VolumeStatus) -> LocalView:
             with open_disk_map(config, "local", volume) as maps:
                 dirty = maps.dirty_regions
         except MirrorError as error:
-            dirty, reason = _ALL, f"{error}; the next start takes all as missed"
+            dirty, reason = _ALL, f"{error}; the next start treats all as missing"
     # As if a remote were connected: without a server this is not known.
     facts = LocalFacts(status.state, volume.bytes_of(dirty), sources=1, reason=reason)
     return LocalView(facts, status, config.local)

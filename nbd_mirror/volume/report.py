@@ -128,8 +128,8 @@ def _explain(
 ) -> tuple[str, str]:
     """Return the reason of a served volume: its own, or its worst disk's."""
     if volume.failed:
-        reason = f"{volume.reason}; writes get EIO until it is served anew"
-        repair = f"mend what holds {state_dir}, then nbd-mirror stop CONFIG"
+        reason = f"{volume.reason}; writes get EIO until it is served again"
+        repair = f"repair the disk of {state_dir}, then nbd-mirror stop CONFIG"
         return reason, f"{repair} and nbd-mirror serve CONFIG"
     # found by recovery, at the start
     found = f"{volume.reason}; " if volume.reason else ""
