@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
+from signal import SIGKILL, Signals
 from typing import Any
 
 import support
@@ -76,7 +76,7 @@ class Far:
         front: list[str] = []
         if self.network is not None:
             front, target = self.network.command(far=False), f"{FAR}:{PORT}"
-            words = [LINK, target, self.server.socket, self._speed]
+            words: list[str | Path] = [LINK, target, self.server.socket, self._speed]
             self._back = start(
                 [*self.network.command(far=True), sys.executable, *words]
             )
@@ -93,7 +93,7 @@ class Far:
         new.write_text(f"{up} {back}\n")
         new.replace(self._speed)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: Signals) -> None:
         """Signal every process of the server; some may have ended."""
         for pid in self.server.pids():
             with contextlib.suppress(ProcessLookupError):
@@ -104,13 +104,13 @@ class Far:
         support.wait_until(self._is_killed, f"{self.name} to die")
 
     def _is_killed(self) -> bool:
-        self.signal(signal.SIGKILL)
+        self.signal(SIGKILL)
         return not self.server.pids()
 
-    def signal_link(self, number: signal.Signals) -> None:
+    def signal_link(self, number: Signals) -> None:
         """Signal the link; if the signal kills it, return once it is dead."""
         os.kill(self._link.pid, number)
-        if number == signal.SIGKILL:
+        if number == SIGKILL:
             self._link.wait(10)
             if self._back is not None:
                 self._back.kill()
