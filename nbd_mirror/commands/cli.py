@@ -348,6 +348,7 @@ def detach(
     ],
 ) -> None:
     """Detach a volume or a device from the kernel."""
+    kernel.check_root("detach", "nbd-mirror detach CONFIG")
     if config.startswith("/dev/"):
         name = kernel.detach(None, config)
     else:

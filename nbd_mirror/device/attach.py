@@ -54,6 +54,7 @@ __all__ = [
     "attached_device",
     "block_size",
     "check_kernel",
+    "check_root",
     "detach",
     "fails_after_s",
     "let_go",
@@ -284,8 +285,7 @@ def check_kernel(config: VolumeConfig, device: str = "") -> None:
         UnsupportedError: the kernel has none; the hint shows other ways.
         AccessError: not root.
     """
-    if os.geteuid() != 0:
-        raise AccessError("only root may attach a device", f"sudo {_again(device)}")
+    check_root("attach", _again(device))
     if (devices.SYS_BLOCK / "nbd0").exists():
         return
     said = "modprobe is not installed"
@@ -297,6 +297,19 @@ def check_kernel(config: VolumeConfig, device: str = "") -> None:
             "the volume can be used without it",
             other_ways(config),
         )
+
+
+def check_root(verb: str, command: str) -> None:
+    """
+    Check that root runs the command.
+
+    Only root may look at what `attach` noted: to another user no volume is attached.
+
+    Raises:
+        AccessError: another user does.
+    """
+    if os.geteuid() != 0:
+        raise AccessError(f"only root may {verb} a device", f"sudo {command}")
 
 
 def other_ways(config: VolumeConfig) -> str:

@@ -397,6 +397,21 @@ def test_what_a_user_may_not_look_at_is_said(
         assert "internal error" not in done.stderr
 
 
+def test_detach_by_the_owner_who_is_not_root_says_so(
+    hidden: tuple[Site, Path],
+) -> None:
+    """What root noted is hidden from the owner, to whom nothing seems attached."""
+    site, folder = hidden
+    attached.save(folder / "state", attached.Attached(4096, device="nbd0"))
+    for path in (folder, folder / "state"):
+        os.chown(path, NOBODY, NOBODY)
+    for asked in (str(site.config), "/dev/nbd0"):
+        done = as_nobody(site, Path("/"), "detach", asked)
+        assert done.returncode == 15, done.stderr
+        assert "only root may detach" in done.stderr
+        assert f"try: sudo nbd-mirror detach {asked}\n" in done.stderr
+
+
 def test_name_in_a_folder_that_a_user_may_not_look_at(
     hidden: tuple[Site, Path],
 ) -> None:
