@@ -2,8 +2,7 @@
 """
 The benchmark: nbd_mirror against its peers, row by row.
 
-`benchmarks/run` is the command. `rows` is the table of what is measured and what is
-wanted of it; `fio_rows`, `resync_rows`, `scale_rows` and `plots` measure; `servers`,
-`mirror`, `load` and `link` are what they measure with; `report` turns figures into
-tables.
+`benchmarks/run` is the command. `rows` is the table of what is measured, with minimum
+and goal. `fio_rows`, `resync_rows`, `scale_rows` and `plots` measure, using `servers`,
+`mirror`, `load` and `link`. `report` turns figures into tables.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command; an interrupt while its parts are imported ends it without a word."""
+"""The command. An interrupt while its parts are imported ends it in silence."""
 
 import sys
 

@@ -2,11 +2,11 @@
 """
 The command: run the rows one after the other, and report.
 
-Each row starts what it needs in a folder of its own and leaves nothing behind, so one
-that fails costs the others nothing, and any one can be run by name.
+Each row starts what it needs in its own folder and leaves nothing behind. So a row that
+fails does not affect the others, and each row can be run by name.
 
 Exit status: 0 measured; 1 a row failed to run, or something is missing or cannot be
-written; 2 wrong usage; 3 with --check, a must was missed; 130 interrupted.
+written; 2 wrong usage; 3 with --check, a minimum was missed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if getattr(options, name) is None:
             setattr(options, name, value)
     for name, (least, most) in BOUNDS.items():
-        if not least <= getattr(options, name) <= most:  # nor is NaN
+        if not least <= getattr(options, name) <= most:  # also refuses NaN
             parser.error(f"--{name} must be {least:g} to {most}")
     try:
         options.rows = chosen(options.row)
@@ -95,7 +95,7 @@ def _short(path: Path) -> str:
 
 
 class Progresses:
-    """Shows how far it is: a bar on a terminal, lines everywhere."""
+    """Shows the progress: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, rows: Sequence[Row]) -> None:
         self.console = console
@@ -127,7 +127,7 @@ class Progresses:
         self.console.print(f"  {line}", markup=False)
 
     def done(self, outcome: Outcome) -> None:
-        """Count a row that is over."""
+        """Count a row that has ended."""
         if outcome.error:
             self.say(f"FAILED: {outcome.error}")
         self._bar.advance(self._task)
@@ -153,7 +153,7 @@ def context(options: argparse.Namespace, shown: Progresses) -> Iterator[Context]
 
 @contextlib.contextmanager
 def _uninterrupted_end(stack: contextlib.ExitStack) -> Iterator[None]:
-    """Close *stack* with signals held back: whatever comes, it is cleaned up."""
+    """Close *stack* with signals held back, so that the clean-up is complete."""
     try:
         yield
     finally:
@@ -162,7 +162,7 @@ def _uninterrupted_end(stack: contextlib.ExitStack) -> Iterator[None]:
 
 
 def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome:
-    """Run one row; what goes wrong is its outcome."""
+    """Run one row; an error becomes its outcome."""
     shown.begin(row)
     started = time.monotonic()
     measured, error = None, ""
@@ -174,7 +174,7 @@ def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome
                 raise BenchError(f"{', '.join(sorted(absent))}: no value was measured")
     except (BenchError, MirrorError, OSError) as why:
         error = str(why)
-    except Exception as bug:  # one in a row must not lose the others' figures
+    except Exception as bug:  # a bug in one row must not lose the others' figures
         error = f"internal error: {bug!r}\n{traceback.format_exc().strip()}"
     outcome = Outcome(row, measured, time.monotonic() - started, error)
     shown.done(outcome)
@@ -182,13 +182,13 @@ def run_row(row: Row, options: argparse.Namespace, shown: Progresses) -> Outcome
 
 
 def files(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Return where to save; a part of the rows does not replace a whole run's."""
+    """Return where to save; a partial run does not replace the files of a whole one."""
     name = "results" if len(options.rows) == len(ROWS) else "partial"
     return options.output / f"{name}.json", options.output / f"{name}.md"
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Raise BenchError if the files could not be written, before all is measured."""
+    """Before measuring, raise BenchError if the files could not be written."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output) as probe:
@@ -211,7 +211,7 @@ def _not_saved(options: argparse.Namespace, error: OSError) -> BenchError:
 def save(
     answer: dict[str, Any], table: str, options: argparse.Namespace
 ) -> BenchError | None:
-    """Write the files; return what went wrong: the figures shall be shown first."""
+    """Write the files; return any error, so that the figures are shown first."""
     try:
         for path, text in zip(files(options), (_json(answer), table), strict=True):
             path.write_text(text)
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _console(*, stderr: bool) -> Console:
-    """Return a console, wide enough for the table where it is no terminal."""
+    """Return a console, wide enough for the table if it is no terminal."""
     console = Console(highlight=False, stderr=stderr)
     return (
         console
@@ -260,7 +260,7 @@ def _console(*, stderr: bool) -> Console:
 
 
 def list_rows() -> int:
-    """Print the rows, and the names of several."""
+    """Print the rows, and the names of groups of them."""
     names = [(row.key, row.title) for row in ROWS]
     names += [(name, ", ".join(x.key for x in rows)) for name, rows in GROUPS.items()]
     put("".join(f"{name:<20} {words}\n" for name, words in names))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the benchmarks' commands share: signals, and how they end."""
+"""The common part of the benchmarks' commands: signals, and their end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """
-    Hold SIGNALS back: one that comes meanwhile is raised at the end.
+    Hold SIGNALS back: a signal that arrives inside is raised at the end.
 
-    Not by a mask: that is a thread's own, and another thread takes the signal.
+    Not by a mask: a mask belongs to one thread, and another thread would take the
+    signal.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread alone
+        yield  # handlers run only in the main thread
         return
     came: list[int] = []
 
@@ -53,8 +54,8 @@ def run_command(
     Run a command, and return its exit status.
 
     Args:
-        name: begins each line about what went wrong.
-        errors: that are no bugs, beside OSError: a line and exit status 1.
+        name: begins each line about an error.
+        errors: that are no bugs, besides OSError: a line and exit status 1.
     """
     known: tuple[type[Exception], ...] = (OSError, *errors)
     for number in SIGNALS:
@@ -67,7 +68,7 @@ def run_command(
             signal.signal(number, signal.SIG_IGN)
         print(f"{name}: interrupted; all is cleaned up", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # who read it has enough, and knows
+    except BrokenPipeError:  # the reader ended early, and knows it
         status = 1
     except known as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -77,7 +78,7 @@ def run_command(
 
 
 def put(text: str) -> None:
-    """Write *text* to standard output, which an error of the system's does not name."""
+    """Write *text* to standard output; a system error does not name that file."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -88,7 +89,7 @@ def put(text: str) -> None:
 
 
 def _give_up_output() -> None:
-    """Send to nowhere what cannot be written: at the exit it would be an error."""
+    """Redirect output that cannot be written: at exit it would cause an error."""
     try:
         sys.stdout.flush()
     except OSError:

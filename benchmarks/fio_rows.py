@@ -2,10 +2,10 @@
 """
 The rows that compare request rates: the same load on several set-ups, in turn.
 
-In each round every set-up is measured once, beginning with another one each time, so
-that whatever else the machine does falls on all of them alike. Two claims need set-ups
-of their own: a mirror that has lost its remote, and one whose logs lie on a real disk,
-beside the same built without an activity log.
+In each round every set-up is measured once, in a rotating order, so that other work of
+the machine affects all of them alike. Two claims need set-ups of their own: a mirror
+that has lost its remote, and one whose logs are on a real disk, compared with the same
+mirror built without an activity log.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def begin(ctx: Context, set_up: SetUp, *, fill_size: int | None = None) -> None:
-    """Start *set_up*, fill it, make it what is to be measured."""
+    """Start *set_up*, fill it, and bring it into the state to measure."""
     ctx.say(f"starting {set_up.title}")
     ctx.stack.callback(set_up.stop)
     set_up.start()
@@ -47,7 +47,7 @@ def begin(ctx: Context, set_up: SetUp, *, fill_size: int | None = None) -> None:
 
 
 def finish(set_up: SetUp) -> None:
-    """Stop *set_up* and compare its images: what is no mirror has no figure."""
+    """Stop *set_up* and compare its images: a broken mirror gets no figure."""
     set_up.settle()
     set_up.stop()
     if not set_up.images_equal():
@@ -73,7 +73,7 @@ def compare(
     Measure *workload* on every set-up in every round, as often as *ctx* says.
 
     Returns:
-        by each but the first's key the first's rate over its own, a value a round.
+        For each key but the first, the first's rate over its own, one value per round.
     """
     measured = Measured()
     ours, *peers = set_ups
@@ -86,7 +86,7 @@ def compare(
             figures[set_up.key] = measure(
                 set_up.uris, set_up.folder, workload, size or set_up.size, ctx.seconds
             )
-            # The ramp's requests are not counted, and cost as much.
+            # The ramp's requests are not counted, but cost as much.
             requests = figures[set_up.key].iops * (ctx.seconds + RAMP_S)
             used[set_up.key] = {
                 "cpu_us": (cpu_us(set_up.pids) - before[0]) / requests,
@@ -105,12 +105,12 @@ def compare(
 
 
 def closely(ctx: Context) -> Context:
-    """Return *ctx* with four times its rounds, to tell a few per cent apart."""
+    """Return *ctx* with four times its rounds, to resolve a few per cent."""
     return dataclasses.replace(ctx, rounds=4 * ctx.rounds)
 
 
 def _medians(measured: Measured, set_ups: Sequence[SetUp], workload: Workload) -> str:
-    """Say the absolute figures, which do not compare with another day's."""
+    """Return the absolute figures, which do not compare with another day's."""
     name, unit, scale = "iops", "/s", 1.0
     if workload.block_size >= MIB:
         name, unit, scale = "bytes_per_s", " MB/s", 1e6
@@ -135,7 +135,7 @@ def against(
     """
     Return a row's run: *ours* against *peers*, all keys of KINDS.
 
-    Two copies are close to what the mirror makes, so they are compared closely.
+    Two copies are close to the mirror's rate, so they are compared closely.
     """
 
     def run(ctx: Context) -> Measured:
@@ -161,7 +161,7 @@ class DegradedMirror(Mirror):
     title = "nbd_mirror, remote lost"
 
     def __init__(self, folder: Path, size: int) -> None:
-        # At its end the remote comes back; nothing of the load was under way.
+        # At its end the remote comes back; no command of the load was under way.
         keys = {"hold": "100ms", "late_write_window": "0s"}
         super().__init__(folder, size, keys=keys)
 
@@ -171,12 +171,12 @@ class DegradedMirror(Mirror):
         self.wait("out_of_sync")
 
     def check(self) -> None:
-        """Make sure that the remote is still away."""
+        """Check that the remote is still away."""
         if self.remote()["state"] != "out_of_sync":
             raise BenchError(f"{self.title} is {self._words()}")
 
     def settle(self) -> None:
-        """Bring the remote back: the log must have known all it missed."""
+        """Bring the remote back: the log must have recorded all that it missed."""
         self.start_far()
         self.command("resume")
         self.wait()
@@ -204,17 +204,17 @@ def degraded(workload: Workload) -> Callable[[Context], Measured]:
 
 
 class WarmMirror(Mirror):
-    """Our mirror with its logs on a disk, and all it is asked for active already."""
+    """Our mirror with its logs on a disk, and its whole range active already."""
 
     persists = 0
 
     def mark(self) -> None:
-        """Remember how often the log was made durable."""
+        """Store how often the log was made durable."""
         super().mark()
         self.persists = self._persists()
 
     def check(self) -> None:
-        """Make sure that the log was not written: that would be a cold set."""
+        """Check that the log was not written: that would be a cold set."""
         super().check()
         grown = self._persists() - self.persists
         if grown:
@@ -224,7 +224,7 @@ class WarmMirror(Mirror):
             )
 
     def ready(self) -> None:
-        """Make sure that filling it has written the log at all."""
+        """Check that filling it has written the log."""
         if self._persists() == 0:
             raise BenchError(f"{self.title} never wrote its activity log")
 
@@ -233,10 +233,10 @@ class WarmMirror(Mirror):
 
 
 class OffMirror(WarmMirror):
-    """The same, built without an activity log: unsafe, and for this row alone."""
+    """The same, built without an activity log: unsafe, and only for this row."""
 
     def ready(self) -> None:
-        """Make sure that the log is really off."""
+        """Check that the log is really off."""
         status = self.status()
         if status["persists"]["activity"] or status["active_extents"]:
             raise BenchError(f"{self.title} has an activity log after all")

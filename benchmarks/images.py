@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Images: random ones, sparse ones, and whether two hold the same."""
+"""Images: random ones, sparse ones, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK = 8 * MIB
 
 def random_data(path: Path, runs: list[tuple[int, int]]) -> None:
     """
-    Write random bytes, which nothing takes for zeroes and nothing compresses.
+    Write random bytes, which no program treats as zeroes or compresses.
 
     Args:
         runs: offset and length of each piece, bytes.
@@ -30,13 +30,13 @@ def random_data(path: Path, runs: list[tuple[int, int]]) -> None:
 
 
 def data_runs(fd: int) -> Iterator[tuple[int, int]]:
-    """Give start and end of each piece of a file that is no hole."""
+    """Yield start and end of each piece of a file that is no hole."""
     at, size = 0, os.fstat(fd).st_size
     while at < size:
         try:
             at = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # no data behind
+            if error.errno == errno.ENXIO:  # no data after it
                 return
             raise
         end = os.lseek(fd, at, os.SEEK_HOLE)
@@ -46,9 +46,9 @@ def data_runs(fd: int) -> Iterator[tuple[int, int]]:
 
 def same_content(one: Path, other: Path) -> bool:
     """
-    Say whether two images hold the same bytes.
+    Return whether two images hold the same bytes.
 
-    Only where either has data is looked at: comparing 16 TiB of holes takes hours.
+    It reads only where either has data: comparing 16 TiB of holes takes hours.
     """
     with one.open("rb", 0) as a, other.open("rb", 0) as b:
         if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:

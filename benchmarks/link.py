@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-A link between two unix sockets that delays and paces: the kernel here has no netem.
+A link between two unix sockets with delay and rate: the kernel here has no netem.
 
-Each direction is a line of its own. A piece is read when the line is free, occupies it
-for as long as its bytes take at the rate, and is passed on a delay later; so the
-sender feels the line fill up as it would a real one, through its socket's buffer, and
-what is under way is bounded by rate times delay. All connections share both lines.
-`ceiling` measures what it carries: that, and not the nominal rate, is what a share of
-the link is taken of.
+Each direction is a line. A piece is read when the line is free, occupies it for as long
+as its bytes take at the rate, and is passed on after the delay. So the sender notices
+through its socket's buffer when the line is full, as on a real one, and the bytes under
+way are limited by rate times delay. All connections share both lines. `ceiling`
+measures the link's real rate; a share of the link refers to that, and not to the
+nominal rate.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .model import KIB, MIB, BenchError
 __all__ = ["Line", "Link", "ceiling"]
 
 PIECE = 256 * KIB
-WARM_UP = 2 * MIB  # of a bulk transfer, before its time is taken
+WARM_UP = 2 * MIB  # of a bulk transfer, before its time is measured
 BULK = 64 * MIB
-LATE_S = 0.005  # how late this process may wake up without the line standing idle
+LATE_S = 0.005  # how late this process may wake up without an idle line
 
 
 class Line:
@@ -46,8 +46,8 @@ class Line:
     def send(
         self, now: float, length: int, *, waited: bool = False
     ) -> tuple[float, float]:
-        """Put *length* bytes on it; return when it is free, and when they are there."""
-        # Bytes that had waited for the line lost nothing by our waking up late.
+        """Send *length* bytes; return when the line is free, and when they arrive."""
+        # Bytes that had waited for the line lost nothing because this woke up late.
         since = now - LATE_S if waited else now
         with self._lock:
             self._free_at = max(self._free_at, since) + length / self._rate
@@ -121,7 +121,7 @@ class Link:
         line: Line,
         under_way: queue.SimpleQueue[tuple[float, bytes]],
     ) -> None:
-        """Read pieces as fast as the line takes them."""
+        """Read pieces as fast as the line accepts them."""
         while True:
             piece, waited = _receive(source)
             free_at, there_at = line.send(time.monotonic(), len(piece), waited=waited)
@@ -135,7 +135,7 @@ class Link:
         target: socket.socket,
         under_way: queue.SimpleQueue[tuple[float, bytes]],
     ) -> None:
-        """Pass pieces on when they are there; the empty one is the end."""
+        """Pass pieces on when they arrive; the empty one is the end."""
         while True:
             there_at, piece = under_way.get()
             _sleep_until(there_at)
@@ -149,7 +149,7 @@ class Link:
 
 
 def _receive(source: socket.socket) -> tuple[bytes, bool]:
-    """Return what there is, and whether it had waited; nothing is the end."""
+    """Return the available bytes, and whether they had waited; no bytes: the end."""
     try:
         try:
             return source.recv(PIECE, socket.MSG_DONTWAIT), True
@@ -167,10 +167,10 @@ def _sleep_until(when: float) -> None:
 
 def ceiling(folder: Path, *, rate: float, round_trip_s: float) -> float:
     """
-    Carry BULK bytes over a link of its own to one who only reads.
+    Carry BULK bytes over a separate link to a reader.
 
     Returns:
-        What arrives, bytes per second.
+        The rate of arrival, bytes per second.
     """
     near, far = folder / "bulk-near.sock", folder / "bulk-far.sock"
     arrived: list[float] = []
@@ -200,7 +200,7 @@ def ceiling(folder: Path, *, rate: float, round_trip_s: float) -> float:
 
 
 def _drain(listener: socket.socket, arrived: list[float]) -> None:
-    """Read to the end; note the rate of what came after WARM_UP."""
+    """Read to the end; store the rate of the bytes after WARM_UP."""
     sock, _ = listener.accept()
     buffer = bytearray(PIECE)
     with sock:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The load, and one measurement of it: fio's nbd engine, one connection a server.
+The load, and one measurement of it: fio's nbd engine, one connection per server.
 
-fio prints a line of its own ahead of the JSON, so its answer goes to a file and is
-read from the first brace on.
+fio prints a line of its own before the JSON, so its answer goes to a file and is read
+from the first brace on.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ LATENCY_LOG = "latency_clat.1.log"  # of a Fio that was started with latency_log
 @dataclass(frozen=True, slots=True)
 class Workload:
     """
-    What fio does.
+    The load that fio generates.
 
     Args:
         pattern: fio's rw.
         block_size: bytes.
         depth: requests under way.
-        fsync_every: a flush after so many writes; 0 is never.
+        fsync_every: a flush after this many writes; 0: never.
         reads: per cent of a mixed pattern.
     """
 
@@ -72,7 +72,7 @@ class Workload:
 
     @property
     def side(self) -> str:
-        """Where fio reports it."""
+        """The part of fio's report that has it."""
         if self.pattern in ("rw", "randrw"):
             return "mixed"
         return "read" if "read" in self.pattern else "write"
@@ -95,7 +95,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one measurement gave; latencies in microseconds."""
+    """The result of one measurement; latencies in microseconds."""
 
     iops: float
     bytes_per_s: float
@@ -122,7 +122,7 @@ class Figures:
 
     @classmethod
     def mean(cls, several: Sequence[Figures]) -> Figures:
-        """Return the mean of each figure: what one of several clients saw."""
+        """Return the mean of each figure: the view of one of several clients."""
         names = [one.name for one in fields(cls)]
         count = len(several)
         return cls(
@@ -136,12 +136,12 @@ class Figures:
 
 class Fio:
     """
-    A fio that runs; `wait` for its report, or `end` it.
+    A running fio; `wait` for its report, or `end` it.
 
     Args:
         uri: of the server.
-        folder: of its own, where its answer and logs are kept meanwhile.
-        latency_log: keep each request's latency in LATENCY_LOG, by the wall clock.
+        folder: its own, for its answer and logs while it runs.
+        latency_log: store each request's latency in LATENCY_LOG, by the wall clock.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Fio:
         self._output = folder / "fio.json"
         self._output.unlink(missing_ok=True)
         self._words = folder / "fio.log"
-        # Its job is a thread: one that is a process outlives a killed fio.
+        # Its job is a thread: a process would survive a killed fio.
         command = ["fio", "--thread", "--name=bench", "--ioengine=nbd"]
         command += [f"--uri={uri}", *options]
         command += [f"--output={self._output}", "--output-format=json"]
@@ -161,7 +161,7 @@ class Fio:
             command += [f"--write_lat_log={folder / 'latency'}", "--log_unix_epoch=1"]
         process: subprocess.Popen[bytes] | None = None
         try:
-            # A Ctrl-C between fio's start and our knowing of it would leave it running.
+            # A Ctrl-C between fio's start and the assignment would leave it running.
             with held_back(), self._words.open("wb") as out:
                 process = subprocess.Popen(
                     command,
@@ -202,9 +202,9 @@ class Fio:
         return job
 
     def interrupt(self) -> None:
-        """Have it end now and write its logs; raises BenchError if it does not."""
+        """Make it end now and write its logs; raises BenchError if it does not."""
         if not self.running:
-            self.wait(1.0)  # it failed, and says why
+            self.wait(1.0)  # it failed, and reports why
             raise BenchError(f"fio on {self.uri} ended too early")
         self._process.send_signal(signal.SIGINT)
         try:
@@ -231,7 +231,7 @@ def _run(fio: Fio, timeout_s: float) -> dict[str, Any]:
 
 
 def fill(uri: str, folder: Path, size: int) -> None:
-    """Write the first *size* bytes: no measurement shall pay for first allocations."""
+    """Write the first *size* bytes, so that no measurement includes allocations."""
     options = ["--rw=write", f"--bs={MIB}", "--iodepth=8", f"--size={size}"]
     options += ["--end_fsync=1", "--refill_buffers"]
     _run(Fio(uri, folder / "fio", *options), FILL_TIMEOUT_S)
@@ -248,13 +248,13 @@ def measure(
     uris: Sequence[str], folder: Path, workload: Workload, size: int, seconds: float
 ) -> Figures:
     """
-    Run *workload* for *seconds* on the disks at *uris*, a client each, at once.
+    Run *workload* for *seconds* on the disks at *uris*, one client each, in parallel.
 
     Args:
-        folder: where fio's answers may be kept meanwhile.
+        folder: for fio's answers while it runs.
         size: of the range that is used, bytes.
     Returns:
-        What one client saw: the mean over them.
+        The view of one client: the mean over them.
     Raises:
         BenchError: fio failed, got an I/O error, or did nothing.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What was measured on: a figure without this means nothing."""
+"""The machine of a measurement: a figure without it means nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROGRAMS = {
     "nbdcopy": "libnbd-bin",
     "qemu-storage-daemon": "qemu-utils",
 }
-IMAGES = 8  # of --size, the most that a row has at once: native_door
+IMAGES = 8  # of --size, the largest number in one row: native_door
 
 
 def check_machine(size: int) -> None:
@@ -41,7 +41,7 @@ def check_machine(size: int) -> None:
     kind = file_system(SHM)
     if kind not in MEMORY:
         raise BenchError(f"{SHM} is {kind}, and the images shall lie in memory")
-    # Room for logs too. Memory counts as well: tmpfs lives in it.
+    # Room for logs too. Memory counts as well, because tmpfs uses it.
     needed = IMAGES * size + 512 * MIB
     free = min(shutil.disk_usage(SHM).free, _available_memory())
     if free < needed:
@@ -62,7 +62,7 @@ def file_system(path: Path) -> str:
     """Return the type of the file system that holds *path*, as the kernel calls it."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    # Bytes: other users' names stand there too.
+    # Read bytes, because other users' names are there too.
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
         fields = line.split(b" ")
         if len(fields) > 2 and fields[2] == wanted.encode():
@@ -75,7 +75,7 @@ def disk_folder(stack: contextlib.ExitStack) -> tuple[Path, str]:
     Make a folder on a real disk, which *stack* removes; return it and its type.
 
     Raises:
-        BenchError: there is none: a log in memory is durable for nothing.
+        BenchError: there is none; a log in memory is durable at no cost.
     """
     kinds = []
     for parent in DISKS:
@@ -100,7 +100,7 @@ def _first_line(*command: str) -> str:
 
 
 def _commit() -> str:
-    """Name the commit, where this is a checkout."""
+    """Return the commit, if this is a checkout."""
     command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -118,7 +118,7 @@ def _cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine and the versions of all that takes part."""
+    """Describe the machine and the versions of all programs involved."""
     disk = next((one for one in DISKS if one.is_dir()), ROOT)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

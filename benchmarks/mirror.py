@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Our own mirror as a set-up: step by step, for rows that do more than load it.
+Our own mirror as a set-up, in separate steps, for rows that do more than load it.
 
-It asks the server over its control socket, and looks at the dirty map in the file: the
-first tells whether it mirrors, the second how far a resync is without costing it
-anything.
+It asks the server over its control socket, and reads the dirty map from its file: the
+first shows whether it mirrors, the second how far a resync is, at no cost for the
+server.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Mirror(SetUp):
 
     Args:
         state: the directory of its logs, if not beside the images.
-        package: the folder that holds the package to serve with.
-        keys: of the configuration, beyond those every mirror has.
-        far_socket: what the mirror connects to, if not the far server itself.
+        package: the folder of the package to serve with.
+        keys: of the configuration, in addition to those of every mirror.
+        far_socket: the socket that the mirror connects to, if not the remote's own.
     """
 
     key = "direct"
@@ -103,7 +103,7 @@ class Mirror(SetUp):
         self.config.write_text("\n".join(lines) + "\n")
 
     def start_servers(self, *options: str) -> None:
-        """Create the volume, *options* being those of create, and serve it."""
+        """Create the volume with *options*, and serve it."""
         self.start_far()
         self.create(*options)
         self.serve()
@@ -137,21 +137,21 @@ class Mirror(SetUp):
         )
 
     def spawn_server(self) -> subprocess.Popen[bytes]:
-        """Start the server and do not wait for it."""
+        """Start the server without waiting for it."""
         command: list[str | Path] = [sys.executable, "-m", "nbd_mirror"]
         command += ["serve", self.config, "--foreground", "--door", self.door]
         self._server = self._spawn(command, self.package, self.environment)
         return self._server
 
     def wait(self, state: str = "in_sync") -> None:
-        """Wait until the remote is in a state, and the server knows it."""
+        """Wait until the remote is in a state, and the server reports it."""
         wait_until(
             lambda: self.remote()["state"] == state,
             lambda: f"{self.title} to be {state}; it is {self._words()}",
         )
 
     def status(self) -> dict[str, Any]:
-        """Ask the server how it is; waits for one that is still starting."""
+        """Return the server's status; waits for one that is still starting."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -171,11 +171,11 @@ class Mirror(SetUp):
         return found
 
     def command(self, name: str) -> None:
-        """Give the server a command that concerns the remote."""
+        """Send the server a command about the remote."""
         control.call(self.state, name, remote=REMOTE)
 
     def maps(self) -> DirtyMaps:
-        """Open the remote's dirty map, which costs the server nothing to look at."""
+        """Open the remote's dirty map; reading it costs the server nothing."""
         return open_map(self.state / f"dirty.{REMOTE}")
 
     @property
@@ -187,11 +187,11 @@ class Mirror(SetUp):
     # --- what every set-up does ---
 
     def mark(self) -> None:
-        """Remember since when it is in sync."""
+        """Store since when it is in sync."""
         self._since = self.remote()["since"]
 
     def check(self) -> None:
-        """Ask the server: a mirror that lost its remote would be fast."""
+        """Check the server's status: a mirror that lost its remote would be fast."""
         remote = self.remote()
         if remote["state"] != "in_sync":
             raise BenchError(f"{self.title} is {self._words()}")
@@ -199,14 +199,14 @@ class Mirror(SetUp):
             raise BenchError(f"{self.title} was not in sync throughout")
 
     def stop_server(self) -> None:
-        """Stop the mirror, cleanly; its remote's server goes on."""
+        """Stop the mirror cleanly; its remote's server keeps running."""
         if self._server is not None:
             end(self._server)
             self._processes.remove(self._server)
             self._server = None
 
     def stop(self) -> None:
-        """Stop the mirror first: else it would notice how its remote goes."""
+        """Stop the mirror first, so that it does not lose its remote."""
         self.stop_server()
         super().stop()
         self._far = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What a row of the benchmark is, and how figures become a verdict: pure rules.
+The rows of the benchmark, and the rules from figures to a verdict: pure code.
 
-Absolute figures drift from one minute to the next, so a row gives one value a round,
-as a rule a ratio of two measurements that followed each other in it. What is judged
-is the median over the rounds; how far they spread is always told with it.
+Absolute figures drift from one minute to the next. So a row gives one value per round,
+usually a ratio of two measurements taken directly after each other. The verdict is on
+the median over the rounds, and is always reported with their spread.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ class BenchError(Exception):
 
 
 class Verdict(Enum):
-    """What a median is worth, against what was wanted."""
+    """The verdict on a median, compared with minimum and goal."""
 
     GOAL = "goal"
     MET = "met"
     MISSED = "missed"
-    SHORT = "short"  # of its goal, and there is no must
-    REPORTED = "reported"  # nothing was wanted of it
+    SHORT = "short"  # of its goal, and there is no minimum
+    REPORTED = "reported"  # no bound was set
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """
-    One figure of a row, and what is wanted of it.
+    One figure of a row, and its bounds.
 
     Args:
         key: of its values in what the row measured.
         title: what is compared, after the row's own title.
-        must, goal: None: it need not be reached; without both it is only reported.
+        must, goal: minimum and goal; None: no such bound; without both it is only
+            reported.
         unit: printed behind the figure; "x" is a ratio.
         lower: less is better.
     """
@@ -81,7 +82,7 @@ class Claim:
         return Verdict.MET if self._reaches(median, self.must) else Verdict.MISSED
 
     def _reaches(self, value: float, bound: float) -> bool:
-        # What is no number reaches nothing.
+        # NaN reaches nothing.
         return value <= bound if self.lower else value >= bound
 
 
@@ -95,13 +96,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Sum up *values*, of which there is at least one."""
+        """Summarise *values*, of which there is at least one."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(slots=True)
 class Measured:
-    """What a row gave: by claim one value a round, and raw figures for the file."""
+    """The result of a row: for each claim one value per round, and raw figures."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -119,12 +120,12 @@ class Context:
     What a row may use.
 
     Args:
-        folder: its own, on tmpfs, removed when it is over.
-        output: where files for the user go.
+        folder: its own, on tmpfs, removed at its end.
+        output: the folder for the user's files.
         rounds: of measurements.
         seconds: of each measurement.
         size: of an image, bytes.
-        stack: ends what the row started, also when it is interrupted.
+        stack: ends what the row started, even if it is interrupted.
         say: shows a line of progress.
     """
 
@@ -168,6 +169,6 @@ class Outcome:
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
-    """Return *items* beginning with another one each round."""
+    """Return *items* in an order that rotates with each round."""
     first = by % len(items)
     return [*items[first:], *items[:first]]

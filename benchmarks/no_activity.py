@@ -2,9 +2,9 @@
 """
 Build the package without an activity log, in a copy of the tree.
 
-The copy is kept under build/ and brought up to date before each use, so it is the same
-code. Only a flag of the compiler differs, which csrc/request/admit.c looks at. The
-copy's own _build.py compiles it.
+The copy is kept under build/ and updated before each use, so it has the same code. Only
+a compiler flag differs, which csrc/request/admit.c checks. The copy's own _build.py
+compiles it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLAG = "-DNBDM_NO_ACTIVITY_LOG"
 
 
 def build_without_activity() -> Path:
-    """Bring the copy up to date and build it; return the folder of the package."""
+    """Update the copy and build it; return the folder of the package."""
     sources = [*(ROOT / "csrc").rglob("*.[ch]"), *(ROOT / "nbd_mirror").rglob("*.py*")]
     wanted = {path.relative_to(ROOT): path.read_bytes() for path in sources}
     _synchronise(wanted)
@@ -42,7 +42,7 @@ def build_without_activity() -> Path:
 
 
 def _synchronise(wanted: dict[Path, bytes]) -> None:
-    """Make the copy's sources *wanted*, touching only what differs."""
+    """Make the copy's sources equal to *wanted*, writing only what differs."""
     for folder in {COPY / path.parent for path in wanted}:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.iterdir():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The plots: how latency grows with load, throughput with block size, and a resync.
+The plots: latency by load, throughput by block size, and a resync.
 
-Nothing is judged here: a plot shows where a row's one figure comes from. Points are
-medians of the rounds, the band about a line is their least and most.
+The plots judge nothing: they show where a row's single figure comes from. Points are
+medians of the rounds; the band around a line is their minimum and maximum.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = [
 
 SET_UPS = ("direct", "two_copies", "qemu")
 LABELS = {"direct": "nbd_mirror", "two_copies": "two copies", "qemu": "qemu"}
-# Of Okabe and Ito, told apart by all eyes; the markers by a printer as well.
+# By Okabe and Ito, distinct for all eyes; the markers are distinct in print as well.
 COLOURS = {"direct": "#0072B2", "two_copies": "#009E73", "qemu": "#D55E00"}
 MARKERS = {"direct": "o", "two_copies": "s", "qemu": "^"}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB)
-MAX_ROUNDS = 3  # a curve needs fewer than a verdict
+MAX_ROUNDS = 3  # a curve needs fewer rounds than a verdict
 MAX_SECONDS = 1.0
 
 # By round, point and set-up.
@@ -62,7 +62,7 @@ CLIENT = Workload("randrw", 4 * KIB, 4)
 
 
 def _figure(title: str, height: float, subtitle: str) -> Figure:
-    # Not pyplot: it keeps every figure, and looks for a display.
+    # Not pyplot: it keeps every figure, and needs a display.
     from matplotlib.figure import Figure as Made
 
     figure = Made(figsize=(9, height), layout="constrained")
@@ -80,7 +80,7 @@ def _tidy(axes: Axes, x: str, y: str) -> None:
 
 
 def _log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic, with numbers one reads without counting noughts."""
+    """Make the y axis logarithmic, with numbers that need no counting of zeroes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -95,7 +95,7 @@ def _curves(
     rounds: Rounds,
     value: Callable[[Figures], float],
 ) -> None:
-    """Draw a line for each set-up: medians, between the least and the most."""
+    """Draw a line for each set-up: medians, between minimum and maximum."""
     for key in SET_UPS:
         columns = [[value(one[point][key]) for one in rounds] for point in points]
         style = {"color": COLOURS[key], "marker": MARKERS[key], "markersize": 5}
@@ -215,7 +215,7 @@ def plot_throughput(ctx: Context) -> Measured:
 
 @dataclass(slots=True)
 class Timeline:
-    """How far a resync was: seconds by the wall clock, and the share that is clean."""
+    """A resync's progress: seconds by the wall clock, and the share that is clean."""
 
     seconds: list[float] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
@@ -235,9 +235,10 @@ def read_latencies(log: Path) -> list[tuple[float, float]]:
 def binned(
     latencies: Sequence[tuple[float, float]], width_s: float
 ) -> list[tuple[float, float, float]]:
-    """Return for each piece of time its middle, its p50 and its p99."""
+    """Return for each interval its middle, its p50 and its p99."""
     bins: dict[int, list[float]] = {}
-    width_ms = round(width_s * 1000)  # as fio counts; seconds would round at the edges
+    # as fio counts; seconds would be rounded at the edges
+    width_ms = round(width_s * 1000)
     for when, latency in latencies:
         bins.setdefault(round(when * 1000) // width_ms, []).append(latency)
     found = []
@@ -250,7 +251,7 @@ def binned(
 
 
 def _watch(mirror: Mirror) -> Timeline:
-    """Invalidate, and look until all is clean, with calm time before and after."""
+    """Invalidate, and watch until all is clean, with calm time before and after."""
     line = Timeline()
     with mirror.maps() as maps:
         whole = mirror.size // maps.region_size
@@ -279,7 +280,7 @@ def _watch(mirror: Mirror) -> Timeline:
 def draw_resync(
     line: Timeline, bins: Sequence[tuple[float, float, float]], size: int
 ) -> Figure:
-    """Draw what is clean of *size* bytes, and the latency of a client below it."""
+    """Draw the clean part of *size* bytes, and the latency of a client below it."""
     took = line.ended - line.began
     figure = _figure(
         f"A resync of {size // MIB:,} MiB, and what a client feels of it",

@@ -2,8 +2,8 @@
 """
 The outcomes as a table for the terminal, as Markdown, and as JSON.
 
-Markdown is what docs/performance.md takes in, so it has the same lines as the table,
-and nothing of it is written by hand.
+docs/performance.md includes the Markdown, so it has the same lines as the table, and no
+part of it is written by hand.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ COLOURS = {
 
 
 def figure(value: float, unit: str) -> str:
-    """Return *value* as it stands in a table."""
+    """Return *value* in the form for a table."""
     digits = 2 if unit in ("x", "s", "GiB", "us") and abs(value) < 100 else 0
     if unit == "x":
         return f"{value:.3f}" if 0.95 < value < 1.15 else f"{value:.2f}"
@@ -63,7 +63,7 @@ def figure(value: float, unit: str) -> str:
 
 
 def bound(claim: Claim, value: float | None) -> str:
-    """Return a must or a goal as it stands in a table."""
+    """Return a minimum or a goal in the form for a table."""
     if value is None:
         return "-"
     sign = (
@@ -74,18 +74,18 @@ def bound(claim: Claim, value: float | None) -> str:
 
 
 def title(row: Row, claim: Claim) -> str:
-    """Return what a line is called."""
+    """Return the title of a line."""
     return f"{row.title}, {claim.title}" if claim.title else row.title
 
 
 def spread_words(claim: Claim, spread: Spread) -> str:
-    """Return median, least and most."""
+    """Return median, minimum and maximum."""
     least, most = (figure(x, claim.unit) for x in (spread.least, spread.most))
     return f"{figure(spread.median, claim.unit)} ({least} .. {most})"
 
 
 def lines(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Claim, str, str]]:
-    """Give for each claim what was measured, and its verdict or FAILED."""
+    """Yield for each claim its measured value, and its verdict or FAILED."""
     for outcome in outcomes:
         spreads = outcome.spreads()
         for claim in outcome.row.claims:
@@ -98,7 +98,7 @@ def lines(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Claim, str, st
 
 
 def missed(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return the lines whose must was missed."""
+    """Return the lines that missed their minimum."""
     return [
         title(outcome.row, claim)
         for outcome in outcomes
@@ -110,7 +110,7 @@ def missed(outcomes: Sequence[Outcome]) -> list[str]:
 def show(
     console: Console, outcomes: Sequence[Outcome], about: Mapping[str, Any]
 ) -> None:
-    """Print the table, what was noted, and what it was measured on."""
+    """Print the table, the notes, and the machine."""
     table = Table(title="Median of the rounds (least .. most)")
     for head in ("row", "must", "goal", "measured", ""):
         table.add_column(head, justify="left" if head in ("row", "") else "right")
@@ -133,7 +133,7 @@ def show(
 
 
 def machine_line(about: Mapping[str, Any]) -> str:
-    """Say on what it was measured, in a sentence."""
+    """Describe the machine in a sentence."""
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['memory_mib']:,} MiB, kernel "
         f"{about['kernel']}; images on {about['images_on']}, disk {about['disk']}; "
@@ -147,7 +147,7 @@ def as_markdown(
     about: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> str:
-    """Return the table for docs/performance.md, with what it was measured on."""
+    """Return the table for docs/performance.md, with the machine."""
     text = [
         "| row | must | goal | median (least .. most) | |",
         "|---|---|---|---|---|",
@@ -185,13 +185,13 @@ def as_json(
     about: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything, raw figures included, for the file; what is no number null."""
+    """Return everything, with raw figures, for the file; NaN becomes null."""
     answer: dict[str, Any] = _finite(_everything(outcomes, about, options))
     return answer
 
 
 def _finite(value: Any) -> Any:
-    """Return *value* as JSON knows it: it has no NaN and nothing infinite."""
+    """Return *value* for JSON, which has no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

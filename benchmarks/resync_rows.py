@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The rows about resync: how fast, over a long link, how much is sent, what clients feel.
+The rows about resync: its speed, a long link, the bytes sent, clients' latency.
 
-How far a resync is, is read from the mapped dirty map, which costs the server nothing
-to be looked at; what a remote received is what its server's log filter wrote down.
+The progress of a resync is read from the dirty map's file, which costs the server
+nothing. The bytes that a remote received come from its server's log filter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RATE, ROUND_TRIP_S = 125e6, 0.050  # 1 Gbit/s
 
 
 def resync_s(mirror: Mirror, begin: str, maps: DirtyMaps) -> float:
-    """Give the command *begin*; return the seconds until nothing is dirty."""
+    """Send the command *begin*; return the seconds until nothing is dirty."""
     if begin == "resume" and not maps.dirty_regions:
         raise BenchError(f"{mirror.title}: nothing is dirty to resync")
     started = time.monotonic()
@@ -98,7 +98,7 @@ def resync_full(ctx: Context) -> Measured:
     ctx.say("making an image of random data")
     mirror = _filled_mirror(ctx, ctx.size)
     mirror.start_servers()
-    # nbdcopy reads the very image, and writes one that is there already as well.
+    # nbdcopy reads the same image, and also writes one that exists already.
     source = ctx.folder / "copy-source.sock"
     image = mirror.images[0]
     copy = NbdkitFile(ctx.folder, ctx.size, key="copy_target")
@@ -114,7 +114,7 @@ def resync_full(ctx: Context) -> Measured:
             "file": lambda: _nbdcopy_s(image, copy.uri),
         }
         for number in range(ctx.rounds):
-            # Back and forth: ours is always next to both that it is compared with.
+            # Back and forth: ours always runs next to both that it is compared with.
             order = list(runs)[:: -1 if number % 2 else 1]
             took = {who: runs[who]() for who in order}
             for peer in ("nbdcopy", "file"):
@@ -138,7 +138,7 @@ def resync_full(ctx: Context) -> Measured:
 
 
 def resync_link(ctx: Context) -> Measured:
-    """Copy over a link of 1 Gbit/s and 50 ms; what of its bandwidth is used."""
+    """Copy over a link of 1 Gbit/s and 50 ms; measure its used share."""
     size = ctx.size // 2
     near = ctx.folder / "near.sock"
     mirror = Mirror(ctx.folder, size, keys=NO_WINDOW, far_socket=near)
@@ -178,14 +178,14 @@ def written_bytes(log: Path) -> int:
 
 
 def _lose(mirror: Mirror, maps: DirtyMaps) -> None:
-    """Kill the remote's server at a moment when it owes nothing."""
+    """Kill the remote's server at a moment without unanswered commands."""
     wait_until(lambda: maps.unflushed_regions == 0, lambda: "the far side's flush")
     mirror.stop_far(kill=True)
     mirror.wait("out_of_sync")
 
 
 def resync_scattered(ctx: Context) -> Measured:
-    """Dirty one region in a hundred at random; what is sent against what is dirty."""
+    """Dirty one random region in a hundred; compare bytes sent with bytes dirty."""
     mirror = _filled_mirror(ctx, ctx.size)
     log = mirror.folder / "far.log"
     mirror.start_servers()
@@ -220,7 +220,7 @@ def _first_sync(mirror: Mirror) -> tuple[float, int]:
         file.truncate(mirror.size)
     mirror.create("--force")
     mirror.serve()
-    mirror.status()  # it serves, and has nobody to copy to
+    mirror.status()  # it serves, and has no remote to copy to
     mirror.start_far(f"logfile={log}", filters=("log",))
     with mirror.maps() as maps:
         took = resync_s(mirror, "resume", maps)
@@ -274,7 +274,7 @@ class Endless(threading.Thread):
     """
     Keeps a resync going: makes all dirty again whenever little is left.
 
-    It counts what was copied by how the dirty map shrinks.
+    It counts copied regions by the decrease of the dirty map.
     """
 
     def __init__(self, mirror: Mirror, maps: DirtyMaps) -> None:
@@ -283,12 +283,12 @@ class Endless(threading.Thread):
         self._maps = maps
         self._over = threading.Event()
         self.copied = 0  # regions
-        self.again = 0  # how often it had to be
+        self.again = 0  # how often it made all dirty
         self.least = mirror.size // maps.region_size
         self.seconds = 0.0
 
     def run(self) -> None:
-        """Look, 100 times a second."""
+        """Check 100 times a second."""
         whole = self._mirror.size // self._maps.region_size
         started, last = time.monotonic(), whole
         while not self._over.wait(0.01):
@@ -303,12 +303,12 @@ class Endless(threading.Thread):
         self.seconds = time.monotonic() - started
 
     def begin(self) -> None:
-        """Make all dirty, and see to it that it stays so."""
+        """Make all dirty, and keep it so."""
         self._mirror.command("invalidate")
         self.start()
 
     def end(self) -> float:
-        """End it; return the rate of resync meanwhile, bytes per second."""
+        """End it; return the rate of the resync, bytes per second."""
         self._over.set()
         self.join(10)
         if self.least == 0 or not self.seconds:

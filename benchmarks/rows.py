@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The rows: what is measured, against what, what must be reached and what is the goal.
+The rows: what is measured, against what, the minimum and the goal.
 
-Nothing else decides what is good enough. A claim without a must is only reported: it
-is there to be read beside the ones that are judged.
+Nothing else decides what is good enough. A claim without a minimum is only reported, to
+be read beside the judged ones.
 """
 
 from __future__ import annotations

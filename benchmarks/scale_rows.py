@@ -2,8 +2,8 @@
 """
 The rows about a volume of 16 TiB: memory, request rate and start.
 
-Its images are sparse files on tmpfs that hold what was written and no more, and it is
-created as in sync: copying 16 TiB of holes is another row's matter.
+Its images are sparse files on tmpfs that hold only what was written. It is created as
+in sync, because another row measures the copying of holes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rate_16t(workload: Workload) -> Callable[[Context], Measured]:
 
 
 def _memory_mib(pid: int) -> dict[str, float]:
-    """Return what the kernel says of a process's memory, MiB."""
+    """Return the kernel's report of a process's memory, MiB."""
     found = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -75,7 +75,7 @@ def _memory_mib(pid: int) -> dict[str, float]:
 
 
 def _mapped_mib(pid: int, folder: Path) -> float:
-    """Return what is resident of the files in *folder*, MiB."""
+    """Return the resident part of the files in *folder*, MiB."""
     total, ours = 0.0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -91,7 +91,7 @@ def memory_16t(ctx: Context) -> Measured:
     ctx.stack.callback(mirror.stop)
     mirror.start()
     mirror.mark()
-    # Once from end to end and at random, thinly: every page of the maps is touched.
+    # Once from end to end and at random, thinly: this touches every page of the maps.
     workload = Workload.writes(16)
     measure([mirror.uri], mirror.folder, workload, mirror.size, 2 * ctx.seconds)
     measure([mirror.uri], mirror.folder, workload, ctx.size, ctx.seconds)
@@ -119,7 +119,7 @@ def memory_16t(ctx: Context) -> Measured:
         "measured once: memory does not vary as time does; after random writes over "
         "the whole disk"
     )
-    finish(mirror)  # nothing was copied meanwhile: they must be equal
+    finish(mirror)  # nothing was copied: they must be equal
     return measured
 
 
@@ -127,7 +127,7 @@ def memory_16t(ctx: Context) -> Measured:
 
 
 def _serve_s(mirror: Mirror) -> float:
-    """Start the server; return the seconds until a client is greeted."""
+    """Start the server; return the seconds until it greets a client."""
     mirror.socket.unlink(missing_ok=True)
     started = time.monotonic()
     process = mirror.spawn_server()
@@ -140,7 +140,7 @@ def _serve_s(mirror: Mirror) -> float:
 
 
 def _greeted(path: Path, deadline: float) -> bool:
-    """Say whether a server greets a client; the socket is there long before."""
+    """Return whether a server greets a client; the socket exists long before."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
         sock.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
@@ -151,7 +151,7 @@ def _greeted(path: Path, deadline: float) -> bool:
 
 
 def start_16t(ctx: Context) -> Measured:
-    """Measure how long a start takes after a clean stop."""
+    """Measure the time of a start after a clean stop."""
     mirrors = [EqualMirror(ctx.folder, LARGE, key="large")]
     mirrors.append(EqualMirror(ctx.folder, ctx.size, key="small"))
     for mirror in mirrors:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The set-ups that are compared, each with the servers it needs.
+The compared set-ups, each with the servers that it needs.
 
 All of them serve unix sockets, keep their images in one folder on tmpfs and mirror to
-the same kind of remote, a plain `nbdkit file`. Those of a row run side by side, so
-that a measurement of one can follow another's at once; an idle one costs nothing that
-could be seen.
+the same kind of remote, a plain `nbdkit file`. The set-ups of a row run side by side,
+so that their measurements can follow each other at once; an idle one has no visible
+cost.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 30.0
 SYNC_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
-# Transport and faults of a mirror; which package it is; what libnbd writes.
+# Transport and faults of a mirror; the package to use; libnbd's output.
 FOREIGN = ("NBDM_", "PYTHON", "LIBNBD_")
 
 
 class SetUp(ABC):
     """
-    One set-up: its servers, where clients connect, whether it still mirrors.
+    One set-up: its servers, the clients' addresses, and whether it still mirrors.
 
     Args:
-        folder: on tmpfs; the set-up makes one of its own in it.
+        folder: on tmpfs; the set-up makes its own folder in it.
         size: of the disk, bytes.
-        key: the name of that folder, where a row has two of a kind.
+        key: the name of that folder, if a row has two of a kind.
     """
 
     key = ""
@@ -72,12 +72,12 @@ class SetUp(ABC):
 
     @property
     def uris(self) -> list[str]:
-        """Where clients connect, one each."""
+        """The clients' addresses, one each."""
         return [uri_of(self.socket)]
 
     @property
     def uri(self) -> str:
-        """Where the one client connects."""
+        """The only client's address."""
         return self.uris[0]
 
     @property
@@ -90,16 +90,16 @@ class SetUp(ABC):
         """Start the servers; return when the disk may be filled."""
 
     def ready(self) -> None:  # noqa: B027  most are
-        """Make it what is to be measured, once the disk was filled."""
+        """Bring it into the state to measure, once the disk was filled."""
 
     def mark(self) -> None:  # noqa: B027  one copy has nothing to check
-        """Remember what a measurement must not change."""
+        """Store what a measurement must not change."""
 
     def check(self) -> None:  # noqa: B027
-        """Raise BenchError unless it is still what is to be measured, since `mark`."""
+        """Raise BenchError unless it has been in the state to measure since `mark`."""
 
     def settle(self) -> None:  # noqa: B027
-        """Make the images equal, after the last measurement, where they need not be."""
+        """Make images equal that need not be, after the last measurement."""
 
     def stop(self) -> None:
         """Stop the servers; the images stay."""
@@ -133,14 +133,14 @@ class SetUp(ABC):
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
                 env=environment_of(environment or {}),
-                # Ctrl-C is for us alone: the servers end in order, after fio.
+                # Ctrl-C is only for this process: the servers end in order, after fio.
                 start_new_session=True,
             )
         self._processes.append(process)
         return process
 
     def log_of(self, program: str | Path) -> Path:
-        """Return where a program of it says what goes wrong."""
+        """Return the file in which a program of it reports errors."""
         return self.folder / f"{Path(program).name}.log"
 
     def _start(
@@ -172,7 +172,7 @@ class SetUp(ABC):
 
 
 class NbdkitFile(SetUp):
-    """One copy, no mirror: what the medium and the protocol allow."""
+    """One copy, no mirror: the limit of the medium and the protocol."""
 
     key = "one_copy"
     title = "one nbdkit file"
@@ -214,7 +214,7 @@ class TwoCopies(SetUp):
             self.nbdkit_file(self._image(f"disk{number}.img"), sock)
 
     def images_equal(self) -> bool:
-        """Two clients wrote what each liked: there is nothing to compare."""
+        """Two clients wrote independently: there is nothing to compare."""
         return True
 
 
@@ -277,7 +277,7 @@ class QemuMirror(SetUp):
 
 
 def environment_of(fixed: Mapping[str, str]) -> dict[str, str]:
-    """Return ours and *fixed*, without what in ours would change the figures."""
+    """Return our environment and *fixed*, without what would change the figures."""
     ours = {
         name: value
         for name, value in os.environ.items()
@@ -298,7 +298,7 @@ def wait_until(
     timeout_s: float = SYNC_TIMEOUT_S,
     interval_s: float = 0.02,
 ) -> None:
-    """Wait until *holds*; else raise BenchError that *what* was waited for in vain."""
+    """Wait until *holds*; else raise BenchError with the condition *what*."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
@@ -316,12 +316,12 @@ def _exchange(stream: Any, message: dict[str, Any]) -> Any:
         answer = json.loads(line)
         if "error" in answer:
             raise BenchError(f"qemu: {message['execute']}: {answer['error']['desc']}")
-        if "return" in answer:  # else it is an event
+        if "return" in answer:  # otherwise it is an event
             return answer["return"]
 
 
 def listens(path: Path) -> bool:
-    """Say whether somebody takes connections there."""
+    """Return whether a server accepts connections there."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
         try:
             sock.connect(os.fspath(path))
@@ -331,7 +331,7 @@ def listens(path: Path) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and whatever it started: by request, else by SIGKILL."""
+    """End a server and its children: by request, else by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

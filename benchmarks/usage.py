@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What is used: time on a core by processes, and switches of context on the machine.
+The resources used: CPU time of processes, and context switches of the machine.
 
-Read from /proc before and after, so it costs the measurement nothing. Switches are the
-figure to look at first where requests are small: each is a wait, and a wake-up that
-somebody paid for. They are the whole machine's, the client's included, because a
-process keeps none for threads that have ended, and nbdkit's end with their connection.
+They are read from /proc before and after, so it costs the measurement nothing. With
+small requests, look at the context switches first: each is a wait, and a wake-up with
+its cost. They are those of the whole machine, including the client, because a process
+keeps no count for threads that have ended, and nbdkit's end with their connection.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SWITCHES = re.compile(r"^ctxt (\d+)$", re.MULTILINE)
 
 def cpu_us(pids: Iterable[int]) -> float:
     """
-    Return the time that processes have used so far, ended threads' too, in µs.
+    Return the CPU time of processes so far, with that of ended threads, in µs.
 
     Raises:
-        OSError: one of them is not there.
+        OSError: one of them does not exist.
     """
     ticks = 0
     for pid in pids:
@@ -36,7 +36,7 @@ def cpu_us(pids: Iterable[int]) -> float:
 
 
 def switches() -> int:
-    """Return how often the machine has switched context since it was started."""
+    """Return the number of context switches since the machine was started."""
     found = _SWITCHES.search((PROC / "stat").read_text())
     assert found is not None
     return int(found[1])

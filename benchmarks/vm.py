@@ -2,18 +2,19 @@
 """
 The row over the kernel's nbd: ours against md RAID1 and DRBD, in a virtual machine.
 
-md and DRBD live in a kernel that has their modules, so all are measured there, in one
-boot, by vm_guest.py. The machine is the one of tests/vm: Debian's kernel on this
-machine's root file system, its CPU emulated. mdadm's and DRBD's tools are unpacked
-beside the kernel and not installed: installing them pulls in udev, writes their
-configuration and has services started, none of which a benchmark may do to a host.
+md and DRBD need a kernel that has their modules, so vm_guest.py measures all of them
+there, in one boot. The machine is the one of tests/vm: Debian's kernel on this
+machine's root file system, with an emulated CPU. The tools of mdadm and DRBD are
+unpacked beside the kernel and not installed: an installation pulls in udev, writes
+their configuration and starts services, and a benchmark must do none of these to a
+host.
 
-The fifth, a relay, is no mirror: one copy, with socat in between, a process that
-passes on whatever comes. What it loses against one copy is lost by any server in
-user space that has its disk elsewhere; ours is such a one.
+The fifth, a relay, is no mirror: one copy, with socat in between, a process that passes
+on whatever arrives. Any server in user space whose disk is elsewhere loses what the
+relay loses against one copy; ours is such a server.
 
-How the others differ in what they write down, all of it in memory here, so that no
-sync costs anything in itself:
+The others differ in what they write down, all of it in memory here, so that no sync
+costs anything in itself:
 
 - ours: the activity extents, by fdatasync, when a new one is written to, and a slot
   of the ring for each write; the state directory is on tmpfs.
@@ -41,13 +42,13 @@ GUEST = Path(__file__).with_name("vm_guest.py")
 SET_UPS = ("ours", "md", "drbd", "one_copy", "relay")
 PEERS = SET_UPS[1:]
 DEPTHS = (1, 16)
-# Of each disk at most: six of them lie in the guest's memory.
+# Limit of each disk: six of them are in the guest's memory.
 SIZE = 64 * MIB
-# The emulator's own threads share the two cores with the guest's: one round says
-# little, so there are more of them.
+# The emulator's own threads share the two cores with the guest, so a single round says
+# little: use more rounds.
 ROUNDS_FACTOR = 4
 BOOT_S = 180.0
-EACH_S = 15.0  # what a measurement may take beside its own time, on a busy machine
+EACH_S = 15.0  # limit of a measurement in addition to its own time, on a busy machine
 
 
 def run_vm(ctx: Context) -> Measured:
@@ -55,8 +56,8 @@ def run_vm(ctx: Context) -> Measured:
     Boot the machine, measure, and return ours against each peer at each depth.
 
     Raises:
-        BenchError: something the machine needs is missing, or it did not come to
-        its end; then what it printed is in the message.
+        BenchError: something that the machine needs is missing, or it did not
+        finish; then the message has its output.
     """
     rounds = ctx.rounds * ROUNDS_FACTOR
     measurements = rounds * len(DEPTHS) * len(SET_UPS)
@@ -77,7 +78,7 @@ def run_vm(ctx: Context) -> Measured:
 
 
 def _boot(options: Mapping[str, Any], timeout_s: float) -> str:
-    # The machine is the tests', and says by skipping what it cannot have.
+    # The machine is the tests', and skips if something is not possible.
     tests = str(ROOT / "tests")
     if tests not in sys.path:
         sys.path.append(tests)
@@ -107,7 +108,7 @@ def _boot(options: Mapping[str, Any], timeout_s: float) -> str:
 
 
 def parse(output: str) -> list[dict[str, Any]]:
-    """Return what the guest measured, in the order it did."""
+    """Return the guest's measurements, in their order."""
     prefix = "measured "
     found: list[dict[str, Any]] = [
         json.loads(line.removeprefix(prefix))
@@ -119,7 +120,7 @@ def parse(output: str) -> list[dict[str, Any]]:
 
 def gather(found: Sequence[Mapping[str, Any]], rounds: int) -> Measured:
     """
-    Turn measurements into ratios, a value a round and depth.
+    Turn measurements into ratios, one value per round and depth.
 
     Raises:
         BenchError: one of them is missing.
@@ -151,7 +152,7 @@ def gather(found: Sequence[Mapping[str, Any]], rounds: int) -> Measured:
 
 
 def _medians(rounds: Sequence[Mapping[str, Any]], depth: int) -> str:
-    """Say what each did at this depth, and what a request took."""
+    """Return each set-up's rate at this depth, and the cost of a request."""
     parts = []
     for key in SET_UPS:
         figures = [one[f"{key} QD{depth}"] for one in rounds]

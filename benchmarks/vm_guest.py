@@ -4,10 +4,10 @@ usage: vm_guest.py OPTIONS-AS-JSON        (inside the virtual machine, as root)
 
 Ours over the kernel's nbd, md RAID1, DRBD, one copy and a relay, in turn, in one boot.
 
-All are set up at once and live side by side; in each round every depth is measured
-on every one of them, in an order that rotates. What vm.py reads are lines of the word
-`measured` and JSON. An emulated CPU makes every figure small, and comparable with the
-others alone.
+All are set up at the same time and exist side by side. In each round every depth is
+measured on each of them, in a rotating order. vm.py reads lines of the word `measured`
+and JSON. An emulated CPU makes every figure small, so they compare only with each
+other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def serve_copy(folder: Path, size: int) -> tuple[Path, subprocess.Popen[bytes]]:
     """Serve a new image by nbdkit's file plugin; return its socket."""
     folder.mkdir(parents=True)
     image, socket = folder / "disk.img", folder / "disk.sock"
-    listens = folder / "nbdkit.pid"  # written once it takes connections
+    listens = folder / "nbdkit.pid"  # written once it accepts connections
     with image.open("wb") as file:
         file.truncate(size)
     with (folder / "nbdkit.log").open("wb") as log:
@@ -64,7 +64,7 @@ def serve_copy(folder: Path, size: int) -> tuple[Path, subprocess.Popen[bytes]]:
 
 
 class SetUp:
-    """Something to write to: *device*, and the *processes* that serve it."""
+    """A target for writes: *device*, and the *processes* that serve it."""
 
     def __init__(self, key: str, device: str, processes: dict[str, int]) -> None:
         self.key = key
@@ -72,7 +72,7 @@ class SetUp:
         self.processes = processes
 
     def check(self) -> None:
-        """Raise RuntimeError unless both copies are still written to."""
+        """Raise RuntimeError unless both copies still get writes."""
 
     def finish(self) -> None:
         """End it; raise RuntimeError if it was no mirror."""
@@ -176,7 +176,7 @@ class Drbd(SetUp):
 
 
 class OneCopy(SetUp):
-    """One nbdkit file over /dev/nbd2: what any mirror over nbd has to do at least."""
+    """One nbdkit file over /dev/nbd2: the minimum of any mirror over nbd."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         socket, server = serve_copy(WORK / "one_copy", options["size"])
@@ -185,7 +185,7 @@ class OneCopy(SetUp):
 
 
 class Relay(SetUp):
-    """One nbdkit file over socat over /dev/nbd3: a process in between, and no more."""
+    """One nbdkit file over socat over /dev/nbd3: only a process in between."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         folder = WORK / "relay"
@@ -214,14 +214,14 @@ SET_UPS: dict[str, Callable[[dict[str, Any]], SetUp]] = {
 
 
 def machine_cpu_us() -> float:
-    """Return the time all CPUs have worked so far, for interrupts too, in µs."""
+    """Return the time that all CPUs have worked so far, with interrupts, in µs."""
     cpu = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     user, nice, system, _idle, _iowait, irq, softirq = cpu[:7]
     return (user + nice + system + irq + softirq) * 1e6 / os.sysconf("SC_CLK_TCK")
 
 
 def snapshot(set_up: SetUp) -> dict[str, float]:
-    """Return what the guest and each of the set-up's processes have used so far."""
+    """Return the usage of the guest and of each of the set-up's processes so far."""
     found = {name: cpu_us([pid]) for name, pid in set_up.processes.items()}
     return {"machine": machine_cpu_us(), "switches": float(switches()), **found}
 
@@ -251,7 +251,7 @@ def measure(set_up: SetUp, depth: int, seconds: float) -> dict[str, Any]:
     after = snapshot(set_up)
     set_up.check()
     side = job["write"]
-    # The ramp's requests cost as much and are not counted: scaled up for them.
+    # The ramp's requests cost as much and are not counted: scale up for them.
     requests = side["iops"] * (seconds + RAMP_S)
     return {
         "set_up": set_up.key,
@@ -264,7 +264,7 @@ def measure(set_up: SetUp, depth: int, seconds: float) -> dict[str, Any]:
 
 
 def rotated(things: list[SetUp], by: int) -> list[SetUp]:
-    """Return *things*, beginning elsewhere."""
+    """Return *things* in a rotated order."""
     by %= len(things)
     return things[by:] + things[:by]
 
@@ -282,7 +282,7 @@ def logs_if_it_fails() -> Iterator[None]:
 
 
 def check_machine() -> None:
-    """Fail unless copies and clock cost about what they do on a real machine."""
+    """Fail unless copies and clock cost about as much as on a real machine."""
     clock = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
     flags = Path("/proc/cpuinfo").read_text().split()
     if clock.read_text().strip() != "tsc" or {"erms", "fsrm"} & set(flags):
@@ -290,7 +290,7 @@ def check_machine() -> None:
 
 
 def main() -> None:
-    """Set up, measure, and say so."""
+    """Set up, measure, and report it."""
     check_machine()
     options = json.loads(sys.argv[1])
     WORK.mkdir(parents=True)
