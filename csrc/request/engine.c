@@ -41,6 +41,7 @@
 #include "request/admit.h"
 #include "request/engine.h"
 #include "request/leg.h"
+#include "request/read.h"
 #include "request/sector.h"
 #include "volume/flush.h"
 #include "volume/flusher.h"
@@ -112,7 +113,7 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
     struct remote *r = &v->remotes[i];
 
     mark_dirty_locked (r, req->offset, req->length, false);
-    if (r->state == NBDM_IN_SYNC)
+    if (r->state == NBDM_IN_SYNC && r->disk.dm.map[MAP_DIRTY].nr_set > 0)
       remote_set_locked (r, NBDM_RESYNCING,
                          "a local %s at %llu failed (%s): the range is "
                          "copied from local again",
@@ -120,6 +121,23 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
                          strerror (-rc));
   }
   volume_persist_locked (v);
+}
+
+/* The same, after local was made to miss what it cannot even read: a remote
+ * stays the source of that.
+ */
+static void
+local_error_relock (struct nbdm *v, struct request *req, int rc,
+                    bool remote_has)
+{
+  if (remote_has && rc != -ENOSPC && !v->failed) {
+    pthread_mutex_unlock (&v->lock);
+    miss_unreadable (v, req->length, req->offset);
+    pthread_mutex_lock (&v->lock);
+    local_await_takeover_relock (v);
+  }
+  if (v->local.state != NBDM_LOCAL_FAILED)
+    local_error_locked (v, req, rc);
 }
 
 /* Does a successful leg have every region that local misses? */
@@ -210,7 +228,7 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
   if (rc == 0 && v->local.state != NBDM_LOCAL_OK)
     rc = secure_relock (v, req, local_rc == 0 && req->on_local);
   if (local_rc < 0 && v->local.state != NBDM_LOCAL_FAILED)
-    local_error_locked (v, req, local_rc);
+    local_error_relock (v, req, local_rc, remote_has);
   if (rc < 0 && rc == local_rc)
     set_message (rc, "%s", req->local_words);
   /* Fenced: the request may have been admitted under policy degrade, while a

@@ -16,6 +16,7 @@
  */
 
 #include <errno.h>
+#include <stdlib.h>
 
 #include "api.h"
 #include "base/clock.h"
@@ -134,7 +135,43 @@ mend (struct nbdm *v, uint64_t region)
   if (local_check_size (v) < 0)
     local_give_up (v); /* nothing is repaired on a disk that lost bytes */
   else
-    local_miss_region (v, region);
+    local_miss_regions (v, region, 1);
+}
+
+#define PROBE_BYTES (64u << 10)
+
+static bool
+can_read (struct nbdm *v, uint64_t region, uint8_t *buf)
+{
+  uint64_t at = region * v->region_size, n;
+  uint64_t left = v->size - at < v->region_size ? v->size - at : v->region_size;
+  int rc = 0;
+
+  for (; left > 0 && rc == 0; left -= n, at += n) {
+    n = left < PROBE_BYTES ? left : PROBE_BYTES;
+    rc = local_pread (v, buf, n, at);
+  }
+  return rc == 0;
+}
+
+/* A bad sector may take seconds to be read: after the first bad region the rest
+ * counts as bad too, and is only rewritten.
+ */
+void
+miss_unreadable (struct nbdm *v, uint64_t count, uint64_t offset)
+{
+  uint8_t *buf = malloc (PROBE_BYTES);
+  uint64_t first, nr, end;
+
+  region_span (v, offset, count, &first, &nr);
+  end = first + nr;
+  while (buf && first < end && can_read (v, first, buf))
+    first++;
+  if (atomic_load (&v->local.file.shrunk))
+    local_miss_regions (v, 0, v->nr_regions);
+  else if (buf && first < end)
+    local_miss_regions (v, first, end - first);
+  free (buf);
 }
 
 /* `*had`: local had the region. */

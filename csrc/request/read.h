@@ -16,7 +16,12 @@ struct remote;
  */
 int source_pread (struct nbdm *v, const struct remote *except, void *buf,
                   uint64_t count, uint64_t offset);
-/* The same from any disk, for a client.  The caller holds no range. */
+/* Local has refused a write of the range, and stays in use.  Where it cannot be
+ * read either, it is no source: mark as missing on local what a remote has.
+ */
+void miss_unreadable (struct nbdm *v, uint64_t count, uint64_t offset);
+/* The same as source_pread from any disk, for a client.  The caller holds no
+ * range. */
 int client_pread (struct nbdm *v, void *buf, uint64_t count, uint64_t offset);
 
 #endif /* NBDM_READ_H */

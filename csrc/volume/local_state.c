@@ -384,32 +384,59 @@ kept_locked (const struct nbdm *v, uint64_t region, const bool *durable)
   return false;
 }
 
-void
-local_miss_region (struct nbdm *v, uint64_t region)
+/* Does local have the region, and could a remote become its only source? */
+static bool
+may_miss_locked (const struct nbdm *v, uint64_t region)
 {
-  bool durable[NBDM_MAX_REMOTES];
+  return local_has_locked (v, region) && kept_locked (v, region, NULL);
+}
+
+static bool
+all_kept_locked (const struct nbdm *v, const bool *durable)
+{
+  const struct bitmap *owed = &v->local.disk.dm.owed;
+  uint64_t nr = v->nr_regions, region = 0;
+
+  for (; (region = bitmap_next_set (owed, region, nr)) < nr; region++)
+    if (!kept_locked (v, region, durable))
+      return false;
+  return true;
+}
+
+static void
+miss_for_good_relock (struct nbdm *v, uint64_t first, uint64_t end)
+{
+  bool durable[NBDM_MAX_REMOTES], was_ok = v->local.state == NBDM_LOCAL_OK;
+
+  v->local.taking_over = true;
+  for (; first < end; first++)
+    if (may_miss_locked (v, first))
+      miss_locked (v, first, 1);
+  volume_persist_locked (v);
+  flush_remotes_relock (v, durable);
+  if (all_kept_locked (v, durable) && !v->failed) {
+    if (was_ok) {
+      local_set_locked (v, NBDM_LOCAL_RESYNCING);
+      v->local.repairing = true;
+    }
+  }
+  else
+    take_back_locked (v);
+  end_taking_over_locked (v);
+}
+
+void
+local_miss_regions (struct nbdm *v, uint64_t first, uint64_t count)
+{
+  uint64_t end = first + count;
 
   LOCK_FOR_SCOPE (&v->lock);
   local_await_takeover_relock (v);
+  while (first < end && !may_miss_locked (v, first))
+    first++;
   /* Once drained, the maps are about to be closed and must not change. */
-  if (kept_locked (v, region, NULL) && !v->failed && !v->drained
-      && local_has_locked (v, region)) {
-    bool was_ok = v->local.state == NBDM_LOCAL_OK;
-
-    v->local.taking_over = true;
-    miss_locked (v, region, 1);
-    volume_persist_locked (v);
-    flush_remotes_relock (v, durable);
-    if (kept_locked (v, region, durable) && !v->failed) {
-      if (was_ok) {
-        local_set_locked (v, NBDM_LOCAL_RESYNCING);
-        v->local.repairing = true;
-      }
-    }
-    else
-      take_back_locked (v);
-    end_taking_over_locked (v);
-  }
+  if (first < end && !v->failed && !v->drained)
+    miss_for_good_relock (v, first, end);
 }
 
 void

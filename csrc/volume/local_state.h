@@ -48,10 +48,10 @@ void local_doubt_copies_locked (struct nbdm *v);
 void local_give_up (struct nbdm *v);
 /* Could a remote replace local now? */
 bool local_may_be_replaced_locked (const struct nbdm *v);
-/* Local could not read a region, and a remote could.  Mark the region as
- * missing on local, so that it is rewritten.  Takes the lock.
+/* Local cannot read the regions.  Mark those that a remote has as missing on
+ * local, so that they are rewritten.  Takes the lock.
  */
-void local_miss_region (struct nbdm *v, uint64_t region);
+void local_miss_regions (struct nbdm *v, uint64_t first, uint64_t count);
 /* Does local miss nothing, and is there no sign that it lost a write?  Ask
  * before and after a call on the disk, because the disk may fail in between.
  * Takes no lock.

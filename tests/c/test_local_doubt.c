@@ -258,7 +258,47 @@ loss_told_beside_a_copy (void)
   assert (read_at (5 * REGION) == 7);
 }
 
+/* A local disk that can neither write nor read a region is no source of it, so
+ * the remote that has it stays one: under policy stop nothing takes the place
+ * of local, but no answered write is lost, and an operator can let the remote.
+ */
+static void
+dead_disk_leaves_the_remote_well (void)
+{
+  bring_up (1, 300);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (write_at (5 * REGION + SECTOR, 8) == -EIO);
+  assert (read_at (5 * REGION) == 7);
+  assert (nbdm_set_policy (site.volume, NBDM_DEGRADE, 0) == 0);
+  assert (write_at (9 * REGION, 9) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (read_at (5 * REGION) == 7 && read_at (9 * REGION) == 9);
+}
+
+/* So does one that was cut. */
+static void
+cut_disk_leaves_the_remote_well (void)
+{
+  bring_up (1, 300);
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  assert (write_at (200 * REGION, 7) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (truncate (site.local, SIZE / 2) == 0);
+  assert (read_at (200 * REGION) == 7); /* finds the cut */
+  assert (write_at (200 * REGION + SECTOR, 8) == -EIO);
+  assert (read_at (200 * REGION) == 7);
+  assert (nbdm_set_policy (site.volume, NBDM_DEGRADE, 0) == 0);
+  assert (write_at (9 * REGION, 9) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (read_at (200 * REGION) == 7 && read_at (9 * REGION) == 9);
+}
+
 static const struct schedule schedules[] = {
+  { "cut_disk_leaves_the_remote_well", NULL, cut_disk_leaves_the_remote_well },
+  { "dead_disk_leaves_the_remote_well",
+    "local_write:2=error,local_write:3=error,local_read=error",
+    dead_disk_leaves_the_remote_well },
   { "loss_told_beside_a_copy",
     "local_flush:2=error,resync_answered:3=wait:gate",
     loss_told_beside_a_copy },
