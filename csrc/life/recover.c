@@ -146,9 +146,28 @@ mark_all_dirty_and_late (struct remote *r)
   r->assumed = false;
 }
 
+/* How well a remote would serve as the only source of a region. */
+static int
+worth (const struct remote *r)
+{
+  if (r->state == NBDM_IN_SYNC)
+    return 2;
+  return r->state != NBDM_FAILED; /* behind that one may be another disk */
+}
+
+/* The last remote that has a region is spared, so the least worth comes first.
+ */
+static void
+mark_remotes (struct nbdm *v, uint64_t offset, uint64_t length, bool late)
+{
+  for (int step = 0; step <= 2; step++)
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      if (worth (&v->remotes[i]) == step)
+        mark_dirty_locked (&v->remotes[i], offset, length, late);
+}
+
 /* Durable before an empty log replaces the lost one: if this start ends between
- * the two, the next one must not find everything in order.  The remotes that
- * are not in sync come first: they must not be left as the only source.
+ * the two, the next one must not find everything in order.
  */
 static int
 forget_log (struct nbdm *v, const char *file)
@@ -159,11 +178,9 @@ forget_log (struct nbdm *v, const char *file)
   snprintf (what, sizeof what, "%s", last_error ());
   if (v->local.state == NBDM_LOCAL_FAILED)
     local_miss_range_locked (v, 0, v->size);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].state != NBDM_IN_SYNC)
-      mark_all_dirty_and_late (&v->remotes[i]);
+  mark_remotes (v, 0, v->size, true);
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++) {
-    mark_all_dirty_and_late (&v->remotes[i]);
+    v->remotes[i].assumed = false;
     rc = dirty_map_persist (&v->remotes[i].disk.dm);
   }
   if (rc == 0)
@@ -214,19 +231,6 @@ make_inflight (struct nbdm *v)
     rc = inflight_open (&v->inflight, v->dirfd, v->uuid, session, RING_SLOTS,
                         &clean);
   return rc;
-}
-
-/* The remotes that are not in sync come first: they must not be left as the
- * only source.
- */
-static void
-mark_remotes (struct nbdm *v, uint64_t offset, uint64_t length, bool late)
-{
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].state != NBDM_IN_SYNC)
-      mark_dirty_locked (&v->remotes[i], offset, length, late);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    mark_dirty_locked (&v->remotes[i], offset, length, late);
 }
 
 /* An open slot of a killed process: the write may have reached any leg, and

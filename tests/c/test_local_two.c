@@ -434,7 +434,34 @@ one_cannot_read_and_one_is_held (void)
   assert (end (&reader) == 1);
 }
 
+/* The same with a second remote that has failed, as another disk was in its
+ * place, and a first one that misses something else, so that neither is in
+ * sync.
+ */
+static void
+killed_beside_a_failed_remote (void)
+{
+  struct job writer = { .offset = 0, .value = 3 };
+
+  bring_up_small (2, 1000);
+  assert (write_at (0, 1) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  nbdm_disk_drop (site.volume, 1, "the test said so");
+  assert (write_at (EXTENT, 2) == 0);
+  site_connect (&site, 0);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  assert (nbdm_remote_fail (site.volume, 1, "the test said so") == 0);
+  start (&writer, do_write);
+  wait_at_gate ();
+  assert (read_after_a_kill (0) == 1);
+  open_gate ();
+  assert (end (&writer) == 0 && read_at (0) == 3);
+}
+
 static const struct schedule schedules[] = {
+  { "killed_beside_a_failed_remote",
+    "local_write:1=error,slot_reserved:3=wait:gate",
+    killed_beside_a_failed_remote },
   { "one_cannot_read_and_one_is_held", "local_write:1=error",
     one_cannot_read_and_one_is_held },
   { "killed_before_the_marks", "local_write:1=error,slot_reserved:3=wait:gate",
