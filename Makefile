@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Short names for what developers do often.  No build rules stand here: CFFI
-# builds (nbd_mirror/_build.py), scripts/setup prepares.
+# Short names for frequent tasks of developers.  This file has no build rules: CFFI
+# builds (nbd_mirror/_build.py), and scripts/setup prepares.
 
 PYTHON := .venv/bin/python
 C_FILES = $(shell find csrc tests/c tests/unit tests/fuzz benchmarks -name build -prune -o -name '*.[ch]' -print)

@@ -55,7 +55,7 @@ enum nbdm_local_choice {
 };
 
 enum nbdm_policy {
-  NBDM_DEGRADE = 1, /* if a remote is lost, go on with local alone */
+  NBDM_DEGRADE = 1, /* if a remote is lost, continue with local alone */
   NBDM_STOP = 2     /* if a remote is lost, writes get EIO until in sync */
 };
 
@@ -115,7 +115,7 @@ struct nbdm_status {
   char reason[NBDM_REASON_LEN]; /* why failed, or what recovery found; or "" */
 };
 
-/* What is told of every disk, and beside it the part of its own kind. */
+/* The status of every disk, and the part of its kind. */
 struct nbdm_disk_status {
   char name[NBDM_NAME_LEN];
   uint32_t state; /* enum nbdm_local_state, or nbdm_remote_state with PAUSED */
@@ -165,7 +165,7 @@ struct nbdm_resync {
   uint64_t max_bytes;    /* in: stop after about this much */
   uint32_t max_ms;       /* in: and after this time; 0: no matter how long */
   struct nbdm_pace pace; /* in: to begin with */
-  uint64_t next_region;  /* out: where the next call goes on; 0: wrapped */
+  uint64_t next_region;  /* out: where the next call continues; 0: wrapped */
   uint64_t copied_bytes; /* out: bytes of regions made clean */
   uint64_t zero_bytes;   /* out: of these, sent as zeroes */
 };
@@ -270,26 +270,26 @@ int nbdm_set_policy (struct nbdm *volume, uint32_t policy,
 
 /* --- Any disk: mechanism for the policy threads ----------------------- */
 
-/* Use it from now on, as it is the disk that was left.  A remote: held requests
- * are sent again, the state becomes in_sync if nothing is dirty, else
- * resyncing.  The local disk, durably: failed -> resyncing; -ENODEV: not
- * attached.
+/* From now on use the disk: the caller has found that it is the same as before.
+ * A remote: held requests are sent again, and the state becomes in_sync if
+ * nothing is dirty, else resyncing.  The local disk, durably: failed ->
+ * resyncing; -ENODEV: not attached.
  */
 int nbdm_disk_admit (struct nbdm *volume, uint32_t disk);
 
-/* The reason becomes the state's.  A remote: drop the connection; never fails.
- * The local disk: close it again, if it is attached, durably.
+/* `reason` becomes the reason of the state.  A remote: drop the connection;
+ * never fails.  The local disk: close it again if it is attached, durably.
  */
 int nbdm_disk_drop (struct nbdm *volume, uint32_t disk, const char *reason);
 
-/* Copy what the disk misses to it, flush it, clear the bits, until that much is
- * copied, the time is over, nothing is found, an operator pauses it or
- * nbdm_wake.  To a remote from local, to the local disk from a remote that is
- * clean there; `depth` is not used then.  Also makes the disk in sync, or ok,
- * when that left nothing dirty.  Returns 0 also if nothing was found;
- * -ENOTCONN: the remote was lost, or none that is clean there is connected (no
- * bit was cleared without its flush); -EIO: local could not be read, or has
- * failed.
+/* Copy to the disk what it misses, flush it, clear the bits.  Ends when
+ * `max_bytes` are copied, the time is over, nothing is left, an operator pauses
+ * it, or at nbdm_wake.  To a remote it copies from local; to the local disk
+ * from a remote that is clean there, and then `depth` is not used.  If nothing
+ * is dirty afterwards, it sets the disk's state to in_sync, or ok.  Returns 0
+ * also if nothing was dirty; -ENOTCONN: the remote was lost, or no connected
+ * remote is clean there (no bit was cleared without its flush); -EIO: local
+ * could not be read, or has failed.
  */
 int nbdm_disk_resync (struct nbdm *volume, uint32_t disk,
                       struct nbdm_resync *batch);

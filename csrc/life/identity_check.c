@@ -49,7 +49,7 @@ struct comparison {
   uint32_t nr;
   uint32_t compared, with_data, differ;
   uint64_t offset; /* of the first block that differs */
-  /* Of the disk, and of the one that was left, as device_describe tells. */
+  /* Of this disk, and of the earlier one, from device_describe. */
   char device[sizeof ((struct disk_superblock *)0)->local_device];
   char left[sizeof ((struct disk_superblock *)0)->local_device];
   bool same_device; /* `device` is `left`, or one of the two is not known */

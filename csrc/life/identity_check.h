@@ -23,9 +23,9 @@ int identity_check_start (struct nbdm *v, const struct nbdm_params *params,
  * recovery.
  */
 void identity_take_by_force (struct nbdm *v);
-/* As identity_check_start, for a disk that replaces a failed one.  What to
- * compare with is copied before: while the disk is read another thread may
- * write the superblock, or close the logs.
+/* As identity_check_start, for a disk that replaces a failed one.  The
+ * data to compare with is copied before: while the disk is read, another thread
+ * may write the superblock, or close the logs.
  */
 struct attached_check {
   struct disk_sample samples[NR_SAMPLES];

@@ -52,7 +52,7 @@ int dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
                       uint64_t session, uint64_t nr_regions,
                       uint32_t region_size, unsigned contents);
 
-/* Would dirty_map_open take it?  Maps and changes nothing, also beside a
+/* Would dirty_map_open accept it?  Maps and changes nothing, and works beside a
  * running server.  Returns its header; -ENOENT, -EUCLEAN: as dirty_map_open.
  */
 int dirty_map_check (int dirfd, const char *remote, const uint8_t *uuid,

@@ -34,9 +34,8 @@ void log_header_seal (struct disk_log_header *header);
 int log_header_load (int fd, const char *name,
                      const struct disk_log_header *expect, uint64_t size,
                      struct disk_log_header *header);
-/* Check a log, whose session is right, against the superblock: -EUCLEAN with a
- * message if the superblock says that the volume was closed and the log was
- * not.
+/* Check a log of the right session against the superblock.  -EUCLEAN with a
+ * message: by the superblock the volume was closed, but the log was not.
  */
 int log_header_check_closed (const char *name,
                              const struct disk_log_header *header,

@@ -47,9 +47,9 @@ any_set (const struct remote *r, const struct bitmap *map, uint64_t count,
   return bitmap_next_set (map, first, first + nr) < first + nr;
 }
 
-/* A remote that has the range, with a reference to its connection; not one of
- * `refused`, a bit a remote, which have answered an error.  NULL: there is
- * none.
+/* A remote that has the range, with a reference to its connection.  `refused`
+ * has a bit for each remote that has answered an error: it is not returned.
+ * NULL: there is none.
  */
 static struct remote *
 find_source (struct nbdm *v, const struct remote *except, uint64_t count,

@@ -120,10 +120,11 @@ begin_flush (struct batch *b)
   fault_point ("resync_flush_begun");
 }
 
-/* The remote may be in sync after this: then no copy is under way, and what was
- * copied from local counts only if local had all of it.  Its flush tells, and
- * covers what was copied by earlier calls as well.  Without an active extent
- * nothing was written since the last one.
+/* Flush local before the remote's last dirty bits are cleared.  Copies from
+ * local count only if local held all written data, and only a flush of local
+ * shows that.  No copy is under way now, so the flush also covers the copies of
+ * earlier calls.  Without an active extent nothing was written since the last
+ * flush.
  */
 static int
 prove_copies_relock (struct batch *b)
@@ -141,7 +142,7 @@ prove_copies_relock (struct batch *b)
     rc = flush_local_group (v);
     pthread_mutex_lock (&v->lock);
   }
-  /* If another remote takes local's place, it was made dirty what is in doubt.
+  /* If another remote takes local's place, the doubtful copies are dirty again.
    */
   if (rc < 0)
     rc = local_flush_failed_relock (v);

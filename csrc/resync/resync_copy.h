@@ -36,7 +36,7 @@ struct copy {
   bool hole;
   uint64_t zero_bytes; /* bytes of the range sent as zeroes */
   bool was_late;       /* late before: this copy's answer does not end that */
-  unsigned doubts;     /* of local, when the copy began */
+  unsigned doubts;     /* local.doubts when the copy began */
   int error;           /* -errno of commands already answered */
   uint8_t *buf;
   unsigned nr;

@@ -160,11 +160,12 @@ extent_span (const struct nbdm *v, uint64_t extent, uint64_t *first,
                first, count);
 }
 
-/* Only a flush tells what local has lost.  Until then a copy takes what is
- * there instead, and a flush of the remote does not make that what clients
- * wrote.  So a remote is `unproven` from such a copy on until a flush of local,
- * and in sync after that alone (resync.c).  What no flush of local has covered
- * lies in active extents.  Copies under way find the count of doubts changed.
+/* Only a flush shows which writes local has lost.  Until then a copy reads the
+ * old bytes instead, and a flush of the remote does not turn them into what
+ * clients wrote.  So a remote is `unproven` from such a copy until a flush of
+ * local, and becomes in sync only after that (resync.c).  All writes that no
+ * flush of local has covered are in active extents.  Copies under way notice
+ * the changed count of doubts.
  */
 void
 local_doubt_copies_locked (struct nbdm *v)
@@ -180,7 +181,9 @@ local_doubt_copies_locked (struct nbdm *v)
     }
 }
 
-/* All that local has answered and not flushed, and copies of it. */
+/* Local misses all that it has answered and not flushed, and the copies of that
+ * data are doubted.
+ */
 static void
 miss_active_locked (struct nbdm *v)
 {

@@ -34,12 +34,12 @@ void local_await_takeover_relock (struct nbdm *v);
  * volume fails.
  */
 int local_flush_lost_relock (struct nbdm *v);
-/* The same for a flush that no client asked for.  -EIO: the volume has failed,
- * or it is drained: the stop flushes too, and finds the error.
+/* The same for a flush without a client's request.  -EIO: the volume has
+ * failed, or it is drained: then the stop flushes too, and finds the error.
  */
 int local_flush_failed_relock (struct nbdm *v);
-/* Local may have lost writes before that was known, and copies to a remote may
- * have read what was there instead.  Make dirty what may have been copied so.
+/* Local may have lost writes unnoticed, and copies to a remote may have read
+ * the old bytes.  Make dirty all regions that may have been copied in this way.
  */
 void local_doubt_copies_locked (struct nbdm *v);
 /* Local has lost bytes, see local_check_size: fail it if a remote can serve

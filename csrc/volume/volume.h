@@ -120,7 +120,7 @@ struct remote {
   uint64_t unflushed_ns;    /* when the filling map got its first bit */
   struct backlog backlog;   /* unflushed bytes and their bound */
   bool leaves_zeroes; /* a long trim is left to the resync: see long_zero.c */
-  bool unproven;      /* local_doubt_copies_locked would doubt what it has */
+  bool unproven;      /* copied to since the last flush of local */
   /* The server offered WRITE_ZEROES and refused it: later connections get data
    * instead.
    */
@@ -171,7 +171,7 @@ struct local {
   atomic_uint failures; /* times it became failed since start */
   int flush_error;      /* sticky: a failed fsync is never believed again */
   atomic_bool doubted;  /* a flush failed, so it may have lost writes */
-  unsigned doubts;      /* of copies: see local_doubt_copies_locked */
+  unsigned doubts;      /* see local_doubt_copies_locked */
   uint64_t repaired;    /* regions it could not read, rewritten */
   struct flush_bound flush_bound; /* for the copies back */
   atomic_u64 errors;
