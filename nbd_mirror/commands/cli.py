@@ -29,6 +29,7 @@ from ..base.errors import (
     OutputError,
     from_errno,
 )
+from ..base.interrupt import INTERRUPTED, end_at_once, raise_it
 from ..base.units import format_size
 from ..device import attach as kernel
 from ..rules.state import RemoteState
@@ -393,7 +394,13 @@ def main() -> NoReturn:
     """Run the command line, and exit with a code that errors.py documents."""
     keep_descriptors()
     guard_output()
-    code = run(app)
+    try:
+        raise_it()
+        code = run(app)
+        end_at_once()
+    except KeyboardInterrupt:  # over the words of an error
+        end_at_once()
+        code = INTERRUPTED
     with contextlib.suppress(OutputError):
         finish_output()
     sys.exit(code)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 
 from ..base.errors import MirrorError, OutputError
+from ..base.interrupt import INTERRUPTED
 from .output import finish_output, plain
 from .serve import ServerEndedError
 
@@ -49,7 +50,7 @@ def run(app: Callable[..., object]) -> int:
         report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except SystemExit as ended:
         return int(ended.code or 0)
     except Exception as error:

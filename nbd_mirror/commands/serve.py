@@ -133,7 +133,7 @@ def _hand_on(listeners: Listeners) -> None:
 
 def _command(config: VolumeConfig, door: str) -> list[str]:
     if door == "direct":
-        return [*PYTHON, "nbd_mirror.server.direct", os.fspath(config.source)]
+        return [*PYTHON, "nbd_mirror.server", os.fspath(config.source)]
     nbdkit = find_program("nbdkit", "nbdkit")
     if door == "native":
         if not NATIVE_PLUGIN.exists():

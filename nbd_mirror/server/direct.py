@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The direct door's process: `python -m nbd_mirror.server.direct CONFIG`.
+The direct door: `python -m nbd_mirror.server CONFIG` (__main__.py) calls it.
 
 `serve` execs it, and passes the listening sockets as descriptors 3, 4 ... C serves the
 clients (csrc/doors/direct_server.c) while the main thread waits there; Python keeps the
@@ -61,7 +61,3 @@ def _make_server(volume: Volume) -> Server:
             f"of open files leaves room for {server.max_clients} clients",
         )
     return server
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support
 from support import ROOT
 from unit.volumes import make_file
 
@@ -229,3 +230,88 @@ def test_create_with_a_local_disk_too_small_tells_both_sizes(file: Path) -> None
     done = nbd_mirror("create", file)
     assert done.returncode == ConfigError.exit_code
     assert "has 5000 bytes, the volume needs 1048576" in done.stderr
+
+
+# --- Ctrl-C ---
+
+# Interrupts the process as it imports a module, as a user may who is quick.
+QUICK = """
+import os, runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+module, how, what = sys.argv[1:4]
+sys.argv[1:4] = []
+sys.meta_path.insert(0, Interrupts())
+if how == "module":
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(what, run_name="__main__")
+"""
+SCRIPT = Path(sys.executable).parent / "nbd-mirror"
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "module"),
+    [
+        ("module", "nbd_mirror", "nbd_mirror.commands.cli"),
+        ("module", "nbd_mirror", "nbd_mirror.volume.config"),
+        ("script", str(SCRIPT), "typer"),
+        ("script", str(SCRIPT), "nbd_mirror.volume.config"),
+        ("module", "nbd_mirror.server", "nbd_mirror.server.volume"),
+        ("module", "nbd_mirror.server", "nbd_mirror._core"),
+    ],
+)
+def test_interrupt_over_the_imports_is_no_traceback(
+    file: Path, how: str, what: str, module: str
+) -> None:
+    """The exit code of an interrupt, and not a word."""
+    support.requires(how == "module" or SCRIPT.exists(), "nbd-mirror is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, module, how, what, str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (130, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_interrupts_that_are_ignored_stay_so(file: Path) -> None:
+    """As of a command in the background of a script."""
+    script = f'trap \'\' INT; exec {sys.executable} -c "$0" "$@"'
+    words = ["nbd_mirror.volume.config", "module", "nbd_mirror", "status", str(file)]
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, QUICK, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == MissingError.exit_code, done.stderr
+
+
+def test_second_interrupt_over_the_last_words_is_no_traceback(file: Path) -> None:
+    """A reader of the output that takes nothing keeps the command's end."""
+    script = (
+        "import nbd_mirror.commands.cli as cli, os, signal\n"
+        "def words():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.finish_output = words\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "status", str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
