@@ -208,6 +208,7 @@ nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
 
     if (flags >= 0)
       (void)fcntl (listen_fds[i], F_SETFL, flags | O_NONBLOCK);
+    receive_prepare (listen_fds[i]);
     server->listen_fds[server->nr_listen_fds++] = listen_fds[i];
   }
   clients_init (&server->clients, limits);

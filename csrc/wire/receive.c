@@ -15,6 +15,11 @@
  *
  * The close of a socket closes the files of its unread messages.  So such a
  * thread also closes a socket that still has bytes.
+ *
+ * Linux from 6.16 can refuse files when they are sent (SO_PASSRIGHTS): sendmsg
+ * gives EPERM, and nothing arrives.  A socket that is accepted has the option
+ * of its listener.  All of the above stays for files that were sent before the
+ * option was set, and for older kernels.
  */
 
 #define _GNU_SOURCE
@@ -28,6 +33,13 @@
 #include <unistd.h>
 
 #include "wire/receive.h"
+
+/* Linux 6.16.  Debian's headers are older than the kernels that it may run on;
+ * two architectures number the options on their own.
+ */
+#if !defined SO_PASSRIGHTS && !defined __sparc__ && !defined __hppa__
+#define SO_PASSRIGHTS 83
+#endif
 
 #define MAX_FILES 253 /* in a message: the kernel's SCM_MAX_FD */
 #define STACK_BYTES (64u << 10)
@@ -94,6 +106,12 @@ receive_prepare (int fd)
   const int on = 1;
 
   (void)setsockopt (fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof on);
+#ifdef SO_PASSRIGHTS
+  const int off = 0;
+
+  /* ENOPROTOOPT on an older kernel, EOPNOTSUPP over TCP. */
+  (void)setsockopt (fd, SOL_SOCKET, SO_PASSRIGHTS, &off, sizeof off);
+#endif
 }
 
 ssize_t

@@ -11,7 +11,9 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* Of a connected socket, before anything is received from it. */
+/* Of a connected socket, before anything is received from it; or of one that
+ * listens, which leaves a client no time to send files before its accept.
+ */
 void receive_prepare (int fd);
 /* As recv and readv with flags.  EBADMSG: open files came with the bytes, which
  * no honest peer sends: the caller must end the connection.

@@ -7,21 +7,34 @@ does not take, on the thread that receives or closes the socket, and the last cl
 file may wait for as long as that user likes (csrc/wire/receive.c). A command takes such
 files, or leaves the socket open: when the command ends, the kernel closes all without a
 wait. An urgent byte (MSG_OOB) can carry files too, and a receive that skips it closes
-them.
+them. Linux from 6.16 refuses the files as they are sent, where the socket says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 import termios
 from collections.abc import Iterator
 
-__all__ = ["close", "closing", "receive"]
+__all__ = ["close", "closing", "receive", "refuse_files"]
 
 MAX_FILES = 253  # in a message: the kernel's SCM_MAX_FD
+# Linux 6.16; two architectures number the options on their own.
+SO_PASSRIGHTS = {"sparc64": 0x5C, "parisc64": 0x4051}.get(os.uname().machine, 83)
+
+
+def refuse_files(sock: socket.socket) -> None:
+    """
+    Have the kernel refuse open files as they are sent to *sock*, if it can.
+
+    A socket that is accepted does as the one that listens, from its connect on.
+    """
+    with contextlib.suppress(OSError):  # an older kernel, or TCP
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def receive(sock: socket.socket, most: int) -> bytes:

@@ -24,7 +24,9 @@ MAX_UNIX_PATH = 107  # bytes; sun_path without its NUL
 
 def unix_socket() -> socket.socket:
     """Make one, which no started program inherits."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    strangers.refuse_files(sock)
+    return sock
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import time
 
 from ..base import strangers
 from ..base.errors import MirrorIOError, NotRunningError
+from ..base.unix import unix_socket
 from ..volume.config import VolumeConfig
 
 __all__ = ["Connection"]
@@ -176,7 +177,7 @@ def _connect(config: VolumeConfig) -> socket.socket:
         sock = socket.create_connection(address, TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = unix_socket()
     sock.settimeout(TIMEOUT_S)
     try:
         sock.connect(config.listen.path)

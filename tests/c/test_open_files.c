@@ -7,6 +7,7 @@
  */
 
 #define _GNU_SOURCE
+#include <sys/syscall.h>
 
 #include "api.h"
 #include "base/clock.h"
@@ -20,6 +21,23 @@
 #define SOON_S 15   /* nothing else takes so long, also on a busy host */
 #define LONG_MS 60000u
 #define MAX_WALLS 8
+
+#ifndef SO_PASSRIGHTS
+#define SO_PASSRIGHTS 83 /* Linux 6.16 */
+#endif
+
+/* On a kernel without the option files arrive, and must be dealt with. */
+static atomic_bool old_kernel;
+
+int
+setsockopt (int fd, int level, int name, const void *value, socklen_t size)
+{
+  if (level == SOL_SOCKET && name == SO_PASSRIGHTS && old_kernel) {
+    errno = ENOPROTOOPT;
+    return -1;
+  }
+  return (int)syscall (SYS_setsockopt, fd, level, name, value, size);
+}
 
 static uint64_t began_ns;
 
@@ -75,8 +93,9 @@ tear_down_walls (void)
     close (walls[--nr_walls]);
 }
 
-static void
-send_with_file (int fd, const void *bytes, size_t size, int flags)
+/* 0 or -errno.  The file stays the caller's. */
+static int
+try_send_file (int fd, const void *bytes, size_t size, int flags, int file)
 {
   union {
     char room[CMSG_SPACE (sizeof (int))];
@@ -87,13 +106,22 @@ send_with_file (int fd, const void *bytes, size_t size, int flags)
                         .msg_iovlen = 1,
                         .msg_control = control.room,
                         .msg_controllen = sizeof control.room };
-  int file = lingering_file ();
 
   control.header.cmsg_level = SOL_SOCKET;
   control.header.cmsg_type = SCM_RIGHTS;
   control.header.cmsg_len = CMSG_LEN (sizeof file);
   memcpy (CMSG_DATA (&control.header), &file, sizeof file);
-  assert (sendmsg (fd, &msg, flags | MSG_NOSIGNAL) == (ssize_t)size);
+  if (sendmsg (fd, &msg, flags | MSG_NOSIGNAL) < 0)
+    return -errno;
+  return 0;
+}
+
+static void
+send_with_file (int fd, const void *bytes, size_t size, int flags)
+{
+  int file = lingering_file ();
+
+  assert (try_send_file (fd, bytes, size, flags, file) == 0);
   close (file); /* it is in the message, and in no other place */
 }
 
@@ -282,10 +310,86 @@ test_files_at_other_places (void)
   tear_down_walls ();
 }
 
+/* --- a kernel that refuses files ---------------------------------------------
+ */
+
+static bool
+kernel_refuses_files (void)
+{
+  const int off = 0;
+  int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  int rc = setsockopt (fd, SOL_SOCKET, SO_PASSRIGHTS, &off, sizeof off);
+
+  close (fd);
+  return rc == 0;
+}
+
+/* As of a process that sends nothing but an ordinary file: nothing arrives, and
+ * the connection goes on.
+ */
+static void
+assert_file_refused (int fd)
+{
+  int file = open ("/dev/null", O_RDONLY | O_CLOEXEC);
+
+  assert (file >= 0);
+  assert (try_send_file (fd, "!", 1, 0, file) == -EPERM);
+  assert (try_send_file (fd, "!", 1, MSG_OOB, file) == -EPERM);
+  close (file);
+}
+
+static void
+test_files_of_a_remote_are_refused (void)
+{
+  struct errand *e = errand_make (COMMAND_READ, SECTOR);
+  uint64_t cookie;
+
+  villain_connect (&v);
+  assert (conn_issue (v.conn, &e->cmd, &e->waiter) == 0);
+  conn_push (v.conn);
+  cookie = villain_request (&v).cookie;
+  assert_file_refused (v.fd);
+  villain_reply (&v, cookie, 0);
+  assert_file_refused (v.fd);
+  assert (wire_transmit (v.fd, sector, SECTOR));
+  WAIT_FOR ((conn_tick (v.conn, LONG_MS, 0), errand_done (&v, e)));
+  assert (e->cmd.error == 0);
+  villain_end (&v);
+  free (e);
+}
+
+/* From the connect on: the socket that listens has the option. */
+static void
+test_files_of_a_client_are_refused (void)
+{
+  struct sockaddr_un address;
+  struct client c;
+
+  bring_up (1, 1000);
+  address = served.address;
+  for (unsigned i = 0; i < 20; i++) {
+    int early = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    assert (connect (early, (struct sockaddr *)&address, sizeof address) == 0);
+    assert_file_refused (early);
+    close (early);
+  }
+  c = client_open (door, false);
+  assert_file_refused (c.fd);
+  assert (client_do (&c, NBD_CMD_READ, 0, 0, SECTOR, sector) == 0);
+  client_leave (&c);
+  take_down ();
+}
+
 int
 main (void)
 {
   dice = site_seed (1);
+  if (kernel_refuses_files ()) {
+    RUN (test_files_of_a_remote_are_refused);
+    RUN (test_files_of_a_client_are_refused);
+  }
+  old_kernel = true;
   RUN (test_files_with_answers);
   RUN (test_files_with_urgent_bytes);
   RUN (test_files_left_in_a_dead_connection);

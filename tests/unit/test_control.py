@@ -24,6 +24,7 @@ from typing import Any, cast
 import pytest
 import support
 
+from nbd_mirror.base import strangers, unix
 from nbd_mirror.base.errors import (
     AccessError,
     BusyError,
@@ -63,6 +64,13 @@ def _handler(command: str, args: dict[str, Any]) -> object:
 
 LINGER_S = 30  # of a file's close
 SOON_S = 12.0
+
+
+CALL = """
+import sys
+from nbd_mirror.volume.control import call
+print(call(sys.argv[1], "status", 1.0))
+"""
 
 
 def _send_with_file(
@@ -110,10 +118,9 @@ def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> No
         listener.listen()
         thread = threading.Thread(target=serve, args=[listener])
         thread.start()
+        # As on an older kernel, which knows no such option.
         code = (
-            "import sys\n"
-            "from nbd_mirror.volume.control import call\n"
-            "print(call(sys.argv[1], 'status', 1.0))"
+            "import nbd_mirror.base.strangers as old\nold.SO_PASSRIGHTS = -1\n" + CALL
         )
         start = time.monotonic()
         done = subprocess.run(
@@ -131,6 +138,43 @@ def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> No
         assert "is no nbd-mirror server" in done.stderr
     for sock in kept:
         sock.close()
+
+
+def _kernel_refuses_files() -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        strangers.refuse_files(probe)
+        with contextlib.suppress(OSError):
+            return probe.getsockopt(socket.SOL_SOCKET, strangers.SO_PASSRIGHTS) == 0
+    return False
+
+
+def _assert_file_refused(sock: socket.socket) -> None:
+    """Fail unless the kernel takes no file for the other end of *sock*."""
+    with Path("/dev/null").open() as file:
+        what = array.array("i", [file.fileno()])
+        for flags in (0, socket.MSG_OOB):
+            with pytest.raises(PermissionError):
+                sock.sendmsg(
+                    [b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, what)], flags
+                )
+
+
+def test_kernel_refuses_files_that_are_sent_to_us(state: Path) -> None:
+    """To a command and to a server, also one that has not accepted the client yet."""
+    support.requires(_kernel_refuses_files(), "the kernel has no SO_PASSRIGHTS")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(control_path(state)))
+        _assert_file_refused(client)
+        client.sendall(b'{"command": "echo", "a": 1}\n')
+        _assert_file_refused(client)
+        assert json.loads(client.recv(1000))["ok"]
+    sock = unix.unix_socket()
+    with sock, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        sock.connect(listener.getsockname())
+        with listener.accept()[0] as server:
+            _assert_file_refused(server)
 
 
 @pytest.fixture
