@@ -27,6 +27,7 @@ __all__ = [
     "ROOT",
     "Processes",
     "become_subreaper",
+    "cpu_s",
     "end",
     "kill_marked",
     "marked_processes",
@@ -69,6 +70,7 @@ def wait_until(
     *,
     timeout_s: float = 20.0,
     interval_s: float = 0.02,
+    progress: Callable[[], object] | None = None,
 ) -> None:
     """
     Return once *condition* is true; fail the test if it is not after *timeout_s*.
@@ -78,11 +80,18 @@ def wait_until(
         what: completes the sentence "waited in vain for ...".
         timeout_s: seconds.
         interval_s: seconds.
+        progress: what changes while the work that is waited for goes on, at whatever
+            speed the machine allows. The time-out is then of a standstill, and the
+            test's own time bounds the whole. It is asked after *condition*.
     """
+    seen: object = None
     deadline = time.monotonic() + timeout_s
     while not condition():
+        if progress is not None and seen != (seen := progress()):
+            deadline = time.monotonic() + timeout_s
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s:g} s in vain for {what}")
+            how = "without progress " if progress else ""
+            pytest.fail(f"waited {timeout_s:g} s {how}in vain for {what}")
         time.sleep(interval_s)
 
 
@@ -119,6 +128,12 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def cpu_s(pid: int) -> float:
+    """Return the seconds of processor time that *pid* has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def marked_processes(marker: str = "") -> dict[int, str]:

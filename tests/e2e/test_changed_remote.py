@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import support
 from e2e.lib import faults, faulty
 from e2e.lib.clients import checksum, error_of, nbd
 from e2e.lib.harness import MIB, Site
@@ -126,7 +125,7 @@ def test_starved_command_is_bounded(new_site: Sites) -> None:
     site, handle = begin(new_site)
     site.faulty.on("received", faults.silent, times=1, at=8 * MIB)
     load = site.load(threads=2)
-    support.wait_until(lambda: load.count > 20, "the load to run")
+    load.wait_for(20)
     # Answers came all the time, so it was not one deadline that was over.
     assert bounded(handle.pwrite, os.urandom(4096), 8 * MIB) > 2 * DEADLINE_S
     load.stop()

@@ -36,7 +36,7 @@ def test_primary_killed_under_load_recovers_little(site: Site, door: str) -> Non
     site.fill(site.local, site.size)
     site.bring_up(door)
     load = site.load(threads=4, flush_every=10)
-    support.wait_until(lambda: load.count > 200, "the load to run")
+    load.wait_for(200)
     site.kill()
     load.join()
     site.dr.kill()
@@ -62,7 +62,7 @@ def test_primary_killed_secondary_alive_recovers(site: Site) -> None:
     site.bring_up()
     for _ in range(3):
         load = site.load(threads=4)
-        support.wait_until(lambda: load.count > 100, "the load to run")  # noqa: B023
+        load.wait_for(100)
         site.kill()
         load.join()
         site.serve()
@@ -78,7 +78,7 @@ def test_primary_killed_while_out_of_sync_keeps_the_map(site: Site) -> None:
     site.dr.kill()
     load = site.load(threads=4)
     site.wait_state("out_of_sync")
-    support.wait_until(lambda: load.count > 100, "writes while it is lost")
+    load.wait_for(100, "writes while it is lost")
     before = dirty_set(site.map_path())
     site.kill()
     load.join()

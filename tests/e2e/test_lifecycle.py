@@ -284,7 +284,7 @@ def test_stop_under_load_ends_the_clients(site: Site, door: str) -> None:
     """
     site.bring_up(door)
     load = site.load(threads=4)
-    support.wait_until(lambda: load.count > 100, "the load to run")
+    load.wait_for(100)
     site.stop()
     load.join()
     assert len(load.errors) == 4

@@ -15,7 +15,6 @@ import shutil
 from typing import Any
 
 import pytest
-import support
 from e2e.lib.clients import dirty_set
 from e2e.lib.disks import (
     FuseDisk,
@@ -100,7 +99,7 @@ def test_killed_at_a_step_keeps_every_answered_write(
     site.serve(fault=f"{point}=kill")
     site.wait_in_sync()
     load = site.load(flush_every=5)
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     disk.fail("write")
     if "resync" in point:
         wait_local(site, "failed")

@@ -31,8 +31,7 @@ def hanging(new_site: Callable[..., Site]) -> Site:
 
 def wait_for_more(load: Load, writes: int) -> None:
     """Wait until the load has been answered so many writes more."""
-    before = load.count
-    support.wait_until(lambda: load.count > before + writes, "the load to go on")
+    load.wait_for(load.count + writes, "the load to go on")
 
 
 def wait_released(site: Site) -> None:

@@ -158,7 +158,7 @@ def test_disk_pulled_out_and_replaced_under_load(site: Site) -> None:
     before = load.count
     back = resync_back(site, "invalidate")
     assert back["copied_bytes"] == site.size
-    support.wait_until(lambda: load.count > before + 20, "writes to both")
+    load.wait_for(before + 20, "writes to both")
     assert_whole(site, load)
     assert fresh == site.local
 

@@ -124,8 +124,7 @@ def test_two_remotes_one_lost_the_other_serves(new_site: Sites) -> None:
     first, second = site.secondaries
     first.kill()
     site.wait_state("out_of_sync", name=first.name)
-    before = load.count
-    support.wait_until(lambda: load.count > before + 50, "writes to the other")
+    load.wait_for(load.count + 50, "writes to the other")
     assert load.errors == []
     disk.mend()
     resync_back(site)

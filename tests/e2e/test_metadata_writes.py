@@ -83,7 +83,7 @@ def test_steady_load_writes_no_metadata(site: Site, door: str, run_dir: Path) ->
     before = site.status()["persists"]
     trace = Trace(site, run_dir / "strace.out")
     load = site.load(flush_every=50)
-    support.wait_until(lambda: load.count > 0, "the load to run")
+    load.wait_for(0)
     count = load.count
     # That nothing happens for so long is what is tested.
     time.sleep(STEADY_S)

@@ -33,21 +33,19 @@ def test_secondary_killed_under_load_catches_up(new_site: Sites, kind: str) -> N
     site.bring_up()
     site.assert_equal()
     load = site.load(flush_every=20)
-    support.wait_until(lambda: load.count > 100, "the load to run")
+    load.wait_for(100)
 
     site.dr.kill()
     lost = site.wait_state("out_of_sync")
     assert not lost["connected"]
-    before = load.count
-    support.wait_until(lambda: load.count > before + 50, "writes while it is lost")
+    load.wait_for(load.count + 50, "writes while it is lost")
     differing = site.assert_covered()
     assert differing
     assert site.remote()["dirty_bytes"] >= len(differing) * site.region_size
 
     site.dr.start()
     site.wait_in_sync()
-    before = load.count
-    support.wait_until(lambda: load.count > before + 20, "writes after the catch-up")
+    load.wait_for(load.count + 20, "writes after the catch-up")
     load.stop()
     assert load.errors == []
     site.stop()
@@ -59,7 +57,7 @@ def test_secondary_killed_through_python_door_catches_up(site: Site) -> None:
     """The python door lives through the same outage as the native one."""
     site.bring_up("python")
     load = site.load(flush_every=20)
-    support.wait_until(lambda: load.count > 100, "the load to run")
+    load.wait_for(100)
     site.dr.kill()
     site.wait_state("out_of_sync")
     site.assert_covered()
@@ -78,13 +76,12 @@ def test_secondary_back_within_hold_stays_in_sync(new_site: Sites, kind: str) ->
     site = new_site(remotes=[kind], hold="15s")
     site.bring_up()
     load = site.load()
-    support.wait_until(lambda: load.count > 100, "the load to run")
+    load.wait_for(100)
     site.dr.kill()
     site.wait_state("holding")
     site.dr.start()
     site.wait_in_sync()
-    before = load.count
-    support.wait_until(lambda: load.count > before + 20, "writes to go on")
+    load.wait_for(load.count + 20, "writes to go on")
     load.stop()
     assert load.errors == []
     assert "-> out_of_sync" not in site.log
@@ -145,14 +142,13 @@ def test_secondary_hung_is_bounded_and_catches_up(new_site: Sites, kind: str) ->
     site.write_config()
     site.bring_up()
     load = site.load()
-    support.wait_until(lambda: load.count > 100, "the load to run")
+    load.wait_for(100)
     site.dr.freeze()
     begin = time.monotonic()
     lost = site.wait_state("out_of_sync", timeout_s=10)
     assert time.monotonic() - begin < 5
     assert "1" in lost["reason"]
-    before = load.count
-    support.wait_until(lambda: load.count > before + 20, "writes while it hangs")
+    load.wait_for(load.count + 20, "writes while it hangs")
     site.dr.thaw()
     site.wait_remote(lambda one: one["state"] == "in_sync", "dr to be in_sync")
     assert "resyncing" in site.log
@@ -206,7 +202,7 @@ def test_late_write_window_resyncing_says_why(new_site: Sites) -> None:
     site.write_config()
     site.bring_up()
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     site.dr.freeze()
     site.wait_state("out_of_sync")
     load.stop()
@@ -253,11 +249,10 @@ def test_two_remotes_one_lost_other_stays_in_sync(new_site: Sites) -> None:
     site = new_site(remotes=["nbdkit", "qemu-nbd"])
     site.bring_up()
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     site.dr.kill()
     site.wait_state("out_of_sync")
-    before = load.count
-    support.wait_until(lambda: load.count > before + 20, "writes while one is lost")
+    load.wait_for(load.count + 20, "writes while one is lost")
     assert site.remote("dr1")["state"] == "in_sync"
     site.assert_covered()
     site.dr.start()

@@ -12,7 +12,6 @@ import errno
 from collections.abc import Callable
 
 import pytest
-import support
 from e2e.lib.clients import Load, error_of
 from e2e.lib.harness import MIB, Site
 
@@ -35,17 +34,16 @@ def in_force(policy: str, reads: str = "serve", *, fenced: bool = False) -> obje
 def run_a_while(load: Load) -> None:
     """Wait for some more writes, or for the load's end by EIO."""
     goal = load.count + 30
-    support.wait_until(lambda: load.count > goal or load.ended, "the load to run")
+    load.wait_for(goal or load.ended)
 
 
 def test_switched_to_stop_under_load_writes_end(site: Site, door: str) -> None:
     """Degrade to stop: while in sync nothing, once the remote is lost EIO."""
     site.bring_up(door)
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     assert switch(site, "stop") == in_force("stop")
-    before = load.count
-    support.wait_until(lambda: load.count > before + 50, "writes under stop")
+    load.wait_for(load.count + 50, "writes under stop")
     site.dr.kill()
     load.join()
     assert errno.EIO in {error.errnum for error in load.errors}
@@ -69,7 +67,7 @@ def test_switched_to_stop_while_behind_fences_at_once(site: Site, door: str) -> 
     site.dr.kill()
     site.wait_state("out_of_sync")
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "writes while the remote is away")
+    load.wait_for(50, "writes while the remote is away")
     assert load.errors == []
     handle = site.client()
     assert switch(site, "stop") == in_force("stop", fenced=True)
@@ -96,7 +94,7 @@ def test_switched_to_degrade_lifts_the_fence(new_site: Sites, door: str) -> None
     assert switch(site, "degrade") == in_force("degrade")
     handle.pwrite(b"c" * 4096, MIB)
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "writes while the remote is away")
+    load.wait_for(50, "writes while the remote is away")
     status = site.status()
     assert (status["policy"], status["state"]) == ("degrade", "out_of_sync")
     assert "policy stop" not in status["reason"]
@@ -146,7 +144,7 @@ def test_switched_policy_ends_with_the_server(new_site: Sites, configured: str) 
     other = "stop" if configured == "degrade" else "degrade"
     site.bring_up()
     load = site.load()
-    support.wait_until(lambda: load.count > 30, "the load to run")
+    load.wait_for(30)
     switch(site, other)
     site.dr.kill()
     site.wait_state("out_of_sync")

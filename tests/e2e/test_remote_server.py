@@ -34,7 +34,7 @@ def test_remote_write_error_is_said_and_heals(
     site.serve()
     site.wait_in_sync()
     load = site.load()
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     switch.touch()
     lost = site.wait_remote(
         lambda one: one["state"] == "out_of_sync" and words in one["last_error"],
@@ -42,8 +42,7 @@ def test_remote_write_error_is_said_and_heals(
     )
     assert "answered" in lost["reason"]
     assert words in lost["reason"]
-    before = load.count
-    support.wait_until(lambda: load.count > before + 20, "writes while it refuses")
+    load.wait_for(load.count + 20, "writes while it refuses")
     site.assert_covered()
     # Its resync is refused as well: it must be retried less and less often.
     support.wait_until(

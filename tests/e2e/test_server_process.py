@@ -50,12 +50,6 @@ def mapped(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * 4096
 
 
-def cpu_s(pid: int) -> float:
-    """Return the seconds of processor time it has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_without_descriptors_commands_are_answered(site: Site, door: str) -> None:
     """With no descriptor left it answers, does not spin, and stops cleanly."""
     site.bring_up(door)
@@ -65,11 +59,11 @@ def test_without_descriptors_commands_are_answered(site: Site, door: str) -> Non
         for _ in range(3):
             assert site.status()["state"] == "in_sync"
         # The time is what is tested: a server that spins uses all of a second.
-        before, begin = cpu_s(site.pid), time.monotonic()
+        before, begin = support.cpu_s(site.pid), time.monotonic()
         while time.monotonic() - begin < 1:
             site.status()
             time.sleep(0.1)  # as `watch` does: the questions use little of the second
-        assert cpu_s(site.pid) - before < 0.5
+        assert support.cpu_s(site.pid) - before < 0.5
         site.stop()
     site.assert_equal()
 

@@ -228,7 +228,7 @@ def test_crashes_at_random_under_load_end_equal(new_site: Sites) -> None:
     for _ in range(8):
         before = load.count
         goal = chance.randrange(20, 150)
-        support.wait_until(lambda: load.count > before + goal, "the load")  # noqa: B023
+        load.wait_for(before + goal, "the load")
         site.faulty.kill(chance if chance.random() < 0.5 else None)
         if chance.random() < 0.3:
             site.wait_state("out_of_sync")

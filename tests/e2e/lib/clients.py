@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import support
 
 from nbd_mirror.volume.mapview import open_map
 
@@ -136,6 +137,12 @@ class Load:
             handle.shutdown()
         except nbd.Error as error:
             self.errors.append(error)
+
+    def wait_for(self, count: int, what: str = "the load to run") -> None:
+        """Wait until more than *count* writes are answered, however slow each is."""
+        support.wait_until(
+            lambda: self.count > count, what, progress=lambda: self.count
+        )
 
     def stop(self) -> None:
         """End the threads; the errors they met are in *errors*."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import support
 from e2e.lib.clients import Load
-from e2e.lib.harness import Site
+from e2e.lib.harness import Site, copying
 
 __all__ = [
     "FrozenDisk",
@@ -209,8 +209,17 @@ def local_of(site: Site) -> dict[str, Any]:
     return found
 
 
-def wait_local(site: Site, state: str, timeout_s: float = 20) -> dict[str, Any]:
-    """Wait for a state of the local disk; whatever the state, it has its reason."""
+def wait_local(
+    site: Site, state: str, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """
+    Wait for a state of the local disk; whatever the state, it has its reason.
+
+    Args:
+        site: whose disk it is.
+        state: that it is to have.
+        timeout_s: as of `Site.wait_remote`.
+    """
     last: dict[str, Any] = {}
 
     def holds() -> object:
@@ -220,7 +229,7 @@ def wait_local(site: Site, state: str, timeout_s: float = 20) -> dict[str, Any]:
         return last["state"] == state
 
     try:
-        support.wait_until(holds, f"local to be {state}", timeout_s=timeout_s)
+        support.wait_until(holds, f"local to be {state}", **copying(last, timeout_s))
     except pytest.fail.Exception as error:
         raise AssertionError(f"{error}; last seen: {last}") from None
     assert state == "ok" or last["reason"], last
@@ -255,10 +264,9 @@ def assert_whole(site: Site, load: Load) -> None:
 def take_over(site: Site, fail: Callable[[], object], **options: int) -> Load:
     """Have the local disk fail under load; return the load once clients went on."""
     load = site.load(flush_every=5, **options)
-    support.wait_until(lambda: load.count > 50, "the load to run")
+    load.wait_for(50)
     fail()
     wait_local(site, "failed")
-    before = load.count
-    support.wait_until(lambda: load.count > before + 50, "writes without local")
+    load.wait_for(load.count + 50, "writes without local")
     assert load.errors == []
     return load

@@ -89,6 +89,19 @@ def shared_site(door: str, *, size: int, filled: int) -> Iterator[Site]:
         shutil.rmtree(folder)
 
 
+def copying(disk: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
+    """
+    Say how long `wait_until` may wait for a disk that may be copied to.
+
+    Args:
+        disk: its status, as it was seen last.
+        timeout_s: as of `Site.wait_remote`.
+    """
+    if timeout_s is not None:
+        return {"timeout_s": timeout_s}
+    return {"progress": lambda: disk.get("copied_bytes")}
+
+
 class Site:
     """
     A volume and all that belongs to it, in *folder*.
@@ -259,7 +272,11 @@ class Site:
             env={"PYTHONPATH": str(support.ROOT), "NBDM_FAULT": fault},
         )
         if ready:
-            support.wait_until(self._is_ready, f"the server to answer ({door} door)")
+            support.wait_until(
+                self._is_ready,
+                f"the server to answer ({door} door)",
+                progress=lambda: support.cpu_s(self.pid),
+            )
 
     def _is_ready(self) -> bool:
         assert self._server is not None
@@ -349,9 +366,18 @@ class Site:
         what: str,
         *,
         name: str = "dr",
-        timeout_s: float = 20,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Wait until the remote's status fulfils *condition*, and return it."""
+        """
+        Wait until the remote's status fulfils *condition*, and return it.
+
+        Args:
+            condition: is given the status.
+            what: completes the sentence "waited in vain for ...".
+            name: of the remote.
+            timeout_s: bounds the time, whatever happens; None: 20 s in which
+                nothing is copied, as it takes as long as the machine needs.
+        """
         last: dict[str, Any] = {}
 
         def holds() -> object:
@@ -361,13 +387,13 @@ class Site:
             return condition(last)
 
         try:
-            support.wait_until(holds, what, timeout_s=timeout_s)
+            support.wait_until(holds, what, **copying(last, timeout_s))
         except pytest.fail.Exception as error:
             raise AssertionError(f"{error}; last seen: {last}") from None
         return last
 
     def wait_state(
-        self, state: str, *, name: str = "dr", timeout_s: float = 20
+        self, state: str, *, name: str = "dr", timeout_s: float | None = None
     ) -> dict[str, Any]:
         """Wait for a remote's state; whatever the state, it has its reason."""
         found = self.wait_remote(
@@ -379,7 +405,7 @@ class Site:
         assert state == "in_sync" or found["reason"], found
         return found
 
-    def wait_in_sync(self, timeout_s: float = 20) -> None:
+    def wait_in_sync(self, timeout_s: float | None = None) -> None:
         """Wait until every remote is connected and in sync, with nothing dirty."""
         for one in self.secondaries:
             found = self.wait_remote(
