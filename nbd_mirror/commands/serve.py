@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,6 +47,7 @@ PYTHON_PLUGIN = PACKAGE / "server" / "plugin.py"
 PYTHON = (sys.executable, "-P", "-m")
 
 START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 10.0  # for a server whose start was interrupted
 _CHOICES = {"": [], "forced": ["--force"], "lost": ["--without-local"]}
 _LISTEN_FD = 3  # the first descriptor of socket activation
 # The modules that the engine and the doors import, and nbdkit's Python cannot find.
@@ -206,6 +208,27 @@ def _start(
         raise cannot_start(command[0], error) from None
 
 
+@contextlib.contextmanager
+def _ended_by_interrupt(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """
+    End the server if the operator interrupts its start.
+
+    It has a session of its own, so Ctrl-C does not reach it; and it may be about to
+    overwrite the remotes, which the operator has just seen to be a mistake.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.terminate()
+        sys.stderr.write(
+            f"nbd-mirror: interrupted: server {process.pid} was told to end, which is "
+            "a clean stop if it serves already\n"
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_TIMEOUT_S)
+        raise
+
+
 def start(
     config: VolumeConfig, door: str, choice: str = "", asked: Asked | None = None
 ) -> int:
@@ -232,16 +255,17 @@ def start(
         command += [os.fspath(config.source), *options]
         process = _start(command, fd, _environment(asked))
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            code = process.poll()
-            if code is not None:
-                words = last_words(log, said_since(fd, begin))
-                raise ServerEndedError(words, code if code > 0 else 1)
-            with contextlib.suppress(MirrorError):
-                if serving_pid(config) == process.pid:
-                    pass_on_warnings(said_since(fd, begin))
-                    return process.pid
-            time.sleep(0.05)
+        with _ended_by_interrupt(process):
+            while time.monotonic() < deadline:
+                code = process.poll()
+                if code is not None:
+                    words = last_words(log, said_since(fd, begin))
+                    raise ServerEndedError(words, code if code > 0 else 1)
+                with contextlib.suppress(MirrorError):
+                    if serving_pid(config) == process.pid:
+                        pass_on_warnings(said_since(fd, begin))
+                        return process.pid
+                time.sleep(0.05)
     raise WaitTimeoutError(
         f"server {process.pid} does not answer after {START_TIMEOUT_S:g}s; "
         f"it goes on starting, and says why in {log}",
