@@ -57,7 +57,7 @@ put_away_locked (struct nbdm *v, uint64_t silent)
 {
   v->local.attached = false;
   say_silent (v->local.disk.reason, sizeof v->local.disk.reason, silent);
-  v->local.disk.serial++;
+  disk_bump_locked (&v->local.disk);
   volume_persist_locked (v);
   local_io_give_up (v);
 }

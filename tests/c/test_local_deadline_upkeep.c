@@ -51,23 +51,34 @@ do_compare (struct job *job)
   return nbdm_remote_compare (site.volume, 0, job->offset / REGION);
 }
 
-/* The disk hangs while it is compared: the range is let go, and the disk is not
- * admitted.
+/* Wait for another serial of the local disk than `offset`, for long. */
+static int
+do_wait_for_local (struct job *job)
+{
+  return (int)nbdm_disk_wait (site.volume, NBDM_LOCAL, job->offset,
+                              1000 * SITE_DEADLINE_S * 2);
+}
+
+/* The disk hangs while it is compared: the range is let go, the disk is not
+ * admitted, and who waits for a change of it sees that.
  */
 static void
 attached_disk_hangs (void)
 {
-  struct job compare = { .offset = 100 * REGION };
+  struct job keeper = { 0 }, compare = { .offset = 100 * REGION };
   struct job write = { .offset = 100 * REGION, .value = 3 };
 
   bring_up_with_deadline (DEADLINE_MS);
   assert (write_at (3 * REGION, 5) == 0); /* local fails */
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_local_attach (site.volume, site.local, 0) == 0);
+  keeper.offset = local_status ().serial;
+  start (&keeper, do_wait_for_local);
   start (&compare, do_compare);
   wait_at_gate ();
   start (&write, do_write);
   assert (end (&compare) == -ENODATA && end (&write) == 0);
+  assert (end (&keeper) == (int)local_status ().serial);
   assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == -ENODEV);
   assert (strstr (local_status ().reason, "has not answered for"));
   copy_back_after_the_call ();
