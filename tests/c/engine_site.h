@@ -29,6 +29,7 @@
 
 #include "api.h"
 #include "volume/volume.h"
+#include "listening.h"
 #include "local_deadline.h"
 
 #ifndef NBDM_VOLUME_H /* which has it already */
@@ -101,7 +102,7 @@ start_server (void)
             path ("remote"), (char *)NULL);
     _exit (127);
   }
-  while (access (path ("sock"), F_OK) < 0) {
+  while (!unix_listens (path ("sock"))) {
     assert (time (NULL) < until);
     pause_ms (5);
   }

@@ -26,6 +26,7 @@
 #include "logs/bitmap.h"
 #include "logs/layout.h"
 #include "volume/volume.h"
+#include "listening.h"
 #include "test.h"
 
 #define REGION 65536u
@@ -152,7 +153,7 @@ place_serve (struct place *place)
             place_path (place, "remote"), (char *)NULL);
     _exit (127);
   }
-  while (access (sock, F_OK) < 0) {
+  while (!unix_listens (sock)) {
     assert (time (NULL) < until);
     poll (NULL, 0, 5);
   }

@@ -60,7 +60,7 @@ class Nursery:
             [sys.executable, "-m", "e2e.lib.engine_child", self.address],
             env={"PYTHONPATH": f"{support.ROOT}:{support.ROOT / 'tests'}"},
         )
-        support.wait_until(Path(self.address).exists, "the nursery")
+        support.wait_listening(Path(self.address), "the nursery")
 
     def child(self, fault: str = "") -> EngineChild:
         """Fork a child with NBDM_FAULT set to *fault*."""
