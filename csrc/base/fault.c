@@ -111,6 +111,7 @@ static const struct point points[] = {
   { "resync_after_clean", false },
   /* local fails, and is copied back */
   { "takeover_marked", false },
+  { "takeover_taking_back", false },
   { "takeover_done", false },
   { "local_resync_after_read", false },
   { "local_resync_before_clean", false },
@@ -122,6 +123,7 @@ static const struct point points[] = {
   { "identity_checked", false },
   { "maps_renewed", false },
   { "maps_unsealed", false },
+  { "takeover_undone", false },
   { "forget_persisted", false },
   { "log_set_aside", false },
   { "log_renewed", false },

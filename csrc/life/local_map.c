@@ -10,11 +10,13 @@
 
 #include "api.h"
 #include "base/error.h"
+#include "base/fault.h"
 #include "life/local_map.h"
 #include "life/recover.h"
 #include "logs/bitmap.h"
 #include "logs/dirty_map.h"
 #include "logs/layout.h"
+#include "volume/local_state.h"
 #include "volume/state.h"
 #include "volume/volume.h"
 
@@ -104,11 +106,52 @@ find_lost_sources (struct nbdm *v)
     }
 }
 
+static bool
+any_remote_durable (const struct nbdm *v, uint64_t region)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct bitmap *map = v->remotes[i].disk.dm.map;
+
+    if (v->remotes[i].state == NBDM_FAILED)
+      continue; /* behind it may be another disk */
+    if (!bitmap_test (&map[MAP_DIRTY], region)
+        && !bitmap_test (&map[MAP_UNFLUSHED0], region)
+        && !bitmap_test (&map[MAP_UNFLUSHED1], region))
+      return true;
+  }
+  return false;
+}
+
+/* The process was killed in a takeover, and local is not to be doubted.  The
+ * remotes' unflushed regions become dirty as at any start after a kill, once
+ * local has them: so after a kill in between the next start finds the same.
+ */
+static void
+take_back (struct nbdm *v)
+{
+  struct dirty_map *dm = &v->local.disk.dm;
+  uint64_t nr = v->nr_regions, region = 0;
+
+  for (; (region = bitmap_next_set (&dm->map[MAP_DIRTY], region, nr)) < nr;
+       region++)
+    if (!any_remote_durable (v, region))
+      bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
+  dm->changed = true;
+  fault_point ("takeover_undone");
+  if (dm->map[MAP_DIRTY].nr_set > 0)
+    return;
+  v->local.disk.reason[0] = '\0';
+  local_set_locked (v, NBDM_LOCAL_OK);
+}
+
 void
 local_map_recover (struct nbdm *v)
 {
   if (v->local.disk.map_lost)
     miss_where_remote_has (v, 0, v->nr_regions);
-  else
+  if (v->local.state == NBDM_LOCAL_RESYNCING
+      && le32toh (v->sb.flags) & SUPERBLOCK_UNDECIDED)
+    take_back (v);
+  else if (!v->local.disk.map_lost)
     find_lost_sources (v);
 }

@@ -16,8 +16,9 @@
  *
  * If the superblock says that local was failed or resyncing, the same holds
  * with the legs exchanged: dirty.local says what local misses, and a remote is
- * the source (local_state.c).  Then a lost map may hide which disk has the
- * newest data of a region:
+ * the source (local_state.c).  Where a takeover was not over and local may be
+ * believed, local is first made the source of what no remote has durably.  And
+ * a lost map may hide which disk has the newest data of a region:
  *
  *   lost                       a region's source
  *   dirty.local alone          a remote that is clean there; if none is, local

@@ -500,8 +500,30 @@ dirty_map_pay (struct dirty_map *dm, uint64_t region)
 void
 dirty_map_forgive (struct dirty_map *dm)
 {
+  uint64_t nr = dm->owed.nr_bits, region = 0;
+
+  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
+    bitmap_clear (&dm->map[MAP_UNFLUSHED0], region, 1);
+    bitmap_clear (&dm->map[MAP_UNFLUSHED1], region, 1);
+  }
   bitmap_clear_all (&dm->owed);
   bitmap_clear_all (&dm->owed_late);
+}
+
+void
+dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed)
+{
+  struct bitmap *map = &dm->map[unflushed];
+  uint64_t nr = map->nr_bits, first = 0, kept;
+
+  for (; (first = bitmap_next_set (map, first, nr)) < nr; first = kept) {
+    if (bitmap_test (&dm->owed, first))
+      kept = first + 1;
+    else {
+      kept = bitmap_next_set (&dm->owed, first, nr);
+      bitmap_clear (map, first, kept - first);
+    }
+  }
 }
 
 uint64_t

@@ -91,11 +91,17 @@ uint64_t dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count);
 /* Set `lost` on those of these regions that are dirty. */
 void dirty_map_mark_lost (struct dirty_map *dm, uint64_t first, uint64_t count);
 /* dirty_map_owe defers a mark of a region, dirty_map_pay makes the deferred
- * mark, dirty_map_forgive drops all deferred marks.
+ * mark, dirty_map_forgive drops all deferred marks, and takes their regions out
+ * of the unflushed maps.
  */
 void dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late);
 void dirty_map_pay (struct dirty_map *dm, uint64_t region);
 void dirty_map_forgive (struct dirty_map *dm);
+/* Empty an unflushed map: a flush has covered it, or its regions were marked.
+ * Regions with a deferred mark stay in it: the remote lost them before any
+ * flush that succeeds later, and after a kill nothing else says so.
+ */
+void dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed);
 /* The connection is lost: unflushed regions become dirty and lost, and the
  * copied map is cleared.
  */

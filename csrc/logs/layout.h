@@ -35,6 +35,10 @@
 
 #define SUPERBLOCK_CLEAN 1  /* stopped cleanly: the logs are empty */
 #define SUPERBLOCK_FENCED 2 /* policy "stop": no writes until in_sync */
+/* A takeover is not over, and local was ok before it: where no remote has a
+ * region durably, local has it.
+ */
+#define SUPERBLOCK_UNDECIDED 4
 
 /* Bits of `incompatible`: a program that does not know one refuses the volume.
  * Bits of `compatible`: a program clears those it does not know with its first

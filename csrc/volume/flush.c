@@ -27,6 +27,7 @@
 #include "base/fault.h"
 #include "base/lock.h"
 #include "logs/bitmap.h"
+#include "logs/dirty_map.h"
 #include "logs/layout.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
@@ -100,7 +101,7 @@ apply_answer_locked (struct remote *r)
     remote_broken_locked (r, conn, why);
   }
   else if (r->conn == conn && !r->disk.volume->failed) {
-    bitmap_clear_all (&r->disk.dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)]);
+    dirty_map_empty (&r->disk.dm, MAP_UNFLUSHED0 + (r->filling ^ 1));
     r->disk.flush.done = r->flush_sent.covers;
     backlog_flushed_locked (r, r->flush_sent.command.answered_ns);
     flusher_wake_locked (r);

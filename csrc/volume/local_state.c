@@ -25,10 +25,23 @@
  * that point, a remote serves what local may have lost.  If it is killed
  * before, nothing was answered on the strength of the takeover.  No request is
  * answered during the takeover (`taking_over`).
+ *
+ * Until that flush is answered, the remote may lose its cache, and with it what
+ * local is said to miss.  That may happen before a kill or after it, and the
+ * next start cannot see it.  So the superblock also says whether local may be
+ * believed (UNDECIDED).  The remote's unflushed map tells what it has durably.
+ *
+ *   the takeover is for                     what no remote has durably belongs
+ *   a write that failed, or hangs           to local
+ *   a failed flush, bytes that were cut,
+ *     a region that local cannot read       to a remote
+ *   any of these, and a remote was lost     to local: the running process would
+ *                                           take it back as well
  */
 
 #include <endian.h>
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -72,6 +85,20 @@ local_persistent_state (const struct nbdm *v)
   return v->local.taking_over && v->local.state == NBDM_LOCAL_OK
              ? NBDM_LOCAL_RESYNCING
              : v->local.state;
+}
+
+/* Where local was not ok before, it has nothing that no remote has durably:
+ * writes have asked for FUA.
+ */
+bool
+local_undecided (const struct nbdm *v)
+{
+  if (!v->local.taking_over || v->local.state != NBDM_LOCAL_OK)
+    return false;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].disk.dm.owed.nr_set > 0)
+      return true;
+  return !v->local.mending && !v->local.doubted && !v->local.file.shrunk;
 }
 
 void
@@ -208,9 +235,14 @@ take_back_locked (struct nbdm *v)
   uint64_t nr = v->nr_regions, region = 0;
 
   for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
+    /* In this order: after a kill between the two the next start makes the
+     * marks again, and would find no disk that has the region otherwise.
+     */
+    bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
+    atomic_signal_fence (memory_order_seq_cst);
+    fault_point ("takeover_taking_back");
     for (uint32_t i = 0; i < v->nr_remotes; i++)
       dirty_map_pay (&v->remotes[i].disk.dm, region);
-    bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
   }
   dm->changed = true;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
@@ -257,6 +289,11 @@ flush_remotes_relock (struct nbdm *v, bool *durable)
 void
 local_await_takeover_relock (struct nbdm *v)
 {
+  bool said = le32toh (v->sb.flags) & SUPERBLOCK_UNDECIDED;
+
+  /* This thread has found that local lost what it answered. */
+  if (v->local.taking_over && said != local_undecided (v))
+    volume_persist_locked (v);
   while (v->local.taking_over)
     pthread_cond_wait (&v->changed, &v->lock);
 }
@@ -265,7 +302,7 @@ local_await_takeover_relock (struct nbdm *v)
 static void
 end_taking_over_locked (struct nbdm *v)
 {
-  v->local.taking_over = false;
+  v->local.taking_over = v->local.mending = false;
   remotes_pay_locked (v);
   FOR_EACH_DISK (d, v)
     dirty_map_forgive (&d->dm);
@@ -411,11 +448,12 @@ miss_for_good_relock (struct nbdm *v, uint64_t first, uint64_t end)
 {
   bool durable[NBDM_MAX_REMOTES], was_ok = v->local.state == NBDM_LOCAL_OK;
 
-  v->local.taking_over = true;
+  v->local.taking_over = v->local.mending = true;
   for (; first < end; first++)
     if (may_miss_locked (v, first))
       miss_locked (v, first, 1);
   volume_persist_locked (v);
+  fault_point ("takeover_marked");
   flush_remotes_relock (v, durable);
   if (all_kept_locked (v, durable) && !v->failed) {
     if (was_ok) {

@@ -68,6 +68,8 @@ bool range_has_source_locked (const struct nbdm *v, uint64_t offset,
  * local.state: see local_state.c.
  */
 uint32_t local_persistent_state (const struct nbdm *v);
+/* Is there a takeover after which local may have what it misses now? */
+bool local_undecided (const struct nbdm *v);
 /* Set a new state in memory; increments the serial. */
 void local_set_locked (struct nbdm *v, enum nbdm_local_state state);
 /* resyncing -> ok when nothing is missing; durable. */

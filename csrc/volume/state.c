@@ -78,7 +78,9 @@ other_has_locked (const struct remote *r, uint64_t region)
  * was copied from it is copied again.
  *
  * During a takeover local may turn out to be the source after all, so the mark
- * is deferred.  Until then the region is read from neither disk (read.c).
+ * is deferred.  Until then the region is read from neither disk (read.c). After
+ * a kill the next start makes the mark, from the open slot or from the region's
+ * bit in an unflushed map.
  */
 static void
 keep_source_locked (struct remote *r, uint64_t region, bool late)
@@ -143,22 +145,28 @@ void
 unflushed_lost_locked (struct remote *r)
 {
   uint64_t nr = r->disk.volume->nr_regions, region = 0;
+  struct dirty_map *dm = &r->disk.dm;
 
-  if (r->disk.volume->local.disk.dm.map[MAP_DIRTY].nr_set > 0)
-    /* In two steps: after a kill between them the bits are in both maps. */
-    for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
-      struct bitmap *map = &r->disk.dm.map[i];
+  if (r->disk.volume->local.disk.dm.map[MAP_DIRTY].nr_set == 0) {
+    dirty_map_lost (dm);
+    return;
+  }
+  /* In two steps: after a kill between them the bits are in both maps. */
+  for (int i = MAP_UNFLUSHED0; i <= MAP_UNFLUSHED1; i++, region = 0) {
+    const struct bitmap *map = &dm->map[i];
 
-      while ((region = bitmap_next_set (map, region, nr)) < nr) {
-        uint64_t next = bitmap_next_clear (map, region, nr);
-        mark_regions_locked (r, region, next - region, false);
-        dirty_map_mark_lost (&r->disk.dm, region, next - region);
-        region = next;
-      }
-      atomic_signal_fence (memory_order_seq_cst);
-      bitmap_clear_all (map);
+    while ((region = bitmap_next_set (map, region, nr)) < nr) {
+      uint64_t next = bitmap_next_clear (map, region, nr);
+      mark_regions_locked (r, region, next - region, false);
+      dirty_map_mark_lost (dm, region, next - region);
+      region = next;
     }
-  dirty_map_lost (&r->disk.dm);
+    atomic_signal_fence (memory_order_seq_cst);
+    fault_point ("lost_merged");
+    dirty_map_empty (dm, i);
+  }
+  bitmap_clear_all (&dm->copied);
+  dm->changed = true;
 }
 
 void
@@ -251,7 +259,8 @@ volume_persist_locked (struct nbdm *v)
     snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
               v->local.disk.reason);
     v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
-                           | (v->fenced ? SUPERBLOCK_FENCED : 0));
+                           | (v->fenced ? SUPERBLOCK_FENCED : 0)
+                           | (local_undecided (v) ? SUPERBLOCK_UNDECIDED : 0));
     rc = superblock_store (v->sb_fd, &v->sb);
     v->superblock_persists++;
   }
@@ -396,6 +405,9 @@ detach_locked (struct remote *r)
     strand_requests_locked (r);
     fault_point ("lost_stranded");
     unflushed_lost_locked (r);
+    /* Only local may have these regions now, whatever the takeover is for. */
+    if (r->disk.dm.owed.nr_set > 0)
+      volume_persist_locked (r->disk.volume);
   }
   backlog_forget_locked (r);
   r->admitted = false;

@@ -168,6 +168,7 @@ struct local {
   bool repairing;         /* was ok: it misses only regions it could not read */
   /* A takeover is under way: no request is answered.  Set under the lock. */
   atomic_bool taking_over;
+  bool mending;         /* it is for regions that local cannot read */
   atomic_uint failures; /* times it became failed since start */
   int flush_error;      /* sticky: a failed fsync is never believed again */
   atomic_bool doubted;  /* a flush failed, so it may have lost writes */

@@ -12,12 +12,15 @@
 
 #include <dirent.h>
 #include <endian.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <time.h>
 
 #define MEND_ROUNDS 200u
+#define OUTSTANDING_S 60
 
 static const char *const names[BENCH_REMOTES] = { "a", "b" };
 
@@ -59,12 +62,39 @@ share (size_t size)
   return p;
 }
 
-/* Answers each byte on the control socket once it has done what it says. */
+static void
+obey (const struct bench *bench, struct peer *peer, uint32_t i,
+      enum servers_word word)
+{
+  switch (word) {
+  case SERVERS_START:
+    break;
+  case SERVERS_PUT:
+    peer_cut (peer, false);
+    peer_hold (peer, PEER_GO);
+    peer_put (peer, bench->image[i]);
+    break;
+  case SERVERS_TAKE:
+    peer_cut (peer, false);
+    peer_hold (peer, PEER_GO);
+    memcpy (bench->image[i], peer_image (peer), BENCH_SIZE);
+    break;
+  case SERVERS_HOLD:
+    peer_hold (peer, PEER_HOLD_FLUSHES);
+    break;
+  case SERVERS_LOSE_CACHE:
+    peer_lose_power (peer, PEER_LOSE_ALL);
+    peer_hold (peer, PEER_GO);
+    break;
+  }
+}
+
+/* Sends each byte on the control socket back once it has done what it says. */
 static void
 run_servers (const struct bench *bench, int control)
 {
   struct peer *peers[BENCH_REMOTES];
-  char word;
+  char word = SERVERS_START;
 
   for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
     char socket[100];
@@ -74,16 +104,11 @@ run_servers (const struct bench *bench, int control)
         .socket = socket, .size = BENCH_SIZE, .seed = i + 1 });
   }
   for (;;) {
-    assert (write (control, "!", 1) == 1);
+    assert (write (control, &word, 1) == 1);
     if (read (control, &word, 1) != 1)
       _exit (0);
-    for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
-      peer_cut (peers[i], false);
-      if (word == 'p')
-        memcpy (peer_image (peers[i]), bench->image[i], BENCH_SIZE);
-      else
-        memcpy (bench->image[i], peer_image (peers[i]), BENCH_SIZE);
-    }
+    for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+      obey (bench, peers[i], i, (enum servers_word)word);
   }
 }
 
@@ -107,12 +132,14 @@ start_servers (struct bench *bench)
 }
 
 void
-bench_images (struct bench *bench, bool put)
+bench_servers (struct bench *bench, enum servers_word word)
 {
-  char done;
+  char byte = (char)word;
 
-  assert (write (bench->control, put ? "p" : "t", 1) == 1);
-  assert (read (bench->control, &done, 1) == 1);
+  assert (write (bench->control, &byte, 1) == 1);
+  do /* what a killed child has not read is there still */
+    assert (read (bench->control, &byte, 1) == 1);
+  while (byte != (char)word);
 }
 
 void
@@ -205,7 +232,7 @@ bench_take (struct bench *bench, struct left *left)
   each_file (bench, take_file, left);
   assert (fd >= 0 && full_pread (fd, left->disk[0], BENCH_SIZE, 0) == 0);
   close (fd);
-  bench_images (bench, false);
+  bench_servers (bench, SERVERS_TAKE);
   memcpy (left->disk[1], bench->image, BENCH_REMOTES * BENCH_SIZE);
   left->board = *bench->board;
 }
@@ -226,7 +253,7 @@ bench_put (struct bench *bench, const struct left *left)
     close (fd);
   }
   memcpy (bench->image, left->disk[1], BENCH_REMOTES * BENCH_SIZE);
-  bench_images (bench, true);
+  bench_servers (bench, SERVERS_PUT);
   *bench->board = left->board;
 }
 
@@ -312,6 +339,20 @@ bench_connect_all (struct bench *bench)
 {
   for (uint32_t i = 0; i < bench->params.nr_remotes; i++)
     bench_connect (bench, i);
+}
+
+void
+bench_wait_outstanding (struct bench *bench, const atomic_bool *over)
+{
+  time_t until = time (NULL) + OUTSTANDING_S;
+  struct nbdm_disk_status s = { 0 };
+
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++, s.remote.outstanding = 0)
+    while (s.remote.outstanding == 0 && !atomic_load (over)) {
+      assert (time (NULL) < until);
+      assert (nbdm_get_disk_status (bench->volume, i + 1, &s) == 0);
+      poll (NULL, 0, 1);
+    }
 }
 
 void
@@ -438,10 +479,15 @@ bench_check_disks (struct bench *bench)
                local[i * BENCH_REGION], i, bench->board->answered[i]);
       abort ();
     }
-  bench_images (bench, false);
+  bench_servers (bench, SERVERS_TAKE);
   for (uint32_t i = 0; i < BENCH_REMOTES; i++)
-    if (memcmp (local, bench->image[i], BENCH_SIZE) != 0) {
-      fprintf (stderr, "in sync, and %s differs\n", names[i]);
+    for (unsigned j = 0; j < BENCH_REGIONS; j++) {
+      const uint8_t *has = &bench->image[i][j * BENCH_REGION];
+
+      if (memcmp (&local[j * BENCH_REGION], has, BENCH_REGION) == 0)
+        continue;
+      fprintf (stderr, "in sync, and %s holds %u in region %u, local %u\n",
+               names[i], *has, j, local[j * BENCH_REGION]);
       abort ();
     }
 }

@@ -43,7 +43,7 @@ struct bench {
   int dirfd; /* of the state */
   pid_t servers;
   int control;                  /* of the servers' process */
-  uint8_t (*image)[BENCH_SIZE]; /* the remotes' disks: see bench_images */
+  uint8_t (*image)[BENCH_SIZE]; /* the remotes' disks: see bench_servers */
   char uri[BENCH_REMOTES][160];
   struct nbdm_params params;
   struct board *board;
@@ -65,10 +65,15 @@ struct left {
 
 void bench_make (struct bench *bench);
 void bench_remove (struct bench *bench);
-/* Cut every connection, and have `image` hold what the remotes hold; or the
- * other way round.
- */
-void bench_images (struct bench *bench, bool put);
+/* To all servers; also from a child. */
+enum servers_word {
+  SERVERS_START = 's',
+  SERVERS_TAKE = 't', /* cut, and have `image` hold what the remotes hold */
+  SERVERS_PUT = 'p',  /* the other way round; all of it flushed */
+  SERVERS_HOLD = 'h', /* carry out no flush */
+  SERVERS_LOSE_CACHE = 'l' /* cut, lose what was not flushed, and go on */
+};
+void bench_servers (struct bench *bench, enum servers_word word);
 void bench_take (struct bench *bench, struct left *left);
 void bench_put (struct bench *bench, const struct left *left);
 void bench_free (struct left *left);
@@ -88,6 +93,8 @@ void bench_connect_all (struct bench *bench);
 void bench_stop (struct bench *bench);
 /* Faults make these calls fail: an error ends the process, as a kill would. */
 void bench_must (int rc);
+/* Wait until each remote has a command that is not answered, or `over`. */
+void bench_wait_outstanding (struct bench *bench, const atomic_bool *over);
 /* Write the first bytes of the regions, and note the answer.  An error ends the
  * process, as a kill would.
  */

@@ -96,6 +96,16 @@ peer_image (struct peer *peer)
 }
 
 void
+peer_put (struct peer *peer, const uint8_t *bytes)
+{
+  pthread_mutex_lock (&peer->lock);
+  memcpy (peer->image, bytes, peer->params.size);
+  memcpy (peer->flushed, bytes, peer->params.size);
+  memset (peer->unflushed, 0, peer->params.size / PEER_SECTOR);
+  pthread_mutex_unlock (&peer->lock);
+}
+
+void
 peer_cut (struct peer *peer, bool keep)
 {
   pthread_mutex_lock (&peer->lock);

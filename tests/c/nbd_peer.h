@@ -37,6 +37,7 @@ struct peer_command {
 
 enum peer_hold {
   PEER_GO,
+  PEER_HOLD_FLUSHES, /* not carried out; without `shuffle` */
   PEER_HOLD_ANSWERS, /* applied, and not answered */
   PEER_HOLD_ALL      /* not applied either */
 };
@@ -72,6 +73,8 @@ void peer_stop (struct peer *peer);
  * while no client is connected.
  */
 uint8_t *peer_image (struct peer *peer);
+/* Have it hold these bytes, flushed, while no client is connected. */
+void peer_put (struct peer *peer, const uint8_t *bytes);
 
 /* Close every connection and wait for its end.  What was received and not
  * applied is forgotten, or with `keep` kept for peer_apply_late.

@@ -321,7 +321,8 @@ serve_in_order (struct session *s)
   bool go = true;
 
   while (go && (item = receive_item (s)) != NULL) {
-    go = wait_for (s, PEER_HOLD_ALL);
+    go = wait_for (s, item->cmd.type == PEER_FLUSH ? PEER_HOLD_FLUSHES
+                                                   : PEER_HOLD_ALL);
     if (go) {
       peer_apply (s->peer, &item->cmd);
       go = answer (s, &item->cmd);

@@ -9,8 +9,9 @@
  *
  * States: all well; a remote behind; local failed, each remote the only source
  * of some regions; local resyncing, with it and a remote the only source of
- * some. Each volume is stopped, or killed in the middle of a write, with or
- * without a loss of power, and with or without the loss of a log.
+ * some; a takeover that came to nothing. Each volume is stopped, or killed in
+ * the middle of a write, with or without a loss of power, of the remotes'
+ * caches, and of a log.
  *
  * All pairs are many thousands: a seeded choice of them is tried, and with
  * NBDM_INTERRUPTED=all every one.
@@ -105,6 +106,42 @@ local_resyncing (bool stop)
   end_life (stop);
 }
 
+static atomic_bool write_over;
+
+static void *
+write_that_fails (void *opaque)
+{
+  uint8_t buf[512];
+
+  (void)opaque;
+  memset (buf, 3, sizeof buf);
+  bench.board->pending[8] = 3;
+  nbdm_pwrite (bench.volume, buf, sizeof buf, 8 * BENCH_REGION, 0);
+  write_over = true;
+  return NULL;
+}
+
+/* The twelfth write fails on local, and both remotes lose their caches before
+ * they are flushed; then one is back.
+ */
+static void
+takeover_lost (bool stop)
+{
+  pthread_t thread;
+
+  begin_life ();
+  bench_write (&bench, 4, 5, 2);
+  bench_servers (&bench, SERVERS_HOLD);
+  assert (pthread_create (&thread, NULL, write_that_fails, NULL) == 0);
+  bench_wait_outstanding (&bench, &write_over);
+  bench_servers (&bench, SERVERS_LOSE_CACHE);
+  pthread_join (thread, NULL);
+  bench_connect_all (&bench);
+  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
+  bench_write (&bench, 10, 2, 4);
+  end_life (stop);
+}
+
 /* An operator gives commands while a remote is lost and copied to. */
 static void
 operated (bool stop)
@@ -139,6 +176,7 @@ static const struct life {
   { "operated", operated, NULL, true },
   { "local failed", local_failed, "local_write:7=error", false },
   { "local resyncing", local_resyncing, "local_write:7=error", false },
+  { "takeover lost", takeover_lost, "local_write:12=error", true },
 };
 #define NR_LIVES (sizeof lives / sizeof lives[0])
 
@@ -175,7 +213,7 @@ do_harm (const struct harm *harm)
 static struct {
   const struct life *life;
   const struct harm *harm;
-  bool stopped, rebooted;
+  bool stopped, rebooted, caches_lost;
   const char *broken; /* or ended by this fault */
   struct left left;
   struct found control; /* by a start that nothing interrupts */
@@ -238,11 +276,12 @@ may_be_refused (void)
 static void __attribute__ ((noreturn))
 condemn (const char *const *faults, unsigned nr, const char *what)
 {
-  fprintf (stderr, "%s, %s%s, %s", now.life->name,
+  fprintf (stderr, "%s, %s%s%s, %s", now.life->name,
            now.broken    ? now.broken
            : now.stopped ? "stopped"
                          : "killed",
-           now.rebooted ? ", power lost" : "", now.harm->name);
+           now.rebooted ? ", power lost" : "",
+           now.caches_lost ? ", the remotes' caches lost" : "", now.harm->name);
   for (unsigned i = 0; i < nr; i++)
     fprintf (stderr, "; %s", faults[i]);
   fprintf (stderr, ": %s\n", what);
@@ -379,16 +418,29 @@ find_faults (const struct left *left, const char *own, void (*body) (void *))
   note_faults (folder);
 }
 
+/* The power of the primary, or the remotes' caches. */
+static void
+what_else_is_lost (void)
+{
+  if (now.rebooted)
+    bench_reboot (&bench);
+  if (now.caches_lost)
+    bench_servers (&bench, SERVERS_LOSE_CACHE);
+}
+
 static void
 begin_case (const struct left *created, const struct life *life,
-            const struct harm *harm, bool stopped, bool rebooted)
+            const struct harm *harm, bool stopped, bool rebooted,
+            bool caches_lost)
 {
   char fault[100];
   int status;
 
-  now = (__typeof__ (now)){
-    .life = life, .harm = harm, .stopped = stopped, .rebooted = rebooted
-  };
+  now = (__typeof__ (now)){ .life = life,
+                            .harm = harm,
+                            .stopped = stopped,
+                            .rebooted = rebooted,
+                            .caches_lost = caches_lost };
   snprintf (fault, sizeof fault, "%s%s%s", life->fault ? life->fault : "",
             life->fault && !stopped ? "," : "",
             stopped ? "" : "after_issue:15=kill");
@@ -396,8 +448,7 @@ begin_case (const struct left *created, const struct life *life,
   status = in_child (fault[0] ? fault : NULL, live, NULL);
   if (stopped ? !passed (status) : !killed (status))
     condemn (NULL, 0, "its life went wrong");
-  if (rebooted)
-    bench_reboot (&bench);
+  what_else_is_lost ();
   do_harm (harm);
   bench_take (&bench, &now.left);
   run (NULL, 0);
@@ -435,40 +486,65 @@ each_twice (void)
     run ((const char *[]){ now.fault[i], now.fault[i] }, 2);
 }
 
-/* A life that ends at a point of its own, by a kill or an error; then starts
- * that do as well.
- */
-static void
-broken_life (const struct left *created, const struct life *life, unsigned nr,
-             uint64_t *dice)
-{
-  static char own[MAX_FAULTS][48];
-  unsigned nr_own;
+static char own[MAX_FAULTS][48]; /* the points of a life */
+static unsigned nr_own;
 
+static void
+find_own (const struct left *created, const struct life *life)
+{
   now = (__typeof__ (now)){ .life = life, .harm = &harms[0], .stopped = true };
   find_faults (created, life->fault, live);
   nr_own = now.nr_faults;
   memcpy (own, now.fault, sizeof own);
-  for (; nr > 0; nr--) {
-    char fault[150];
-    int status;
+}
 
-    snprintf (fault, sizeof fault, "%s%s%s", life->fault ? life->fault : "",
-              life->fault ? "," : "", own[peer_random (dice) % nr_own]);
-    bench_put (&bench, created);
-    status = in_child (fault, live, NULL);
-    if (!WIFEXITED (status) && !killed (status))
-      condemn ((const char *[]){ fault }, 1, "it crashed");
-    now.broken = fault;
-    now.rebooted = peer_random (dice) % 2;
-    if (now.rebooted)
-      bench_reboot (&bench);
-    bench_take (&bench, &now.left);
-    run (NULL, 0);
+/* A life that ends at a point of its own, by a kill or an error; then starts
+ * that do as well.
+ */
+static void
+break_life (const struct left *created, const char *point, unsigned later,
+            uint64_t *dice)
+{
+  const struct life *life = now.life;
+  char fault[150];
+  int status;
+
+  snprintf (fault, sizeof fault, "%s%s%s", life->fault ? life->fault : "",
+            life->fault ? "," : "", point);
+  bench_put (&bench, created);
+  status = in_child (fault, live, NULL);
+  if (!WIFEXITED (status) && !killed (status))
+    condemn ((const char *[]){ fault }, 1, "it crashed");
+  now.broken = fault;
+  now.rebooted = peer_random (dice) % 2;
+  now.caches_lost = peer_random (dice) % 2;
+  what_else_is_lost ();
+  bench_take (&bench, &now.left);
+  run (NULL, 0);
+  if (later > 0) {
     find_faults (&now.left, NULL, open_only);
-    some (2, dice);
-    bench_free (&now.left);
+    some (later, dice);
   }
+  bench_free (&now.left);
+}
+
+static void
+broken_life (const struct left *created, const struct life *life, unsigned nr,
+             uint64_t *dice)
+{
+  find_own (created, life);
+  for (; nr > 0; nr--)
+    break_life (created, own[peer_random (dice) % nr_own], 2, dice);
+}
+
+/* At each point: what a kill leaves is for few of them a danger. */
+static void
+life_broken_anywhere (const struct left *created, const struct life *life,
+                      uint64_t *dice)
+{
+  find_own (created, life);
+  for (unsigned i = 0; i < nr_own; i++)
+    break_life (created, own[i], 0, dice);
 }
 
 /* In any order, so that a slow machine leaves out others each time. */
@@ -499,7 +575,7 @@ try_case (const struct left *created, unsigned number, bool all, bool late,
 
   if (late && !first && !harm->file[1])
     return;
-  begin_case (created, life, harm, stopped, rebooted);
+  begin_case (created, life, harm, stopped, rebooted, peer_random (dice) % 2);
   if (all)
     all_pairs ();
   else if (first)
@@ -530,6 +606,7 @@ main (void)
   for (unsigned i = 0; i < NR_CASES; i++)
     try_case (&created, order[i], all, !all && !seed && time (NULL) >= until,
               &dice);
+  life_broken_anywhere (&created, &lives[NR_LIVES - 1], &dice);
   until = time (NULL) + BUDGET_S;
   for (unsigned i = 0; all || seed ? i < 10 * NR_LIVES : time (NULL) < until;
        i++)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import support
 from e2e.lib.bench import EXTENT, REGION, SIZE, Bench
-from e2e.lib.engine_child import Died
+from e2e.lib.engine_child import Died, EngineError
 from e2e.lib.oracle import active_regions, lose_power, span
 
 from nbd_mirror.rules.state import RemoteState
@@ -237,6 +238,30 @@ def local_fails(case: Case) -> None:
     case.bench.write(*ACROSS)
 
 
+def takeover_lost(case: Case) -> None:
+    """Lose the remote, too, before it is flushed to take local's place."""
+    bench = case.bench
+    gate = bench.folder / "gate"
+    reached = bench.folder / "gate.reached"
+    gate.unlink(missing_ok=True)
+    reached.unlink(missing_ok=True)
+    case.fault += f",takeover_marked=wait:{gate}"
+    case.open_in_sync(hold_ms=50)
+    child = bench.child
+    assert child
+    bench.write(*BEFORE)
+    case.mark(ACROSS)
+    bench.new, bench.new_at = bytes([7]) * ACROSS[1], ACROSS[0]
+    number = child.submit("pwrite", bench.new, bench.new_at)
+    support.wait_until(
+        lambda: child.done(number) or reached.exists(), "the takeover to begin"
+    )
+    bench.server.kill()
+    gate.touch()
+    with pytest.raises(EngineError):
+        child.result(number)
+
+
 def local_back(case: Case) -> None:
     """Have the local disk back, and copy to it what it misses."""
     bench = case.bench
@@ -283,6 +308,10 @@ KINDS = {
     "fail and reset": Kind(fail_and_reset),
     "log not written": Kind(write, extra="activity_sync:2=error,"),
     "local fails": Kind(local_fails, extra="local_write:2=error,", local_failed=True),
+    "local fails, and the remote": Kind(
+        takeover_lost, extra="local_write:2=error,", local_failed=True
+    ),
+    "start after a killed takeover": Kind(start, "takeover", local_failed=True),
     "local is back": Kind(local_back, extra="local_write:2=error,", local_failed=True),
 }
 
@@ -339,6 +368,17 @@ def make_power(bench: Bench) -> None:
     lose_power(bench.state)
 
 
+def make_takeover(bench: Bench) -> None:
+    """Kill it while the remote is to take local's place."""
+    bench.hold_ms = 10_000
+    bench.open("local_write:2=error,takeover_marked=kill")
+    bench.connect()
+    bench.write(*BEFORE)
+    with pytest.raises(Died):
+        bench.write(*ACROSS)
+    bench.end()
+
+
 def make_no_logs(bench: Bench) -> None:
     """Kill it so, and have one log gone and the other garbled."""
     make_killed(bench)
@@ -364,6 +404,7 @@ MAKERS = {
     "behind": make_behind,
     "killed": make_killed,
     "power": make_power,
+    "takeover": make_takeover,
     "no logs": make_no_logs,
     "no map": make_no_map,
 }

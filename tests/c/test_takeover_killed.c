@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Local fails, and the process is killed before a remote has taken its place.
+ * The remotes lose their caches before the kill or after it, or keep them; what
+ * was answered is still there.
+ */
+
+#define _GNU_SOURCE
+#include "api.h"
+#include "interrupted.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define CHILD_S 60 /* nothing here may hang */
+#define FIRST 3u   /* regions that are written last */
+#define NR 4u
+#define LAST 8u /* one whose write fails */
+
+static struct bench bench;
+
+/* Three in which local has a write that no remote has durably, and three in
+ * which local is not to be believed.
+ */
+enum failure { WRITE, FLUSH, READ };
+enum loss { KEPT, LOST_BEFORE, LOST_AFTER };
+
+static const struct takeover {
+  const char *name;
+  enum failure failure;
+  enum loss loss; /* of the remotes' caches, seen from the kill */
+  const char *fault;
+} takeovers[] = {
+  { "write_failed", WRITE, KEPT, "local_write:11=error,takeover_marked=kill" },
+  { "write_failed_lost_after", WRITE, LOST_AFTER,
+    "local_write:11=error,takeover_marked=kill" },
+  { "write_failed_one_map_emptied", WRITE, LOST_BEFORE,
+    "local_write:11=error,lost_merged:1=kill" },
+  { "write_failed_lost", WRITE, LOST_BEFORE,
+    "local_write:11=error,lost_merged:4=kill" },
+  { "write_failed_taking_back", WRITE, LOST_BEFORE,
+    "local_write:11=error,"
+    "takeover_taking_back:5=kill" },
+  { "write_failed_taken_back", WRITE, LOST_BEFORE,
+    "local_write:11=error,takeover_done=kill" },
+  { "flush_failed", FLUSH, KEPT, "local_flush:3=error,takeover_marked=kill" },
+  { "flush_failed_taking_back", FLUSH, LOST_BEFORE,
+    "local_flush:3=error,"
+    "takeover_taking_back:5=kill" },
+  { "flush_failed_taken_back", FLUSH, LOST_BEFORE,
+    "local_flush:3=error,takeover_done=kill" },
+  { "read_failed", READ, KEPT,
+    "local_read:1=error,local_read:2=error,takeover_marked=kill" },
+};
+
+static atomic_bool over;
+
+static void *
+fail (void *opaque)
+{
+  const struct takeover *takeover = opaque;
+  uint8_t buf[512];
+
+  if (takeover->failure == READ)
+    nbdm_pread (bench.volume, buf, sizeof buf, FIRST * BENCH_REGION);
+  else {
+    /* With FUA only its own bytes are made durable on the remotes. */
+    memset (buf, 3, sizeof buf);
+    bench.board->pending[LAST] = 3;
+    nbdm_pwrite (bench.volume, buf, sizeof buf, LAST * BENCH_REGION,
+                 takeover->failure == FLUSH ? NBDM_FUA : 0);
+  }
+  over = true;
+  return NULL;
+}
+
+static void
+live (void *opaque)
+{
+  const struct takeover *takeover = opaque;
+  pthread_t thread;
+
+  alarm (CHILD_S);
+  bench_must (bench_open (&bench));
+  bench_connect_all (&bench);
+  bench_write (&bench, 0, 6, 1);
+  bench_must (nbdm_flush (bench.volume));
+  bench_write (&bench, FIRST, NR, 2); /* answered, and nowhere flushed */
+  if (takeover->loss == LOST_BEFORE)
+    bench_servers (&bench, SERVERS_HOLD);
+  assert (pthread_create (&thread, NULL, fail, (void *)takeover) == 0);
+  if (takeover->loss == LOST_BEFORE) { /* over the takeover's flush */
+    bench_wait_outstanding (&bench, &over);
+    bench_servers (&bench, SERVERS_LOSE_CACHE);
+  }
+  pthread_join (thread, NULL);
+}
+
+static void
+start (void *opaque)
+{
+  (void)opaque;
+  alarm (CHILD_S);
+  bench_open_and_mend (&bench);
+}
+
+/* It has lost what it could not flush, or cannot read. */
+static void
+spoil_local (unsigned nr)
+{
+  int fd = open (bench.local, O_WRONLY | O_CLOEXEC);
+  uint8_t old[512];
+
+  memset (old, 1, sizeof old);
+  assert (fd >= 0);
+  for (unsigned i = FIRST; i < FIRST + nr; i++)
+    assert (pwrite (fd, old, sizeof old, i * BENCH_REGION) == sizeof old);
+  close (fd);
+}
+
+static void
+run (const struct takeover *takeover)
+{
+  printf ("%s\n", takeover->name);
+  fflush (stdout);
+  bench_make (&bench);
+  assert (killed (in_child (takeover->fault, live, (void *)takeover)));
+  if (takeover->loss == LOST_AFTER)
+    bench_servers (&bench, SERVERS_LOSE_CACHE);
+  if (takeover->failure != WRITE && takeover->loss == KEPT)
+    spoil_local (takeover->failure == READ ? 1 : NR);
+  assert (passed (in_child (NULL, start, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
+int
+main (int argc, char *argv[])
+{
+  for (unsigned i = 0; i < sizeof takeovers / sizeof takeovers[0]; i++)
+    if (argc < 2 || strcmp (argv[1], takeovers[i].name) == 0)
+      run (&takeovers[i]);
+  return 0;
+}
