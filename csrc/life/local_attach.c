@@ -165,7 +165,7 @@ begin_attach (struct nbdm *v, bool replaced)
 /* A disk that is opened to replace the failed one. */
 struct opening {
   char path[PATH_MAX];
-  bool replaced;
+  bool replaced, flush_failed;
   struct attached_check check;
   struct local_file disk;
 };
@@ -186,9 +186,11 @@ open_disk (struct nbdm *v, void *opaque)
     rc = identity_check_size (v, o->path, size);
   if (rc == 0 && !o->replaced)
     rc = identity_check_attached (v, &o->check, &o->disk, o->path);
-  if (rc == 0 && !o->replaced && fdatasync (o->disk.fd) < 0)
+  if (rc == 0 && !o->replaced && fdatasync (o->disk.fd) < 0) {
     rc = set_error (-errno, "cannot make durable what is on the local disk %s",
                     o->path);
+    o->flush_failed = true;
+  }
   return rc == -ETIMEDOUT ? -EIO : rc; /* not our time-out */
 }
 
@@ -235,6 +237,28 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   return 0;
 }
 
+/* The disk's flush has failed, or it is not known whether it will.  The kernel
+ * may have dropped any page, and the next flush succeeds all the same (rule
+ * 10): from now on local misses all that a remote has.
+ */
+static void
+miss_what_remotes_have_locked (struct nbdm *v)
+{
+  uint64_t nr = v->nr_regions, region, end;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct bitmap *dirty = &v->remotes[i].disk.dm.map[MAP_DIRTY];
+
+    region = v->remotes[i].state == NBDM_FAILED ? nr : 0;
+    for (; (region = bitmap_next_clear (dirty, region, nr)) < nr;
+         region = end) {
+      end = bitmap_next_set (dirty, region, nr);
+      dirty_map_mark (&v->local.disk.dm, region, end - region, false);
+    }
+  }
+  volume_persist_locked (v);
+}
+
 /* `opened`: the result of open_disk. */
 static int
 take_opened_locked (struct nbdm *v, struct opening *o, int opened)
@@ -245,6 +269,8 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
     disk_explain_locked (&v->local.disk, "%s", last_error ());
     volume_persist_locked (v);
   }
+  if (o->flush_failed && !v->stopping)
+    miss_what_remotes_have_locked (v);
   if (rc == 0)
     rc = command_gate_locked (v);
   if (rc == 0)
@@ -273,9 +299,13 @@ nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
   if (rc < 0)
     return rc;
   rc = local_call (v, open_disk, drop_opening, o);
-  if (rc == LOCAL_GIVEN_UP)
-    return answered (rc); /* the carrier owns it now */
   pthread_mutex_lock (&v->lock);
+  if (rc == LOCAL_GIVEN_UP) { /* the carrier owns it now */
+    if (!replaced && !v->stopping)
+      miss_what_remotes_have_locked (v);
+    pthread_mutex_unlock (&v->lock);
+    return answered (rc);
+  }
   rc = take_opened_locked (v, o, rc);
   pthread_mutex_unlock (&v->lock);
   snprintf (words, sizeof words, "%s", last_error ());

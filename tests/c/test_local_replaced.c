@@ -4,6 +4,8 @@
  * the failed one.
  */
 
+#include <sys/stat.h>
+
 #include "api.h"
 #include "volume/flush.h"
 #include "schedules.h"
@@ -354,7 +356,48 @@ disk_with_the_only_copy (void)
   assert (read_at (200 * REGION) == 5 && read_at (7 * REGION) == 1);
 }
 
+static atomic_bool fail_syncs; /* of the local disk */
+
+int __real_fdatasync (int fd);
+int __wrap_fdatasync (int fd);
+int
+__wrap_fdatasync (int fd)
+{
+  struct stat st, local;
+
+  if (!fail_syncs || fstat (fd, &st) < 0 || stat (site.local, &local) < 0
+      || st.st_ino != local.st_ino || st.st_dev != local.st_dev)
+    return __real_fdatasync (fd);
+  errno = EIO;
+  return -1;
+}
+
+/* The flush of a disk that is brought back fails: the kernel has dropped pages
+ * of it, which no map shows, and says so once.  At the next attempt nothing of
+ * the disk is believed.
+ */
+static void
+flush_of_an_attached_disk_fails (void)
+{
+  bring_up (1, 300);
+  assert (write_at (200 * REGION, 7) == 0);
+  assert (nbdm_cool (site.volume, 0) == 0);
+  assert (write_at (3 * REGION, 1) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  fail_syncs = true;
+  assert (nbdm_local_attach (site.volume, site.local, 0) == -EIO);
+  punch_local (200 * REGION);
+  fail_syncs = false;
+  attach_and_admit ();
+  assert (read_at (200 * REGION) == 7);
+  assert (do_copy_back (NULL) == 0);
+  assert (local_status ().state == NBDM_LOCAL_OK);
+  assert (read_at (200 * REGION) == 7);
+}
+
 static const struct schedule schedules[] = {
+  { "flush_of_an_attached_disk_fails", "local_write:2=error",
+    flush_of_an_attached_disk_fails },
   { "disk_with_the_only_copy", "local_write:1=error", disk_with_the_only_copy },
   { "read_of_a_replaced_disk", "local_write:2=error,local_read:1=wait:gate",
     read_of_a_replaced_disk },
