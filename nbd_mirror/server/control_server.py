@@ -91,9 +91,9 @@ class ControlServer:
         self._wake_r = self._wake_w = -1
         self._reserve = -1  # a descriptor to close when none is left
 
-    def start(self) -> None:
+    def bind(self) -> None:
         """
-        Bind the socket and begin to answer.
+        Bind the socket; who asks now waits for `start`.
 
         Raises:
             BusyError: another server answers on it. MirrorError of another
@@ -107,6 +107,16 @@ class ControlServer:
         except OSError as error:
             raise self._cannot_make(error) from None
         self._keep_reserve()
+
+    def start(self) -> None:
+        """
+        Begin to answer, on a socket that is bound first if `bind` was not called.
+
+        Raises:
+            MirrorError: the socket, or a thread, cannot be made.
+        """
+        if self._listener is None:
+            self.bind()
         # Start all of them now: a thread that is started without free memory may die on
         # its first step, and Thread.start() then waits for it forever.
         before = threading.stack_size(STACK_BYTES)

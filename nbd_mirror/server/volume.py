@@ -162,13 +162,15 @@ class Volume:
         on_signal(self._end)
         self._exit.start()
         self.engine.start()
-        self._control.start()
+        self._control.bind()
         for keeper in self._threads():
             keeper.start()
         begin(self._maintenance)
         log("info", f"volume {self._config.name}: served, {self._door} door")
         # It waits for the door, so it needs a thread; no thread joins it at the end.
         begin(threading.Thread(target=self._take_back, name="device", daemon=True))
+        # Last: an answer tells `serve` that the start did not fail.
+        self._control.start()
 
     def _take_back(self) -> None:
         """Serve the kernel device of an earlier server of this volume again."""

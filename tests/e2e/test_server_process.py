@@ -191,7 +191,7 @@ def test_remote_that_is_the_volume_itself_is_refused(site: Site) -> None:
     link.symlink_to(site.socket)
     own = right.replace(str(site.dr.socket), str(link))
     site.config.write_text(own)
-    site.refused(3, "itself listens", commands=["create", file])
+    site.refused(3, "own address", commands=["create", file])
     assert not site.state.exists()
     site.config.write_text(right)
     site.bring_up()
@@ -201,13 +201,13 @@ def test_remote_that_is_the_volume_itself_is_refused(site: Site) -> None:
     found = site.wait_remote(
         lambda one: one["state"] == "out_of_sync", "the hold to be over"
     )
-    assert "itself listens" in found["reason"]
+    assert "own address" in found["reason"]
     handle = site.client()
     handle.pwrite(b"a" * 4096, 0)  # goes on at once, on local alone
     handle.shutdown()
     control.call(site.state, "stop", 30.0)
     assert site.ended() == 0
-    site.refused(3, "itself listens", commands=["serve", file])
+    site.refused(3, "own address", commands=["serve", file])
     site.config.write_bytes(b"\xef\xbb\xbf" + right.encode())
     assert "stopped" in site.cli("status", file).stdout
     site.config.write_bytes(right.encode("utf-16"))
@@ -354,6 +354,44 @@ def test_start_that_is_interrupted_is_none(site: Site, door: str) -> None:
     support.wait_until(lambda: not support.is_running(pid), "the server to end")
     site.cli("serve", str(site.config))
     site.cli("stop", str(site.config))
+
+
+# A server, without clients, that gets no thread for its maintenance.
+WITHOUT_A_THREAD = """
+import errno, sys
+from nbd_mirror.base.errors import WaitTimeoutError, from_errno
+from nbd_mirror.server import volume
+from nbd_mirror.server.process import or_exit
+from nbd_mirror.volume import control
+
+begin = volume.begin
+
+def fail(thread):
+    if thread.name != "maintenance":
+        return begin(thread)
+    try:
+        control.call(served.config.state, "ping", 2.0)
+    except WaitTimeoutError:
+        raise from_errno(errno.EAGAIN, "no thread") from None
+    raise AssertionError("it has answered")
+
+volume.begin = fail
+served = volume.Volume.open(sys.argv[1], "direct", lambda: None)
+or_exit(served.serve)
+"""
+
+
+def test_start_that_fails_has_answered_no_command(site: Site) -> None:
+    """`serve` takes the first answer for the news that the volume is served."""
+    site.create()
+    done = site.processes.run(
+        [sys.executable, "-c", WITHOUT_A_THREAD, str(site.config)],
+        env=site.environment(),
+        check=False,
+    )
+    assert "has answered" not in done.stderr
+    assert "nbd-mirror: no thread" in done.stderr
+    assert done.returncode not in (0, 1), done.stderr
 
 
 # --- programs that the kernel does not start ---
