@@ -205,17 +205,27 @@ stamp_logs (struct nbdm *v, uint64_t session)
  * remote; best effort, and not synced: if the map is back after lost power, the
  * superblock does not name it, so it is not loaded, and a new one replaces it
  * (remote_load and renew_dirty_map in recover.c).
+ *
+ * So the other slot must not name it either: the newest may go bad, and the map
+ * would be believed, which has no bit for what was written meanwhile.
  */
-static void
+static int
 remove_left_out_maps (struct nbdm *v, const struct disk_remote *stored)
 {
+  bool in_both_slots = false;
   char file[80];
+  int rc = 0;
 
-  for (uint32_t i = 0; i < LAYOUT_MAX_REMOTES; i++)
+  for (uint32_t i = 0; i < LAYOUT_MAX_REMOTES && rc == 0; i++)
     if (stored[i].name[0] && !volume_has_remote (v, stored[i].name)) {
+      if (!in_both_slots)
+        rc = volume_persist_locked (v);
+      in_both_slots = true;
       snprintf (file, sizeof file, "dirty.%.63s", stored[i].name);
-      (void)unlinkat (v->dirfd, file, 0);
+      if (rc == 0)
+        (void)unlinkat (v->dirfd, file, 0);
     }
+  return rc;
 }
 
 /* Stamp the logs, then the superblock, as in use by the next session. */
@@ -237,7 +247,7 @@ begin_session (struct nbdm *v)
   rc = volume_persist_locked (v);
   fault_point ("begin_superblock");
   if (rc == 0)
-    remove_left_out_maps (v, stored);
+    rc = remove_left_out_maps (v, stored);
   if (rc == 0 && unlinkat (v->dirfd, DISTRUST_FILE, 0) < 0 && errno != ENOENT)
     rc = set_error (-errno, "cannot remove " DISTRUST_FILE);
   return rc;

@@ -9,7 +9,10 @@
 
 #include "api.h"
 #include "base/file.h"
+#include "logs/layout.h"
 #include "interrupted.h"
+
+#include <endian.h>
 
 static struct bench bench;
 static struct left created;
@@ -340,6 +343,83 @@ test_created_over_a_killed_volume_is_late (void)
   }
 }
 
+static void
+is_written (void *opaque)
+{
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_connect_all (&bench);
+  bench_write (&bench, 3, 4, 2);
+  assert (nbdm_flush (bench.volume) == 0);
+}
+
+static void
+is_written_and_cooled (void *opaque)
+{
+  struct nbdm_status status;
+
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_write (&bench, 4, 2, 3);
+  assert (nbdm_cool (bench.volume, 0) == 0);
+  nbdm_get_status (bench.volume, &status);
+  assert (status.active_extents == 0);
+}
+
+static void
+put_file_back (const struct left *left, const char *name)
+{
+  int fd = openat (bench.dirfd, name, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+
+  assert (fd >= 0);
+  for (unsigned i = 0; i < left->nr_files; i++)
+    if (strcmp (left->file[i].name, name) == 0)
+      assert (full_pwrite (fd, left->file[i].bytes, left->file[i].size, 0)
+              == 0);
+  close (fd);
+}
+
+static void
+garble_newest_slot (void)
+{
+  struct folder folder = { .fd = bench.dirfd };
+  struct disk_superblock slot[2];
+  int fd = openat (bench.dirfd, "superblock", O_RDONLY | O_CLOEXEC);
+
+  assert (fd >= 0 && full_pread (fd, slot, sizeof slot, 0) == 0);
+  close (fd);
+  garble (&folder, "superblock",
+          100
+              + (le64toh (slot[1].sequence) > le64toh (slot[0].sequence)
+                     ? LAYOUT_PAGE
+                     : 0));
+}
+
+/* Lost power brings back the maps of remotes that were left out, whose removal
+ * was not durable, and the newest slot of the superblock is bad: the other one
+ * must not know the remotes any more.
+ */
+static void
+test_left_out_and_the_newest_slot_is_lost (void)
+{
+  struct nbdm_params kept = bench.params;
+  struct left before;
+
+  bench_put (&bench, &created);
+  bench_session (NULL, is_written);
+  bench_take (&bench, &before);
+  bench.params.nr_remotes = 0;
+  bench_session (NULL, is_written_and_cooled);
+  bench.params = kept;
+  put_file_back (&before, "dirty.a");
+  put_file_back (&before, "dirty.b");
+  bench_free (&before);
+  bench_reboot (&bench);
+  garble_newest_slot ();
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
 int
 main (void)
 {
@@ -349,6 +429,7 @@ main (void)
   RUN (test_left_out_while_local_is_not_ok_is_refused);
   RUN (test_left_out_while_local_is_ok_begins_anew);
   RUN (test_left_out_by_a_start_that_does_not_end);
+  RUN (test_left_out_and_the_newest_slot_is_lost);
   RUN (test_names_that_look_like_leftovers);
   RUN (test_lost_map_stays_late_over_starts_that_do_not_end);
   RUN (test_created_over_a_killed_volume_is_late);
