@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What two nodes do when they meet: one pure function, `decide`.
+
+The connecting node computes it and sends the result. The other node computes it again,
+from its own side; if the two differ, neither acts. The same function serves a connect,
+a start, a resumed node and a replaced disk, so that no way around it exists.
+
+It has three steps. `relate` compares the generations. A table by that relation says
+which node is the source and what is copied. Vetoes come last: what was decided may be
+impossible to carry out, and then the reason and the command are the result.
+
+Two rules hold for every row:
+
+- No row clears a bit. What is copied is always the union of both dirty maps, of both
+  sides' doubts and of what either disk misses. A flag may choose the direction; it
+  never makes a region clean. "In sync" needs all these sets to be empty.
+- `decide(a, b)` mirrors `decide(b, a)`. Each row is written from one side and is tried
+  both ways round.
+
+Terms: the *doubts* of a node towards another are the regions which may differ between
+them, where neither copy is known to be newer: those that were under way when a node or
+a session ended, and those that were copied from a third node since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nbd_mirror.rules.node_side import (
+    Action,
+    Crash,
+    Extent,
+    Plan,
+    Relation,
+    Role,
+    Side,
+    relate,
+)
+
+__all__ = ["decide", "inherited", "marked", "resolve"]
+
+
+def decide(mine: Side, other: Side) -> Plan:
+    """
+    Say what *mine* and *other* do, or why they do nothing.
+
+        row  the two sides             result
+        ---  ------------------------  ---------------------------------------------
+        1    another volume or size    stop
+        2    one has no data           it is the target, of everything
+             neither has data          new, if both disks are proven zero; else stop
+        3    same generation, nothing  in sync; of two primaries the later one stays
+             marked, both consistent
+        1    one is primary, and the   split brain, until that third node is met
+             other knows a later one
+        4    same, one inconsistent    it is the target
+        5,6  same, doubts              the source is the only primary, else the better
+                                       copy (`Crash`), else the last primary
+        7    same, one map not empty   the source is the only primary, else the map's
+                                       owner
+        8    same, both maps           split brain
+        9,10 one is the other's base   the base is the target
+        11   one is an ancestor        the ancestor is the target, by checksums
+        12   a common base             split brain; what differs is marked
+        13   a common ancestor         split brain; what differs is not marked
+        14   nothing in common         stop
+    """
+    if mine.volume != other.volume or mine.size != other.size:
+        return _other_volume(mine, other)
+    if (stop := _other_leader(mine, other) or _other_leader(other, mine)) is not None:
+        return stop
+    relation = relate(mine, other)
+    if relation is Relation.BOTH_EMPTY:
+        return _both_empty(mine, other)
+    if relation is Relation.SAME:
+        return _same(mine, other)
+    if relation in _TARGET_ROWS:
+        row, extent = _TARGET_ROWS[relation]
+        return _resync(row, other, mine, extent)
+    if relation in _SOURCE_ROWS:
+        row, extent = _SOURCE_ROWS[relation]
+        return _resync(row, mine, other, extent)
+    return _apart(relation, mine, other)
+
+
+def resolve(keep: Side, other: Side) -> Plan:
+    """
+    Say what happens if an operator decides that *keep* counts.
+
+    It overrules a split brain, and a primary that would have to be a target, and no
+    other stop. What only the other node has is lost to clients; the caller saves it
+    first. The kept node begins a generation of its own: a third node that shares the
+    losing one must not pass for newer.
+    """
+    plan = decide(keep, other)
+    if not plan.split:
+        return plan
+    exact = relate(keep, other) in _EXACT
+    loser = replace(other, role=Role.SECONDARY)
+    resolved = _resync(
+        f"{plan.row}, resolved",
+        keep,
+        loser,
+        Extent.MARKED if exact else Extent.DIFFERENT,
+    )
+    if resolved.action is Action.STOP:
+        return resolved
+    return replace(
+        resolved,
+        epoch=max(keep.epoch, other.epoch) + 1,
+        demotes=other.role is Role.PRIMARY,
+        begins=True,
+    )
+
+
+def marked(source: set[int], target: set[int]) -> set[int]:
+    """
+    Give the regions that a resync of the extent `MARKED` copies.
+
+    Args:
+        source, target: what each side names towards the other: its dirty map, its
+            doubts, what its disk misses. Also what only the target changed is copied:
+            the source has the older content of it, and that is what counts.
+    """
+    return source | target
+
+
+def inherited(copied: set[int], dirty: set[int], doubts: set[int]) -> set[int]:
+    """
+    Give the regions that a target enters into its doubts towards a third node.
+
+    It stores them before the first copy. Copying changes the target, and the third node
+    does not learn it; what the source doubts towards the third node, the target doubts
+    from then on.
+
+    Args:
+        copied: the regions that the resync copies.
+        dirty, doubts: the source's, towards the third node.
+    """
+    return copied | dirty | doubts
+
+
+# What the node that is behind gets: row and extent.
+_TARGET_ROWS = {
+    Relation.EMPTY: ("2 no data", Extent.DIFFERENT),
+    Relation.BEHIND: ("9 base", Extent.MARKED),
+    Relation.OLDER: ("11 ancestor", Extent.DIFFERENT),
+}
+_SOURCE_ROWS = {
+    Relation.FILLED: _TARGET_ROWS[Relation.EMPTY],
+    Relation.AHEAD: _TARGET_ROWS[Relation.BEHIND],
+    Relation.NEWER: _TARGET_ROWS[Relation.OLDER],
+}
+# Where the marked regions are all that differ.
+_EXACT = frozenset({Relation.SAME, Relation.BEHIND, Relation.AHEAD, Relation.FORKED})
+
+
+def _other_volume(mine: Side, other: Side) -> Plan:
+    first, second = sorted((mine, other), key=lambda side: side.node)
+    if first.volume != second.volume:
+        reason = (
+            f"{first.node} serves volume {first.volume}, {second.node} serves volume"
+            f" {second.volume}; nothing was changed"
+        )
+        return Plan(Action.STOP, "1 other volume", reason=reason)
+    reason = (
+        f"the disk has {first.size} bytes on {first.node} and {second.size} bytes on"
+        f" {second.node}; nothing was changed"
+    )
+    return Plan(Action.STOP, "1 other size", reason=reason)
+
+
+def _other_leader(first: Side, second: Side) -> Plan | None:
+    """Stop if a third node was promoted after *first*, which serves clients."""
+    serves = first.role is Role.PRIMARY and second.leader != second.node
+    if serves and second.term > first.term:
+        reason = (
+            f"{first.node} is primary, and {second.node} knows that {second.leader} was"
+            " promoted after it"
+        )
+        return _split("1 later primary", reason)
+    return None
+
+
+def _both_empty(mine: Side, other: Side) -> Plan:
+    if mine.zero and other.zero:
+        return Plan(Action.NEW, "2 both zero")
+    return Plan(
+        Action.STOP,
+        "2 both empty",
+        reason="no node was told yet that its data counts",
+        hint="promote the node that holds the data",
+    )
+
+
+def _same(mine: Side, other: Side) -> Plan:
+    """Decide between two nodes of one generation: rows 3 to 8."""
+    if mine.inconsistent and other.inconsistent:
+        reason = "resyncs to both nodes were cut off: neither image is of one instant"
+        return Plan(Action.STOP, "4 both inconsistent", reason=reason)
+    if mine.inconsistent or other.inconsistent:
+        return _from(not mine.inconsistent, "4 inconsistent", mine, other)
+    if mine.dirty and other.dirty:
+        return _split("8 both maps", "both nodes have writes of the same generation")
+    if _marked(mine) + _marked(other) == 0:
+        if mine.role is Role.PRIMARY and other.role is Role.PRIMARY:
+            return _from(_preferred(mine, other), "3 two primaries", mine, other)
+        return _in_sync(mine, other)
+    row = "7 map" if mine.dirty or other.dirty else "5 doubts"
+    return _from(_preferred(mine, other), row, mine, other)
+
+
+def _in_sync(mine: Side, other: Side) -> Plan:
+    """Nothing to copy; a primary stays one, also above a later one that has ended."""
+    for side, peer in ((mine, other), (other, mine)):
+        if side.role is Role.PRIMARY and side.term < peer.term:
+            epoch = peer.epoch + 1
+            return Plan(Action.IN_SYNC, "3 in sync", source=side.node, epoch=epoch)
+    return Plan(Action.IN_SYNC, "3 in sync")
+
+
+def _preferred(mine: Side, other: Side) -> bool:
+    """
+    Tell whether *mine* is the source, at the first difference.
+
+    Of two primaries the later one is, whatever else differs: its clients have read it.
+    """
+    if mine.role is Role.PRIMARY and other.role is Role.PRIMARY:
+        return _later(mine, other)
+    for first, second in (
+        (mine.role is Role.PRIMARY, other.role is Role.PRIMARY),
+        (mine.dirty > 0, other.dirty > 0),
+        (mine.missed == 0, other.missed == 0),
+        (_crash(mine) < _crash(other), _crash(other) < _crash(mine)),
+    ):
+        if first != second:
+            return first
+    return _later(mine, other)
+
+
+def _later(mine: Side, other: Side) -> bool:
+    """Tell whether *mine* is the later primary; names break a tie."""
+    if mine.term != other.term:
+        latest = mine if mine.term > other.term else other
+        if latest.leader in (mine.node, other.node):
+            return latest.leader == mine.node
+    elif mine.leader in (mine.node, other.node):
+        return mine.leader == mine.node
+    return mine.node < other.node
+
+
+def _crash(side: Side) -> int:
+    return side.crash.value if side.doubts else Crash.NONE.value
+
+
+def _marked(side: Side) -> int:
+    return side.dirty + side.doubts + side.missed
+
+
+def _from(first: bool, row: str, mine: Side, other: Side) -> Plan:
+    source, target = (mine, other) if first else (other, mine)
+    return _resync(row, source, target, Extent.MARKED)
+
+
+def _resync(row: str, source: Side, target: Side, extent: Extent) -> Plan:
+    """Carry a decision out, if no veto forbids it."""
+    if source.inconsistent:
+        reason = (
+            f"{source.node} has what {target.node} lacks, but its own image is half-way"
+            " through a resync and of no instant"
+        )
+        return Plan(Action.STOP, f"{row}, inconsistent source", reason=reason)
+    if source.missed and extent is Extent.DIFFERENT:
+        reason = (
+            f"{source.node}'s disk misses {source.missed} regions, and {target.node}'s"
+            " copy of them may be older"
+        )
+        return Plan(Action.STOP, f"{row}, source misses data", reason=reason)
+    if target.role is Role.PRIMARY and source.role is not Role.PRIMARY:
+        reason = (
+            f"{target.node} serves clients and lacks writes that {source.node} answered"
+        )
+        return _split(f"{row}, target serves", reason)
+    overruled = source.term < target.term or target.role is Role.PRIMARY
+    return Plan(
+        Action.RESYNC,
+        row,
+        source=source.node,
+        target=target.node,
+        extent=extent,
+        epoch=max(source.epoch, target.epoch) + 1 if overruled else 0,
+        demotes=target.role is Role.PRIMARY,
+        heals_source=source.missed > 0,
+        discards=target.dirty,
+    )
+
+
+def _apart(relation: Relation, mine: Side, other: Side) -> Plan:
+    first, second = sorted((mine.node, other.node))
+    if relation is Relation.FORKED:
+        reason = f"{first} and {second} answered writes since they were equal"
+        return _split("12 common base", reason)
+    if relation is Relation.FORKED_LONG_AGO:
+        reason = f"{first} and {second} answered writes since a common ancestor"
+        return _split("13 common ancestor", reason)
+    if relation is Relation.CONTRADICTION:
+        reason = f"the records of {first} and {second} contradict each other"
+        return Plan(Action.STOP, "contradiction", reason=reason)
+    reason = f"{first} and {second} hold data that have nothing in common"
+    return Plan(Action.STOP, "14 unrelated", reason=reason)
+
+
+def _split(row: str, reason: str) -> Plan:
+    return Plan(
+        Action.STOP,
+        row,
+        split=True,
+        reason=reason,
+        hint="nbd-mirror split-brain CONFIG shows what differs;"
+        " nbd-mirror resolve CONFIG --keep NODE chooses",
+    )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Whether a node may open its door: pure rules.
+
+A node that was primary never opens its door because it remembers that. It needs proof
+that no other node has answered a write that it lacks, and that none serves now. Without
+proof an operator has to force it, and is told what may be lost. A node cannot know what
+a primary answered that it cannot reach: it names a time, never an invented number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nbd_mirror.rules.node_handshake import decide
+from nbd_mirror.rules.node_side import Action, Role, Side
+
+__all__ = [
+    "Answer",
+    "Contact",
+    "Standing",
+    "Verdict",
+    "may_hand_over",
+    "may_promote",
+    "may_resume",
+]
+
+
+class Answer(Enum):
+    """The values are the words of `status`."""
+
+    YES = "yes"
+    FORCE = "force"  # an operator may: something may be lost
+    NO = "no"  # not even by force
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """
+    Another node, as this one sees it now.
+
+    Args:
+        connected: a session is up: the handshake found a way.
+        has_data: it holds a generation.
+    """
+
+    node: str
+    connected: bool = False
+    role: Role = Role.SECONDARY
+    has_data: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    A node that is asked to become primary.
+
+    Args:
+        has_data: it holds a generation.
+        behind: a primary counts regions that this node lacks.
+        inconsistent: a resync to it was cut off; *undo*: it can be rolled back.
+        missed: regions that its own disk lacks.
+        lost_power: it ended uncleanly and has not met its primary since, so that it may
+            lack writes that were answered and not flushed.
+        token: the last primary demoted itself and handed its role to this node; no
+            generation or epoch came after that.
+        others: every other node of the volume.
+    """
+
+    has_data: bool = True
+    behind: bool = False
+    inconsistent: bool = False
+    undo: bool = False
+    missed: int = 0
+    lost_power: bool = False
+    token: bool = False
+    others: tuple[Contact, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The answer, and why."""
+
+    answer: Answer
+    reason: str
+
+
+def may_promote(node: Standing) -> Verdict:
+    """
+    Answer whether *node* may become primary: the first line that applies.
+
+    A node that becomes primary takes back the tokens that connected nodes hold, and
+    these store that, before it opens its door.
+
+        another node is connected as primary     no: switch over instead
+        its disk misses regions                  no
+        a resync was cut off, no undo log        no
+        a resync was cut off, with an undo log   force: the last consistent image
+        no data, a connected node has some       no: it is filled first
+        behind                                   force: its image is old
+        it holds the role's token                yes
+        every other node is connected and a
+        secondary                                yes
+        it lost power                            force: unflushed writes may be lost
+        else                                     force: a primary may have gone on alone
+    """
+    for applies, answer, reason in (
+        (
+            any(_serves(other) for other in node.others),
+            Answer.NO,
+            "another node is primary and connected",
+        ),
+        (node.missed > 0, Answer.NO, "its own disk misses regions"),
+        (
+            node.inconsistent and not node.undo,
+            Answer.NO,
+            "a resync to it was cut off: its image is of no instant",
+        ),
+        (
+            node.inconsistent,
+            Answer.FORCE,
+            "a resync to it was cut off: its last consistent image is older",
+        ),
+        (
+            not node.has_data and any(_filled(other) for other in node.others),
+            Answer.NO,
+            "it holds no data yet, and a connected node does",
+        ),
+        (node.behind, Answer.FORCE, "it lacks writes that another node has answered"),
+        (node.token, Answer.YES, "the last primary handed it the role"),
+        (_proven(node), Answer.YES, "every other node is connected and secondary"),
+        (
+            node.lost_power,
+            Answer.FORCE,
+            "it ended uncleanly: it may lack writes that were not flushed",
+        ),
+    ):
+        if applies:
+            return Verdict(answer, reason)
+    return Verdict(Answer.FORCE, "another node may have gone on alone")
+
+
+def may_resume(mine: Side, other: Side) -> bool:
+    """
+    Tell whether the last primary opens its door again without an operator.
+
+    It has met *other* after a restart and was not demoted. The other node must not have
+    been promoted since, and this node must not have to wait for data.
+    """
+    plan = decide(mine, other)
+    ready = plan.action is Action.IN_SYNC or (
+        plan.action is Action.RESYNC and plan.source == mine.node
+    )
+    newer = other.role is Role.PRIMARY or other.term > mine.term
+    return ready and not newer and mine.leader == mine.node and not mine.missed
+
+
+def may_hand_over(mine: Side, other: Side) -> bool:
+    """
+    Tell whether *mine* may hand the role of primary to *other*, with a token.
+
+    Only the last primary may, and to one node. The token makes *other* primary without
+    anybody's consent, so no third node can have been promoted since.
+    """
+    last = mine.leader == mine.node and mine.term == other.term
+    closed = Role.PRIMARY not in (mine.role, other.role)
+    free = mine.handed in ("", other.node)
+    return last and closed and free and decide(mine, other).action is Action.IN_SYNC
+
+
+def _serves(other: Contact) -> bool:
+    return other.connected and other.role is Role.PRIMARY
+
+
+def _filled(other: Contact) -> bool:
+    return other.connected and other.has_data
+
+
+def _proven(node: Standing) -> bool:
+    return all(other.connected for other in node.others)

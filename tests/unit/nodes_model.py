@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Two or three nodes of a volume at one instant, and what they promise.
+
+What is modelled: disks of a few regions with a volatile cache, the durable maps, the
+activity log, one write under way a primary, and sessions. nodes_machine.py has the
+transitions. `faults` says what a state breaks:
+
+- Two nodes in sync hold the same data, but for the write under way.
+- A primary that nobody forced holds each answered write. One that was answered and not
+  flushed may go only when every node of that generation lost it by power loss.
+- Two nodes serve clients at once only if an operator forced one of them.
+- No decision but an operator's discards a write that the target answered after the two
+  histories parted.
+
+What is left out: delays within a session. A session ends for both sides at once, and
+nothing of it arrives later; that is what claims have to keep (their own model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nbd_mirror.rules.generation import Lineage, Peer
+from nbd_mirror.rules.node_side import Crash, Role, Side
+from nbd_mirror.rules.promotion import Contact, Standing
+
+NAMES = "abc"
+
+
+class Flight(NamedTuple):
+    """A primary's write that is not answered: *at* are the nodes that have it."""
+
+    region: int
+    value: int
+    at: frozenset[int]
+
+
+class Session(NamedTuple):
+    """
+    Two connected nodes; *todo*: what is left to copy.
+
+    *stage* of a resync: 0 copies, 1 has offered the generation, 2 is adopted.
+    """
+
+    source: int = -1  # -1: in sync
+    target: int = -1
+    todo: frozenset[int] = frozenset()
+    stage: int = 0
+
+
+SYNC = Session()
+
+
+class Node(NamedTuple):
+    """A node: durable state, then what a restart forgets, then the test's own."""
+
+    line: Lineage
+    dirty: tuple[frozenset[int], ...]
+    doubts: tuple[frozenset[int], ...]
+    active: frozenset[int]  # the activity log
+    disk: tuple[int, ...]  # as it reads
+    safe: tuple[int, ...]  # as it reads after power loss
+    epoch: int = 1
+    leader: int = 0
+    crash: Crash = Crash.NONE
+    behind: int = 0  # the generation that a source had, or 0
+    inconsistent: bool = False
+    demoted: bool = False
+    token: tuple[int, int, int] | None = None  # the generation and term it is good for
+    handed: int = -1  # the node that has this one's token
+    up: bool = True
+    primary: bool = False
+    flight: Flight | None = None
+    story: int = 0  # which of the parted histories its data belongs to
+
+
+class Story(NamedTuple):
+    """One history of answered writes: a forced promotion begins another one."""
+
+    need: tuple[int, ...]  # the latest answered value a region
+    kept: tuple[int, ...]  # the latest flushed one
+    # Stories without a write that was answered in this one, and its generation.
+    apart: frozenset[tuple[int, int]] = frozenset()
+
+
+class Budget(NamedTuple):
+    """How much may still happen."""
+
+    writes: int = 2
+    cuts: int = 1
+    crashes: int = 1
+    orders: int = 1  # promote, demote, hand over without force
+    forces: int = 1  # forced promotions and resolved split brains
+
+
+class State(NamedTuple):
+    """Everything at one instant."""
+
+    nodes: tuple[Node, ...]
+    links: frozenset[tuple[int, int]]  # pairs that can reach each other
+    sessions: tuple[tuple[tuple[int, int], Session], ...]
+    stories: tuple[Story, ...]
+    budget: Budget
+    last: int = 0  # the latest value written
+    fresh: int = 1  # the latest generation
+    forced: bool = False
+    fault: str = ""
+
+
+def start(nodes: int, regions: int, budget: Budget) -> State:
+    """All nodes in sync, the first one primary."""
+    empty = (frozenset[int](),) * nodes
+    zero = (0,) * regions
+    made = []
+    for index in range(nodes):
+        peers = tuple(
+            Peer(NAMES[other], shared=True) for other in range(nodes) if other != index
+        )
+        line = Lineage(1, (), peers)
+        node = Node(line, empty, empty, frozenset(), zero, zero, primary=index == 0)
+        made.append(node)
+    pairs = [(i, j) for i in range(nodes) for j in range(i + 1, nodes)]
+    return State(
+        tuple(made),
+        frozenset(pairs),
+        tuple((pair, SYNC) for pair in pairs if pair[0] == 0),
+        (Story(zero, zero),),
+        budget,
+    )
+
+
+def faults(state: State) -> str:
+    """Say which promise a state breaks; "" if none."""
+    return state.fault or _serving_fault(state) or _sync_fault(state)
+
+
+def _serving_fault(state: State) -> str:
+    serving = [node for node in state.nodes if node.primary]
+    if len(serving) > 1 and not state.forced:
+        return "two nodes serve, and nobody forced one"
+    for index, node in enumerate(state.nodes):
+        if node.primary and node.leader != index:
+            return f"{NAMES[index]} serves, and knows a later primary"
+    for node in serving:
+        need = state.stories[node.story].need
+        for region, value in enumerate(node.disk):
+            if value < need[region]:
+                return f"a primary lacks the answered write {need[region]}"
+    return ""
+
+
+def _sync_fault(state: State) -> str:
+    """Compare nodes in sync; the writes under way may differ."""
+    under_way = {node.flight.region for node in state.nodes if node.flight is not None}
+    for (one, other), session in state.sessions:
+        if session != SYNC and session.stage < 2:
+            continue
+        both = zip(state.nodes[one].disk, state.nodes[other].disk, strict=True)
+        for region, (first, second) in enumerate(both):
+            if first != second and region not in under_way:
+                return f"{NAMES[one]} and {NAMES[other]} are in sync and differ"
+    return ""
+
+
+def judged(state: State, source: int, target: int, *, by_operator: bool) -> State:
+    """Note a decision that copies from no image, or discards answered writes alone."""
+    giver, taker = state.nodes[source], state.nodes[target]
+    if giver.inconsistent:
+        return state._replace(fault="a source is of no instant")
+    if by_operator:
+        return state
+    for other, generation in state.stories[taker.story].apart:
+        if other == giver.story and holds(taker, generation):
+            return state._replace(fault="a decision discards answered writes")
+    return state
+
+
+def forgotten(state: State, index: int) -> State:
+    """After power loss: an unflushed write may be gone from all nodes that had it."""
+    generation = state.nodes[index].line.generation
+    stories = list(state.stories)
+    counting = (there for there in state.nodes if not there.behind)
+    for told in {there.story for there in counting if holds(there, generation)}:
+        need = list(stories[told].need)
+        for region in range(len(need)):
+            held = max(
+                there.disk[region]
+                for at, there in enumerate(state.nodes)
+                if holds(there, generation) and (at == index or not there.inconsistent)
+            )
+            if held < stories[told].kept[region]:
+                return state._replace(fault=f"the flushed write {need[region]} is gone")
+            need[region] = min(held, need[region])
+        stories[told] = stories[told]._replace(need=tuple(need))
+    return state._replace(stories=tuple(stories))
+
+
+def holds(node: Node, generation: int) -> bool:
+    """Tell whether the data of a node are of *generation*, or later."""
+    return generation in (node.line.generation, *node.line.history)
+
+
+def all_doubt(
+    node: Node, index: int, regions: frozenset[int], but: int = -1
+) -> tuple[frozenset[int], ...]:
+    """Add regions to a node's doubts towards all others, *but* one."""
+    return tuple(
+        bits if at in (index, but) else bits | regions
+        for at, bits in enumerate(node.doubts)
+    )
+
+
+def cleared(node: Node, other: int, region: int) -> Node:
+    """Clear a region towards another node: it is copied."""
+    dirty, doubts = list(node.dirty), list(node.doubts)
+    dirty[other] -= {region}
+    doubts[other] -= {region}
+    return node._replace(dirty=tuple(dirty), doubts=tuple(doubts))
+
+
+def term(node: Node) -> tuple[int, int]:
+    """Give the latest promotion that a node knows."""
+    return node.epoch, node.leader
+
+
+def token(node: Node) -> tuple[int, int, int]:
+    """Give what a token of the node is good for."""
+    return node.line.generation, *term(node)
+
+
+def subsets(regions: list[int]) -> Iterator[tuple[int, ...]]:
+    """Give every set of some of the regions."""
+    for bits in range(1, 1 << len(regions)):
+        yield tuple(region for at, region in enumerate(regions) if bits >> at & 1)
+
+
+def with_value(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    """Replace one value."""
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def put(state: State, index: int, node: Node) -> State:
+    """Replace one node."""
+    nodes = (*state.nodes[:index], node, *state.nodes[index + 1 :])
+    return state._replace(nodes=nodes)
+
+
+def pairs(state: State) -> Iterator[tuple[int, int]]:
+    """Give each pair of nodes once."""
+    for one in range(len(state.nodes)):
+        for other in range(one + 1, len(state.nodes)):
+            yield one, other
+
+
+def ordered(one: int, other: int) -> tuple[int, int]:
+    """Give a pair as sessions and links name it."""
+    return (one, other) if one < other else (other, one)
+
+
+def session_of(state: State, one: int, other: int) -> Session | None:
+    """Find the session of two nodes."""
+    pair = ordered(one, other)
+    for key, session in state.sessions:
+        if key == pair:
+            return session
+    return None
+
+
+def with_session(state: State, pair: tuple[int, int], session: Session) -> State:
+    """Begin or change a session."""
+    others = [item for item in state.sessions if item[0] != pair]
+    return state._replace(sessions=tuple(sorted([*others, (pair, session)])))
+
+
+def others(state: State, index: int) -> list[int]:
+    """Give all nodes but one."""
+    return [at for at in range(len(state.nodes)) if at != index]
+
+
+def side_of(state: State, index: int, other: int) -> Side:
+    """Show a node as it shows itself to another one."""
+    node = state.nodes[index]
+    return Side(
+        volume="v",
+        node=NAMES[index],
+        size=len(node.disk),
+        generation=node.line.generation,
+        history=node.line.history,
+        bases=node.line.peer(NAMES[other]).bases,
+        dirty=len(node.dirty[other]),
+        doubts=len(node.doubts[other] | (frozenset() if node.primary else node.active)),
+        crash=node.crash,
+        inconsistent=node.inconsistent,
+        role=Role.PRIMARY if node.primary else Role.SECONDARY,
+        epoch=node.epoch,
+        leader=NAMES[node.leader],
+        handed=NAMES[node.handed] if node.handed >= 0 else "",
+    )
+
+
+def standing_of(state: State, index: int) -> Standing:
+    """Show a node as `promote` judges it."""
+    node = state.nodes[index]
+    contacts = []
+    for at in others(state, index):
+        there = state.nodes[at]
+        session = session_of(state, index, at)
+        role = Role.PRIMARY if there.primary else Role.SECONDARY
+        contacts.append(
+            Contact(
+                NAMES[at],
+                connected=session is not None,
+                role=role,
+            )
+        )
+    return Standing(
+        behind=node.behind > 0,
+        inconsistent=node.inconsistent,
+        lost_power=node.crash is Crash.HOST and any(node.doubts),
+        token=node.token == token(node),
+        others=tuple(contacts),
+    )

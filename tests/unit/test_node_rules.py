@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The rules of nodes, one decision at a time.
+
+Rows of `REPORTED` are DRBD's troubles of 2020 to 2026, each as the state of two nodes
+that it began with. nodes_model.py shows what the rules keep over time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from nbd_mirror.rules.generation import (
+    BASES,
+    HISTORY,
+    Lineage,
+    Peer,
+    adopt,
+    begin,
+    create,
+    must_begin,
+    offer,
+    settle,
+)
+from nbd_mirror.rules.node_handshake import decide, resolve
+from nbd_mirror.rules.node_side import Action, Crash, Extent, Plan, Role, Side
+from nbd_mirror.rules.promotion import (
+    Answer,
+    Contact,
+    Standing,
+    may_hand_over,
+    may_promote,
+    may_resume,
+)
+
+A = Side("v", "a", 1 << 30, generation=1, epoch=1, leader="a")
+B = replace(A, node="b")
+
+
+def in_direction(plan: Plan) -> str:
+    """Give "a>b" for a resync from a to b, else the action."""
+    if plan.action is Action.RESYNC:
+        return f"{plan.source}>{plan.target}"
+    return str(plan.action.value)
+
+
+# -- the handshake
+
+# By row: side a, side b, what they do, and what is copied.
+ROWS = {
+    "1 another volume": (A, replace(B, volume="w"), "stop", Extent.NOTHING),
+    "1 another size": (A, replace(B, size=1 << 20), "stop", Extent.NOTHING),
+    "2 one is empty": (A, replace(B, generation=0), "a>b", Extent.DIFFERENT),
+    "2 both are empty": (
+        replace(A, generation=0),
+        replace(B, generation=0),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "2 both are proven zero": (
+        replace(A, generation=0, zero=True),
+        replace(B, generation=0, zero=True),
+        "new",
+        Extent.NOTHING,
+    ),
+    "3 nothing differs": (A, B, "in_sync", Extent.NOTHING),
+    "4 one is inconsistent": (replace(A, inconsistent=True), B, "b>a", Extent.MARKED),
+    "4 both are inconsistent": (
+        replace(A, inconsistent=True),
+        replace(B, inconsistent=True),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "5 one crashed, the other stayed up": (
+        replace(A, doubts=3, crash=Crash.HOST),
+        B,
+        "b>a",
+        Extent.MARKED,
+    ),
+    "5 it crashed, and is primary again": (
+        replace(A, doubts=3, crash=Crash.HOST, role=Role.PRIMARY),
+        B,
+        "a>b",
+        Extent.MARKED,
+    ),
+    "6 both lost power": (
+        replace(A, doubts=3, crash=Crash.HOST),
+        replace(B, doubts=2, crash=Crash.HOST),
+        "a>b",
+        Extent.MARKED,
+    ),
+    "7 one has a map": (replace(A, dirty=4), B, "a>b", Extent.MARKED),
+    "7 the other is the only primary": (
+        replace(A, dirty=4),
+        replace(B, role=Role.PRIMARY),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "8 both have a map": (
+        replace(A, dirty=1),
+        replace(B, dirty=1),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "9 the other counts from this one's": (
+        A,
+        replace(B, generation=2, bases=(1,), dirty=5),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "11 an ancestor": (
+        A,
+        replace(B, generation=3, history=(2, 1)),
+        "b>a",
+        Extent.DIFFERENT,
+    ),
+    "12 both moved from a base": (
+        replace(A, generation=2, bases=(1,), dirty=1),
+        replace(B, generation=3, bases=(1,), dirty=1),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "13 both moved from an ancestor": (
+        replace(A, generation=2, history=(1,)),
+        replace(B, generation=3, history=(1,)),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "14 nothing in common": (A, replace(B, generation=9), "stop", Extent.NOTHING),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(row: str) -> None:
+    """Each row of the table, from both sides."""
+    mine, other, expected, extent = ROWS[row]
+    for plan in (decide(mine, other), decide(other, mine)):
+        assert in_direction(plan) == expected
+        assert plan.extent is extent
+        assert (plan.action is Action.STOP) == bool(plan.reason)
+
+
+# By what was reported: the state it began with, and what must not happen to it.
+REPORTED = {
+    "1 a flag said no resync, 16 bits were dropped (LINBIT/drbd#145)": (
+        replace(A, dirty=16),
+        replace(B, crash=Crash.HOST),
+        "a>b",
+    ),
+    "2 equal ids, bits on both sides were dropped": (
+        replace(A, dirty=1),
+        replace(B, dirty=1),
+        "stop",
+    ),
+    "3 a source that may not be one was tried for ever (LINBIT/drbd#143)": (
+        replace(A, generation=2, bases=(1,), inconsistent=True),
+        B,
+        "stop",
+    ),
+    "4 two disks made alike passed for equal": (
+        replace(A, generation=0),
+        replace(B, generation=0),
+        "stop",
+    ),
+    "10 history was not inherited: two good nodes were unrelated": (
+        replace(A, generation=3, history=(2, 1)),
+        replace(B, generation=1),
+        "a>b",
+    ),
+    "11 no common base, a wrong bitmap was used": (
+        replace(A, generation=4, history=(1,)),
+        replace(B, generation=5, history=(1,), bases=(2,), dirty=1),
+        "stop",
+    ),
+    "14 the map of two inconsistent nodes was dropped": (
+        replace(A, inconsistent=True, dirty=1),
+        replace(B, inconsistent=True),
+        "stop",
+    ),
+    "17 one side missed the end of the resync": (replace(A, bases=(9,)), B, "in_sync"),
+    "18 both nodes were the source": (
+        replace(A, generation=2, bases=(3,)),
+        replace(B, generation=3, bases=(2,)),
+        "stop",
+    ),
+    "19 the role decided that data was old": (
+        replace(A, role=Role.PRIMARY),
+        replace(B, epoch=0),
+        "in_sync",
+    ),
+    "22 a stale disk was attached and trusted": (
+        replace(A, missed=7),
+        replace(B, role=Role.PRIMARY),
+        "b>a",
+    ),
+}
+
+
+@pytest.mark.parametrize("report", REPORTED)
+def test_reported(report: str) -> None:
+    """States of which others made silent divergence or a retry for ever."""
+    mine, other, expected = REPORTED[report]
+    assert in_direction(decide(mine, other)) == expected
+    assert in_direction(decide(other, mine)) == expected
+
+
+def sides(node: str) -> Iterator[Side]:
+    """Every kind of node, as another one may meet it."""
+    for generation, history, bases in (
+        (0, (), ()),
+        (1, (), ()),
+        (2, (1,), (1,)),
+        (3, (1,), (1,)),
+        (3, (2, 1), ()),
+        (4, (2, 1), (2, 1)),
+    ):
+        for (
+            dirty,
+            doubts,
+            missed,
+            crash,
+            inconsistent,
+            role,
+            epoch,
+        ) in itertools.product(
+            (0, 1),
+            (0, 1),
+            (0, 1),
+            (Crash.NONE, Crash.HOST),
+            (False, True),
+            Role,
+            (1, 2),
+        ):
+            yield Side(
+                "v",
+                node,
+                1 << 30,
+                generation,
+                history,
+                bases,
+                dirty,
+                doubts,
+                missed,
+                crash,
+                inconsistent,
+                role=role,
+                epoch=epoch,
+                leader=node if role is Role.PRIMARY else "ab"[epoch - 1],
+            )
+
+
+@pytest.mark.slow
+def test_every_combination() -> None:
+    """Both sides agree; nothing that is marked is in sync; no veto is passed over."""
+    others = list(sides("b"))
+    for mine in sides("a"):
+        for other in others:
+            plan = decide(mine, other)
+            assert plan == decide(other, mine)
+            check(plan, mine, other)
+
+
+def check(plan: Plan, mine: Side, other: Side) -> None:
+    """Whatever a plan may never do, for any two nodes."""
+    by_name = {side.node: side for side in (mine, other)}
+    if plan.action is Action.STOP:
+        assert plan.reason
+        assert plan.hint or not plan.split
+        return
+    if plan.action is Action.IN_SYNC:
+        marks = [side.dirty + side.doubts + side.missed for side in (mine, other)]
+        assert not any(marks)
+        assert mine.generation == other.generation
+        assert not any(side.inconsistent for side in (mine, other))
+    if plan.action is Action.RESYNC:
+        source, target = by_name[plan.source], by_name[plan.target]
+        assert not source.inconsistent
+        assert source.generation != 0
+        assert plan.heals_source == (source.missed > 0)
+        assert plan.extent is not Extent.DIFFERENT or not source.missed
+        assert target.role is Role.SECONDARY or source.role is Role.PRIMARY
+        assert plan.demotes == (target.role is Role.PRIMARY)
+        assert plan.epoch > target.epoch or source.term >= target.term
+        exact = source.generation == target.generation
+        exact = exact or target.generation in source.bases
+        assert (plan.extent is Extent.MARKED) == exact
+
+
+def test_resolve_overrules_a_split_brain_only() -> None:
+    """The kept node begins a generation; unrelated data stay apart."""
+    mine, other, _, _ = ROWS["12 both moved from a base"]
+    for keep, lose in ((mine, other), (other, mine)):
+        plan = resolve(keep, lose)
+        assert (plan.source, plan.target) == (keep.node, lose.node)
+        assert plan.extent is Extent.MARKED
+        assert plan.begins
+        assert plan.epoch == 2
+        assert plan.discards == lose.dirty
+    mine, other, _, _ = ROWS["13 both moved from an ancestor"]
+    assert resolve(mine, other).extent is Extent.DIFFERENT
+    mine, other, _, _ = ROWS["14 nothing in common"]
+    assert resolve(mine, other).action is Action.STOP
+
+
+def test_resolve_never_copies_from_an_inconsistent_image() -> None:
+    """An operator cannot choose an image that is of no instant."""
+    mine, other, _, _ = ROWS["12 both moved from a base"]
+    plan = resolve(replace(mine, inconsistent=True), other)
+    assert plan.action is Action.STOP
+    assert "of no instant" in plan.reason
+
+
+def test_the_last_primary_resumes() -> None:
+    """Only if no node was promoted since, and only with all the data."""
+    crashed = replace(A, doubts=2, crash=Crash.PROCESS)
+    assert may_resume(A, B)
+    assert not may_resume(B, A)
+    assert not may_resume(crashed, B)  # it waits for the other's data first
+    assert not may_resume(A, replace(B, role=Role.PRIMARY))
+    assert not may_resume(A, replace(B, epoch=2, leader="b"))
+
+
+def test_only_the_last_primary_hands_over() -> None:
+    """The token needs nobody's consent, so that only one may exist."""
+    assert may_hand_over(A, B)
+    assert not may_hand_over(B, A)
+    assert not may_hand_over(replace(A, handed="c"), B)
+    assert not may_hand_over(replace(A, role=Role.PRIMARY), B)
+    assert not may_hand_over(A, replace(B, epoch=2, leader="c"))
+    assert not may_hand_over(replace(A, dirty=1), B)
+
+
+def test_a_primary_stops_at_the_news_of_a_later_one() -> None:
+    """A third node was promoted, and may have answered writes that neither has."""
+    old = replace(A, role=Role.PRIMARY)
+    knows = replace(B, epoch=2, leader="c")
+    for plan in (decide(old, knows), decide(knows, old)):
+        assert plan.action is Action.STOP
+        assert plan.split
+        assert "c was promoted after it" in plan.reason
+
+
+# -- generations
+
+NEW = Lineage(peers=(Peer("b"), Peer("c")))
+PAIR = Lineage(1, (), (Peer("b", shared=True), Peer("c", shared=True)))
+
+
+def test_a_write_that_a_counted_node_lacks_begins_a_generation() -> None:
+    """The rule that all others rest on."""
+    assert not must_begin(PAIR, [])
+    assert must_begin(PAIR, ["b"])
+    moved = begin(PAIR, 2, ["b"])
+    assert (moved.generation, moved.history) == (2, (1,))
+    assert moved.peer("b") == Peer("b", (1,), shared=False)
+    assert not must_begin(moved, ["b"])
+
+
+def test_a_counted_node_has_to_confirm_the_generation() -> None:
+    """Until then it may hold either generation."""
+    moved = begin(PAIR, 2, ["b"])
+    assert moved.peer("c") == Peer("c", (1,), shared=True)
+    assert must_begin(moved, ["b", "c"])  # c did not answer, and may hold it
+    assert settle(moved, "c", 2).peer("c") == Peer("c", (), shared=True)
+
+
+def test_a_late_confirmation_counts_for_what_it_names() -> None:
+    """DRBD took an answer for the present id; the peer had the one before."""
+    moved = begin(begin(PAIR, 2, ["b"]), 3, ["b"])
+    late = settle(moved, "c", 2)
+    assert late.peer("c") == Peer("c", (2,), shared=True)
+
+
+def test_an_offer_makes_the_next_write_begin() -> None:
+    """The node may have adopted, and its answer may be lost."""
+    moved = begin(PAIR, 2, ["b", "c"])
+    offered = offer(moved, "b")
+    assert must_begin(offered, ["b"])
+    again = begin(offered, 3, ["b", "c"])
+    assert again.peer("b") == Peer("b", (2, 1), shared=False)
+    assert again.peer("c") == Peer("c", (1,), shared=False)
+
+
+def test_adoption_forgets_bases() -> None:
+    """Copying changed more than the dirty maps tell."""
+    source = begin(PAIR, 2, ["c"])
+    target = Lineage(1, (), (Peer("a", (7,)), Peer("c", (5,))))
+    adopted = adopt(target, source)
+    assert (adopted.generation, adopted.history) == (2, (1,))
+    assert adopted.peers == (Peer("a", shared=True), Peer("c", shared=True))
+
+
+def test_bounds() -> None:
+    """A link that flaps for years makes neither list longer."""
+    line = PAIR
+    for generation in range(2, HISTORY + 9):
+        line = begin(offer(line, "b"), generation, ["b"])
+    assert len(line.history) == HISTORY
+    assert line.history[0] == line.generation - 1
+    assert line.peer("b").bases == line.history[:BASES]
+
+
+def test_a_generation_is_used_once() -> None:
+    """And data are declared once."""
+    with pytest.raises(ValueError, match="no node has used"):
+        begin(PAIR, 1, ["b"])
+    with pytest.raises(ValueError, match="no node has used"):
+        create(NEW, 0)
+    with pytest.raises(ValueError, match="already"):
+        create(PAIR, 2)
+    assert create(NEW, 5).generation == 5
+    with pytest.raises(KeyError):
+        PAIR.peer("d")
+
+
+# -- promotion
+
+CONNECTED = Contact("b", connected=True)
+PROMOTIONS = {
+    "connected and in sync": (Standing(others=(CONNECTED,)), Answer.YES),
+    "the other is primary": (
+        Standing(others=(replace(CONNECTED, role=Role.PRIMARY),)),
+        Answer.NO,
+    ),
+    "the other is away": (Standing(others=(Contact("b"),)), Answer.FORCE),
+    "one of two is away": (Standing(others=(CONNECTED, Contact("c"))), Answer.FORCE),
+    "with the token": (Standing(token=True, others=(Contact("b"),)), Answer.YES),
+    "behind": (Standing(behind=True, others=(CONNECTED,)), Answer.FORCE),
+    "behind, with a token": (
+        Standing(behind=True, token=True, others=(Contact("b"),)),
+        Answer.FORCE,
+    ),
+    "half-way": (Standing(inconsistent=True, others=(CONNECTED,)), Answer.NO),
+    "half-way, with an undo log": (
+        Standing(inconsistent=True, undo=True, others=(Contact("b"),)),
+        Answer.FORCE,
+    ),
+    "its disk misses regions": (Standing(missed=1, others=(CONNECTED,)), Answer.NO),
+    "no data, the other has some": (
+        Standing(has_data=False, others=(CONNECTED,)),
+        Answer.NO,
+    ),
+    "no data on either": (
+        Standing(has_data=False, others=(replace(CONNECTED, has_data=False),)),
+        Answer.YES,
+    ),
+    "it lost power": (Standing(lost_power=True, others=(Contact("b"),)), Answer.FORCE),
+}
+
+
+@pytest.mark.parametrize("case", PROMOTIONS)
+def test_promotion(case: str) -> None:
+    """Each line of the table of `may_promote`."""
+    standing, answer = PROMOTIONS[case]
+    verdict = may_promote(standing)
+    assert verdict.answer is answer
+    assert verdict.reason
