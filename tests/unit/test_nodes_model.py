@@ -211,9 +211,9 @@ RECORDED = {
         Rules(resolve=_resolves_in_place),
         "a write 0, a write at b, cut ab, kill c, kill b, cut bc, a write at a,"
         " a begin, cut ac, join bc, start c, force c, c write 0, join ac, c write at c,"
-        " meet ac, force c, keep c, keep a, start b, join ab, meet ab, a>c copy 0, a>c offer,"
-        " a>c adopt, a>b copy 0, a>b offer, a>b adopt, a>b settle, a>c settle, meet bc,"
-        " promote c",
+        " meet ac, force c, keep c, keep a, start b, join ab, meet ab, a>c copy 0,"
+        " a>c offer, a>c adopt, a>b copy 0, a>b offer, a>b adopt, a>b settle,"
+        " a>c settle, meet bc, promote c",
         "a primary lacks the answered write 2",
     ),
 }
