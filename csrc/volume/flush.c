@@ -316,6 +316,17 @@ flush_local_group (struct nbdm *v)
   return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
 }
 
+/* Unless another disk has replaced the one that failed.  A remote on hold may
+ * still come back and take its place.
+ */
+static void
+take_place_of_local (struct nbdm *v, unsigned failures)
+{
+  LOCK_FOR_SCOPE (&v->lock);
+  if (v->local.failures == failures && local_may_be_replaced_locked (v))
+    local_takeover_relock (v);
+}
+
 int
 volume_flush (struct nbdm *v)
 {
@@ -340,6 +351,11 @@ volume_flush (struct nbdm *v)
   rc = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
            ? 0
            : flush_local_group (v);
+  /* At once, and not when the remotes have flushed: a process killed before the
+   * takeover's marks starts with a local disk that it believes.
+   */
+  if (rc < 0)
+    take_place_of_local (v, failures);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (begun[i] && remote_flush_end (&flushes[i]) == 0)
       flushed = true; /* a lost remote is a state, no error while local is ok */

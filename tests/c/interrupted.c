@@ -82,6 +82,9 @@ obey (const struct bench *bench, struct peer *peer, uint32_t i,
   case SERVERS_HOLD:
     peer_hold (peer, PEER_HOLD_FLUSHES);
     break;
+  case SERVERS_GO:
+    peer_hold (peer, PEER_GO);
+    break;
   case SERVERS_LOSE_CACHE:
     peer_lose_power (peer, PEER_LOSE_ALL);
     peer_hold (peer, PEER_GO);

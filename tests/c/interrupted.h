@@ -71,6 +71,7 @@ enum servers_word {
   SERVERS_TAKE = 't', /* cut, and have `image` hold what the remotes hold */
   SERVERS_PUT = 'p',  /* the other way round; all of it flushed */
   SERVERS_HOLD = 'h', /* carry out no flush */
+  SERVERS_GO = 'g',
   SERVERS_LOSE_CACHE = 'l' /* cut, lose what was not flushed, and go on */
 };
 void bench_servers (struct bench *bench, enum servers_word word);

@@ -22,7 +22,7 @@ static struct bench bench;
 /* Three in which local has a write that no remote has durably, and three in
  * which local is not to be believed.
  */
-enum failure { WRITE, FLUSH, READ };
+enum failure { WRITE, FLUSH, CLIENTS_FLUSH, READ };
 enum loss { KEPT, LOST_BEFORE, LOST_AFTER };
 
 static const struct takeover {
@@ -49,6 +49,8 @@ static const struct takeover {
     "takeover_taking_back:5=kill" },
   { "flush_failed_taken_back", FLUSH, LOST_BEFORE,
     "local_flush:3=error,takeover_done=kill" },
+  { "clients_flush_failed", CLIENTS_FLUSH, KEPT,
+    "local_flush:3=error,takeover_marked=kill" },
   { "read_failed", READ, KEPT,
     "local_read:1=error,local_read:2=error,takeover_marked=kill" },
 };
@@ -63,6 +65,8 @@ fail (void *opaque)
 
   if (takeover->failure == READ)
     nbdm_pread (bench.volume, buf, sizeof buf, FIRST * BENCH_REGION);
+  else if (takeover->failure == CLIENTS_FLUSH)
+    nbdm_flush (bench.volume);
   else {
     /* With FUA only its own bytes are made durable on the remotes. */
     memset (buf, 3, sizeof buf);
@@ -86,7 +90,7 @@ live (void *opaque)
   bench_write (&bench, 0, 6, 1);
   bench_must (nbdm_flush (bench.volume));
   bench_write (&bench, FIRST, NR, 2); /* answered, and nowhere flushed */
-  if (takeover->loss == LOST_BEFORE)
+  if (takeover->loss == LOST_BEFORE || takeover->failure == CLIENTS_FLUSH)
     bench_servers (&bench, SERVERS_HOLD);
   assert (pthread_create (&thread, NULL, fail, (void *)takeover) == 0);
   if (takeover->loss == LOST_BEFORE) { /* over the takeover's flush */
@@ -127,6 +131,7 @@ run (const struct takeover *takeover)
   assert (killed (in_child (takeover->fault, live, (void *)takeover)));
   if (takeover->loss == LOST_AFTER)
     bench_servers (&bench, SERVERS_LOSE_CACHE);
+  bench_servers (&bench, SERVERS_GO);
   if (takeover->failure != WRITE && takeover->loss == KEPT)
     spoil_local (takeover->failure == READ ? 1 : NR);
   assert (passed (in_child (NULL, start, NULL)));
