@@ -516,6 +516,10 @@ dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed)
   struct bitmap *map = &dm->map[unflushed];
   uint64_t nr = map->nr_bits, first = 0, kept;
 
+  if (dm->owed.nr_set == 0) {
+    bitmap_clear_all (map); /* costs no more on a large volume */
+    return;
+  }
   for (; (first = bitmap_next_set (map, first, nr)) < nr; first = kept) {
     if (bitmap_test (&dm->owed, first))
       kept = first + 1;
