@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+Which connection may write to a node's disk: claims, pure rules.
+
+A primary that connects to another node claims the node's disk. The claim is the
+export's name, so that it comes before the first request, and a plain client cannot make
+one by accident:
+
+    NAME@EPOCH.NODE.SESSION.NONCE
+
+Claims are ordered by epoch, node and session. The node stores the highest one that it
+has granted. A higher claim fences: the node stores it, then cuts the connections of all
+others, waits until none of their requests is under way at its disk, and flushes the
+disk. Only then is the claim granted. So nothing of a lower claim lands later, whatever
+the network or a stopped process still holds, and a node's `late_write_window` is 0.
+
+Why each part is there:
+
+- The **node**, as two operators who force two nodes at once give both the same epoch.
+- The **session**, which the primary stores and raises at each start and at each
+  reconnect: what was under way on a lost connection may still land, and has to be
+  fenced by the same primary too.
+- The **nonce**, a random number of the claim's first connection. A second connection of
+  the same session shows it; a primary whose state was restored from a copy does not
+  know it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Claim", "Judgement", "format_claim", "judge", "parse_claim", "why_refused"]
+
+NUMBER_MAX = (1 << 64) - 1  # of epoch and session: the superblock has 64 bits
+NONCE_DIGITS = 32  # hexadecimal
+
+_CLAIM = re.compile(
+    r"(?P<volume>.+)@(?P<epoch>\d{1,20})\.(?P<node>[^@]+)\.(?P<session>\d{1,20})"
+    rf"\.(?P<nonce>[0-9a-f]{{{NONCE_DIGITS}}})",
+    re.ASCII | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One session of one promoted node."""
+
+    epoch: int
+    node: str
+    session: int
+    nonce: str
+
+    @property
+    def rank(self) -> tuple[int, str, int]:
+        """The order of claims."""
+        return self.epoch, self.node, self.session
+
+
+class Judgement(Enum):
+    """What a node does with a claim."""
+
+    FENCE = "fence"  # store it, cut and drain all others, flush; then it is granted
+    JOIN = "join"  # one more connection of the session that is in force
+    REFUSE = "refuse"  # and say which one is in force
+
+
+def judge(
+    claim: Claim, in_force: Claim | None, *, whole: bool, primary: bool
+) -> Judgement:
+    """
+    Judge a claim.
+
+    Args:
+        in_force: the highest claim that was ever stored; None: none was.
+        whole: no connection of *in_force* has ended since it was granted, and the node
+            has not been restarted. Once one has ended, its requests may be lost or
+            still under way: only another session tells them apart.
+        primary: this node serves clients; it grants no claim.
+    """
+    if primary:
+        return Judgement.REFUSE
+    if in_force is None or claim.rank > in_force.rank:
+        return Judgement.FENCE
+    if claim == in_force and whole:
+        return Judgement.JOIN
+    return Judgement.REFUSE
+
+
+def why_refused(claim: Claim, in_force: Claim | None, *, primary: bool) -> str:
+    """Say it to the node that claimed; both sides show it."""
+    asked = f"epoch {claim.epoch} of {claim.node}, session {claim.session}"
+    if primary or in_force is None:
+        return f"this node is primary: it grants no claim ({asked})"
+    held = f"epoch {in_force.epoch} of {in_force.node}, session {in_force.session}"
+    if claim.rank == in_force.rank:
+        return (
+            f"a connection of {held} was lost or is another's: claim a higher session"
+        )
+    return f"{held} is in force, which is later than {asked}"
+
+
+def format_claim(volume: str, claim: Claim) -> str:
+    """Make the export's name of a claim."""
+    return f"{volume}@{claim.epoch}.{claim.node}.{claim.session}.{claim.nonce}"
+
+
+def parse_claim(export: str) -> tuple[str, Claim] | None:
+    """
+    Read an export's name; None: it is no claim, or not one of this version.
+
+    Whatever a hostile client sends gives None or a claim, never an error.
+    """
+    match = _CLAIM.fullmatch(export)
+    if match is None:
+        return None
+    epoch, session = int(match["epoch"]), int(match["session"])
+    if max(epoch, session) > NUMBER_MAX:
+        return None
+    return match["volume"], Claim(epoch, match["node"], session, match["nonce"])
