@@ -490,6 +490,8 @@ int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
  * start takes all as dirty, and the message says why.
  */
 int nbdm_peek_map (const char *state_dir, const char *disk);
+/* The same of the logs that cover all disks, by their headers. */
+int nbdm_peek_logs (const char *state_dir);
 
 /* --- Tests ----------------------------------------------------------- */
 

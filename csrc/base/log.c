@@ -271,6 +271,11 @@ intake_main (void *opaque)
 
       if (n > 0)
         take_in_locked (buf, (size_t)n);
+      /* No descriptor leads into the pipe any more, and none ever will.  The
+       * poll would return at once each time.
+       */
+      else if (n == 0)
+        in.fd = -1;
     }
     for (size_t i = 0; i < NBDM_LOG_KINDS; i++)
       say_left_out_locked (&buckets[i]);
@@ -530,16 +535,18 @@ void
 nbdm_log (uint32_t kind, const char *level, const char *words)
 {
   char head[64];
+  bool direct;
 
   pthread_mutex_lock (&lock);
   if (kind < NBDM_LOG_KINDS && !take_token_locked (&buckets[kind])) {
     pthread_mutex_unlock (&lock);
     return;
   }
-  if (started)
+  direct = !started;
+  if (!direct)
     line_locked (level, words);
   pthread_mutex_unlock (&lock);
-  if (!started) {
+  if (direct) {
     stamp (head, sizeof head, level);
     (void)dprintf (STDERR_FILENO, "%s%s\n", head, words);
   }

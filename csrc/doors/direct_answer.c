@@ -58,6 +58,9 @@ take_spare_locked (struct session *s, size_t room)
   if (op) {
     *p = op->next;
     s->kept -= op->room;
+    /* It may be larger than what was promised, and it stays in use. */
+    if (s->promised < op->room)
+      s->promised = op->room;
   }
   return op;
 }

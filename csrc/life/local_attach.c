@@ -187,7 +187,9 @@ open_disk (struct nbdm *v, void *opaque)
   if (rc == 0 && !o->replaced)
     rc = identity_check_attached (v, &o->check, &o->disk, o->path);
   if (rc == 0 && !o->replaced && fdatasync (o->disk.fd) < 0) {
-    rc = set_error (-errno, "cannot make durable what is on the local disk %s",
+    rc = set_error (-errno,
+                    "cannot make durable what is on the local disk %s: all "
+                    "that a remote has is copied to it, once it works",
                     o->path);
     o->flush_failed = true;
   }

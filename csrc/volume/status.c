@@ -8,6 +8,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -317,6 +318,52 @@ nbdm_peek_map (const char *state_dir, const char *disk)
     rc = log_header_check_closed (file, &header, &sb);
   if (rc == 0 && le32toh (header.flags) & LOG_RENEWED)
     rc = set_message (-EUCLEAN, "%s was lost", file);
+  return rc;
+}
+
+/* The header of a log that is none of the maps; its content only a start reads.
+ */
+static int
+peek_log (int dirfd, const char *file, const char *magic, uint64_t entries,
+          uint64_t entry_size, const struct disk_superblock *sb)
+{
+  struct disk_log_header expect, header;
+  uint64_t session = le64toh (sb->session), is;
+  int rc, fd = openat (dirfd, file, O_RDONLY | PLAIN_FILE);
+
+  if (fd < 0)
+    return set_error (-errno, "cannot open %s", file);
+  log_header_init (&expect, magic, "", sb->uuid, session, entries, entry_size);
+  rc = log_header_load (fd, file, &expect, LAYOUT_PAGE, &header);
+  close (fd);
+  if (rc < 0)
+    return rc;
+  is = le64toh (header.session);
+  if (is != session && is != session + 1)
+    return set_message (-EUCLEAN,
+                        "%s is of another time: session %" PRIu64
+                        " instead of %" PRIu64,
+                        file, is, session);
+  return log_header_check_closed (file, &header, sb);
+}
+
+int
+nbdm_peek_logs (const char *state_dir)
+{
+  struct disk_superblock sb;
+  bool torn;
+  int rc, dirfd = peek_superblock (state_dir, &sb, &torn);
+
+  if (dirfd < 0)
+    return dirfd;
+  if (torn) /* as a start takes it */
+    sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
+  rc = peek_log (dirfd, "activity", ACTIVITY_MAGIC, ACTIVITY_EXTENTS,
+                 EXTENT_SIZE, &sb);
+  if (rc == 0)
+    rc = peek_log (dirfd, "inflight", INFLIGHT_MAGIC, RING_SLOTS,
+                   sizeof (struct disk_slot), &sb);
+  close (dirfd);
   return rc;
 }
 

@@ -15,15 +15,17 @@ import subprocess
 
 from .errors import UnsupportedError
 
-__all__ = ["cannot_start", "clean_environment", "find_program", "run"]
+__all__ = ["LIMIT_HINT", "cannot_start", "clean_environment", "find_program", "run"]
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_LIMIT = "raise `ulimit -n` and `ulimit -u`, or LimitNOFILE= and TasksMax= of the unit"
+LIMIT_HINT = (
+    "raise `ulimit -n` and `ulimit -u`, or LimitNOFILE= and TasksMax= of the unit"
+)
 _HELP = {
-    errno.EAGAIN: _LIMIT,
-    errno.EMFILE: _LIMIT,
-    errno.EINVAL: _LIMIT,  # for a descriptor beyond the limit
+    errno.EAGAIN: LIMIT_HINT,
+    errno.EMFILE: LIMIT_HINT,
+    errno.EINVAL: LIMIT_HINT,  # for a descriptor beyond the limit
     errno.E2BIG: "remove what is long from the environment",
 }
 

@@ -66,6 +66,9 @@ _EPILOG = "\b\nExit status:\n" + "\n".join(
     f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()
 )
 
+# What the local disk can be, in a remote's words.
+_LOCAL_STATES = (RemoteState.IN_SYNC, RemoteState.RESYNCING, RemoteState.FAILED)
+
 app = typer.Typer(
     help="A disk mirror over NBD that needs no kernel module.\n\n"
     "CONFIG is the path of a volume's TOML file, or a volume's name, looked up "
@@ -235,6 +238,12 @@ def wait(
     """Wait until the remotes are in a state. For in_sync, also the local disk."""
     volume = load(config)
     _check_disk(volume, remote)
+    if remote == "local" and state not in _LOCAL_STATES:
+        allowed = ", ".join(one.value for one in _LOCAL_STATES)
+        raise typer.BadParameter(
+            f"the local disk is never {state.value}, only {allowed}",
+            param_hint="--for",
+        )
     timeout_s = duration("--timeout", timeout)
     wait_for(
         volume,

@@ -10,17 +10,21 @@ NBD_MIRROR_DEBUG=1.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from ..base.errors import MirrorError, OutputError
+from ..base.errors import MirrorError, OutputError, UnsupportedError
 from ..base.interrupt import INTERRUPTED
+from ..base.programs import LIMIT_HINT
 from .output import finish_output, plain
 from .serve import ServerEndedError
 
 __all__ = ["report", "run"]
+
+_USED_UP = {errno.EMFILE, errno.ENFILE}
 
 
 def report(error: MirrorError) -> None:
@@ -56,12 +60,22 @@ def run(app: Callable[..., object]) -> int:
     except Exception as error:
         if os.environ.get("NBD_MIRROR_DEBUG") == "1":
             traceback.print_exc()
-        sys.stderr.write(
-            f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
-            "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
-        )
-        return 1
+        return _tell(error)
     return 0
+
+
+def _tell(error: Exception) -> int:
+    """Print an error that no step took for one of its own; return the exit code."""
+    # Any step may need a descriptor or memory, also an import of the interpreter's.
+    if isinstance(error, OSError) and error.errno in _USED_UP:
+        words = f"the command cannot go on: {error.strerror}"
+        report(UnsupportedError(words, LIMIT_HINT))
+        return UnsupportedError.exit_code
+    sys.stderr.write(
+        f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
+        "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
+    )
+    return 1
 
 
 def _run_app(app: Callable[..., object]) -> None:

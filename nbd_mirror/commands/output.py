@@ -20,7 +20,17 @@ from typing import Any
 
 from ..base.errors import OutputError
 
-__all__ = ["finish_output", "guard_output", "keep_descriptors", "plain"]
+__all__ = [
+    "finish_output",
+    "guard_output",
+    "keep_descriptors",
+    "one_line",
+    "plain",
+]
+
+
+# The bidirectional classes of what has a terminal show text in another order.
+_ORDERS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 
 class _Output(io.FileIO):
@@ -101,8 +111,20 @@ def plain(text: str) -> str:
     A server may belong to another user, and its text is shown to root.
     """
     return "".join(
-        "?" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
-        for char in text
+        "?" if _controls(char) and char not in "\n\t" else char for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return *text* as `plain` does, in one line: a second one would look like ours."""
+    return plain(text).replace("\n", " ")
+
+
+def _controls(char: str) -> bool:
+    """Tell if a terminal takes *char* for a command, an end of line, a new order."""
+    return (
+        unicodedata.category(char) in {"Cc", "Zl", "Zp"}
+        or unicodedata.bidirectional(char) in _ORDERS
     )
 
 

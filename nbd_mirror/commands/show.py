@@ -21,7 +21,7 @@ from ..volume.config import VolumeConfig
 from ..volume.mapview import DirtyMaps, picture
 from ..volume.status import Disk, Local, Remote, Resync, Status
 from .asked import name_volume
-from .output import plain
+from .output import one_line
 
 __all__ = [
     "NAME_WIDTH",
@@ -53,7 +53,7 @@ NAME_WIDTH = 16
 
 def state_text(state: str) -> Text:
     """Return a state's word in its colour."""
-    return Text(plain(state), style=_STYLES.get(state, ""))
+    return Text(one_line(state), style=_STYLES.get(state, ""))
 
 
 def describe_resync(resync: Resync | None) -> str:
@@ -197,7 +197,7 @@ def _why(console: Console, about: Status | Disk, asked: str) -> None:
 
 def _line(console: Console, *parts: str | Text) -> None:
     text = Text.assemble(*parts)
-    text.plain = plain(text.plain)
+    text.plain = one_line(text.plain)
     console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -25,7 +25,7 @@ from ..volume.config import VolumeConfig
 from ..volume.offline import stopped_status
 from ..volume.status import Disk, Status
 from .asked import name_volume
-from .output import plain
+from .output import one_line
 from .show import NAME_WIDTH, describe_resync, state_text
 
 __all__ = ["reached", "status_of", "wait_for", "watch"]
@@ -163,7 +163,8 @@ def watch(
         for line in lines:
             if line not in last:
                 console.print(
-                    Text(f"{time.strftime('%H:%M:%S')} {plain(line)}"), soft_wrap=True
+                    Text(f"{time.strftime('%H:%M:%S')} {one_line(line)}"),
+                    soft_wrap=True,
                 )
         last = lines
 
@@ -208,16 +209,16 @@ def _picture(status: Status, asked: str) -> Group:
     )
     lines: list[Text | Table | Padding] = [head]
     disks = _disks(status)
-    longest = max((len(plain(disk.name)) for disk in disks), default=0)
+    longest = max((len(one_line(disk.name)) for disk in disks), default=0)
     name_width = min(longest, NAME_WIDTH)
     for disk in disks:
         lines.append(_disk_line(disk, name_width))
         # Not in a column: a narrow terminal has no room for one.
         for about in (disk.reason, name_volume(disk.hint, asked)):
             if about:
-                lines.append(Padding(Text(plain(about), style="dim"), (0, 0, 0, 4)))
+                lines.append(Padding(Text(one_line(about), style="dim"), (0, 0, 0, 4)))
     if status.reason:
-        lines.append(Text(plain(status.reason)))
+        lines.append(Text(one_line(status.reason)))
     return Group(*lines)
 
 
@@ -234,7 +235,7 @@ def _disk_line(disk: Disk, name_width: int) -> Table:
     table.add_column(width=name_width, overflow="fold")
     table.add_column(min_width=STATE_WIDTH, no_wrap=True)
     table.add_row(
-        Text(plain(disk.name), style="bold"),
+        Text(one_line(disk.name), style="bold"),
         state_text(disk.state),
         bar,
         Text(describe_resync(disk.resync)),

@@ -41,6 +41,7 @@ from ..base.errors import (
     NotRunningError,
     UnsupportedError,
 )
+from ..base.interrupts import put_off
 from ..base.programs import find_program, run
 from ..rules.content import Choice, Need, choose, need_of
 from ..volume.client import serving_pid
@@ -139,11 +140,14 @@ def attach(
         )
     choice, by_operator = _choose(config, size, asked, device)
     name = devices.check_free(device) if device else devices.first_free()
-    rc, said = run(client, *_arguments(config, name, choice.block, connections))
-    if rc:
-        raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
-    devices.set_limits(name)
-    _note(config, name, choice.block, asked=by_operator, connections=connections)
+    # Not torn apart: a device that is not noted looks like none, and the next attach
+    # takes a second one for the same disk.
+    with put_off():
+        rc, said = run(client, *_arguments(config, name, choice.block, connections))
+        if rc:
+            raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
+        devices.set_limits(name)
+        _note(config, name, choice.block, asked=by_operator, connections=connections)
     _await_servers(name)
     return f"/dev/{name}", choice
 

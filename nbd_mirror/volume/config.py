@@ -226,23 +226,24 @@ def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
 
 
 def _read(source: Path, asked: str) -> str:
+    where = _plain(os.fspath(source))
     try:
         with open(source, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{source} is no plain file, so no configuration")
+                raise ConfigError(f"{where} is no plain file, so no configuration")
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         hint = "create the file; the README shows one"
         if asked != os.fspath(source) and is_there(f"{asked}.toml"):
             hint = f"name the file with its folder: ./{asked}.toml"
-        raise MissingError(f"there is no configuration {source}", hint) from None
+        raise MissingError(f"there is no configuration {where}", hint) from None
     except IsADirectoryError:
-        raise ConfigError(f"{source} is a folder, not a configuration file") from None
+        raise ConfigError(f"{where} is a folder, not a configuration file") from None
     except PermissionError:
-        raise AccessError(f"{source} may not be read by this user") from None
+        raise AccessError(f"{where} may not be read by this user") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{source} cannot be read: {why}") from None
+        raise ConfigError(f"{where} cannot be read: {why}") from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{source.name}: over 1MiB long, so no configuration file")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -53,6 +53,7 @@ __all__ = [
     "flush_log",
     "log_counts",
     "peek",
+    "peek_logs",
     "peek_map",
     "start_log",
     "write_log",
@@ -138,6 +139,16 @@ def peek_map(state_dir: str, disk: str) -> None:
     """
     rc = lib.nbdm_peek_map(os.fsencode(state_dir), os.fsencode(disk))
     check(rc, f"dirty.{disk}")
+
+
+def peek_logs(state_dir: str) -> None:
+    """
+    Check the headers of the logs that cover all disks; see `peek_map`.
+
+    Raises:
+        MissingError, FormatError: a start would take all regions as dirty.
+    """
+    check(lib.nbdm_peek_logs(os.fsencode(state_dir)), "the logs")
 
 
 def fault_points() -> dict[str, bool]:

@@ -180,9 +180,19 @@ def stopped_status(config: VolumeConfig) -> Status:
                 "and may find more dirty than is shown"
             )
         silent = reason, "nbd-mirror serve CONFIG"
-    remotes = [_remote(config, one, volume) for one in peek.remotes]
+    lost = _lost_logs(config)
+    remotes = [_remote(config, one, volume, lost) for one in peek.remotes]
     verdict = (state, *silent)
     return report(config, volume, _local(config, volume), remotes, verdict=verdict)
+
+
+def _lost_logs(config: VolumeConfig) -> MirrorError | None:
+    """Return why a start would take all regions as dirty, whatever the maps say."""
+    try:
+        load_core().peek_logs(config.state)
+    except MirrorError as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager
@@ -227,11 +237,16 @@ def _local(config: VolumeConfig, volume: VolumeStatus) -> LocalView:
 
 
 def _remote(
-    config: VolumeConfig, remote: RemoteStatus, volume: VolumeStatus
+    config: VolumeConfig,
+    remote: RemoteStatus,
+    volume: VolumeStatus,
+    lost: MirrorError | None,
 ) -> RemoteView:
     counts, reason = (_ALL, 0, 0), remote.reason
     try:
         with open_disk_map(config, remote.name, volume) as maps:
+            if lost is not None:
+                raise lost
             counts = maps.dirty_regions, maps.late_regions, maps.unflushed_regions
     except MirrorError as error:
         # Rule 9: a map that cannot be trusted means all dirty, and the reason says so.

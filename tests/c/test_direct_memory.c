@@ -8,7 +8,9 @@
 #define _GNU_SOURCE
 
 #include "api.h"
+#include "base/clock.h"
 #include "doors/direct.h"
+#include "doors/direct_answer.h"
 #include "doors/direct_memory.h"
 #include "wire/protocol.h"
 #include "direct_site.h"
@@ -490,6 +492,55 @@ test_spare_buffer_is_freed (void)
   take_down ();
 }
 
+static _Atomic (struct session *) settles; /* at the second of these locks */
+
+int __real_pthread_mutex_lock (pthread_mutex_t *mutex);
+int __wrap_pthread_mutex_lock (pthread_mutex_t *mutex);
+int
+__wrap_pthread_mutex_lock (pthread_mutex_t *mutex)
+{
+  static unsigned nr;
+  struct session *s = settles;
+
+  if (s && mutex == &s->lock && ++nr == 2) {
+    settles = NULL;
+    __real_pthread_mutex_lock (mutex);
+    budget_settle_locked (s);
+    pthread_mutex_unlock (mutex);
+  }
+  return __real_pthread_mutex_lock (mutex);
+}
+
+/* A small request takes a large spare buffer, and another one of the session
+ * ends before that is noted: the large one stays counted.
+ */
+static void
+test_larger_buffer_stays_counted (void)
+{
+  struct clients clients = { 0 };
+  struct session session = { .clients = &clients, .promised = SECTOR };
+  struct op *op = calloc (1, sizeof *op);
+
+  assert (op);
+  budget_init (&clients.budget, 2 * BIG, STALL_MS * NS_PER_MS);
+  pthread_mutex_init (&session.lock, NULL);
+  op->room = session.kept = BIG;
+  op->buf = malloc (BIG);
+  session.spare = op;
+  session.charged = clients.budget.used = BIG;
+  settles = &session;
+  assert (op_get (&session, SECTOR) == op && settles == NULL);
+  assert (session.bytes == BIG);
+  assert (session.charged + DIRECT_FREE_BYTES >= BIG);
+  op_drop (op);
+  pthread_mutex_lock (&session.lock);
+  spare_free_locked (&session);
+  pthread_mutex_unlock (&session.lock);
+  assert (session.charged == 0 && clients.budget.used == 0);
+  pthread_mutex_destroy (&session.lock);
+  budget_end (&clients.budget);
+}
+
 /* The server ends while some clients keep all the memory and others wait for
  * it.
  */
@@ -523,6 +574,7 @@ main (void)
   RUN (test_waited_in_vain);
   RUN (test_rings_before_the_disk);
   RUN (test_spare_buffer_is_freed);
+  RUN (test_larger_buffer_stays_counted);
   RUN (test_end_while_waiting);
   free (buf);
   return 0;

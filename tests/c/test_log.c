@@ -9,7 +9,9 @@
 
 #define _GNU_SOURCE
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
+#include <time.h>
 
 #include "api.h"
 #include "base/clock.h"
@@ -18,6 +20,7 @@
 #define LINES 20000u /* several times what the queue holds */
 #define QUICK_MS 2000
 #define DEADLINE_MS 20000
+#define IDLE_MS 2000
 
 static struct folder folder;
 
@@ -93,6 +96,7 @@ static void
 stalled (void *opaque)
 {
   static char text[8 << 20];
+  uint64_t lost;
   int ends[2];
 
   (void)opaque;
@@ -107,7 +111,12 @@ stalled (void *opaque)
     (void)!write (2, "nbdkit: error\n", 14);
   nbdm_log_flush (50); /* its time is over long before there is a reader */
   read_until (ends[0], text, sizeof text, " lines were lost here");
-  nbdm_log (NBDM_LOG_OWN, "info", "it works again");
+  /* The gap may have come early, and the queue may be full again. */
+  do {
+    lost = nr_lost ();
+    read_until (ends[0], text, sizeof text, "\n");
+    nbdm_log (NBDM_LOG_OWN, "info", "it works again");
+  } while (nr_lost () > lost);
   read_until (ends[0], text, sizeof text, "it works again\n");
 }
 
@@ -274,6 +283,61 @@ test_put_aside (void)
   folder_remove (&folder, FILES ("serve.log", "mine"));
 }
 
+static bool starts; /* the log, at the next unlock */
+
+int __real_pthread_mutex_unlock (pthread_mutex_t *mutex);
+int __wrap_pthread_mutex_unlock (pthread_mutex_t *mutex);
+int
+__wrap_pthread_mutex_unlock (pthread_mutex_t *mutex)
+{
+  int rc = __real_pthread_mutex_unlock (mutex);
+
+  if (starts) {
+    starts = false;
+    assert (nbdm_log_start () == 0);
+  }
+  return rc;
+}
+
+/* Another thread starts the log while a line is written: the line is in the
+ * output, one way or the other.
+ */
+static void
+started_beside_a_line (void *opaque)
+{
+  char text[256];
+  int ends[2];
+
+  (void)opaque;
+  assert (pipe (ends) == 0 && dup2 (ends[1], 2) == 2);
+  starts = true;
+  nbdm_log (NBDM_LOG_OWN, "info", "the first line");
+  assert (!starts);
+  read_until (ends[0], text, sizeof text, "the first line\n");
+}
+
+/* No descriptor leads into the log's pipe any more: that costs no time, and the
+ * log's own lines are written as before.
+ */
+static void
+nothing_comes_in (void *opaque)
+{
+  struct timespec used;
+  char text[256];
+  int ends[2];
+
+  (void)opaque;
+  assert (pipe (ends) == 0);
+  output_is (ends[1]);
+  close (1);
+  close (2);
+  usleep (IDLE_MS * 1000);
+  assert (clock_gettime (CLOCK_PROCESS_CPUTIME_ID, &used) == 0);
+  assert (used.tv_sec == 0 && used.tv_nsec < IDLE_MS * 1000000L / 10);
+  nbdm_log (NBDM_LOG_OWN, "info", "it goes on");
+  read_until (ends[0], text, sizeof text, "it goes on\n");
+}
+
 static void
 test_assertion (void)
 {
@@ -297,6 +361,8 @@ main (void)
   CHILD (no_output);
   CHILD (too_many);
   CHILD (words);
+  CHILD (started_beside_a_line);
+  CHILD (nothing_comes_in);
   RUN (test_assertion);
   RUN (test_rotation);
   RUN (test_put_aside);

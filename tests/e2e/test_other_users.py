@@ -8,7 +8,10 @@ any user can read and lock.
 
 from __future__ import annotations
 
+import array
+import contextlib
 import os
+import socket
 import stat
 import struct
 import subprocess
@@ -22,6 +25,7 @@ import typer.main
 from e2e.lib.harness import Site
 from e2e.lib.oracle import crc32c
 
+from nbd_mirror.base import strangers, unix
 from nbd_mirror.base.programs import clean_environment, find_program
 from nbd_mirror.commands import serve
 from nbd_mirror.commands.cli import app
@@ -420,6 +424,28 @@ def test_name_in_a_folder_that_a_user_may_not_look_at(
     done = as_nobody(site, folder, "status", "v")
     assert done.returncode == 4, done.stderr
     assert "there is no configuration" in done.stderr
+
+
+# --- open files that a client sends ---
+
+
+def test_files_of_a_client_are_refused_by_each_door(site: Site, door: str) -> None:
+    """Where the kernel can, from the connect on: nbdkit closes files itself."""
+    probe = unix.unix_socket()
+    can = False
+    with probe, contextlib.suppress(OSError):
+        can = probe.getsockopt(socket.SOL_SOCKET, strangers.SO_PASSRIGHTS) == 0
+    support.requires(can, "the kernel has no SO_PASSRIGHTS")
+    site.bring_up(door)
+    rights = array.array("i", [0])
+    for path in (site.socket, site.state / "control"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            with pytest.raises(PermissionError):
+                client.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    handle = site.client()
+    handle.pwrite(bytes(512), 0)
+    handle.shutdown()
 
 
 # --- locks that any user can take ---

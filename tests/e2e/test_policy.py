@@ -12,6 +12,7 @@ import errno
 from collections.abc import Callable
 
 import pytest
+import support
 from e2e.lib.clients import Load, error_of
 from e2e.lib.harness import MIB, Site
 
@@ -34,7 +35,11 @@ def in_force(policy: str, reads: str = "serve", *, fenced: bool = False) -> obje
 def run_a_while(load: Load) -> None:
     """Wait for some more writes, or for the load's end by EIO."""
     goal = load.count + 30
-    load.wait_for(goal or load.ended)
+    support.wait_until(
+        lambda: load.count > goal or load.ended,
+        "the load to run",
+        progress=lambda: load.count,
+    )
 
 
 def test_switched_to_stop_under_load_writes_end(site: Site, door: str) -> None:

@@ -417,7 +417,7 @@ def test_start_with_few_descriptors_says_so(site: Site, options: list[str]) -> N
     site.create()
     words = ["serve", str(site.config), *options]
     said = set()
-    for limit in range(4, 9):
+    for limit in range(3, 9):
         done = site.processes.run(
             [sys.executable, "-c", LIMITED, str(limit), *words],
             env=site.environment(),

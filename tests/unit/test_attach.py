@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from nbd_mirror.base.errors import (
 )
 from nbd_mirror.commands import stop
 from nbd_mirror.device import attach, attached, devices
+from nbd_mirror.rules.content import Choice
 from nbd_mirror.volume.config import VolumeConfig, load
 
 
@@ -276,6 +278,42 @@ def test_process_that_calls_itself_anything_is_known_by_its_start() -> None:
         process.stdin.close()
         process.wait(30)
     assert attached.process_identity(process.pid) == ""
+
+
+CLIENT = """#!/bin/sh
+# It attaches as the real one does, and somebody presses Ctrl-C.
+echo 8 >{block}/nbd2/size
+echo 77 >{block}/nbd2/pid
+kill -{signal} $PPID
+exec sleep 0.5
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_attach_that_is_interrupted_has_noted_its_device(
+    config: VolumeConfig,
+    sys_block: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    """Else the next one would take a second device for the same disk."""
+    client = tmp_path / "nbd-client"
+    client.write_text(CLIENT.format(block=sys_block, signal=number.name[3:]))
+    client.chmod(0o755)
+    monkeypatch.setattr(attach, "check_kernel", lambda *_: None)
+    monkeypatch.setattr(attach, "find_program", lambda *_: os.fspath(client))
+    monkeypatch.setattr(attach, "_await_servers", lambda _: None)
+    choice = Choice(4096, ""), False
+    monkeypatch.setattr(attach, "_choose", lambda *_: choice)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attach.attach(config, 1 << 30)
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert attach.attached_device(config) == "/dev/nbd2"
 
 
 def test_detach_of_a_device_with_holders_is_refused(sys_block: Path) -> None:

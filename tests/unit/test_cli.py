@@ -71,6 +71,7 @@ def test_version_is_printed() -> None:
         (["nonsense"], 2),
         (["wait", "x", "--for", "nonsense"], 2),
         (["wait", "FILE", "--for", "in_sync", "--timeout", "soon"], 2),
+        (["wait", "FILE", "--for", "paused", "--remote", "local", "--timeout", "0"], 2),
         (["status", "/nonexistent/x.toml"], MissingError.exit_code),
         (["create", "FILE"], MissingError.exit_code),
         (["serve", "FILE"], MissingError.exit_code),

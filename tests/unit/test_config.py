@@ -290,6 +290,15 @@ def test_name_that_is_missing_says_which_file_was_sought(
     assert "./pg.toml" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a" * 5000, "\x1b[2J"], ids=len)
+def test_name_of_any_kind_is_said_in_one_short_line(tmp_path: Path, name: str) -> None:
+    """A name with a line feed, and one that is longer than a file's may be."""
+    with pytest.raises((ConfigError, MissingError)) as caught:
+        load(tmp_path / name)
+    assert len(caught.value.message) < 600
+    assert caught.value.message.isprintable()
+
+
 def test_folder_instead_of_a_file_is_refused(tmp_path: Path) -> None:
     """The message says that it is a folder."""
     for folder in (tmp_path, ".", ".."):

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import NoneType
@@ -389,6 +390,28 @@ def test_readme_names_the_two_commands() -> None:
         assert os.access(ROOT / name, os.X_OK), name
     for name in re.findall(r"\b(?:scripts|benchmarks)/(?:\w+)\b", README.read_text()):
         assert (ROOT / name).exists() or name == "benchmarks/results", name
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "setup"])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_of_a_script_installs_nothing(
+    name: str, option: str, tmp_path: Path
+) -> None:
+    """It is printed where there is nothing to set up, and no program but sed's."""
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    done = subprocess.run(
+        ["/bin/bash", script, option],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (0, "") == (done.returncode, done.stderr)
+    assert done.stdout.startswith(f"usage: scripts/{name}")
+    assert "set -euo" not in done.stdout
+    assert [script] == [str(path) for path in (tmp_path / "scripts").iterdir()]
+    assert [tmp_path / "scripts"] == list(tmp_path.iterdir())
 
 
 def source_text() -> str:

@@ -99,6 +99,33 @@ def test_map_that_a_start_does_not_believe_means_all_dirty(
     assert started_dirty(tmp_path / "v") == SIZE
 
 
+@pytest.mark.parametrize("log", ["activity", "inflight"])
+@pytest.mark.parametrize("harm", ["old", "in use", "header", "lost"])
+def test_log_that_a_start_does_not_believe_means_all_dirty(
+    tmp_path: Path, log: str, harm: str
+) -> None:
+    """The maps say nothing of what a log that is lost has covered."""
+    config = make_volume(tmp_path / "v", assume=True)
+    path = config.state_dir / log
+    old = path.read_bytes()
+    started_dirty(tmp_path / "v")
+    with core.Engine(make_params(tmp_path / "v")) as engine:
+        in_use = path.read_bytes()
+        engine.start()
+        engine.stop()
+    (remote,) = stopped_status(config).remotes
+    assert (remote.dirty_bytes, remote.state) == (0, "in_sync")
+    content = path.read_bytes()
+    garbled = content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
+    path.write_bytes({"old": old, "in use": in_use, "header": garbled}.get(harm, b""))
+    if harm == "lost":
+        path.unlink()
+    (remote,) = stopped_status(config).remotes
+    assert (remote.dirty_bytes, remote.state) == (SIZE, "out_of_sync")
+    assert log in remote.reason
+    assert started_dirty(tmp_path / "v") == SIZE
+
+
 @pytest.mark.parametrize("disk", ["dr", "local"])
 def test_map_of_another_volume_or_disk_means_all_dirty(
     tmp_path: Path, disk: str

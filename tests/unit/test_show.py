@@ -42,6 +42,21 @@ def test_words_of_a_server_command_no_terminal(
         assert not set("\x1b\x9b\x7f") & set(shown)
 
 
+@pytest.mark.parametrize("end", ["\n", "\x0b", "\x85", "\u2028", "\u2029"])
+def test_words_of_a_server_are_no_line_of_ours(end: str) -> None:
+    """Nor do they show a line in another order than it has."""
+    said = f"gone{end}pg  in_sync{end}\u202e\u2066rm"
+    status = a_status(a_remote(state="failed", reason=said, hint=said, name=said))
+    out = io.StringIO()
+    Console(file=out, width=200).print(
+        watch._picture(Status.model_validate(status), "pg")
+    )
+    for shown in (_shown(status), out.getvalue()):
+        assert "gone" in shown
+        assert not [one for one in shown.splitlines() if one.startswith("pg  in_sync")]
+        assert not set("\u202e\u2066") & set(shown)
+
+
 def test_long_name_leaves_the_other_lines_readable() -> None:
     """One of 63 characters: all others begin where they would, and fit."""
     long = "x" * 63
