@@ -14,6 +14,11 @@ others, waits until none of their requests is under way at its disk, and flushes
 disk. Only then is the claim granted. So nothing of a lower claim lands later, whatever
 the network or a stopped process still holds, and a node's `late_write_window` is 0.
 
+A node also refuses every claim of an earlier promotion than the latest that it knows.
+Its own promotion is one: it cuts and drains all connections first, as a claim would.
+Else a primary that was stopped between its handshake and its claim could claim the disk
+of a node that was promoted, has answered writes and is secondary again.
+
 Why each part is there:
 
 - The **node**, as two operators who force two nodes at once give both the same epoch.
@@ -57,6 +62,11 @@ class Claim:
         """The order of claims."""
         return self.epoch, self.node, self.session
 
+    @property
+    def term(self) -> tuple[int, str]:
+        """The promotion that it belongs to; see `Side.term`."""
+        return self.epoch, self.node
+
 
 class Judgement(Enum):
     """What a node does with a claim."""
@@ -67,19 +77,25 @@ class Judgement(Enum):
 
 
 def judge(
-    claim: Claim, in_force: Claim | None, *, whole: bool, primary: bool
+    claim: Claim,
+    in_force: Claim | None,
+    *,
+    term: tuple[int, str],
+    whole: bool,
+    primary: bool,
 ) -> Judgement:
     """
     Judge a claim.
 
     Args:
         in_force: the highest claim that was ever stored; None: none was.
+        term: the latest promotion that this node knows, its own ones included.
         whole: no connection of *in_force* has ended since it was granted, and the node
             has not been restarted. Once one has ended, its requests may be lost or
             still under way: only another session tells them apart.
         primary: this node serves clients; it grants no claim.
     """
-    if primary:
+    if primary or claim.term < term:
         return Judgement.REFUSE
     if in_force is None or claim.rank > in_force.rank:
         return Judgement.FENCE
@@ -88,11 +104,15 @@ def judge(
     return Judgement.REFUSE
 
 
-def why_refused(claim: Claim, in_force: Claim | None, *, primary: bool) -> str:
+def why_refused(
+    claim: Claim, in_force: Claim | None, *, term: tuple[int, str], primary: bool
+) -> str:
     """Say it to the node that claimed; both sides show it."""
     asked = f"epoch {claim.epoch} of {claim.node}, session {claim.session}"
-    if primary or in_force is None:
+    if primary:
         return f"this node is primary: it grants no claim ({asked})"
+    if claim.term < term or in_force is None:
+        return f"{term[1]} was promoted in epoch {term[0]}, which is later than {asked}"
     held = f"epoch {in_force.epoch} of {in_force.node}, session {in_force.session}"
     if claim.rank == in_force.rank:
         return (

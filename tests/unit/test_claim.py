@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -59,18 +59,41 @@ JUDGED = {
 def test_judgement(case: str) -> None:
     """The table of claims; a primary refuses each, with the reason."""
     claim, in_force, expected = JUDGED[case]
-    assert judge(claim, in_force, whole=True, primary=False) is expected
-    assert judge(claim, in_force, whole=True, primary=True) is Judgement.REFUSE
-    assert f"session {claim.session}" in why_refused(claim, in_force, primary=True)
+    known = in_force.term if in_force else (0, "")
+    for primary in (False, True):
+        judged = judge(claim, in_force, term=known, whole=True, primary=primary)
+        assert judged is (Judgement.REFUSE if primary else expected)
+    reason = why_refused(claim, in_force, term=known, primary=True)
+    assert f"session {claim.session}" in reason
     if expected is Judgement.REFUSE:
         assert in_force is not None
-        held = f"epoch {in_force.epoch} of {in_force.node}, session {in_force.session}"
-        assert held in why_refused(claim, in_force, primary=False)
+        reason = why_refused(claim, in_force, term=known, primary=False)
+        assert f"epoch {in_force.epoch}" in reason
+
+
+@pytest.mark.parametrize("in_force", [None, CLAIM])
+def test_a_node_that_was_promoted_refuses_what_came_before(
+    in_force: Claim | None,
+) -> None:
+    """It is secondary again, and nobody has claimed its disk since."""
+    claim = replace(CLAIM, session=4)
+    for term, expected in (
+        ((7, "alpha"), Judgement.FENCE),
+        ((7, "beta"), Judgement.REFUSE),
+        ((8, "alpha"), Judgement.REFUSE),
+    ):
+        judged = judge(claim, in_force, term=term, whole=True, primary=False)
+        assert judged is expected
+    reason = why_refused(claim, in_force, term=(8, "beta"), primary=False)
+    assert reason.startswith(
+        "beta was promoted in epoch 8, which is later than epoch 7"
+    )
 
 
 def test_a_session_with_a_lost_connection_takes_no_other() -> None:
     """What was on the lost one may still land."""
-    assert judge(CLAIM, CLAIM, whole=False, primary=False) is Judgement.REFUSE
+    judged = judge(CLAIM, CLAIM, term=CLAIM.term, whole=False, primary=False)
+    assert judged is Judgement.REFUSE
 
 
 numbers = st.integers(0, NUMBER_MAX)
@@ -151,6 +174,9 @@ class World(NamedTuple):
     last: int = 0
     losses: int = 1
     kills: int = 1
+    promotions: int = 1  # of the node itself
+    term: tuple[int, str] = (0, "")  # the latest promotion that the node knows
+    serves: bool = False
     fault: str = ""
 
 
@@ -181,6 +207,10 @@ def steps(world: World, order: Order) -> Iterator[World]:
                 yield _with_link(after, index, at, changed)
     if world.kills:
         yield _killed(world)
+    if world.serves:
+        yield world._replace(serves=False)
+    elif world.promotions:
+        yield _promoted(world)
 
 
 def _primary_steps(
@@ -246,6 +276,8 @@ def _link_steps(world: World, order: Order, link: Link) -> Iterator[tuple[Link, 
 
 def _landed(world: World, link: Link, value: int) -> World:
     world = world._replace(disk=value)
+    if world.serves or link.claim.term < world.term:
+        return world._replace(fault="a write landed after a promotion")
     if world.in_force and link.claim.rank < world.in_force.rank:
         return world._replace(fault="a write of a lower claim landed")
     if value < world.answered:
@@ -255,7 +287,11 @@ def _landed(world: World, link: Link, value: int) -> World:
 
 def _claimed(world: World, order: Order, link: Link) -> Iterator[tuple[Link, World]]:
     judgement = order.judge(
-        link.claim, world.in_force, whole=world.whole, primary=False
+        link.claim,
+        world.in_force,
+        term=world.term,
+        whole=world.whole,
+        primary=world.serves,
     )
     if judgement is Judgement.REFUSE:
         yield link._replace(there=False, here=False), world
@@ -283,6 +319,26 @@ def _cut(other: Link, link: Link) -> Link:
     return other
 
 
+def _promoted(world: World) -> World:
+    """Cut and drain all connections; then the node answers a write of its own."""
+    cut = world
+    for index, each in enumerate(world.primaries):
+        links = tuple(link._replace(there=False, sent=()) for link in each.links)
+        cut = _with(cut, index, each._replace(links=links))
+    cut = cut._replace(whole=False)
+    if any(link.under_way for link in _links(cut)):
+        return cut
+    value = world.last + 1
+    return cut._replace(
+        promotions=world.promotions - 1,
+        term=(2, "n"),
+        serves=True,
+        disk=value,
+        answered=value,
+        last=value,
+    )
+
+
 def _killed(world: World) -> World:
     """Kill the node: what is under way is gone, what it has stored stays."""
     for index, primary in enumerate(world.primaries):
@@ -292,7 +348,7 @@ def _killed(world: World) -> World:
         )
         world = _with(world, index, primary._replace(links=links))
     kills = world.kills - 1
-    return world._replace(in_force=world.stored, whole=False, kills=kills)
+    return world._replace(in_force=world.stored, whole=False, kills=kills, serves=False)
 
 
 def _links(world: World) -> Iterator[Link]:
@@ -334,19 +390,18 @@ def test_nothing_of_a_lower_claim_lands() -> None:
     assert worlds < 600_000
 
 
-def _joins_broken(
-    claim: Claim, in_force: Claim | None, *, whole: bool, primary: bool
-) -> Judgement:
-    del whole
-    return judge(claim, in_force, whole=True, primary=primary)
+def _joins_broken(claim: Claim, in_force: Claim | None, **known: Any) -> Judgement:
+    return judge(claim, in_force, **(known | {"whole": True}))
 
 
-def _without_nodes(
-    claim: Claim, in_force: Claim | None, *, whole: bool, primary: bool
-) -> Judgement:
+def _without_terms(claim: Claim, in_force: Claim | None, **known: Any) -> Judgement:
+    return judge(claim, in_force, **(known | {"term": (0, "")}))
+
+
+def _without_nodes(claim: Claim, in_force: Claim | None, **known: Any) -> Judgement:
     claim = replace(claim, node="")
     in_force = in_force and replace(in_force, node="")
-    return judge(claim, in_force, whole=whole, primary=primary)
+    return judge(claim, in_force, **known)
 
 
 LEFT_OUT = {
@@ -355,6 +410,7 @@ LEFT_OUT = {
     "the claim is stored": Order(stores=False),
     # The primary raises its session, and the node does not rely on that.
     "a reconnect is another session": Order(judge=_joins_broken, raises_session=False),
+    "a promotion ends earlier claims": Order(judge=_without_terms),
     "two nodes of one epoch have an order": Order(judge=_without_nodes),
 }
 
