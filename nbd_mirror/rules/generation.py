@@ -38,6 +38,7 @@ __all__ = [
     "must_begin",
     "offer",
     "settle",
+    "share",
 ]
 
 NO_DATA = 0  # no generation: the disk has not been given any content yet
@@ -63,6 +64,9 @@ class Peer:
             some    yes      was offered this node's generation; its answer is open
             some    no       lacks writes that this node has answered
             none    no       has never met this node: nothing is known of it
+
+    The map is kept towards every node of the volume, also towards one that was never
+    met: `share` says why.
     """
 
     node: str
@@ -124,7 +128,12 @@ def begin(lineage: Lineage, fresh: int, missing: Collection[str]) -> Lineage:
     The other nodes that share the present generation are offered the new one: each of
     them has to confirm it, or be among those that miss the write. In the second case
     `must_begin` is true again.
+
+    Raises:
+        ValueError: the disk has no data, and so no generation to go on from.
     """
+    if lineage.generation == NO_DATA:
+        raise ValueError("a disk without data begins by `create`")
     peers = tuple(
         _counted_from(peer, lineage.generation, offered=peer.node not in missing)
         for peer in lineage.peers
@@ -136,6 +145,19 @@ def begin(lineage: Lineage, fresh: int, missing: Collection[str]) -> Lineage:
 def offer(lineage: Lineage, node: str) -> Lineage:
     """Record that *node*, which has been sent everything, may adopt the generation."""
     return _with(lineage, replace(lineage.peer(node), shared=True))
+
+
+def share(lineage: Lineage) -> Lineage:
+    """
+    Record that every other node may hold the present generation.
+
+    A node does this when it meets another node of its generation, and when it becomes
+    primary. The other node may have given the generation to a third one meanwhile, and
+    nobody told this node. DRBD had nodes of one id with different data for want of it
+    (drbd@499533fe3). It costs a generation at the next write that a node lacks.
+    """
+    peers = tuple(replace(peer, shared=True) for peer in lineage.peers)
+    return replace(lineage, peers=peers)
 
 
 def settle(lineage: Lineage, node: str, confirmed: int) -> Lineage:
@@ -167,7 +189,9 @@ def _counted_from(peer: Peer, generation: int, *, offered: bool) -> Peer:
     if not peer.shared:
         return peer
     bases = (generation, *(base for base in peer.bases if base != generation))
-    return Peer(peer.node, bases[:BASES], shared=offered)
+    if len(bases) > BASES:  # the oldest is the one that the node confirmed
+        bases = (*bases[: BASES - 1], bases[-1])
+    return Peer(peer.node, bases, shared=offered)
 
 
 def _with(lineage: Lineage, changed: Peer) -> Lineage:

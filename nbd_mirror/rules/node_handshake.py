@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from nbd_mirror.rules.generation import NO_DATA
 from nbd_mirror.rules.node_side import (
     Action,
     Crash,
@@ -38,7 +39,7 @@ from nbd_mirror.rules.node_side import (
     relate,
 )
 
-__all__ = ["decide", "inherited", "marked", "resolve"]
+__all__ = ["decide", "healable", "inherited", "marked", "resolve"]
 
 
 def decide(mine: Side, other: Side) -> Plan:
@@ -52,8 +53,6 @@ def decide(mine: Side, other: Side) -> Plan:
              neither has data          new, if both disks are proven zero; else stop
         3    same generation, nothing  in sync; of two primaries the later one stays
              marked, both consistent
-        1    one is primary, and the   split brain, until that third node is met
-             other knows a later one
         4    same, one inconsistent    it is the target
         5,6  same, doubts              the source is the only primary, else the better
                                        copy (`Crash`), else the last primary
@@ -65,23 +64,23 @@ def decide(mine: Side, other: Side) -> Plan:
         12   a common base             split brain; what differs is marked
         13   a common ancestor         split brain; what differs is not marked
         14   nothing in common         stop
+
+    Then the vetoes, of which the first that applies is the result:
+
+        one is primary, and the other knows that a   split brain, until that third
+        third node was promoted later                node is met
+        the source's image is inconsistent           stop
+        by checksums, and the source's disk          stop
+        misses regions
+        the target is primary, and the source is     split brain
+        not, or lacks a write that the target has
     """
     if mine.volume != other.volume or mine.size != other.size:
         return _other_volume(mine, other)
-    if (stop := _other_leader(mine, other) or _other_leader(other, mine)) is not None:
-        return stop
-    relation = relate(mine, other)
-    if relation is Relation.BOTH_EMPTY:
-        return _both_empty(mine, other)
-    if relation is Relation.SAME:
-        return _same(mine, other)
-    if relation in _TARGET_ROWS:
-        row, extent = _TARGET_ROWS[relation]
-        return _resync(row, other, mine, extent)
-    if relation in _SOURCE_ROWS:
-        row, extent = _SOURCE_ROWS[relation]
-        return _resync(row, mine, other, extent)
-    return _apart(relation, mine, other)
+    plan = _by_generation(mine, other)
+    if plan.action is Action.STOP and not plan.split:
+        return plan  # an operator cannot choose a side here: it stays the result
+    return _other_leader(mine, other) or _other_leader(other, mine) or plan
 
 
 def resolve(keep: Side, other: Side) -> Plan:
@@ -124,6 +123,21 @@ def marked(source: set[int], target: set[int]) -> set[int]:
             the source has the older content of it, and that is what counts.
     """
     return source | target
+
+
+def healable(missed: set[int], dirty: set[int], target_missed: set[int]) -> set[int]:
+    """
+    Give the regions that a source takes from its target, as its own disk misses them.
+
+    What is missed and not healable is nowhere: the target's content of it is older than
+    a write that was answered, or was written after the two parted. It stays missed,
+    reads of it fail, and the operator is told.
+
+    Args:
+        missed, target_missed: what each side's disk misses.
+        dirty: both sides' dirty maps.
+    """
+    return missed - dirty - target_missed
 
 
 def inherited(copied: set[int], dirty: set[int], doubts: set[int]) -> set[int]:
@@ -169,6 +183,22 @@ def _other_volume(mine: Side, other: Side) -> Plan:
         f" {second.node}; nothing was changed"
     )
     return Plan(Action.STOP, "1 other size", reason=reason)
+
+
+def _by_generation(mine: Side, other: Side) -> Plan:
+    """Go by the table's rows from 2 on."""
+    relation = relate(mine, other)
+    if relation is Relation.BOTH_EMPTY:
+        return _both_empty(mine, other)
+    if relation is Relation.SAME:
+        return _same(mine, other)
+    if relation in _TARGET_ROWS:
+        row, extent = _TARGET_ROWS[relation]
+        return _resync(row, other, mine, extent)
+    if relation in _SOURCE_ROWS:
+        row, extent = _SOURCE_ROWS[relation]
+        return _resync(row, mine, other, extent)
+    return _apart(relation, mine, other)
 
 
 def _other_leader(first: Side, second: Side) -> Plan | None:
@@ -265,6 +295,9 @@ def _from(first: bool, row: str, mine: Side, other: Side) -> Plan:
 
 def _resync(row: str, source: Side, target: Side, extent: Extent) -> Plan:
     """Carry a decision out, if no veto forbids it."""
+    if source.generation == NO_DATA:
+        reason = f"{source.node} holds no data that could count"
+        return Plan(Action.STOP, f"{row}, empty source", reason=reason)
     if source.inconsistent:
         reason = (
             f"{source.node} has what {target.node} lacks, but its own image is half-way"
@@ -282,6 +315,9 @@ def _resync(row: str, source: Side, target: Side, extent: Extent) -> Plan:
             f"{target.node} serves clients and lacks writes that {source.node} answered"
         )
         return _split(f"{row}, target serves", reason)
+    if target.role is Role.PRIMARY and target.dirty:
+        reason = f"{target.node} serves clients and has writes that {source.node} lacks"
+        return _split(f"{row}, target wrote", reason)
     overruled = source.term < target.term or target.role is Role.PRIMARY
     return Plan(
         Action.RESYNC,

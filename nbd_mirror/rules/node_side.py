@@ -136,7 +136,8 @@ class Plan:
         epoch: to be stored by *source* before the other node does anything, or 0.
         demotes: the target serves clients: it fails the requests that it holds, closes
             its door and goes on as a secondary.
-        heals_source: the source's disk misses regions: these come from the target.
+        heals_source: the source's disk misses regions: what is `healable` comes from
+            the target.
         discards: regions that only the target has and that are overwritten.
         begins: the source begins a generation first (`resolve`).
         split: an operator has to choose a side (`resolve`).

@@ -41,7 +41,8 @@ class Contact:
     Another node, as this one sees it now.
 
     Args:
-        connected: a session is up: the handshake found a way.
+        connected: the handshake found a way and a session is up, or neither node has
+            data: then the handshake waits for the first promotion.
         has_data: it holds a generation.
     """
 
@@ -90,8 +91,11 @@ def may_promote(node: Standing) -> Verdict:
     """
     Answer whether *node* may become primary: the first line that applies.
 
-    A node that becomes primary takes back the tokens that connected nodes hold, and
-    these store that, before it opens its door.
+    The answer is given to the node that asks. Before it opens its door, each connected
+    node stores the new term, or refuses: it is primary, or it knows a later term, or it
+    asks for a later one itself. What it stores takes back its token and its own right
+    to resume. When the last one has consented, the answer still has to be the same.
+    Without that two connected nodes could be answered "yes" at once.
 
         another node is connected as primary     no: switch over instead
         its disk misses regions                  no
@@ -145,15 +149,17 @@ def may_resume(mine: Side, other: Side) -> bool:
     """
     Tell whether the last primary opens its door again without an operator.
 
-    It has met *other* after a restart and was not demoted. The other node must not have
-    been promoted since, and this node must not have to wait for data.
+    It has met *other* after a restart, was not demoted and gave its role to nobody. The
+    other node must not have been promoted since, and this node must not have to wait
+    for data.
     """
     plan = decide(mine, other)
     ready = plan.action is Action.IN_SYNC or (
         plan.action is Action.RESYNC and plan.source == mine.node
     )
     newer = other.role is Role.PRIMARY or other.term > mine.term
-    return ready and not newer and mine.leader == mine.node and not mine.missed
+    last = mine.leader == mine.node and not mine.handed
+    return ready and not newer and last and not mine.missed
 
 
 def may_hand_over(mine: Side, other: Side) -> bool:

@@ -16,11 +16,21 @@ from collections import deque
 from dataclasses import dataclass
 
 from unit.nodes_machine import Machine
-from unit.nodes_model import NAMES, SYNC, Budget, State, faults, standing_of, start
+from unit.nodes_model import (
+    NAMES,
+    SYNC,
+    Budget,
+    State,
+    faults,
+    fresh,
+    standing_of,
+    start,
+)
 
 from nbd_mirror.rules.promotion import Answer
 
 HEALED = 600  # steps within which nodes that nothing disturbs have settled
+RESOLVED = 20  # split brains that an operator resolves in the end
 
 
 @dataclass(frozen=True)
@@ -63,15 +73,31 @@ def walk(machine: Machine, first: State, rng: random.Random) -> Found | None:
     found, state = _wander(machine, first, rng, rng.randint(5, 70), steps)
     if found:
         return found
-    calm = state._replace(budget=Budget(0, 0, 0, 0, 0))
     steps.append("heals")
-    found, state = _wander(machine, calm, rng, HEALED, steps)
-    if found:
-        return found
+    state = state._replace(budget=Budget(0, 0, 0, 0, 0))
+    for _ in range(RESOLVED):
+        found, state = _wander(machine, state, rng, HEALED, steps)
+        if found:
+            return found
+        if _moves(machine, state):
+            return Found("the nodes do not settle", tuple(steps))
+        choices = _choices(machine, state)
+        if not choices:
+            break
+        name, state = rng.choice(choices)
+        steps.append(name)
     fault = unhealed(machine, state)
-    if _moves(machine, state):
-        fault = "the nodes do not settle"
     return Found(fault, tuple(steps)) if fault else None
+
+
+def _choices(machine: Machine, state: State) -> list[tuple[str, State]]:
+    """Give what an operator may do about a split brain."""
+    asked = state._replace(budget=state.budget._replace(forces=1))
+    return [
+        (name, reached._replace(budget=state.budget))
+        for name, reached in machine.steps(asked)
+        if name.startswith("keep ")
+    ]
 
 
 def _wander(
@@ -97,9 +123,9 @@ def unhealed(machine: Machine, state: State) -> str:
     """Say what is wrong with nodes that all run, are connected and have settled."""
     if any(node.flight for node in state.nodes):
         return "a write is never answered"
-    if state.forced:
-        return ""
     primaries = [at for at, node in enumerate(state.nodes) if node.primary]
+    if len(primaries) > 1:
+        return "two nodes go on to serve"
     for at in range(len(state.nodes)):
         verdict = machine.rules.may_promote(standing_of(state, at))
         if not primaries and verdict.answer is Answer.YES:
@@ -132,12 +158,14 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--forces", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="no node has data yet")
     parser.add_argument(
         "--seed", type=int, default=random.SystemRandom().getrandbits(32)
     )
     options = parser.parse_args()
     budget = Budget(writes=5, cuts=4, crashes=4, orders=3, forces=options.forces)
-    first = start(options.nodes, options.regions, budget)
+    begins = fresh if options.fresh else start
+    first = begins(options.nodes, options.regions, budget)
     rng = random.Random(options.seed)
     ends, walks = time.monotonic() + 60 * options.minutes, 0
     while time.monotonic() < ends:

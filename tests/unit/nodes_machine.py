@@ -23,6 +23,7 @@ from unit.nodes_model import (
     Story,
     all_doubt,
     cleared,
+    connected,
     forgotten,
     holds,
     judged,
@@ -30,6 +31,8 @@ from unit.nodes_model import (
     others,
     pairs,
     put,
+    renewed,
+    replaced,
     session_of,
     side_of,
     standing_of,
@@ -41,6 +44,7 @@ from unit.nodes_model import (
 )
 from unit.nodes_rules import Rules
 
+from nbd_mirror.rules.generation import NO_DATA, create
 from nbd_mirror.rules.node_side import Action, Crash, Extent, Plan
 from nbd_mirror.rules.promotion import Answer
 
@@ -53,6 +57,10 @@ class Machine:
 
     def steps(self, state: State) -> Iterator[tuple[str, State]]:
         """Give every transition: its name, and the state it leads to."""
+        for name, reached in self._steps(state):
+            yield name, renewed(reached)
+
+    def _steps(self, state: State) -> Iterator[tuple[str, State]]:
         for index, node in enumerate(state.nodes):
             if not node.up:
                 yield f"start {NAMES[index]}", self._start(state, index)
@@ -60,8 +68,12 @@ class Machine:
             if node.primary:
                 yield from self._serving(state, index)
             elif node.active and not self.rules.keeps_active:
-                flushed = node._replace(safe=node.disk, active=frozenset())
+                flushed = node._replace(
+                    safe=node.disk, active=frozenset(), forgets=frozenset()
+                )
                 yield f"{NAMES[index]} own flush", put(state, index, flushed)
+            if node.forgets:
+                yield f"{NAMES[index]} forgets", self._forget(state, index)
             yield from self._operator(state, index)
             if state.budget.crashes:
                 yield from self._crashes(state, index)
@@ -77,7 +89,7 @@ class Machine:
             if state.budget.writes:
                 for region in range(len(node.disk)):
                     yield f"{name} write {region}", self._issue(state, index, region)
-            if node.active:
+            if node.active - node.forgets:
                 yield f"{name} flush", self._flush(state, index)
             return
         for at in range(len(state.nodes)):
@@ -139,7 +151,9 @@ class Machine:
         node = state.nodes[index]
         value = state.last + 1
         node = node._replace(
-            active=node.active | {region}, flight=Flight(region, value, frozenset())
+            active=node.active | {region},
+            forgets=node.forgets - {region},
+            flight=Flight(region, value, frozenset()),
         )
         budget = state.budget._replace(writes=state.budget.writes - 1)
         return put(state, index, node)._replace(budget=budget, last=value)
@@ -153,7 +167,9 @@ class Machine:
         if self.rules.logs_first:
             active = active | {flight.region}
         disk = with_value(there.disk, flight.region, flight.value)
-        state = put(state, at, there._replace(disk=disk, active=active))
+        forgets = there.forgets - {flight.region}
+        there = there._replace(disk=disk, active=active, forgets=forgets)
+        state = put(state, at, there)
         flight = flight._replace(at=flight.at | {at})
         return put(state, index, state.nodes[index]._replace(flight=flight))
 
@@ -197,7 +213,7 @@ class Machine:
         return state._replace(stories=tuple(stories))
 
     def _flush(self, state: State, index: int) -> State:
-        """All connected disks are flushed; the activity logs forget their regions."""
+        """All connected disks are flushed; their activity logs may forget regions."""
         node = state.nodes[index]
         story = state.stories[node.story]
         stories = list(state.stories)
@@ -210,9 +226,15 @@ class Machine:
             if session and session.target == at:  # third nodes learn nothing of it
                 doubts = all_doubt(there, at, there.active, but=index)
                 there = there._replace(doubts=doubts)
-            there = there._replace(safe=there.disk, active=frozenset())
+            there = there._replace(safe=there.disk, forgets=there.active)
             state = put(state, at, there)
         return state._replace(stories=tuple(stories))
+
+    def _forget(self, state: State, index: int) -> State:
+        """Let the activity log forget what is flushed everywhere."""
+        node = state.nodes[index]
+        active = node.active - node.forgets
+        return put(state, index, node._replace(active=active, forgets=frozenset()))
 
     # -- crashes, starts, links
 
@@ -229,11 +251,23 @@ class Machine:
             down = node._replace(disk=disk, safe=disk)
             after = self._down(state, index, down, Crash.HOST)
             yield f"power {name} {lost}", forgotten(after, index)
+        after = self._down(state, index, node, Crash.PROCESS)
+        if (new := replaced(after, index)) is not None:
+            yield f"replace {name}", new
 
     def _down(self, state: State, index: int, node: Node, crash: Crash) -> State:
         crash = max(node.crash, crash, key=lambda crash: crash.value)
-        down = node._replace(up=False, primary=False, flight=None, crash=crash)
+        down = node._replace(
+            up=False,
+            primary=False,
+            flight=None,
+            crash=crash,
+            asks=None,
+            forgets=frozenset(),
+        )
         state = put(state, index, down)
+        for other in others(state, index):
+            state = self._drop(state, (index, other))
         return self._end_all(state, index)
 
     def _start(self, state: State, index: int) -> State:
@@ -246,6 +280,14 @@ class Machine:
         )
         return put(state, index, node)
 
+    def _drop(self, state: State, pair: tuple[int, int]) -> State:
+        """Give up promotions that wait for the answer of a node without data."""
+        for at in pair:
+            node = state.nodes[at]
+            if node.line.generation == NO_DATA:
+                state = put(state, at, node._replace(asks=None))
+        return state
+
     def _end_all(self, state: State, index: int) -> State:
         for pair, _ in state.sessions:
             if index in pair:
@@ -257,14 +299,20 @@ class Machine:
         sessions = tuple(item for item in state.sessions if item[0] != pair)
         state = state._replace(sessions=sessions)
         for index, other in (pair, pair[::-1]):
-            node = state.nodes[index]
+            node = state.nodes[index]._replace(asks=None)
+            state = put(state, index, node)
             if node.flight:
                 flight = node.flight._replace(at=node.flight.at - {other})
                 state = put(state, index, node._replace(flight=flight))
             if node.up and not node.primary and node.active:
                 crash = max(node.crash, Crash.SESSION, key=lambda crash: crash.value)
                 doubts = all_doubt(node, index, node.active)
-                node = node._replace(doubts=doubts, active=frozenset(), crash=crash)
+                node = node._replace(
+                    doubts=doubts,
+                    active=frozenset(),
+                    forgets=frozenset(),
+                    crash=crash,
+                )
                 state = self._end_all(put(state, index, node), index)
         return state
 
@@ -278,7 +326,8 @@ class Machine:
         elif state.budget.cuts:
             budget = state.budget._replace(cuts=state.budget.cuts - 1)
             cut = state._replace(links=state.links - {pair}, budget=budget)
-            yield f"cut {name}", self._end(cut, pair) if session else cut
+            ended = self._end(cut, pair) if session else self._drop(cut, pair)
+            yield f"cut {name}", ended
         if session is None:
             if self._may_meet(state, pair):
                 met = self.meet(state, pair, None)
@@ -346,8 +395,10 @@ class Machine:
         )[-1]
         for at, other in (pair, pair[::-1]):
             node = state.nodes[at]
+            line = self.rules.settle(node.line, NAMES[other], node.line.generation)
             node = node._replace(
-                line=self.rules.settle(node.line, NAMES[other], node.line.generation),
+                line=self.rules.share(line),
+                asks=None,
                 epoch=epoch,
                 leader=leader,
                 crash=node.crash if any(node.doubts) else Crash.NONE,
@@ -384,6 +435,11 @@ class Machine:
             state = self._told_apart(state, [source])
             giver = state.nodes[source]
         taker = state.nodes[target]
+        if giver.line.generation == taker.line.generation:
+            giver = giver._replace(line=self.rules.share(giver.line))
+            taker = taker._replace(line=self.rules.share(taker.line))
+            state = put(state, source, giver)
+        state = put(state, source, giver._replace(asks=None))
         if taker.primary:
             under_way = taker.active
             taker = taker._replace(
@@ -400,6 +456,7 @@ class Machine:
         taker = taker._replace(
             behind=giver.line.generation,
             handed=-1 if giver.primary else taker.handed,
+            asks=None,
             story=giver.story,
             epoch=giver.epoch,
             leader=giver.leader,
@@ -506,15 +563,20 @@ class Machine:
                     self._demote(state, index)._replace(budget=orders),
                 )
             return
+        if node.asks is not None:
+            yield from self._asking(state, index, node.asks)
+            return
         if node.leader == index and self._resumes(state, index):
-            yield f"resume {name}", self._promote(state, index, forced=False)
+            yield f"resume {name}", self._ask(state, index, forced=False)
         answer = self.rules.may_promote(standing_of(state, index)).answer
         if answer is Answer.YES and state.budget.orders:
-            promoted = self._promote(state, index, forced=False)
+            promoted = self._ask(state, index, forced=False)
             yield f"promote {name}", promoted._replace(budget=orders)
+        if node.line.generation == NO_DATA:
+            return  # what an operator forces on an empty node is unrelated data
         if answer is Answer.FORCE and state.budget.forces:
             forces = state.budget._replace(forces=state.budget.forces - 1)
-            promoted = self._promote(state, index, forced=True)
+            promoted = self._ask(state, index, forced=True)
             yield f"force {name}", promoted._replace(budget=forces)
         for at in others(state, index):
             if session_of(state, index, at) == SYNC:
@@ -523,7 +585,7 @@ class Machine:
     def _resumes(self, state: State, index: int) -> bool:
         """Tell whether the last primary has met all others, none promoted since."""
         node = state.nodes[index]
-        if node.demoted or node.behind or node.inconsistent or node.handed >= 0:
+        if node.demoted or node.behind or node.inconsistent:
             return False
         return all(
             session_of(state, index, at) is not None
@@ -533,18 +595,73 @@ class Machine:
             for at in others(state, index)
         )
 
-    def _promote(self, state: State, index: int, *, forced: bool) -> State:
+    def _ask(self, state: State, index: int, *, forced: bool) -> State:
+        """Begin a promotion: each node with a session has to store its term first."""
         for at in others(state, index):
             if (session_of(state, index, at) or SYNC).target == index:
                 state = self._end(state, ordered(index, at))
-        met = [at for at in others(state, index) if session_of(state, index, at)]
+        met = [at for at in others(state, index) if connected(state, index, at)]
         epoch = 1 + max(state.nodes[at].epoch for at in (index, *met))
-        for at in (index, *met):
-            there = state.nodes[at]
-            there = there._replace(
-                epoch=epoch, leader=index, token=None, demoted=False, handed=-1
-            )
-            state = put(state, at, there)
+        waits = frozenset(met) if self.rules.consents else frozenset[int]()
+        node = state.nodes[index]._replace(asks=(epoch, forced, waits))
+        return put(state, index, node)
+
+    def _asking(
+        self, state: State, index: int, asks: tuple[int, bool, frozenset[int]]
+    ) -> Iterator[tuple[str, State]]:
+        name, (_, forced, waits) = NAMES[index], asks
+        for at in waits:
+            yield f"{name} asks {NAMES[at]}", self._consent(state, index, at, asks)
+        if waits:
+            return
+        if forced or not self.rules.asks_again or self._still_may(state, index):
+            yield f"{name} opens", self._promote(state, index, asks[0], forced=forced)
+        else:
+            node = state.nodes[index]._replace(asks=None)
+            yield f"{name} gives up", put(state, index, node)
+
+    def _still_may(self, state: State, index: int) -> bool:
+        verdict = self.rules.may_promote(standing_of(state, index))
+        resumes = state.nodes[index].leader == index and self._resumes(state, index)
+        return resumes or verdict.answer is Answer.YES
+
+    def _consent(
+        self,
+        state: State,
+        index: int,
+        at: int,
+        asks: tuple[int, bool, frozenset[int]],
+    ) -> State:
+        """Have a node store the term of another's promotion, or refuse it."""
+        node, there = state.nodes[index], state.nodes[at]
+        asked = (asks[0], index)
+        own = (there.asks[0], at) if there.asks else asked
+        if there.primary or max(own, term(there)) > asked:
+            return put(state, index, node._replace(asks=None))
+        state = put(state, at, self._follower(there, asked))
+        left = (*asks[:2], asks[2] - {at})
+        return put(state, index, node._replace(asks=left))
+
+    def _follower(self, node: Node, promoted: tuple[int, int]) -> Node:
+        epoch, leader = promoted
+        return node._replace(
+            epoch=epoch,
+            leader=leader,
+            token=None,
+            demoted=False,
+            handed=-1,
+            asks=None,
+        )
+
+    def _promote(self, state: State, index: int, epoch: int, *, forced: bool) -> State:
+        met = [at for at in others(state, index) if connected(state, index, at)]
+        node = self._follower(state.nodes[index], (epoch, index))
+        if node.line.generation == NO_DATA:
+            line = create(node.line, state.fresh + 1)
+            state = state._replace(fresh=state.fresh + 1)
+        else:
+            line = self.rules.share(node.line)
+        state = put(state, index, node._replace(line=line))
         state = self._counts(state, index)
         node = state.nodes[index]
         if self.rules.flushes_first:
@@ -552,7 +669,18 @@ class Machine:
         state = put(state, index, node._replace(primary=True, behind=0))
         for at in met:
             state = self._follows(state, ordered(index, at))
-        return self._told_apart(state, [index, *met]) if forced else state
+        if forced:
+            return self._told_apart(state, [index, *met])
+        return self._read(state, index)
+
+    def _read(self, state: State, index: int) -> State:
+        """Count on what a promoted node holds: its clients may read it at once."""
+        node = state.nodes[index]
+        stories = list(state.stories)
+        story = stories[node.story]
+        need = tuple(map(max, story.need, node.disk))
+        stories[node.story] = story._replace(need=need)
+        return state._replace(stories=tuple(stories))
 
     def _counts(self, state: State, index: int) -> State:
         """Let what is in doubt count as this node has it: clients will read it."""
@@ -577,7 +705,7 @@ class Machine:
         return state._replace(stories=stories, forced=True)
 
     def _demote(self, state: State, index: int) -> State:
-        state = self._flush(state, index)
+        state = self._forget(self._flush(state, index), index)
         node = state.nodes[index]
         return put(state, index, node._replace(primary=False, demoted=True))
 

@@ -10,6 +10,7 @@ transitions. `faults` says what a state breaks:
 - A primary that nobody forced holds each answered write. One that was answered and not
   flushed may go only when every node of that generation lost it by power loss.
 - Two nodes serve clients at once only if an operator forced one of them.
+- All data of a volume go back to one first generation.
 - No decision but an operator's discards a write that the target answered after the two
   histories parted.
 
@@ -20,9 +21,10 @@ nothing of it arrives later; that is what claims have to keep (their own model).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import ge
 from typing import NamedTuple
 
-from nbd_mirror.rules.generation import Lineage, Peer
+from nbd_mirror.rules.generation import NO_DATA, Lineage, Peer
 from nbd_mirror.rules.node_side import Crash, Role, Side
 from nbd_mirror.rules.promotion import Contact, Standing
 
@@ -73,6 +75,9 @@ class Node(NamedTuple):
     up: bool = True
     primary: bool = False
     flight: Flight | None = None
+    # A promotion that waits: its epoch, whether it is forced, who has to consent.
+    asks: tuple[int, bool, frozenset[int]] | None = None
+    forgets: frozenset[int] = frozenset()  # active and flushed everywhere
     story: int = 0  # which of the parted histories its data belongs to
 
 
@@ -131,9 +136,25 @@ def start(nodes: int, regions: int, budget: Budget) -> State:
     )
 
 
+def fresh(nodes: int, regions: int, budget: Budget) -> State:
+    """No node has data, and none was ever primary."""
+    state = start(nodes, regions, budget)
+    for index in range(nodes):
+        state = put(state, index, _empty(state, index))
+    return state._replace(sessions=())
+
+
+def _empty(state: State, index: int) -> Node:
+    node = state.nodes[index]
+    zero, empty = (0,) * len(node.disk), (frozenset[int](),) * len(state.nodes)
+    line = Lineage(peers=tuple(Peer(peer.node) for peer in node.line.peers))
+    return Node(line, empty, empty, frozenset(), zero, zero, epoch=0, leader=-1)
+
+
 def faults(state: State) -> str:
     """Say which promise a state breaks; "" if none."""
-    return state.fault or _serving_fault(state) or _sync_fault(state)
+    fault = state.fault or _serving_fault(state) or _sync_fault(state)
+    return fault or _kinship_fault(state)
 
 
 def _serving_fault(state: State) -> str:
@@ -164,6 +185,14 @@ def _sync_fault(state: State) -> str:
     return ""
 
 
+def _kinship_fault(state: State) -> str:
+    """All data go back to one first generation."""
+    lines = (node.line for node in state.nodes)
+    held = [line for line in lines if line.generation != NO_DATA]
+    first = {(line.generation, *line.history)[-1] for line in held}
+    return "two nodes hold unrelated data" if len(first) > 1 else ""
+
+
 def judged(state: State, source: int, target: int, *, by_operator: bool) -> State:
     """Note a decision that copies from no image, or discards answered writes alone."""
     giver, taker = state.nodes[source], state.nodes[target]
@@ -180,6 +209,8 @@ def judged(state: State, source: int, target: int, *, by_operator: bool) -> Stat
 def forgotten(state: State, index: int) -> State:
     """After power loss: an unflushed write may be gone from all nodes that had it."""
     generation = state.nodes[index].line.generation
+    if generation == NO_DATA:
+        return state
     stories = list(state.stories)
     counting = (there for there in state.nodes if not there.behind)
     for told in {there.story for there in counting if holds(there, generation)}:
@@ -195,6 +226,40 @@ def forgotten(state: State, index: int) -> State:
             need[region] = min(held, need[region])
         stories[told] = stories[told]._replace(need=tuple(need))
     return state._replace(stories=tuple(stories))
+
+
+def renewed(state: State) -> State:
+    """Promise all again, once an operator's orders of force have been healed."""
+    serving = [at for at, node in enumerate(state.nodes) if node.primary]
+    if not state.forced or len(serving) != 1:
+        return state
+    first = state.nodes[serving[0]]
+    for at in others(state, serving[0]):
+        node = state.nodes[at]
+        equal = node.line.generation == first.line.generation
+        equal = equal and term(node) == term(first) and not node.behind
+        if not equal or session_of(state, serving[0], at) != SYNC:
+            return state
+    nodes = tuple(node._replace(story=0) for node in state.nodes)
+    story = state.stories[first.story]._replace(apart=frozenset())
+    return state._replace(nodes=nodes, stories=(story,), forced=False)
+
+
+def replaced(state: State, index: int) -> State | None:
+    """Give a node a new disk and no state; None: it holds what no other one has."""
+    node = state.nodes[index]
+    story = state.stories[node.story]
+    for at in others(state, index):
+        there = state.nodes[at]
+        whole = there.story == node.story and holds(there, node.line.generation)
+        whole = whole and not (there.behind or there.inconsistent)
+        whole = whole and all(map(ge, there.disk, story.need))
+        if whole and all(map(ge, there.safe, story.kept)):
+            break
+    else:
+        return None
+    new = _empty(state, index)._replace(up=False, story=node.story)
+    return put(state, index, new)
 
 
 def holds(node: Node, generation: int) -> bool:
@@ -279,6 +344,14 @@ def others(state: State, index: int) -> list[int]:
     return [at for at in range(len(state.nodes)) if at != index]
 
 
+def connected(state: State, one: int, other: int) -> bool:
+    """Tell whether two nodes have a session, or wait for their first data."""
+    there = (state.nodes[one], state.nodes[other])
+    empty = all(node.up and node.line.generation == NO_DATA for node in there)
+    waits = empty and ordered(one, other) in state.links
+    return waits or session_of(state, one, other) is not None
+
+
 def side_of(state: State, index: int, other: int) -> Side:
     """Show a node as it shows itself to another one."""
     node = state.nodes[index]
@@ -295,7 +368,7 @@ def side_of(state: State, index: int, other: int) -> Side:
         inconsistent=node.inconsistent,
         role=Role.PRIMARY if node.primary else Role.SECONDARY,
         epoch=node.epoch,
-        leader=NAMES[node.leader],
+        leader=NAMES[node.leader] if node.leader >= 0 else "",
         handed=NAMES[node.handed] if node.handed >= 0 else "",
     )
 
@@ -306,16 +379,17 @@ def standing_of(state: State, index: int) -> Standing:
     contacts = []
     for at in others(state, index):
         there = state.nodes[at]
-        session = session_of(state, index, at)
         role = Role.PRIMARY if there.primary else Role.SECONDARY
         contacts.append(
             Contact(
                 NAMES[at],
-                connected=session is not None,
+                connected=connected(state, index, at),
                 role=role,
+                has_data=there.line.generation != NO_DATA,
             )
         )
     return Standing(
+        has_data=node.line.generation != NO_DATA,
         behind=node.behind > 0,
         inconsistent=node.inconsistent,
         lost_power=node.crash is Crash.HOST and any(node.doubts),

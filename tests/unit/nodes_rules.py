@@ -20,6 +20,7 @@ class Rules:
     begin: Callable[..., Lineage] = generation.begin
     offer: Callable[..., Lineage] = generation.offer
     settle: Callable[..., Lineage] = generation.settle
+    share: Callable[[Lineage], Lineage] = generation.share
     adopt: Callable[..., Lineage] = generation.adopt
     decide: Callable[[Side, Side], Plan] = node_handshake.decide
     resolve: Callable[[Side, Side], Plan] = node_handshake.resolve
@@ -35,4 +36,6 @@ class Rules:
     counts_doubts: bool = True  # a promotion with doubts begins a generation
     flushes_first: bool = True  # a node flushes its disk before it is promoted
     settles_thirds: bool = True  # equal to a node that is in sync with a third one
+    consents: bool = True  # a promoted node's sessions store its term before its door
+    asks_again: bool = True  # the answer still has to hold when all have consented
     logs_first: bool = True  # the activity log is durable before the disk changes

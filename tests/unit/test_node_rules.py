@@ -25,8 +25,9 @@ from nbd_mirror.rules.generation import (
     must_begin,
     offer,
     settle,
+    share,
 )
-from nbd_mirror.rules.node_handshake import decide, resolve
+from nbd_mirror.rules.node_handshake import decide, healable, resolve
 from nbd_mirror.rules.node_side import Action, Crash, Extent, Plan, Role, Side
 from nbd_mirror.rules.promotion import (
     Answer,
@@ -93,6 +94,36 @@ ROWS = {
         "a>b",
         Extent.MARKED,
     ),
+    "5 both doubt, and one stayed up": (
+        replace(A, doubts=3, crash=Crash.PROCESS),
+        replace(B, doubts=3, crash=Crash.SESSION),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "5 a killed server, and a host that lost power": (
+        replace(A, doubts=3, crash=Crash.HOST),
+        replace(B, doubts=3, crash=Crash.PROCESS),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "6 both lost power, and one is primary": (
+        replace(A, doubts=3, crash=Crash.HOST),
+        replace(B, doubts=2, crash=Crash.HOST, role=Role.PRIMARY),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "6 both lost power, and the other was last": (
+        replace(A, doubts=3, crash=Crash.HOST),
+        replace(B, doubts=2, crash=Crash.HOST, epoch=2, leader="b"),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "6 both lost power, and a third node was last": (
+        replace(A, doubts=3, crash=Crash.HOST, leader="c"),
+        replace(B, doubts=2, crash=Crash.HOST, leader="c"),
+        "a>b",
+        Extent.MARKED,
+    ),
     "7 one has a map": (replace(A, dirty=4), B, "a>b", Extent.MARKED),
     "7 the other is the only primary": (
         replace(A, dirty=4),
@@ -110,6 +141,18 @@ ROWS = {
         A,
         replace(B, generation=2, bases=(1,), dirty=5),
         "b>a",
+        Extent.MARKED,
+    ),
+    "9 its disk misses regions": (
+        replace(A, missed=2),
+        replace(B, generation=2, bases=(1,), missed=3),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "10 this one counts from the other's": (
+        replace(A, generation=2, bases=(1,), dirty=5),
+        replace(B, dirty=2, doubts=1),
+        "a>b",
         Extent.MARKED,
     ),
     "11 an ancestor": (
@@ -131,6 +174,43 @@ ROWS = {
         Extent.NOTHING,
     ),
     "14 nothing in common": (A, replace(B, generation=9), "stop", Extent.NOTHING),
+    "one disk misses regions": (replace(A, missed=7), B, "b>a", Extent.MARKED),
+    "a primary's disk misses regions": (
+        replace(A, missed=7, role=Role.PRIMARY),
+        B,
+        "a>b",
+        Extent.MARKED,
+    ),
+    "veto: the source is inconsistent": (
+        replace(A, generation=2, bases=(1,), inconsistent=True),
+        B,
+        "stop",
+        Extent.NOTHING,
+    ),
+    "veto: by checksums, and the source misses regions": (
+        replace(A, generation=2, history=(1,), missed=1),
+        B,
+        "stop",
+        Extent.NOTHING,
+    ),
+    "veto: the target serves": (
+        replace(A, generation=2, bases=(1,)),
+        replace(B, role=Role.PRIMARY),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "veto: the target serves, and wrote": (
+        replace(A, role=Role.PRIMARY, dirty=2),
+        replace(B, role=Role.PRIMARY, epoch=2, leader="b"),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "no veto: the target serves, and answered nothing": (
+        replace(A, role=Role.PRIMARY),
+        replace(B, role=Role.PRIMARY, epoch=2, leader="b"),
+        "b>a",
+        Extent.MARKED,
+    ),
 }
 
 
@@ -181,6 +261,11 @@ REPORTED = {
         replace(B, inconsistent=True),
         "stop",
     ),
+    "12 the map of a node that was removed was empty, its id matched": (
+        replace(A, generation=2, history=(1,)),  # removing it erased the base
+        B,
+        "a>b",
+    ),
     "17 one side missed the end of the resync": (replace(A, bases=(9,)), B, "in_sync"),
     "18 both nodes were the source": (
         replace(A, generation=2, bases=(3,)),
@@ -206,6 +291,49 @@ def test_reported(report: str) -> None:
     mine, other, expected = REPORTED[report]
     assert in_direction(decide(mine, other)) == expected
     assert in_direction(decide(other, mine)) == expected
+
+
+def test_reported_6_a_third_node_got_the_id_behind_the_primarys_back() -> None:
+    """While a was away, b may have given the generation to c (drbd@499533fe3)."""
+    moved = settle(begin(PAIR, 2, ["c"]), "b", 2)
+    assert not must_begin(moved, ["c"])
+    assert must_begin(share(moved), ["c"])
+    assert begin(share(moved), 3, ["c"]).peer("c") == Peer("c", (2, 1), shared=False)
+
+
+def test_reported_8_a_second_loss_during_the_change_of_the_id() -> None:
+    """The new generation is shared with c, so that its loss needs another one."""
+    moved = begin(PAIR, 2, ["b"])
+    assert must_begin(moved, ["c"])
+    again = begin(moved, 3, ["b", "c"])
+    assert again.peer("b") == Peer("b", (1,), shared=False)
+    assert again.peer("c") == Peer("c", (2, 1), shared=False)
+
+
+def test_reported_9_history_is_strict_ancestors() -> None:
+    """What another node counts from is no ancestor of this one's generation."""
+    target = Lineage(7, (1,), (Peer("a", (6,)), Peer("c", (5,))))
+    source = Lineage(3, (2, 1), (Peer("b", (1,)), Peer("c", (4,))))
+    assert adopt(target, source).history == (2, 1)
+    assert begin(source, 8, ["b"]).history == (3, 2, 1)
+
+
+def test_reported_23_a_survivor_does_not_know_what_the_other_has() -> None:
+    """Without a session with every other node only an operator promotes."""
+    alone = Standing(others=(Contact("b"), Contact("c", connected=True)))
+    assert may_promote(alone).answer is Answer.FORCE
+
+
+def test_reported_26_nobody_is_up_to_date() -> None:
+    """An operator can always choose a whole image, and is told what it lacks."""
+    verdict = may_promote(Standing(behind=True, others=(Contact("b"),)))
+    assert verdict.answer is Answer.FORCE
+    assert "lacks writes" in verdict.reason
+
+
+def test_reported_27_a_node_boots_and_was_primary() -> None:
+    """That it remembers it is no proof."""
+    assert may_promote(Standing(others=(Contact("b"),))).answer is Answer.FORCE
 
 
 def sides(node: str) -> Iterator[Side]:
@@ -284,6 +412,8 @@ def check(plan: Plan, mine: Side, other: Side) -> None:
         assert plan.extent is not Extent.DIFFERENT or not source.missed
         assert target.role is Role.SECONDARY or source.role is Role.PRIMARY
         assert plan.demotes == (target.role is Role.PRIMARY)
+        assert not (plan.demotes and target.dirty)
+        assert plan.discards == target.dirty
         assert plan.epoch > target.epoch or source.term >= target.term
         exact = source.generation == target.generation
         exact = exact or target.generation in source.bases
@@ -306,6 +436,30 @@ def test_resolve_overrules_a_split_brain_only() -> None:
     assert resolve(mine, other).action is Action.STOP
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        replace(B, generation=9, epoch=2, leader="c"),
+        replace(B, generation=0, epoch=2, leader="c"),
+    ],
+    ids=["unrelated", "empty"],
+)
+def test_resolve_copies_no_unrelated_data_at_the_news_of_a_later_primary(
+    keep: Side,
+) -> None:
+    """A third node's promotion changes nothing about what the two nodes hold."""
+    serving = replace(A, role=Role.PRIMARY)
+    for plan in (resolve(keep, serving), resolve(serving, keep)):
+        assert plan.action is not Action.RESYNC or plan.source == "a"
+    assert resolve(keep, serving).action is Action.STOP
+    assert resolve(keep, serving).reason
+
+
+def test_a_missed_region_is_never_taken_from_an_older_copy() -> None:
+    """The target lacks region 1, and its own disk misses region 2."""
+    assert healable({1, 2, 3}, {1}, {2}) == {3}
+
+
 def test_resolve_never_copies_from_an_inconsistent_image() -> None:
     """An operator cannot choose an image that is of no instant."""
     mine, other, _, _ = ROWS["12 both moved from a base"]
@@ -322,6 +476,8 @@ def test_the_last_primary_resumes() -> None:
     assert not may_resume(crashed, B)  # it waits for the other's data first
     assert not may_resume(A, replace(B, role=Role.PRIMARY))
     assert not may_resume(A, replace(B, epoch=2, leader="b"))
+    assert not may_resume(replace(A, handed="b"), B)
+    assert not may_resume(replace(A, role=Role.PRIMARY, missed=1), B)
 
 
 def test_only_the_last_primary_hands_over() -> None:
@@ -401,7 +557,8 @@ def test_bounds() -> None:
         line = begin(offer(line, "b"), generation, ["b"])
     assert len(line.history) == HISTORY
     assert line.history[0] == line.generation - 1
-    assert line.peer("b").bases == line.history[:BASES]
+    # The oldest base is the one that the node confirmed.
+    assert line.peer("b").bases == (*line.history[: BASES - 1], 1)
 
 
 def test_a_generation_is_used_once() -> None:
@@ -410,6 +567,8 @@ def test_a_generation_is_used_once() -> None:
         begin(PAIR, 1, ["b"])
     with pytest.raises(ValueError, match="no node has used"):
         create(NEW, 0)
+    with pytest.raises(ValueError, match="without data"):
+        begin(NEW, 2, ["b"])
     with pytest.raises(ValueError, match="already"):
         create(PAIR, 2)
     assert create(NEW, 5).generation == 5
@@ -459,3 +618,38 @@ def test_promotion(case: str) -> None:
     verdict = may_promote(standing)
     assert verdict.answer is answer
     assert verdict.reason
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_every_standing(others: int) -> None:
+    """What no order of the table's lines may change."""
+    flags = list(itertools.product((False, True), repeat=6))
+    contacts = [
+        Contact("b", connected, role, has_data)
+        for connected in (False, True)
+        for role in Role
+        for has_data in (False, True)
+    ]
+    for has_data, behind, inconsistent, undo, power, token in flags:
+        for met in itertools.product(contacts, repeat=others):
+            for missed in (0, 1):
+                node = Standing(
+                    has_data, behind, inconsistent, undo, missed, power, token, met
+                )
+                judge_standing(node, may_promote(node).answer)
+
+
+def judge_standing(node: Standing, answer: Answer) -> None:
+    """Yes needs a whole, recent image and proof; a broken image is never promoted."""
+    connected = [contact for contact in node.others if contact.connected]
+    serving = any(contact.role is Role.PRIMARY for contact in connected)
+    proof = node.token or len(connected) == len(node.others)
+    if answer is Answer.YES:
+        assert proof
+        assert not any((serving, node.behind, node.inconsistent, node.missed))
+        assert node.has_data or not any(contact.has_data for contact in connected)
+    broken = node.missed or (node.inconsistent and not node.undo)
+    if serving or broken:
+        assert answer is Answer.NO
+    if answer is Answer.NO:
+        assert serving or broken or not node.has_data
