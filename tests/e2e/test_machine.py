@@ -104,7 +104,7 @@ class Machine(MachineSite):
         if self.local_fails:
             return
         assert self.policy == "stop", str(error)
-        assert "policy stop" in str(error) or "every leg" in str(error), str(error)
+        assert "policy stop" in str(error) or "every disk" in str(error), str(error)
 
     def may_be_unread(self, error: EngineError) -> None:
         """Judge an error of a read: the only disk that has it may be away."""
