@@ -33,7 +33,8 @@ PYTHON_LAYERS = (
     ("device",),
     ("server", "commands"),
 )
-COMPILED = "_core"  # the compiled C code; only volume/core.py imports it
+COMPILED = "_core"  # the compiled C code
+BOUNDARY = ("volume", "core", "boundary")  # the only module that imports it
 TOP = "__main__"  # above all layers
 OUTSIDE = ("__init__", "_build")  # import nothing of ours
 VERSION = "__version__"  # of the package itself; every layer may import it
@@ -111,7 +112,7 @@ def judge_import(importer: tuple[str, ...], target: tuple[str, ...]) -> str:
     if target == (VERSION,):
         return ""
     if target[:1] == (COMPILED,):
-        return "" if importer == ("volume", "core") else "is volume/core.py's alone"
+        return "" if importer == BOUNDARY else "is volume/core/boundary.py's alone"
     here, there = floor(importer), floor((*target, "*"))
     assert here is not None
     if there is None:

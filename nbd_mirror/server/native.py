@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from _nbdm_native import ffi
 
-# This must come before any import of ours: core.py must drive the engine inside this
-# plugin, not a second copy of it in _core's own shared object.
+# This must come before any import of ours: volume/core must drive the engine inside
+# this plugin, not a second copy of it in _core's own shared object.
 sys.modules["nbd_mirror._core"] = sys.modules["_nbdm_native"]
 
 if TYPE_CHECKING:

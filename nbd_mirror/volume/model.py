@@ -3,7 +3,7 @@
 The engine's parameters and reports, as plain values.
 
 They mirror the structs of csrc/nbdm.h, in Python's units: seconds and bytes. They are
-separate from core.py so that rules and tests run without the C code.
+separate from core so that rules and tests run without the C code.
 """
 
 from __future__ import annotations

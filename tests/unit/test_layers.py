@@ -66,7 +66,7 @@ def test_one_that_points_up_is_named(tmp_path: Path, file: str, text: str) -> No
         ("nbd_mirror/commands/cli.py", "from ..device import attach as kernel"),
         ("nbd_mirror/commands/cli.py", "from . import serve\nimport os, cffi"),
         ("nbd_mirror/server/plugin.py", "from nbd_mirror.server.volume import Volume"),
-        ("nbd_mirror/volume/core.py", "from nbd_mirror._core import ffi, lib"),
+        ("nbd_mirror/volume/core/boundary.py", "from nbd_mirror._core import ffi, lib"),
         ("csrc/doors/direct.c", '#include "nbdm.h"\n#include "wire/conn.h"'),
     ],
 )

@@ -1,36 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""
-The Python interface of the engine: the only module that imports *ffi* and *lib*.
-
-One method is one C call; CFFI releases the GIL around each. This module has no policy,
-and no state except the handle. Strings go to C as UTF-8 and are copied there before the
-call returns. Buffers are borrowed for the call and never copied.
-"""
+"""An open volume."""
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Sequence
 from typing import Any
 
-# Under nbdkit's Python plugin and in the command line this is the extension module
-# _core. Inside the native door, nbd_mirror/server/native.py puts the embedded module
-# _nbdm_native into sys.modules under this name before it imports anything of ours, so
-# that this code drives the engine inside the plugin's own .so. Two copies of the C code
-# in one process would not share the volume.
-from nbd_mirror._core import ffi, lib
-
-from ..base.errors import MirrorError, NotRunningError, from_errno
-from ..rules.pace import Latency, Plan
-from .model import (
+from ...base.errors import NotRunningError
+from ...rules.pace import Latency, Plan
+from ..model import (
     LOCAL,
     Batch,
     Disk,
     Extent,
     Params,
-    Peek,
-    RemoteParams,
     RemoteStatus,
     Verdict,
     VolumeStatus,
@@ -38,173 +21,24 @@ from .model import (
     remote_status,
     volume_status,
 )
+from .boundary import (
+    FOREVER_MS,
+    POLICIES,
+    Buffer,
+    c_reason,
+    check,
+    error_of,
+    ffi,
+    lib,
+    make_params,
+    text_of,
+    whole_ms,
+)
 
-__all__ = [
-    "MAX_REQUEST",
-    "PREFERRED_BLOCK",
-    "Buffer",
-    "Engine",
-    "Params",
-    "RemoteParams",
-    "Server",
-    "bound_log",
-    "create",
-    "fault_points",
-    "flush_log",
-    "log_counts",
-    "peek",
-    "peek_logs",
-    "peek_map",
-    "start_log",
-    "write_log",
-    "write_text",
-]
-
-Buffer = bytes | bytearray | memoryview
-
-MAX_REMOTES: int = lib.NBDM_MAX_REMOTES
-MAX_REQUEST: int = lib.NBDM_MAX_REQUEST  # bytes
-PREFERRED_BLOCK: int = lib.NBDM_PREFERRED_BLOCK  # bytes
 FUA: int = lib.NBDM_FUA
 MAY_TRIM: int = lib.NBDM_MAY_TRIM
 FAST_ZERO: int = lib.NBDM_FAST_ZERO
-FOREVER_MS = 0xFFFF_FFFF
 MAX_ACTIVE = 4096  # limit of extents per call; the log holds fewer
-
-_LOCAL_CHOICES = {
-    "": lib.NBDM_LOCAL_CHECKED,
-    "forced": lib.NBDM_LOCAL_FORCED,
-    "lost": lib.NBDM_LOCAL_LOST,
-}
-_POLICIES = {"degrade": lib.NBDM_DEGRADE, "stop": lib.NBDM_STOP}
-
-
-def check(rc: int, what: str) -> int:
-    """
-    Return *rc* unless it is -errno.
-
-    Must follow the C call at once, because it reads the thread's last message.
-
-    Raises:
-        MirrorError: of the class that fits the errno, with C's message, or with
-            *what* if C set none. Its `errno` is the positive number.
-    """
-    if rc < 0:
-        raise _error(rc, what)
-    return rc
-
-
-def _error(rc: int, what: str) -> MirrorError:
-    words = _text(lib.nbdm_last_error())
-    return from_errno(rc, words or f"{what}: {os.strerror(-rc)}")
-
-
-def create(params: Params, *, force: bool = False) -> None:
-    """
-    Format the state directory; the local disk is not changed.
-
-    Blocks while the logs are allocated and synced.
-
-    Raises:
-        ExistsError: it holds a volume and *force* is not given. BusyError: in use.
-        SpaceError: no room for the logs. ConfigError: the parameters do not fit.
-    """
-    c_params, _alive = _make_params(params)
-    check(lib.nbdm_create(c_params, int(force)), "create")
-
-
-def peek(state_dir: str) -> Peek:
-    """
-    Read a superblock without locking or changing anything, even beside a server.
-
-    Raises:
-        MissingError: there is none. FormatError: it is garbled.
-    """
-    name = ffi.new("char[]", lib.NBDM_NAME_LEN)
-    status = ffi.new("struct nbdm_status *")
-    disks = ffi.new("struct nbdm_disk_status[]", lib.NBDM_MAX_DISKS)
-    check(lib.nbdm_peek(os.fsencode(state_dir), name, status, disks), "peek")
-    volume = volume_status(status, disks[LOCAL], _text)
-    nr: int = status.nr_remotes
-    remotes = tuple(remote_status(disks[disk_of(i)], _text) for i in range(nr))
-    return Peek(_text(name), volume, remotes)
-
-
-def peek_map(state_dir: str, disk: str) -> None:
-    """
-    Check a disk's dirty map as a start does; see `peek`.
-
-    Raises:
-        MissingError: there is none. FormatError: a start would not trust it.
-    """
-    rc = lib.nbdm_peek_map(os.fsencode(state_dir), os.fsencode(disk))
-    check(rc, f"dirty.{disk}")
-
-
-def peek_logs(state_dir: str) -> None:
-    """
-    Check the headers of the logs that cover all disks; see `peek_map`.
-
-    Raises:
-        MissingError, FormatError: a start would take all regions as dirty.
-    """
-    check(lib.nbdm_peek_logs(os.fsencode(state_dir)), "the logs")
-
-
-def fault_points() -> dict[str, bool]:
-    """Return every point that NBDM_FAULT knows, and whether it can be made to fail."""
-    fails = ffi.new("int *")
-    found: dict[str, bool] = {}
-    while (name := lib.nbdm_fault_point(len(found), fails)) != ffi.NULL:
-        found[_text(name)] = bool(fails[0])
-    return found
-
-
-# --- the log ---
-
-
-def start_log() -> None:
-    """
-    From now on no line of the log blocks, not even on standard output and error.
-
-    Call it after any fork, and before signals are blocked. Calling it again has no
-    effect.
-
-    Raises:
-        MirrorError: no thread, or no descriptor.
-    """
-    check(lib.nbdm_log_start(), "start the log")
-
-
-def bound_log(state_dir: str) -> None:
-    """Limit the size of the directory's serve.log, if the output goes there."""
-    check(lib.nbdm_log_rotate(os.fsencode(state_dir)), "the log")
-
-
-def write_log(level: str, text: str) -> None:
-    """Write a line; never raises, and never blocks once the log is started."""
-    lib.nbdm_log(lib.NBDM_LOG_OWN, level.encode(), _c_text(text))
-
-
-def write_text(text: str) -> None:
-    """Write whole lines unchanged, like `write_log`."""
-    lib.nbdm_log_raw(_c_text(text))
-
-
-def flush_log(timeout_s: float) -> None:
-    """Wait until all lines were written, at most *timeout_s*."""
-    lib.nbdm_log_flush(_ms(timeout_s))
-
-
-def log_counts() -> tuple[int, int]:
-    """Return how many lines could not be written, and how many were left out."""
-    lost, left_out = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-    lib.nbdm_log_counts(lost, left_out)
-    return int(lost[0]), int(left_out[0])
-
-
-def _c_text(text: str) -> bytes:
-    return text.encode(errors="replace").replace(b"\0", b"?")
 
 
 class Engine:
@@ -226,7 +60,7 @@ class Engine:
             state or no disk. WrongDiskError: the local disk is another one than before.
             FormatError, ConfigError, SpaceError.
         """
-        c_params, _alive = _make_params(params)
+        c_params, _alive = make_params(params)
         out = ffi.new("struct nbdm **")
         check(lib.nbdm_open(c_params, out), "open")
         self._volume: Any = out[0]
@@ -344,7 +178,7 @@ class Engine:
         """Describe the export: which volumes a client reaches through it."""
         words = ffi.new("char[]", lib.NBDM_CHAIN_LEN)
         lib.nbdm_chain(self.handle, words, len(words))
-        return _text(words)
+        return text_of(words)
 
     def count_client(self, change: int) -> int:
         """Count a client in (+1) or out (-1), or ask (0); return how many there are."""
@@ -362,7 +196,7 @@ class Engine:
 
         *reason* becomes the reason of the state. Never fails for a remote.
         """
-        check(lib.nbdm_disk_drop(self.handle, disk, _reason(reason)), "drop")
+        check(lib.nbdm_disk_drop(self.handle, disk, c_reason(reason)), "drop")
 
     def resync(
         self, disk: Disk, first: int, max_bytes: int, max_s: float, plan: Plan
@@ -398,7 +232,7 @@ class Engine:
 
         Returns the serial. With *timeout_s* None there is no time limit.
         """
-        timeout_ms = FOREVER_MS if timeout_s is None else _ms(timeout_s)
+        timeout_ms = FOREVER_MS if timeout_s is None else whole_ms(timeout_s)
         return int(lib.nbdm_disk_wait(self.handle, disk, seen, timeout_ms))
 
     # --- remotes, by their index in the configuration ---
@@ -413,7 +247,7 @@ class Engine:
             MirrorError: of any class; the message has the remote's answer.
         """
         words = uri.encode()
-        rc = lib.nbdm_remote_connect(self.handle, remote, words, _ms(timeout_s))
+        rc = lib.nbdm_remote_connect(self.handle, remote, words, whole_ms(timeout_s))
         check(rc, f"connect to {uri}")
 
     def compare(self, remote: int, region: int) -> int:
@@ -431,12 +265,12 @@ class Engine:
 
     def explain(self, remote: int, reason: str) -> None:
         """Set the reason of a remote that is not connected."""
-        rc = lib.nbdm_remote_explain(self.handle, remote, _reason(reason))
+        rc = lib.nbdm_remote_explain(self.handle, remote, c_reason(reason))
         check(rc, "explain")
 
     def fail(self, remote: int, reason: str) -> None:
         """Make it failed, durably: no connection until it is reset or invalidated."""
-        check(lib.nbdm_remote_fail(self.handle, remote, _reason(reason)), "fail")
+        check(lib.nbdm_remote_fail(self.handle, remote, c_reason(reason)), "fail")
 
     def reset(self, remote: int) -> None:
         """End the failed state, durably, and keep the dirty map; else no effect."""
@@ -467,12 +301,12 @@ class Engine:
             MirrorIOError: the volume has failed, or fails now.
         """
         fail = int(fenced_reads == "fail")
-        rc = lib.nbdm_set_policy(self.handle, _POLICIES[policy], fail)
+        rc = lib.nbdm_set_policy(self.handle, POLICIES[policy], fail)
         check(rc, f"policy {policy}")
 
     def cool(self, idle_s: float) -> None:
         """Let extents idle for *idle_s* go cold: flushes and persists first."""
-        check(lib.nbdm_cool(self.handle, _ms(idle_s)), "cool")
+        check(lib.nbdm_cool(self.handle, whole_ms(idle_s)), "cool")
 
     # --- the local disk ---
 
@@ -507,11 +341,11 @@ class Engine:
         """Report the volume."""
         status = ffi.new("struct nbdm_status *")
         lib.nbdm_get_status(self.handle, status)
-        return volume_status(status, self._disk_status(LOCAL), _text)
+        return volume_status(status, self._disk_status(LOCAL), text_of)
 
     def remote_status(self, remote: int) -> RemoteStatus:
         """Report a remote, by its index in the configuration."""
-        return remote_status(self._disk_status(disk_of(remote)), _text)
+        return remote_status(self._disk_status(disk_of(remote)), text_of)
 
     def _disk_status(self, disk: Disk) -> Any:
         status = ffi.new("struct nbdm_disk_status *")
@@ -540,7 +374,7 @@ class Engine:
 def _make_batch(first: int, max_bytes: int, max_s: float, plan: Plan) -> Any:
     batch = ffi.new("struct nbdm_resync *")
     batch.first_region, batch.max_bytes = first, max_bytes
-    batch.max_ms = _ms(max_s)
+    batch.max_ms = whole_ms(max_s)
     _set_pace(batch.pace, plan)
     return batch
 
@@ -553,7 +387,7 @@ def _set_pace(pace: Any, plan: Plan) -> Any:
 
 def _done(batch: Any, rc: int) -> Batch:
     """Return what a call of resync did; must follow it at once, as `check`."""
-    error = _error(rc, "resync") if rc < 0 else None
+    error = error_of(rc, "resync") if rc < 0 else None
     return Batch(batch.next_region, batch.copied_bytes, batch.zero_bytes, error)
 
 
@@ -561,107 +395,3 @@ def _by_kind(counts: Any) -> list[list[int]]:
     nr: int = lib.NBDM_LATENCY_BUCKETS
     flat = ffi.unpack(counts, lib.NBDM_LATENCY_KINDS * nr)
     return [flat[at : at + nr] for at in range(0, len(flat), nr)]
-
-
-def _make_params(params: Params) -> tuple[Any, list[Any]]:
-    """Make struct nbdm_params. The list keeps its strings alive for the call."""
-    if len(params.remotes) > MAX_REMOTES:
-        raise from_errno(-errno.EINVAL, f"more than {MAX_REMOTES} remotes")
-    alive = [ffi.new("char[]", params.name.encode())]
-    alive.append(ffi.new("char[]", os.fsencode(params.local)))
-    alive.append(ffi.new("char[]", os.fsencode(params.state_dir)))
-    out = ffi.new("struct nbdm_params *")
-    out.name, out.local, out.state_dir = alive
-    out.size, out.region_size = params.size, params.region_size
-    out.policy = _POLICIES[params.policy]
-    out.fail_fenced_reads = int(params.fenced_reads == "fail")
-    out.local_choice = _LOCAL_CHOICES[params.local_choice]
-    out.hold_ms = params.hold_ms
-    out.local_deadline_ms = params.local_deadline_ms
-    out.nr_remotes = len(params.remotes)
-    for entry, remote in zip(out.remotes, params.remotes, strict=False):
-        alive.append(ffi.new("char[]", remote.name.encode()))
-        entry.name = alive[-1]
-        entry.deadline_ms = remote.deadline_ms
-        entry.assume_in_sync = int(remote.assume_in_sync)
-    return out, alive
-
-
-def _text(words: Any) -> str:
-    """Decode C's UTF-8; a message cut inside a character stays readable."""
-    return bytes(ffi.string(words)).decode(errors="replace")
-
-
-def _reason(words: str) -> bytes:
-    """Encode a reason so that it fits its field without cutting a character."""
-    room: int = lib.NBDM_REASON_LEN - 1
-    return _c_text(words)[:room].decode(errors="ignore").encode()
-
-
-def _ms(seconds: float) -> int:
-    """Return whole milliseconds, rounded up: a short wait must not become a spin."""
-    return min(max(-int(-seconds * 1000 // 1), 0), FOREVER_MS - 1)
-
-
-class Server:
-    """
-    The direct door: serves an engine to the clients of listening sockets.
-
-    Args:
-        engine: must stay open as long as this object.
-        listen_fds: the caller keeps and closes them.
-        max_clients: the limit, lowered if there are too few descriptors.
-        max_memory: bytes for the requests of all clients together; 0: the default.
-    Raises:
-        MirrorError: no memory, or no descriptor.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        listen_fds: Sequence[int],
-        *,
-        max_clients: int = 0,
-        max_memory: int = 0,
-    ) -> None:
-        """Accept no client yet."""
-        server = ffi.new("struct direct_server **")
-        fds = ffi.new("int[]", list(listen_fds))
-        limits = ffi.new("struct nbdm_limits *")
-        limits.max_clients, limits.max_memory = max_clients, max_memory
-        rc = lib.nbdm_server_open(engine.handle, fds, len(fds), limits, server)
-        check(rc, "serve")
-        self._handle = server[0]
-
-    @property
-    def max_clients(self) -> int:
-        """The limit of clients, as far as there are descriptors."""
-        return int(lib.nbdm_server_max_clients(self._handle))
-
-    def run(self) -> None:
-        """
-        Serve. Blocks until `end`, and then until requests under way are answered.
-
-        Raises:
-            MirrorError: no thread could be made.
-        """
-        check(lib.nbdm_server_run(self._handle), "serve")
-
-    def end(self) -> None:
-        """Make `run` return. May be called from any thread, any number of times."""
-        lib.nbdm_server_end(self._handle)
-
-    def drain(self, timeout_s: float) -> bool:
-        """
-        Like `end`, and wait until requests under way are answered.
-
-        Blocks up to *timeout_s*.
-
-        Returns:
-            True: all clients are answered and disconnected.
-        """
-        return bool(lib.nbdm_server_drain(self._handle, _ms(timeout_s)) == 0)
-
-    def close(self) -> None:
-        """Free it. `run` must have returned, and no `end` may follow."""
-        lib.nbdm_server_close(self._handle)

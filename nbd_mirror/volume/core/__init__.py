@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The Python interface of the engine: the only package that calls C.
+
+One method is one C call; CFFI releases the GIL around each. This package has no policy,
+and no state except the handle. Buffers are borrowed for the call and never copied.
+"""
+
+from __future__ import annotations
+
+from ..model import Params, RemoteParams
+from .boundary import Buffer, lib
+from .engine import FAST_ZERO, FUA, MAY_TRIM, Engine
+from .log import bound_log, flush_log, log_counts, start_log, write_log, write_text
+from .server import Server
+from .state import create, fault_points, peek, peek_logs, peek_map
+
+__all__ = [
+    "FAST_ZERO",
+    "FUA",
+    "MAX_REMOTES",
+    "MAX_REQUEST",
+    "MAY_TRIM",
+    "PREFERRED_BLOCK",
+    "Buffer",
+    "Engine",
+    "Params",
+    "RemoteParams",
+    "Server",
+    "bound_log",
+    "create",
+    "fault_points",
+    "flush_log",
+    "log_counts",
+    "peek",
+    "peek_logs",
+    "peek_map",
+    "start_log",
+    "write_log",
+    "write_text",
+]
+
+MAX_REMOTES: int = lib.NBDM_MAX_REMOTES
+MAX_REQUEST: int = lib.NBDM_MAX_REQUEST  # bytes
+PREFERRED_BLOCK: int = lib.NBDM_PREFERRED_BLOCK  # bytes

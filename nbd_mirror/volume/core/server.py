@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The direct door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .boundary import check, ffi, lib, whole_ms
+from .engine import Engine
+
+
+class Server:
+    """
+    The direct door: serves an engine to the clients of listening sockets.
+
+    Args:
+        engine: must stay open as long as this object.
+        listen_fds: the caller keeps and closes them.
+        max_clients: the limit, lowered if there are too few descriptors.
+        max_memory: bytes for the requests of all clients together; 0: the default.
+    Raises:
+        MirrorError: no memory, or no descriptor.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        listen_fds: Sequence[int],
+        *,
+        max_clients: int = 0,
+        max_memory: int = 0,
+    ) -> None:
+        """Accept no client yet."""
+        server = ffi.new("struct direct_server **")
+        fds = ffi.new("int[]", list(listen_fds))
+        limits = ffi.new("struct nbdm_limits *")
+        limits.max_clients, limits.max_memory = max_clients, max_memory
+        rc = lib.nbdm_server_open(engine.handle, fds, len(fds), limits, server)
+        check(rc, "serve")
+        self._handle = server[0]
+
+    @property
+    def max_clients(self) -> int:
+        """The limit of clients, as far as there are descriptors."""
+        return int(lib.nbdm_server_max_clients(self._handle))
+
+    def run(self) -> None:
+        """
+        Serve. Blocks until `end`, and then until requests under way are answered.
+
+        Raises:
+            MirrorError: no thread could be made.
+        """
+        check(lib.nbdm_server_run(self._handle), "serve")
+
+    def end(self) -> None:
+        """Make `run` return. May be called from any thread, any number of times."""
+        lib.nbdm_server_end(self._handle)
+
+    def drain(self, timeout_s: float) -> bool:
+        """
+        Like `end`, and wait until requests under way are answered.
+
+        Blocks up to *timeout_s*.
+
+        Returns:
+            True: all clients are answered and disconnected.
+        """
+        return bool(lib.nbdm_server_drain(self._handle, whole_ms(timeout_s)) == 0)
+
+    def close(self) -> None:
+        """Free it. `run` must have returned, and no `end` may follow."""
+        lib.nbdm_server_close(self._handle)
