@@ -68,6 +68,18 @@ ROWS = {
         "new",
         Extent.NOTHING,
     ),
+    "2 both are empty, one is proven zero": (
+        replace(A, generation=0, zero=True),
+        replace(B, generation=0),
+        "stop",
+        Extent.NOTHING,
+    ),
+    "3 two secondaries, one knows of a later third primary": (
+        A,
+        replace(B, epoch=2, leader="c"),
+        "in_sync",
+        Extent.NOTHING,
+    ),
     "3 nothing differs": (A, B, "in_sync", Extent.NOTHING),
     "4 one is inconsistent": (replace(A, inconsistent=True), B, "b>a", Extent.MARKED),
     "4 both are inconsistent": (
@@ -115,6 +127,12 @@ ROWS = {
     "6 both lost power, and the other was last": (
         replace(A, doubts=3, crash=Crash.HOST),
         replace(B, doubts=2, crash=Crash.HOST, epoch=2, leader="b"),
+        "b>a",
+        Extent.MARKED,
+    ),
+    "6 both lost power, and both know that the other was last": (
+        replace(A, doubts=3, crash=Crash.HOST, leader="b"),
+        replace(B, doubts=2, crash=Crash.HOST, leader="b"),
         "b>a",
         Extent.MARKED,
     ),
@@ -465,6 +483,7 @@ def test_resolve_never_copies_from_an_inconsistent_image() -> None:
     mine, other, _, _ = ROWS["12 both moved from a base"]
     plan = resolve(replace(mine, inconsistent=True), other)
     assert plan.action is Action.STOP
+    assert (plan.begins, plan.epoch) == (False, 0)
     assert "of no instant" in plan.reason
 
 
@@ -472,6 +491,7 @@ def test_the_last_primary_resumes() -> None:
     """Only if no node was promoted since, and only with all the data."""
     crashed = replace(A, doubts=2, crash=Crash.PROCESS)
     assert may_resume(A, B)
+    assert may_resume(replace(A, dirty=1), B)  # the other one waits for its data
     assert not may_resume(B, A)
     assert not may_resume(crashed, B)  # it waits for the other's data first
     assert not may_resume(A, replace(B, role=Role.PRIMARY))
@@ -488,6 +508,39 @@ def test_only_the_last_primary_hands_over() -> None:
     assert not may_hand_over(replace(A, role=Role.PRIMARY), B)
     assert not may_hand_over(A, replace(B, epoch=2, leader="c"))
     assert not may_hand_over(replace(A, dirty=1), B)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (replace(B, volume="w"), "serves volume w"),
+        (replace(B, size=1 << 20), "1048576 bytes on b"),
+        (replace(B, generation=9), "nothing in common"),
+        (replace(B, generation=3, history=(1,), bases=(2,)), "contradict each other"),
+        (replace(B, generation=3, history=(2, 1)), "contradict each other"),
+        (
+            replace(B, generation=3, history=(9, 1), epoch=2, leader="c"),
+            "c was promoted after it",
+        ),
+    ],
+)
+def test_a_stop_names_what_is_wrong(other: Side, words: str) -> None:
+    """An operator is told the reason that has to go first."""
+    serving = replace(A, role=Role.PRIMARY, generation=2, history=(1,), bases=(3,))
+    if other.leader == "c":
+        serving = replace(serving, bases=())
+    for plan in (decide(serving, other), decide(other, serving)):
+        assert plan.action is Action.STOP
+        assert words in plan.reason
+
+
+def test_a_primary_that_stays_one_gets_the_later_term() -> None:
+    """The other node was promoted later, answered nothing, and serves no more."""
+    serving = replace(A, role=Role.PRIMARY)
+    ended = replace(B, epoch=2, leader="b")
+    for plan in (decide(serving, ended), decide(ended, serving)):
+        assert plan.action is Action.IN_SYNC
+        assert (plan.source, plan.epoch) == ("a", 3)
 
 
 def test_a_primary_stops_at_the_news_of_a_later_one() -> None:
@@ -603,6 +656,10 @@ PROMOTIONS = {
         Standing(has_data=False, others=(CONNECTED,)),
         Answer.NO,
     ),
+    "no data, and the other is away": (
+        Standing(has_data=False, others=(Contact("b"),)),
+        Answer.FORCE,
+    ),
     "no data on either": (
         Standing(has_data=False, others=(replace(CONNECTED, has_data=False),)),
         Answer.YES,
@@ -618,6 +675,20 @@ def test_promotion(case: str) -> None:
     verdict = may_promote(standing)
     assert verdict.answer is answer
     assert verdict.reason
+
+
+def test_a_reason_names_the_loss() -> None:
+    """Whoever forces is told what may be gone."""
+    away = (Contact("b"),)
+    for node, words in (
+        (Standing(lost_power=True, others=away), "not flushed"),
+        (Standing(others=away), "gone on alone"),
+        (Standing(behind=True, lost_power=True, others=away), "lacks writes"),
+        (Standing(inconsistent=True, undo=True, others=away), "is older"),
+    ):
+        verdict = may_promote(node)
+        assert verdict.answer is Answer.FORCE
+        assert words in verdict.reason
 
 
 @pytest.mark.parametrize("others", [1, 2])
