@@ -347,7 +347,7 @@ request_write_local (struct nbdm *v, struct request *req)
    * only once, so a later flush would succeed and prove nothing (rule 10).
    */
   if (rc == 0 && (req->flags & NBDM_FUA))
-    rc = flush_local_group (v);
+    rc = flush_local_or_replace (v);
   if (rc < 0)
     snprintf (req->local_words, sizeof req->local_words, "%s", last_error ());
   return rc;

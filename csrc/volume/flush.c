@@ -296,6 +296,12 @@ flush_local_once_relock (struct nbdm *v)
   pthread_cond_broadcast (&v->changed);
 }
 
+static int
+flush_error (int rc)
+{
+  return set_error (rc, "the local disk failed to flush");
+}
+
 int
 flush_local_group (struct nbdm *v)
 {
@@ -313,7 +319,7 @@ flush_local_group (struct nbdm *v)
   rc = v->local.flush_error;
   pthread_mutex_unlock (&v->lock);
   /* Another thread may have led the flush, or an earlier flush failed. */
-  return rc < 0 ? set_error (rc, "the local disk failed to flush") : 0;
+  return rc < 0 ? flush_error (rc) : 0;
 }
 
 /* Unless another disk has replaced the one that failed.  A remote on hold may
@@ -325,6 +331,17 @@ take_place_of_local (struct nbdm *v, unsigned failures)
   LOCK_FOR_SCOPE (&v->lock);
   if (v->local.failures == failures && local_may_be_replaced_locked (v))
     local_takeover_relock (v);
+}
+
+int
+flush_local_or_replace (struct nbdm *v)
+{
+  unsigned failures = v->local.failures;
+  int rc = flush_local_group (v);
+
+  if (rc < 0)
+    take_place_of_local (v, failures);
+  return rc < 0 ? flush_error (rc) : 0;
 }
 
 int
@@ -350,12 +367,7 @@ volume_flush (struct nbdm *v)
   }
   rc = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
            ? 0
-           : flush_local_group (v);
-  /* At once, and not when the remotes have flushed: a process killed before the
-   * takeover's marks starts with a local disk that it believes.
-   */
-  if (rc < 0)
-    take_place_of_local (v, failures);
+           : flush_local_or_replace (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (begun[i] && remote_flush_end (&flushes[i]) == 0)
       flushed = true; /* a lost remote is a state, no error while local is ok */

@@ -43,11 +43,16 @@ bool remote_flush_take_relock (struct remote *r);
  * deadline, and waits for no hold.
  */
 bool remote_flush_alone (struct remote *r);
-/* Flush the local leg only, shared with other threads that ask; FUA uses it
- * too.  After a failure each call fails; the caller must then call
- * local_flush_lost_relock.
+/* Flush the local leg only, shared with other threads that ask.  After a
+ * failure each call fails; the caller must then call local_flush_lost_relock.
  */
 int flush_local_group (struct nbdm *v);
+/* The same, and a remote that can takes local's place as soon as the flush has
+ * failed, before the caller waits for an answer of a remote.  A process killed
+ * before the takeover's marks starts with a local disk that it believes.  The
+ * caller must still call local_flush_lost_relock.
+ */
+int flush_local_or_replace (struct nbdm *v);
 /* Flush all legs.  -EIO: no disk that has all data was flushed.  A lost remote
  * is no error while local is ok.
  */

@@ -82,6 +82,9 @@ obey (const struct bench *bench, struct peer *peer, uint32_t i,
   case SERVERS_HOLD:
     peer_hold (peer, PEER_HOLD_FLUSHES);
     break;
+  case SERVERS_HOLD_ALL:
+    peer_hold (peer, PEER_HOLD_ALL);
+    break;
   case SERVERS_GO:
     peer_hold (peer, PEER_GO);
     break;

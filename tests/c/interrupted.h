@@ -68,9 +68,10 @@ void bench_remove (struct bench *bench);
 /* To all servers; also from a child. */
 enum servers_word {
   SERVERS_START = 's',
-  SERVERS_TAKE = 't', /* cut, and have `image` hold what the remotes hold */
-  SERVERS_PUT = 'p',  /* the other way round; all of it flushed */
-  SERVERS_HOLD = 'h', /* carry out no flush */
+  SERVERS_TAKE = 't',     /* cut, and have `image` hold what the remotes hold */
+  SERVERS_PUT = 'p',      /* the other way round; all of it flushed */
+  SERVERS_HOLD = 'h',     /* carry out no flush */
+  SERVERS_HOLD_ALL = 'a', /* carry out nothing */
   SERVERS_GO = 'g',
   SERVERS_LOSE_CACHE = 'l' /* cut, lose what was not flushed, and go on */
 };

@@ -19,10 +19,10 @@
 
 static struct bench bench;
 
-/* Three in which local has a write that no remote has durably, and three in
- * which local is not to be believed.
+/* In the first local has a write that no remote has durably; in the others
+ * local is not to be believed.
  */
-enum failure { WRITE, FLUSH, CLIENTS_FLUSH, READ };
+enum failure { WRITE, FLUSH, CLIENTS_FLUSH, BESIDE_ITS_LEG, READ };
 enum loss { KEPT, LOST_BEFORE, LOST_AFTER };
 
 static const struct takeover {
@@ -51,6 +51,8 @@ static const struct takeover {
     "local_flush:3=error,takeover_done=kill" },
   { "clients_flush_failed", CLIENTS_FLUSH, KEPT,
     "local_flush:3=error,takeover_marked=kill" },
+  { "flush_failed_beside_its_leg", BESIDE_ITS_LEG, KEPT,
+    "local_flush:3=error,takeover_marked=kill" },
   { "read_failed", READ, KEPT,
     "local_read:1=error,local_read:2=error,takeover_marked=kill" },
 };
@@ -72,7 +74,7 @@ fail (void *opaque)
     memset (buf, 3, sizeof buf);
     bench.board->pending[LAST] = 3;
     nbdm_pwrite (bench.volume, buf, sizeof buf, LAST * BENCH_REGION,
-                 takeover->failure == FLUSH ? NBDM_FUA : 0);
+                 takeover->failure == WRITE ? 0 : NBDM_FUA);
   }
   over = true;
   return NULL;
@@ -92,6 +94,8 @@ live (void *opaque)
   bench_write (&bench, FIRST, NR, 2); /* answered, and nowhere flushed */
   if (takeover->loss == LOST_BEFORE || takeover->failure == CLIENTS_FLUSH)
     bench_servers (&bench, SERVERS_HOLD);
+  if (takeover->failure == BESIDE_ITS_LEG)
+    bench_servers (&bench, SERVERS_HOLD_ALL);
   assert (pthread_create (&thread, NULL, fail, (void *)takeover) == 0);
   if (takeover->loss == LOST_BEFORE) { /* over the takeover's flush */
     bench_wait_outstanding (&bench, &over);
