@@ -21,6 +21,7 @@
 #include "base/error.h"
 #include "base/fault.h"
 #include "base/lock.h"
+#include "life/local_map.h"
 #include "life/ticker.h"
 #include "logs/activity.h"
 #include "logs/dirty_map.h"
@@ -112,6 +113,9 @@ drain (struct nbdm *v)
       remote_degrade_locked (&v->remotes[i]);
   while (anybody_waits_locked (v) || v->cooling || v->activity_writing)
     pthread_cond_wait (&v->changed, &v->lock);
+  /* The flush of such a disk may fail when the maps are closed. */
+  if (v->local.nr_opening > 0)
+    local_miss_all_locked (v);
   v->drained = true;
   pthread_mutex_unlock (&v->lock);
   fault_point ("stop_drained");

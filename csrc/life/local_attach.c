@@ -20,6 +20,7 @@
 #include "base/error.h"
 #include "life/identity_check.h"
 #include "life/local_attach.h"
+#include "life/local_map.h"
 #include "logs/bitmap.h"
 #include "logs/dirty_map.h"
 #include "logs/layout.h"
@@ -223,6 +224,7 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
                struct opening **out)
 {
   struct opening *o;
+  int rc;
 
   if (strlen (path) >= sizeof o->path)
     return set_message (-ENAMETOOLONG, "the local disk's path is too long");
@@ -233,31 +235,22 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   o->replaced = replaced;
   snprintf (o->path, sizeof o->path, "%s", path);
   pthread_mutex_lock (&v->lock);
-  identity_choose_locked (v, &o->check);
+  rc = command_gate_locked (v);
+  if (rc == 0) {
+    identity_choose_locked (v, &o->check);
+    v->local.nr_opening += !replaced;
+  }
   pthread_mutex_unlock (&v->lock);
+  if (rc < 0)
+    free (o);
   *out = o;
-  return 0;
+  return rc;
 }
 
-/* The disk's flush has failed, or it is not known whether it will.  The kernel
- * may have dropped any page, and the next flush succeeds all the same (rule
- * 10): from now on local misses all that a remote has.
- */
 static void
-miss_what_remotes_have_locked (struct nbdm *v)
+miss_all_locked (struct nbdm *v)
 {
-  uint64_t nr = v->nr_regions, region, end;
-
-  for (uint32_t i = 0; i < v->nr_remotes; i++) {
-    const struct bitmap *dirty = &v->remotes[i].disk.dm.map[MAP_DIRTY];
-
-    region = v->remotes[i].state == NBDM_FAILED ? nr : 0;
-    for (; (region = bitmap_next_clear (dirty, region, nr)) < nr;
-         region = end) {
-      end = bitmap_next_set (dirty, region, nr);
-      dirty_map_mark (&v->local.disk.dm, region, end - region, false);
-    }
-  }
+  local_miss_all_locked (v);
   volume_persist_locked (v);
 }
 
@@ -271,8 +264,8 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
     disk_explain_locked (&v->local.disk, "%s", last_error ());
     volume_persist_locked (v);
   }
-  if (o->flush_failed && !v->stopping)
-    miss_what_remotes_have_locked (v);
+  if (o->flush_failed && !v->drained)
+    miss_all_locked (v);
   if (rc == 0)
     rc = command_gate_locked (v);
   if (rc == 0)
@@ -302,9 +295,10 @@ nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
     return rc;
   rc = local_call (v, open_disk, drop_opening, o);
   pthread_mutex_lock (&v->lock);
+  v->local.nr_opening -= !replaced;
   if (rc == LOCAL_GIVEN_UP) { /* the carrier owns it now */
-    if (!replaced && !v->stopping)
-      miss_what_remotes_have_locked (v);
+    if (!replaced && !v->drained)
+      miss_all_locked (v);
     pthread_mutex_unlock (&v->lock);
     return answered (rc);
   }

@@ -38,6 +38,23 @@ miss_where_remote_has (struct nbdm *v, uint64_t first, uint64_t count)
 }
 
 void
+local_miss_all_locked (struct nbdm *v)
+{
+  uint64_t nr = v->nr_regions, region, end;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct bitmap *dirty = &v->remotes[i].disk.dm.map[MAP_DIRTY];
+
+    region = v->remotes[i].state == NBDM_FAILED ? nr : 0;
+    for (; (region = bitmap_next_clear (dirty, region, nr)) < nr;
+         region = end) {
+      end = bitmap_next_set (dirty, region, nr);
+      dirty_map_mark (&v->local.disk.dm, region, end - region, false);
+    }
+  }
+}
+
+void
 local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
 {
   uint64_t first, count;

@@ -20,5 +20,10 @@ void local_map_recover (struct nbdm *v);
  * not synced.
  */
 void local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length);
+/* The disk's flush has failed, or it is not known whether it will.  The kernel
+ * may have dropped any page, and the next flush succeeds all the same (rule
+ * 10): from now on local misses all that a remote has.
+ */
+void local_miss_all_locked (struct nbdm *v);
 
 #endif /* NBDM_LOCAL_MAP_H */

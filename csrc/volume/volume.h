@@ -165,6 +165,7 @@ struct local {
   struct local_io *io;    /* its carriers; NULL: without a deadline */
   _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
   bool attached;          /* failed, and open again */
+  unsigned nr_opening;    /* commands that open it, whose flush may yet fail */
   bool repairing;         /* was ok: it misses only regions it could not read */
   /* A takeover is under way: no request is answered.  Set under the lock. */
   atomic_bool taking_over;

@@ -357,6 +357,7 @@ disk_with_the_only_copy (void)
 }
 
 static atomic_bool fail_syncs; /* of the local disk */
+static atomic_bool hold_sync;  /* the next one that fails */
 
 int __real_fdatasync (int fd);
 int __wrap_fdatasync (int fd);
@@ -368,6 +369,8 @@ __wrap_fdatasync (int fd)
   if (!fail_syncs || fstat (fd, &st) < 0 || stat (site.local, &local) < 0
       || st.st_ino != local.st_ino || st.st_dev != local.st_dev)
     return __real_fdatasync (fd);
+  if (atomic_exchange (&hold_sync, false))
+    stand_at ("gate");
   errno = EIO;
   return -1;
 }
@@ -395,7 +398,34 @@ flush_of_an_attached_disk_fails (void)
   assert (read_at (200 * REGION) == 7);
 }
 
+/* The same while the volume stops, which does not wait for the command. */
+static void
+flush_of_an_attached_disk_fails_in_a_stop (void)
+{
+  struct job attach = { 0 };
+
+  bring_up (1, 300);
+  assert (write_at (200 * REGION, 7) == 0);
+  assert (nbdm_cool (site.volume, 0) == 0);
+  assert (write_at (3 * REGION, 1) == 0); /* local fails */
+  fail_syncs = hold_sync = true;
+  start (&attach, do_attach);
+  wait_at_gate ();
+  assert (nbdm_stop (site.volume) == 0);
+  open_gate ();
+  assert (end (&attach) < 0);
+  nbdm_close (site.volume);
+  punch_local (200 * REGION);
+  fail_syncs = false;
+  site_open (&site);
+  site_connect (&site, 0);
+  attach_and_admit ();
+  assert (read_at (200 * REGION) == 7);
+}
+
 static const struct schedule schedules[] = {
+  { "flush_of_an_attached_disk_fails_in_a_stop", "local_write:2=error",
+    flush_of_an_attached_disk_fails_in_a_stop },
   { "flush_of_an_attached_disk_fails", "local_write:2=error",
     flush_of_an_attached_disk_fails },
   { "disk_with_the_only_copy", "local_write:1=error", disk_with_the_only_copy },
