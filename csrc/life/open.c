@@ -400,7 +400,7 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
     rc = set_message (-ENOMEDIUM, "the local disk %s has become too small",
                       path);
   if (rc == 0)
-    rc = flush_what_was_left (v);
+    rc = v->local.flush_error = flush_what_was_left (v);
   if (rc == 0 || rc == -EBUSY || v->local.state == NBDM_LOCAL_OK)
     return rc;
   if (v->local.file.fd >= 0)

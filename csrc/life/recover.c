@@ -558,5 +558,8 @@ volume_recover (struct nbdm *v)
       make_all_late (v);
     }
   }
+  /* This start's flush of it: a disk that was being caught up (open.c). */
+  if (v->local.flush_error)
+    local_miss_all_locked (v);
   return 0;
 }

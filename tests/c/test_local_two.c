@@ -204,6 +204,35 @@ fails_at_the_start (void)
   end_equal ();
 }
 
+/* The same, and the kernel has dropped a page that is in no active extent, as
+ * another program wrote it.  The kernel says so once, and an operator brings
+ * the disk back: nothing of it is believed.
+ */
+static void
+spoiled_at_the_start (void)
+{
+  const uint8_t old[SECTOR] = { 0 };
+  int fd;
+
+  bring_up_small (1, 1000);
+  assert (write_at (EXTENT, 5) == 0);
+  assert (nbdm_cool (site.volume, 0) == 0);
+  assert (write_at (0, 1) == 0); /* local fails */
+  attach_and_admit ();
+  nbdm_close (site.volume);
+  site_open (&site);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  fd = open (site.local, O_WRONLY | O_CLOEXEC);
+  assert (fd >= 0
+          && pwrite (fd, old, sizeof old, EXTENT) == (ssize_t)sizeof old);
+  close (fd);
+  site_connect (&site, 0);
+  attach_and_admit ();
+  assert (read_at (EXTENT) == 5);
+  copy_back ();
+  end_equal ();
+}
+
 /* Every extent that the log has room for is in use, and with no disk left none
  * can go cold: a write to another extent is refused, and does not wait for
  * ever.
@@ -483,6 +512,8 @@ static const struct schedule schedules[] = {
     refuses_what_was_copied_back },
   { "fails_at_the_start", "local_write:1=error,local_flush:3=error",
     fails_at_the_start },
+  { "spoiled_at_the_start", "local_write:2=error,local_flush:3=error",
+    spoiled_at_the_start },
   { "no_room_and_no_disk", "local_write:1024=error", no_room_and_no_disk },
   { "policy_stop_in_a_takeover", "local_write:1=error",
     policy_stop_in_a_takeover },
