@@ -29,12 +29,18 @@ any_remote_clean (const struct nbdm *v, uint64_t region)
   return false;
 }
 
-static void
-miss_where_remote_has (struct nbdm *v, uint64_t first, uint64_t count)
+/* Does a remote that has not failed have it?  Behind a failed one may be
+ * another disk, which would become the only source.  A failed remote got no
+ * write, so local misses none for it.
+ */
+static bool
+any_remote_has (const struct nbdm *v, uint64_t region)
 {
-  for (uint64_t region = first; region < first + count; region++)
-    if (any_remote_clean (v, region))
-      dirty_map_mark (&v->local.disk.dm, region, 1, false);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state != NBDM_FAILED
+        && !bitmap_test (&v->remotes[i].disk.dm.map[MAP_DIRTY], region))
+      return true;
+  return false;
 }
 
 void
@@ -57,10 +63,23 @@ local_miss_all_locked (struct nbdm *v)
 void
 local_miss_range_locked (struct nbdm *v, uint64_t offset, uint64_t length)
 {
-  uint64_t first, count;
+  uint64_t region, count;
 
-  region_span (v, offset, length, &first, &count);
-  miss_where_remote_has (v, first, count);
+  region_span (v, offset, length, &region, &count);
+  for (; count > 0; region++, count--)
+    if (any_remote_has (v, region))
+      dirty_map_mark (&v->local.disk.dm, region, 1, false);
+}
+
+/* Its map is lost.  What a failed remote has counts too: local may have missed
+ * it since before that remote failed.
+ */
+static void
+miss_where_remote_is_clean (struct nbdm *v)
+{
+  for (uint64_t region = 0; region < v->nr_regions; region++)
+    if (any_remote_clean (v, region))
+      dirty_map_mark (&v->local.disk.dm, region, 1, false);
 }
 
 /* While the superblock says ok, local misses nothing, by rule 7, whatever the
@@ -165,7 +184,7 @@ void
 local_map_recover (struct nbdm *v)
 {
   if (v->local.disk.map_lost)
-    miss_where_remote_has (v, 0, v->nr_regions);
+    miss_where_remote_is_clean (v);
   if (v->local.state == NBDM_LOCAL_RESYNCING
       && le32toh (v->sb.flags) & SUPERBLOCK_UNDECIDED)
     take_back (v);

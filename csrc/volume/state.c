@@ -58,7 +58,9 @@ region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
   *count = (offset + length - 1) / v->region_size - *first + 1;
 }
 
-/* Does any other remote have the region? */
+/* Does any other remote have the region?  A failed one does not count beside
+ * one that has not failed, as behind it may be another disk.
+ */
 static bool
 other_has_locked (const struct remote *r, uint64_t region)
 {
@@ -66,7 +68,9 @@ other_has_locked (const struct remote *r, uint64_t region)
 
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     const struct remote *other = &v->remotes[i];
-    if (other != r && !bitmap_test (&other->disk.dm.map[MAP_DIRTY], region))
+
+    if (other != r && (other->state != NBDM_FAILED || r->state == NBDM_FAILED)
+        && !bitmap_test (&other->disk.dm.map[MAP_DIRTY], region))
       return true;
   }
   return false;

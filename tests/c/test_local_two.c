@@ -487,7 +487,35 @@ killed_beside_a_failed_remote (void)
   assert (end (&writer) == 0 && read_at (0) == 3);
 }
 
+/* The failed local disk alone has a region that the first remote misses and of
+ * which the second, which has failed, is said to have a copy.  After lost power
+ * the disk is still known to have it: no other disk may take its place.
+ */
+static void
+lost_power_beside_a_failed_remote (void)
+{
+  bring_up_small (2, 1000);
+  nbdm_disk_drop (site.volume, 1, "the test said so");
+  assert (write_at (0, 1) == 0);
+  assert (nbdm_cool (site.volume, 0) == 0);
+  assert (write_at (EXTENT, 2) == 0); /* local fails */
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  site_connect (&site, 0);
+  assert (nbdm_remote_fail (site.volume, 1, "the test said so") == 0);
+  assert (write_at (2 * SMALL_REGION, 3) == 0); /* on the first remote */
+  nbdm_close (site.volume);
+  distrust_page_cache ();
+  site_open (&site);
+  site_connect (&site, 0);
+  assert (nbdm_local_attach (site.volume, site.local, 1) == -EBUSY);
+  ASSERT_SAYS ("has the only copy of something");
+  attach_and_admit ();
+  assert (read_at (0) == 1 && read_at (2 * SMALL_REGION) == 3);
+}
+
 static const struct schedule schedules[] = {
+  { "lost_power_beside_a_failed_remote", "local_write:2=error",
+    lost_power_beside_a_failed_remote },
   { "killed_beside_a_failed_remote",
     "local_write:1=error,slot_reserved:3=wait:gate",
     killed_beside_a_failed_remote },

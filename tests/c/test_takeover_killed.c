@@ -7,6 +7,7 @@
 
 #define _GNU_SOURCE
 #include "api.h"
+#include "volume/flush.h"
 #include "interrupted.h"
 
 #include <pthread.h>
@@ -143,11 +144,53 @@ run (const struct takeover *takeover)
   bench_remove (&bench);
 }
 
+/* --- a remote that has failed ------------------------------------------- */
+
+/* It has flushed what the other one, which takes local's place, has not. */
+static void
+live_beside_a_failed_remote (void *opaque)
+{
+  (void)opaque;
+  alarm (CHILD_S);
+  bench_must (bench_open (&bench));
+  bench_connect_all (&bench);
+  bench_write (&bench, 0, 6, 1);
+  bench_must (nbdm_flush (bench.volume));
+  bench_write (&bench, FIRST, NR, 2);
+  assert (remote_flush_alone (&bench.volume->remotes[1]));
+  bench_must (nbdm_remote_fail (bench.volume, 1, "another disk"));
+  nbdm_flush (bench.volume);
+}
+
+static void
+read_beside_a_failed_remote (void *opaque)
+{
+  (void)opaque;
+  alarm (CHILD_S);
+  assert (bench_open (&bench) == 0);
+  bench_connect (&bench, 0);
+  bench_check_reads (&bench);
+}
+
+/* The next start does not leave the failed one as the only source. */
+static void
+test_beside_a_failed_remote (void)
+{
+  bench_make (&bench);
+  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill",
+                            live_beside_a_failed_remote, NULL)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, read_beside_a_failed_remote, NULL)));
+  bench_remove (&bench);
+}
+
 int
 main (int argc, char *argv[])
 {
   for (unsigned i = 0; i < sizeof takeovers / sizeof takeovers[0]; i++)
     if (argc < 2 || strcmp (argv[1], takeovers[i].name) == 0)
       run (&takeovers[i]);
+  if (argc < 2 || strcmp (argv[1], "beside_a_failed_remote") == 0)
+    RUN (test_beside_a_failed_remote);
   return 0;
 }
