@@ -24,6 +24,7 @@
 #include "logs/dirty_map.h"
 #include "logs/layout.h"
 #include "logs/rangelock.h"
+#include "volume/flush.h"
 #include "volume/local.h"
 #include "volume/local_state.h"
 #include "volume/state.h"
@@ -243,6 +244,22 @@ hear (struct remote *r, uint64_t offset, uint64_t length, uint8_t *buf)
   conn_put (conn);
 }
 
+/* Data that local has lost proves nothing about the remote, which may be the
+ * one disk that has it, and only a flush shows that local has lost it.  1:
+ * local has lost nothing.  The caller still uses the disk that it compared.
+ */
+static int
+prove_difference (struct nbdm *v)
+{
+  bool flushed = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
+                 || flush_local_group (v) == 0;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  if (flushed && !local_doubted (v) && local_is_open_locked (v))
+    return 1;
+  return set_message (-ENODATA, "the local disk may have lost writes");
+}
+
 int
 nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
 {
@@ -266,13 +283,12 @@ nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
   if (rc == 0) {
     rc = compare_bytes (v, conn, &range, buf);
     pthread_mutex_lock (&v->lock);
-    /* Data that local has lost proves nothing about the remote either. */
-    if (rc == 1 && (local_doubted (v) || !local_is_open_locked (v)))
-      rc = set_message (-ENODATA, "the local disk may have lost writes");
-    local_leave ();
     rangelock_remove (&v->ranges, &range);
     pthread_mutex_unlock (&v->lock);
     conn_put (conn);
+    if (rc == 1)
+      rc = prove_difference (v);
+    local_leave ();
   }
   free (buf);
   return rc;

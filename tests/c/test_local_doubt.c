@@ -4,6 +4,7 @@
 
 #define _GNU_SOURCE
 #include "api.h"
+#include "volume/flush.h"
 #include "schedules.h"
 
 /* A flush of local has failed, and its page cache has lost a write.  What is a
@@ -220,6 +221,26 @@ loss_told_after_a_copy (void)
   assert (site_status (&site, 0).state != NBDM_IN_SYNC);
 }
 
+/* The remote has the write and comes back from a hold: that it differs there is
+ * no proof that it is another disk.
+ */
+static void
+loss_told_after_a_sample (void)
+{
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (remote_flush_alone (&site.volume->remotes[0]));
+  punch_local (5 * REGION);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  assert (connect_at (0, 0) == 0);
+  assert (nbdm_remote_compare (site.volume, 0, 5) == -ENODATA);
+  assert (nbdm_disk_admit (site.volume, 1) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (read_at (5 * REGION) == 7);
+}
+
 /* Another remote has the write and takes local's place.  The one that was
  * copied to is copied to again.
  */
@@ -303,6 +324,8 @@ static const struct schedule schedules[] = {
   { "loss_told_beside_a_copy",
     "local_flush:2=error,resync_answered:3=wait:gate",
     loss_told_beside_a_copy },
+  { "loss_told_after_a_sample", "local_flush:2=error",
+    loss_told_after_a_sample },
   { "loss_told_after_a_copy", "local_flush:2=error", loss_told_after_a_copy },
   { "loss_told_after_a_copy_of_two", "local_flush:2=error",
     loss_told_after_a_copy_of_two },
