@@ -18,7 +18,10 @@
 #include "request/engine.h"
 #include "request/read.h"
 #include "request/sector.h"
+#include "volume/flush.h"
+#include "volume/local_state.h"
 #include "volume/volume.h"
+#include "wire/conn.h"
 
 static uint64_t
 part_of_sector (const struct nbdm *v, uint64_t count, uint64_t offset)
@@ -39,11 +42,52 @@ next_part (const struct nbdm *v, uint64_t count, uint64_t offset, uint64_t max)
   return count < max ? count - count % nbdm_min_block (v) : max;
 }
 
+/* Does a remote that gets the sector hold other bytes there? */
+static bool
+differs (const struct nbdm *v, const struct request *req)
+{
+  const struct sector *s = req->sector;
+  uint8_t bytes[NBDM_SECTOR];
+  bool same = true;
+
+  for (uint32_t i = 0; i < v->nr_remotes && same; i++) {
+    const struct leg *leg = &req->legs[i];
+
+    if (leg->active && leg->nr > 0
+        && conn_pread (leg->conn, bytes, req->length, req->offset) == 0)
+      same = memcmp (s->bytes, bytes, req->length) == 0;
+  }
+  return !same;
+}
+
+/* Local may have lost the bytes beside those that the client writes, and only a
+ * flush shows that; as part of this write they would replace the ones that the
+ * remotes still have.  The range is held, so a remote that gets the sector has
+ * the same bytes, unless either disk has lost some.
+ */
+static int
+read_sector (struct nbdm *v, const struct request *req)
+{
+  const struct sector *s = req->sector;
+  bool believed = local_believed (v);
+  int rc = source_pread (v, NULL, s->bytes, req->length, req->offset);
+
+  if (rc < 0 || !believed || !differs (v, req))
+    return rc;
+  if (flush_local_group (v) == 0)
+    return 0; /* local has lost nothing: the remote has */
+  pthread_mutex_lock (&v->lock);
+  rc = local_flush_failed_relock (v);
+  pthread_mutex_unlock (&v->lock);
+  return rc < 0 ? rc
+                : source_pread (v, NULL, s->bytes, req->length, req->offset);
+}
+
 int
 request_fill (struct nbdm *v, const struct request *req)
 {
   const struct sector *s = req->sector;
-  int rc = source_pread (v, NULL, s->bytes, req->length, req->offset);
+  int rc = read_sector (v, req);
 
   if (rc < 0)
     return rc;

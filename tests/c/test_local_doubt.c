@@ -241,6 +241,24 @@ loss_told_after_a_sample (void)
   assert (read_at (5 * REGION) == 7);
 }
 
+/* A client writes a part of the sector that was lost: the rest of it, as local
+ * has it now, is not sent to the remote.
+ */
+static void
+loss_told_by_a_part_of_a_sector (void)
+{
+  uint8_t found[SECTOR];
+
+  bring_up (1, 300);
+  write_and_lose (5 * REGION);
+  assert (nbdm_pwrite (site.volume, "\10", 1, 5 * REGION + 9, 0) == 0);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (nbdm_pread (site.volume, found, sizeof found, 5 * REGION) == 0);
+  for (unsigned i = 0; i < sizeof found; i++)
+    assert (found[i] == (i == 9 ? 8 : 7));
+}
+
 /* Another remote has the write and takes local's place.  The one that was
  * copied to is copied to again.
  */
@@ -326,6 +344,8 @@ static const struct schedule schedules[] = {
     loss_told_beside_a_copy },
   { "loss_told_after_a_sample", "local_flush:2=error",
     loss_told_after_a_sample },
+  { "loss_told_by_a_part_of_a_sector", "local_flush:2=error",
+    loss_told_by_a_part_of_a_sector },
   { "loss_told_after_a_copy", "local_flush:2=error", loss_told_after_a_copy },
   { "loss_told_after_a_copy_of_two", "local_flush:2=error",
     loss_told_after_a_copy_of_two },
