@@ -392,14 +392,25 @@ def test_readme_names_the_two_commands() -> None:
         assert (ROOT / name).exists() or name == "benchmarks/results", name
 
 
-@pytest.mark.parametrize("name", ["demo", "test", "setup"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "benchmarks/run",
+        "scripts/demo",
+        "scripts/setup",
+        "scripts/soak/run",
+        "scripts/test",
+    ],
+)
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_of_a_script_installs_nothing(
     name: str, option: str, tmp_path: Path
 ) -> None:
     """It is printed where there is nothing to set up, and no program but sed's."""
-    (tmp_path / "scripts").mkdir()
-    script = shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    script = tmp_path / name
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / name, script)
+    before = list(tmp_path.rglob("*"))
     done = subprocess.run(
         ["/bin/bash", script, option],
         capture_output=True,
@@ -408,10 +419,32 @@ def test_help_of_a_script_installs_nothing(
         timeout=30,
     )
     assert (0, "") == (done.returncode, done.stderr)
-    assert done.stdout.startswith(f"usage: scripts/{name}")
+    assert done.stdout.startswith(f"usage: {name}")
     assert "set -euo" not in done.stdout
-    assert [script] == [str(path) for path in (tmp_path / "scripts").iterdir()]
-    assert [tmp_path / "scripts"] == list(tmp_path.iterdir())
+    assert before == list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["benchmarks/run", "scripts/soak/run"])
+def test_help_after_a_setup_lists_the_options_without_another(
+    name: str, tmp_path: Path
+) -> None:
+    """The program prints them, which scripts/setup has made able to run."""
+    script, python = tmp_path / name, tmp_path / ".venv" / "bin" / "python"
+    for path in (script, python):
+        path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / name, script)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", script, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (0, "") == (done.returncode, done.stderr)
+    assert done.stdout.startswith("-P -m ")
+    assert done.stdout.endswith(" --help\n")
 
 
 def source_text() -> str:
