@@ -27,6 +27,7 @@ __all__ = [
     "opened_folder",
     "read_plain",
     "replace_file",
+    "user_name",
 ]
 
 # FIFOs are opened without waiting for their other end, and then refused.
@@ -125,7 +126,7 @@ def check_private(folder: Path, command: str) -> None:
     except OSError:
         return
     if status.st_uid != os.geteuid():
-        owner, us = _user(status.st_uid), _user(os.geteuid())
+        owner, us = user_name(status.st_uid), user_name(os.geteuid())
         sudo = "sudo " if os.geteuid() else ""
         raise AccessError(
             f"the state directory {folder} belongs to user {owner}, and this is {us}: "
@@ -142,7 +143,8 @@ def check_private(folder: Path, command: str) -> None:
         )
 
 
-def _user(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """Return the user's name, or #UID where none is known."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base import unix
-from ..base.errors import BusyError, MirrorError, from_errno
+from ..base.errors import AccessError, BusyError, MirrorError, from_errno
+from ..base.files import user_name
 from ..base.listen import Listen
 
 __all__ = ["MAX_LISTENERS", "Listeners", "bind", "remove_stale"]
@@ -79,11 +80,22 @@ def _remove_in_the_way(path: Path) -> None:
     """Remove the socket file of a server that has ended, but nothing else."""
     if not os.path.lexists(path):
         return
-    if not stat.S_ISSOCK(path.lstat().st_mode):
+    found = path.lstat()
+    if not stat.S_ISSOCK(found.st_mode):
         raise BusyError(f"{path} exists and is no socket: choose another path")
-    if not _is_stale(path):
-        raise BusyError(f"socket in use: another server listens on {path}")
-    path.unlink(missing_ok=True)
+    try:
+        if not _is_stale(path):
+            raise BusyError(f"socket in use: another server listens on {path}")
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        if found.st_uid == os.geteuid():
+            raise
+        raise AccessError(
+            f"cannot listen on {path}: a socket of user {user_name(found.st_uid)} is "
+            "there, which this user cannot replace",
+            "choose another path for `listen`; or have that user remove it, if no "
+            "server of theirs listens there",
+        ) from None
 
 
 @contextlib.contextmanager

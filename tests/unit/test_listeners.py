@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+import support
 from unit.volumes import make_file
 
 from nbd_mirror.base.errors import (
@@ -22,6 +27,7 @@ from nbd_mirror.device.handshake import Connection
 from nbd_mirror.volume.config import load
 from nbd_mirror.volume.loops import own_address
 
+NOBODY = 65534
 NO_HOSTS = ["a..b", "x" * 64, "fe80::1%\0", "fe80::1%" + "é" * 64]
 
 
@@ -52,6 +58,44 @@ def test_bind_replaces_a_stale_socket_with_mode_0600(tmp_path: Path) -> None:
     bind(listen).close()
     with bind(listen):
         assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+
+
+BIND = """
+import sys
+from nbd_mirror.base.errors import AccessError
+from nbd_mirror.base.listen import parse_listen
+from nbd_mirror.commands.listeners import bind
+try:
+    bind(parse_listen(f"unix:{sys.argv[1]}"))
+except AccessError as error:
+    print(error, error.hint, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666], ids=oct)
+def test_bind_says_whose_socket_is_in_the_way(mode: int) -> None:
+    """One that this user may not ask, or, in a sticky folder, may not remove."""
+    support.requires(os.geteuid() == 0, "only root becomes another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o1777)
+        path = Path(folder) / "s"
+        bind(parse_listen(f"unix:{path}")).close()
+        path.chmod(mode)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", BIND, os.fspath(path)],
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        assert done.stderr == ""
+        assert f"cannot listen on {path}: a socket of user root is" in done.stdout
+        assert "choose another path for `listen`" in done.stdout
+        assert path.is_socket()
 
 
 def test_bind_over_a_file_is_refused_and_leaves_it(tmp_path: Path) -> None:
