@@ -330,7 +330,7 @@ class Volume:
         if not args.get("remote"):
             raise ConfigError("invalidate needs the name of a remote, or local")
         if args["remote"] == LOCAL:
-            self._local.replace(_config.load(self._config.source).local)
+            self._local.replace(self._load().local)
             return {"remotes": [LOCAL]}
 
         def invalidate(index: int) -> None:
@@ -344,6 +344,12 @@ class Volume:
 
         return self._each(args, invalidate)
 
+    def _load(self) -> _config.VolumeConfig:
+        """Read the configuration as a start does that uses the local disk."""
+        found = _config.load(self._config.source)
+        _config.check_links(found)
+        return found
+
     def _pause(self, index: int) -> None:
         self.engine.pause(index, paused=True)
 
@@ -354,10 +360,10 @@ class Volume:
         The configuration is read again, so that a corrected uri or path of the local
         disk needs no restart.
         """
-        found = _config.load(self._config.source)
         if args.get("remote") == LOCAL:
-            self._local.resume(found.local)
+            self._local.resume(self._load().local)
             return {"remotes": [LOCAL]}
+        found = _config.load(self._config.source)
         uris = {one.name: one.uri for one in found.remotes}
 
         def resume(index: int) -> None:
