@@ -12,15 +12,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..base import strangers, unix
 from ..base.errors import FormatError, MirrorError, MissingError, UnsupportedError
 from ..base.files import is_there, read_plain
+from ..base.listen import Listen
 from ..rules.state import Facts, LocalFacts, LocalState, RemoteState
 from .config import VolumeConfig
+from .control import peer
 from .mapview import DirtyMaps, open_map
 from .model import Peek, RemoteStatus, VolumeStatus
 from .report import LocalView, RemoteView, report
@@ -37,6 +41,7 @@ __all__ = [
 ]
 
 LOCKS = Path("/proc/locks")
+CONNECT_S = 1.0
 _ALL = 1 << 64  # more regions than any volume has
 _MADE_ANEW = "nbd-mirror serve CONFIG (makes a new one, all dirty)"
 
@@ -147,17 +152,49 @@ def read_superblock(config: VolumeConfig) -> Peek:
     try:
         peek: Peek = load_core().peek(config.state)
     except MissingError:
-        raise MissingError(
-            f"volume {config.name} has no state in {config.state}: "
-            "it was not created yet",
-            "nbd-mirror create CONFIG",
-        ) from None
+        raise _no_state(config) from None
     if peek.name != config.name:
         raise FormatError(
             f"{config.state} is the state of volume {peek.name}, not of {config.name}",
             "correct `state` or `name` in the configuration",
         )
     return peek
+
+
+def _no_state(config: VolumeConfig) -> MissingError:
+    """Return the error for a state that is not there, or not any more."""
+    words = f"volume {config.name} has no state in {config.state}"
+    pid = _listening(config.listen)
+    if pid is None:
+        return MissingError(
+            f"{words}: it was not created yet", "nbd-mirror create CONFIG"
+        )
+    who, kill = f"process {pid}", f"kill -TERM {pid}"
+    if pid <= 0:
+        who, kill = "a process", "end that process"
+    return MissingError(
+        f"{words}, but {who} listens on {config.listen}: if it is the volume's server, "
+        "the state was removed under it, and no start will know what the remotes miss",
+        f"if so, {kill}, then nbd-mirror create CONFIG (copies all of `local`)",
+    )
+
+
+def _listening(listen: Listen) -> int | None:
+    """Return the process that listens there, 0 if it is not known which, or None."""
+    try:
+        if listen.path is None:
+            address = listen.client_host, listen.port
+            with socket.create_connection(address, CONNECT_S):
+                return 0
+        with (
+            unix.short_name(Path(listen.path)) as name,
+            strangers.closing(unix.unix_socket()) as probe,
+        ):
+            probe.settimeout(CONNECT_S)
+            probe.connect(name)
+            return peer(probe)[0]
+    except (OSError, ValueError):  # the latter for a name that can be none
+        return None
 
 
 def stopped_status(config: VolumeConfig) -> Status:
@@ -180,19 +217,9 @@ def stopped_status(config: VolumeConfig) -> Status:
                 "and may find more dirty than is shown"
             )
         silent = reason, "nbd-mirror serve CONFIG"
-    lost = _lost_logs(config)
-    remotes = [_remote(config, one, volume, lost) for one in peek.remotes]
+    remotes = [_remote(config, one, volume) for one in peek.remotes]
     verdict = (state, *silent)
     return report(config, volume, _local(config, volume), remotes, verdict=verdict)
-
-
-def _lost_logs(config: VolumeConfig) -> MirrorError | None:
-    """Return why a start would take all regions as dirty, whatever the maps say."""
-    try:
-        load_core().peek_logs(config.state)
-    except MirrorError as error:
-        return error
-    return None
 
 
 @contextlib.contextmanager
@@ -216,7 +243,9 @@ def open_disk_map(
             )
         try:
             load_core().peek_map(config.state, disk)
-        except FormatError as error:
+            # Without them a start takes all as dirty, whatever the maps say.
+            load_core().peek_logs(config.state)
+        except (FormatError, MissingError) as error:
             # Not the hint for a garbled superblock, which is to make a new volume.
             raise FormatError(f"{config.state}: {error}", _MADE_ANEW) from None
         yield maps
@@ -237,16 +266,11 @@ def _local(config: VolumeConfig, volume: VolumeStatus) -> LocalView:
 
 
 def _remote(
-    config: VolumeConfig,
-    remote: RemoteStatus,
-    volume: VolumeStatus,
-    lost: MirrorError | None,
+    config: VolumeConfig, remote: RemoteStatus, volume: VolumeStatus
 ) -> RemoteView:
     counts, reason = (_ALL, 0, 0), remote.reason
     try:
         with open_disk_map(config, remote.name, volume) as maps:
-            if lost is not None:
-                raise lost
             counts = maps.dirty_regions, maps.late_regions, maps.unflushed_regions
     except MirrorError as error:
         # Rule 9: a map that cannot be trusted means all dirty, and the reason says so.

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
-from unit.volumes import REGION, SIZE, make_params
+from support import Processes, wait_until
+from unit.volumes import REGION, SIZE, Mirror, Remote, make_params
 
-from nbd_mirror.base.errors import FormatError, MirrorError
+from nbd_mirror.base import unix
+from nbd_mirror.base.errors import FormatError, MirrorError, MissingError
 from nbd_mirror.volume import core
 from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.offline import open_disk_map, read_superblock, stopped_status
@@ -19,10 +24,15 @@ def make_volume(folder: Path, *, assume: bool) -> VolumeConfig:
     """Create a volume, its remote all dirty or a copy on the operator's word."""
     folder.mkdir()
     core.create(make_params(folder, assume=assume))
+    return configure(folder)
+
+
+def configure(folder: Path, listen: str = "tcp:localhost:10809") -> VolumeConfig:
+    """Write a volume's configuration, and read it."""
     path = folder / "v.toml"
     path.write_text(
         f'name = "v"\nsize = {SIZE}\nlocal = "local.img"\nstate = "state"\n'
-        'listen = "tcp:localhost:10809"\n'
+        f'listen = "{listen}"\n'
         '[[remote]]\nname = "dr"\nuri = "nbd://localhost:10810"\n'
     )
     return load(path)
@@ -47,6 +57,26 @@ def flip(config: VolumeConfig, at: int) -> None:
     content = bytearray((config.state_dir / "dirty.dr").read_bytes())
     content[at] ^= 1
     put_back(config, bytes(content))
+
+
+def test_state_that_was_removed_under_a_server_is_not_just_missing(
+    tmp_path: Path,
+) -> None:
+    """Where the volume listens, its server still does; the kernel tells which."""
+    path, pid = tmp_path / "v.sock", os.getpid()
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        config = configure(tmp_path, f"tcp:127.0.0.1:{tcp.getsockname()[1]}")
+        with pytest.raises(MissingError, match="a process listens on tcp:"):
+            stopped_status(config)
+    for gone in (config, configure(tmp_path, f"unix:{path}")):
+        with pytest.raises(MissingError, match="not created yet"):
+            stopped_status(gone)
+    with (
+        unix.bind(path, 1),
+        pytest.raises(MissingError, match=f"process {pid} listens on unix:") as raised,
+    ):
+        stopped_status(configure(tmp_path, f"unix:{path}"))
+    assert f"kill -TERM {pid}, then nbd-mirror create CONFIG" in raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -123,7 +153,48 @@ def test_log_that_a_start_does_not_believe_means_all_dirty(
     (remote,) = stopped_status(config).remotes
     assert (remote.dirty_bytes, remote.state) == (SIZE, "out_of_sync")
     assert log in remote.reason
+    found = read_superblock(config).volume
+    with (
+        pytest.raises(FormatError, match=log) as raised,
+        open_disk_map(config, "dr", found),  # as `inspect` does
+    ):
+        pass
+    assert "serve" in raised.value.hint
     assert started_dirty(tmp_path / "v") == SIZE
+
+
+def test_log_that_is_lost_means_that_a_failed_local_disk_misses_all(
+    processes: Processes, run_dir: Path
+) -> None:
+    """As the next start does, status takes a region's only source to be a remote."""
+    params = make_params(run_dir, assume=True)
+    core.create(params)
+    remote = Remote(processes, run_dir)
+    remote.start()
+    mirror = Mirror(params, remote.uri)
+    try:
+        mirror.keep()
+        wait_until(lambda: mirror.engine.remote_status(0).admitted, "the connection")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
+        try:
+            mirror.engine.pwrite(bytes(REGION), SIZE - REGION)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finally:
+        mirror.close()
+    config = configure(run_dir)
+    local = stopped_status(config).local
+    assert local.state == "failed"
+    assert 0 < local.dirty_bytes < SIZE
+    (config.state_dir / "activity").unlink()
+    local = stopped_status(config).local
+    assert (local.state, local.dirty_bytes) == ("failed", SIZE)
+    assert "activity" in local.reason
+    with core.Engine(params) as engine:
+        assert engine.status().local.dirty_regions * REGION == SIZE
+        engine.start()
+        engine.stop()
 
 
 @pytest.mark.parametrize("disk", ["dr", "local"])
