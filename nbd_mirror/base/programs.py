@@ -80,10 +80,15 @@ def cannot_start(program: str, error: OSError) -> UnsupportedError:
     )
 
 
-def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
+def run(*command: str, timeout_s: float = 30.0, apart: bool = False) -> tuple[int, str]:
     """
     Run a program to its end, without input.
 
+    Args:
+        command: the program and its arguments.
+        timeout_s: it is killed when this time is over.
+        apart: in a session of its own, so that the terminal's Ctrl-C and its end do
+            not reach it.
     Returns:
         Its exit status (124 if it was killed when *timeout_s* was over), and its
         output, standard error last, in one line.
@@ -99,6 +104,7 @@ def run(*command: str, timeout_s: float = 30.0) -> tuple[int, str]:
             errors="replace",
             env=clean_environment(),
             timeout=timeout_s,
+            start_new_session=apart,
             check=False,
         )
     except subprocess.TimeoutExpired:

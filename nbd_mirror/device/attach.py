@@ -143,7 +143,8 @@ def attach(
     # Not torn apart: a device that is not noted looks like none, and the next attach
     # takes a second one for the same disk.
     with put_off():
-        rc, said = run(client, *_arguments(config, name, choice.block, connections))
+        arguments = _arguments(config, name, choice.block, connections)
+        rc, said = run(client, *arguments, apart=True)
         if rc:
             raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
         devices.set_limits(name)

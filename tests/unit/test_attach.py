@@ -281,10 +281,14 @@ def test_process_that_calls_itself_anything_is_known_by_its_start() -> None:
 
 
 CLIENT = """#!/bin/sh
-# It attaches as the real one does, and somebody presses Ctrl-C.
+# It attaches as the real one does, and somebody presses Ctrl-C, which signals all
+# processes of the command's group.
 echo 8 >{block}/nbd2/size
 echo 77 >{block}/nbd2/pid
+group() {{ sed 's/.*) //' /proc/$1/stat | cut -d ' ' -f 3; }}
+ours=$(group $$) commands=$(group $PPID)
 kill -{signal} $PPID
+[ $ours != $commands ] || kill -{signal} $$
 exec sleep 0.5
 """
 
