@@ -53,6 +53,8 @@ def stop(config: VolumeConfig) -> None:
         except NotRunningError:
             # A signal has just ended it, or it was still stopping at its limit.
             answered = False
+        except WaitTimeoutError:
+            raise _still_there(config, pid, kept=False, hangs=hangs) from None
         if not _wait_gone(config, pid, process, limit_s):
             kept = answered and unclean is None and _is_kept(pid)
             raise _still_there(config, pid, kept=kept, hangs=hangs)

@@ -40,10 +40,18 @@ def ask(
         timeout_s: seconds to wait.
         args: the command's own.
     Raises:
-        FormatError: the server is another volume's. Others: see control.call.
+        FormatError: the server is another volume's. WaitTimeoutError: it is at work
+        on the command. Others: see control.call.
     """
     ask_process(config, timeout_s)
-    return _call(config, command, timeout_s, args)[0]
+    try:
+        return _call(config, command, timeout_s, args)[0]
+    except WaitTimeoutError:
+        # It has just answered the ping, so it does not hang: the command does.
+        raise WaitTimeoutError(
+            f'"{command}" is not done after {timeout_s:g}s; the server goes on with it',
+            "nbd-mirror status CONFIG",
+        ) from None
 
 
 def ask_policy(config: VolumeConfig, timeout_s: float = 30.0, **args: Any) -> Policy:

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import pytest
 import support
+from unit.volumes import make_file
 
 from nbd_mirror.base import strangers, unix
 from nbd_mirror.base.errors import (
@@ -37,8 +38,8 @@ from nbd_mirror.base.errors import (
 )
 from nbd_mirror.server.control_server import MAX_REQUEST, ControlServer
 from nbd_mirror.volume import offline
-from nbd_mirror.volume.client import serving_pid
-from nbd_mirror.volume.config import VolumeConfig
+from nbd_mirror.volume.client import ask, serving_pid
+from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.control import call, control_path
 from nbd_mirror.volume.offline import lock_holder
 
@@ -385,6 +386,28 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         assert lock_holder(tmp_path) == os.getpid()
         lock.write_text(f"{os.getppid()}\n")
         assert lock_holder(tmp_path) is None
+
+
+def test_command_that_takes_long_is_none_of_a_server_that_hangs(
+    tmp_path: Path,
+) -> None:
+    """It answers all others, so nobody is told to kill it."""
+    done = threading.Event()
+
+    def handle(command: str, _: dict[str, Any]) -> object:
+        return {"volume": "v", "pid": 1} if command == "ping" else done.wait(10)
+
+    config = load(make_file(tmp_path))
+    with (config.state_dir / "lock").open("w") as lock:
+        lock.write(str(os.getpid()))
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ControlServer(control_path(config.state_dir), handle):
+            with pytest.raises(WaitTimeoutError) as raised:
+                ask(config, "resume", 0.3)
+            done.set()
+    assert '"resume" is not done after 0.3s' in str(raised.value)
+    assert "kill" not in raised.value.hint
 
 
 def test_lock_of_another_file_with_its_number_does_not_count(
