@@ -13,6 +13,8 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import resource
+import stat
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import NoReturn
 from ..base.errors import (
     BusyError,
     MirrorError,
+    SpaceError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -35,7 +38,7 @@ from ..volume.config import CHOICE_VARIABLE, VolumeConfig, check_links
 from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
 from .listeners import Listeners, bind
-from .serve_log import last_words, open_log, pass_on_warnings, said_since
+from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_since
 
 __all__ = ["DOORS", "ServerEndedError", "exec_server", "start"]
 
@@ -73,12 +76,15 @@ def check_startable(config: VolumeConfig) -> None:
     Raises:
         MissingError: the volume was not created. FormatError: its superblock is
         garbled, or of another volume. BusyError: it is served. ConfigError: the volume
-        would be its own remote, or one of its logs is a link to its disk.
+        would be its own remote, or one of its logs is a link to its disk. SpaceError:
+        the process's limit of a file's size is too low.
     """
     check_private(config.state_dir, "serve")
     local = read_superblock(config).volume.local
     # A failed local disk may hang, and the start does not touch it.
-    check_links(config, uses_local=local.state is not LocalState.FAILED)
+    uses_local = local.state is not LocalState.FAILED
+    check_links(config, uses_local=uses_local)
+    _check_file_size_limit(config, uses_local=uses_local)
     check_remotes(config)
     pid = serving_pid(config)
     if pid is not None:
@@ -86,6 +92,31 @@ def check_startable(config: VolumeConfig) -> None:
             f"volume {config.name} is served already, by process {pid}",
             "nbd-mirror stop CONFIG",
         )
+
+
+def _check_file_size_limit(config: VolumeConfig, *, uses_local: bool) -> None:
+    """
+    Check that the server may write the volume's files to their ends.
+
+    Otherwise a write to the local disk would fail, and a remote take its place.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == resource.RLIM_INFINITY:
+        return
+    files = [Path(config.local)] if uses_local else []
+    with contextlib.suppress(OSError):
+        files += config.state_dir.iterdir()
+    for path in files:
+        if path.name.startswith("serve.log."):
+            continue  # set aside
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode) and found.st_size + LOG_ROOM > limit:
+                raise SpaceError(
+                    f"{path} has {found.st_size} bytes, and the limit of a file's size "
+                    f"is {limit} bytes: the server could not write to it",
+                    "raise `ulimit -f`, or LimitFSIZE= of the unit",
+                )
 
 
 def exec_server(

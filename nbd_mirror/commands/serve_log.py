@@ -19,11 +19,18 @@ from pathlib import Path
 from ..base.errors import MirrorError, from_errno
 from ..base.files import open_plain, opened_folder
 
-__all__ = ["MAX_LOG_BYTES", "last_words", "open_log", "pass_on_warnings", "said_since"]
+__all__ = [
+    "LOG_ROOM",
+    "MAX_LOG_BYTES",
+    "last_words",
+    "open_log",
+    "pass_on_warnings",
+    "said_since",
+]
 
 MAX_LOG_BYTES = 1 << 20  # a start sets a longer serve.log aside as serve.log.1
 _SAID = "nbd-mirror: ", "  try: ", "       "  # the first characters of an error's lines
-_WORDS = 4096  # bytes that must be free in serve.log
+LOG_ROOM = 4096  # bytes that must be free in serve.log
 FALLOC_FL_KEEP_SIZE = 1  # <linux/falloc.h>
 
 
@@ -110,13 +117,13 @@ def _check_room(log: Path, fd: int) -> None:
     end = os.lseek(fd, 0, os.SEEK_END)
     libc = ctypes.CDLL(None, use_errno=True)
     off_t = ctypes.c_int64
-    if libc.fallocate64(fd, FALLOC_FL_KEEP_SIZE, off_t(end), off_t(_WORDS)) == 0:
+    if libc.fallocate64(fd, FALLOC_FL_KEEP_SIZE, off_t(end), off_t(LOG_ROOM)) == 0:
         return
     number = ctypes.get_errno()
     if number in {errno.EOPNOTSUPP, errno.ENOSYS}:
         found = os.fstatvfs(fd)
         # ramfs reports no blocks at all.
-        full = found.f_blocks > 0 and found.f_bavail * found.f_frsize < _WORDS
+        full = found.f_blocks > 0 and found.f_bavail * found.f_frsize < LOG_ROOM
         number = errno.ENOSPC if full else 0
     if number:
         raise _log_error(log, OSError(number, os.strerror(number)))

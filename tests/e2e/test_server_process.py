@@ -431,6 +431,38 @@ def test_start_with_few_descriptors_says_so(site: Site, options: list[str]) -> N
     assert any("cannot be started" in line for line in said), said
 
 
+CRAMPED = """
+import resource, sys
+from nbd_mirror.commands import cli
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+@pytest.mark.parametrize("file", ["local", "log"])
+def test_start_that_may_not_write_a_file_to_its_end_says_so(
+    site: Site, options: list[str], file: str
+) -> None:
+    """Not by what happens then, which a log of that size could not even hold."""
+    site.create()
+    path = site.local
+    if file == "log":
+        path = site.state / "serve.log"
+        path.write_bytes(b"x\n" * (1 << 19))
+    limit = path.stat().st_size - 1
+    words = ["serve", str(site.config), *options]
+    done = site.processes.run(
+        [sys.executable, "-c", CRAMPED, str(limit), *words],
+        env=site.environment(),
+        check=False,
+    )
+    assert done.returncode == 8, done.stderr
+    assert f"the limit of a file's size is {limit} bytes" in done.stderr
+    assert "try: raise `ulimit -f`" in done.stderr
+
+
 @pytest.mark.parametrize("options", [[], ["--foreground"]])
 def test_start_with_too_long_an_environment_says_so(
     site: Site, options: list[str]
