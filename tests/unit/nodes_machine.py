@@ -275,9 +275,7 @@ class Machine:
         node = state.nodes[index]
         doubts = all_doubt(node, index, node.active)
         crash = node.crash if any(doubts) else Crash.NONE
-        node = node._replace(
-            up=True, doubts=doubts, active=frozenset(), crash=crash, safe=node.disk
-        )
+        node = node._replace(up=True, doubts=doubts, active=frozenset(), crash=crash)
         return put(state, index, node)
 
     def _drop(self, state: State, pair: tuple[int, int]) -> State:
