@@ -18,7 +18,9 @@ void clients_destroy (struct clients *clients);
  * handshake.
  */
 void clients_add (struct clients *clients, struct session *session);
-/* No descriptor is free: end the oldest handshake.  False: there is none. */
+/* There is no descriptor, memory or thread for a client: end the oldest
+ * handshake.  False: there is none.
+ */
 bool clients_make_room (struct clients *clients);
 /* Admit a session after its handshake: 0; -EUSERS: too many clients;
  * -ECONNRESET: the session was ended in the meantime.

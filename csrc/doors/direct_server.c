@@ -142,15 +142,18 @@ begin_session (struct direct_server *server, int fd)
   return rc;
 }
 
-/* False: not possible now. */
+/* False: no descriptor, memory or thread is left for a client.  The oldest
+ * handshake gives its own back, or strangers who say nothing would keep all
+ * clients out.
+ */
 static bool
 accept_one (struct direct_server *server, int listen_fd)
 {
   int fd = accept4 (listen_fd, NULL, NULL, SOCK_CLOEXEC);
 
-  if (fd >= 0)
-    return begin_session (server, fd) == 0;
-  if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED)
+  if (fd < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED))
+    return true;
+  if (fd >= 0 && begin_session (server, fd) == 0)
     return true;
   (void)clients_make_room (&server->clients);
   return false;
