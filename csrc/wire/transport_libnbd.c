@@ -58,13 +58,14 @@ static int
 check_info (struct conn *conn)
 {
   struct nbd_handle *nbd = conn->nbd;
-  int64_t size = nbd_get_size (nbd);
+  int64_t size = nbd_get_size (nbd), min, max;
   char *description;
-  int64_t min = nbd_get_block_size (nbd, LIBNBD_SIZE_MINIMUM);
-  int64_t max = nbd_get_block_size (nbd, LIBNBD_SIZE_MAXIMUM);
 
+  /* Releases of libnbd differ in what they say of it, if anything. */
   if (size < 0)
-    return set_message (-EPROTO, "%s", libnbd_words ());
+    return set_message (-EPROTO, "its disk has 2^63 bytes or more, it says");
+  min = nbd_get_block_size (nbd, LIBNBD_SIZE_MINIMUM);
+  max = nbd_get_block_size (nbd, LIBNBD_SIZE_MAXIMUM);
   conn->info.size = (uint64_t)size;
   conn->info.min_block = min > 0 ? (uint32_t)min : 1;
   conn->info.max_payload = max > 0 && max < DEFAULT_MAX_PAYLOAD

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 
 #include "api.h"
+#include "base/error.h"
 #include "wire/conn.h"
 #include "wire/protocol.h"
 #include "wire/transport.h"
@@ -368,6 +369,21 @@ test_early_answer_to_a_large_write (void)
   free (buf);
 }
 
+/* --- a size that no disk can have ----------------------------------------- */
+
+static void
+test_impossible_size (void)
+{
+  static const uint64_t sizes[] = { UINT64_C (1) << 63, UINT64_MAX };
+
+  for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+    v = (struct villain){ .size = sizes[i] };
+    assert (villain_attempt (&v) == -EPROTO);
+    assert (strstr (last_error (), "2^63 bytes or more"));
+    villain_hang_up (&v);
+  }
+}
+
 int
 main (void)
 {
@@ -379,5 +395,6 @@ main (void)
   RUN (test_answers_to_nothing);
   RUN (test_early_answers);
   RUN (test_early_answer_to_a_large_write);
+  RUN (test_impossible_size);
   return 0;
 }

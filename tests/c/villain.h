@@ -46,6 +46,7 @@ struct villain {
   bool tcp;
   int room; /* bytes it takes before it reads them, or 0: as the kernel has it
              */
+  uint64_t size; /* of its disk, or 0: VILLAIN_SIZE */
   int listener, fd;
   pthread_t thread;
   struct conn *conn; /* the client's end */
@@ -58,7 +59,7 @@ villain_greet (void *opaque)
 
   v->fd = accept4 (v->listener, NULL, NULL, SOCK_CLOEXEC);
   assert (v->fd >= 0);
-  assert (wire_handshake (v->fd, VILLAIN_SIZE, false));
+  assert (wire_handshake (v->fd, v->size ? v->size : VILLAIN_SIZE, false));
   return NULL;
 }
 
@@ -92,19 +93,27 @@ villain_listen (struct villain *v, char *uri, size_t max)
   assert (listen (v->listener, 1) == 0);
 }
 
-/* v->conn and v->fd are the two ends when this returns. */
-static TEST_UNUSED void
-villain_connect (struct villain *v)
+static TEST_UNUSED int
+villain_attempt (struct villain *v)
 {
   char uri[160];
+  int rc;
 
   villain_listen (v, uri, sizeof uri);
   assert (pthread_create (&v->thread, NULL, villain_greet, v) == 0);
-  assert (conn_open (uri, 10000, &v->conn) == 0);
+  rc = conn_open (uri, 10000, &v->conn);
   pthread_join (v->thread, NULL);
   close (v->listener);
   if (!v->tcp)
     unlink (strchr (uri, '=') + 1);
+  return rc;
+}
+
+/* v->conn and v->fd are the two ends when this returns. */
+static TEST_UNUSED void
+villain_connect (struct villain *v)
+{
+  assert (villain_attempt (v) == 0);
 }
 
 static TEST_UNUSED void
