@@ -148,12 +148,14 @@ class Volume:
             for index, remote in enumerate(self._config.remotes)
         ]
 
-    def serve(self) -> None:
+    def serve(self, start_door: Callable[[], None] = lambda: None) -> None:
         """
         Start every thread and answer commands; from now on signals stop the volume.
 
         Must be called on the process's main thread, before it has others.
 
+        Args:
+            start_door: starts the threads that the door needs.
         Raises:
             MirrorError: a thread or the control socket could not be made.
         """
@@ -166,6 +168,7 @@ class Volume:
         for keeper in self._threads():
             keeper.start()
         begin(self._maintenance)
+        start_door()
         log("info", f"volume {self._config.name}: served, {self._door} door")
         # It waits for the door, so it needs a thread; no thread joins it at the end.
         begin(threading.Thread(target=self._take_back, name="device", daemon=True))
