@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The rules of nodes, one decision at a time.
+The handshake of nodes, one decision at a time.
 
 Rows of `REPORTED` are DRBD's troubles of 2020 to 2026, each as the state of two nodes
 that it began with. nodes_model.py shows what the rules keep over time.
@@ -14,29 +14,9 @@ from dataclasses import replace
 
 import pytest
 
-from nbd_mirror.rules.generation import (
-    BASES,
-    HISTORY,
-    Lineage,
-    Peer,
-    adopt,
-    begin,
-    create,
-    must_begin,
-    offer,
-    settle,
-    share,
-)
 from nbd_mirror.rules.node_handshake import decide, healable, resolve
 from nbd_mirror.rules.node_side import Action, Crash, Extent, Plan, Role, Side
-from nbd_mirror.rules.promotion import (
-    Answer,
-    Contact,
-    Standing,
-    may_hand_over,
-    may_promote,
-    may_resume,
-)
+from nbd_mirror.rules.promotion import may_hand_over, may_resume
 
 A = Side("v", "a", 1 << 30, generation=1, epoch=1, leader="a")
 B = replace(A, node="b")
@@ -48,8 +28,6 @@ def in_direction(plan: Plan) -> str:
         return f"{plan.source}>{plan.target}"
     return str(plan.action.value)
 
-
-# -- the handshake
 
 # By row: side a, side b, what they do, and what is copied.
 ROWS = {
@@ -311,49 +289,6 @@ def test_reported(report: str) -> None:
     assert in_direction(decide(other, mine)) == expected
 
 
-def test_reported_6_a_third_node_got_the_id_behind_the_primarys_back() -> None:
-    """While a was away, b may have given the generation to c (drbd@499533fe3)."""
-    moved = settle(begin(PAIR, 2, ["c"]), "b", 2)
-    assert not must_begin(moved, ["c"])
-    assert must_begin(share(moved), ["c"])
-    assert begin(share(moved), 3, ["c"]).peer("c") == Peer("c", (2, 1), shared=False)
-
-
-def test_reported_8_a_second_loss_during_the_change_of_the_id() -> None:
-    """The new generation is shared with c, so that its loss needs another one."""
-    moved = begin(PAIR, 2, ["b"])
-    assert must_begin(moved, ["c"])
-    again = begin(moved, 3, ["b", "c"])
-    assert again.peer("b") == Peer("b", (1,), shared=False)
-    assert again.peer("c") == Peer("c", (2, 1), shared=False)
-
-
-def test_reported_9_history_is_strict_ancestors() -> None:
-    """What another node counts from is no ancestor of this one's generation."""
-    target = Lineage(7, (1,), (Peer("a", (6,)), Peer("c", (5,))))
-    source = Lineage(3, (2, 1), (Peer("b", (1,)), Peer("c", (4,))))
-    assert adopt(target, source).history == (2, 1)
-    assert begin(source, 8, ["b"]).history == (3, 2, 1)
-
-
-def test_reported_23_a_survivor_does_not_know_what_the_other_has() -> None:
-    """Without a session with every other node only an operator promotes."""
-    alone = Standing(others=(Contact("b"), Contact("c", connected=True)))
-    assert may_promote(alone).answer is Answer.FORCE
-
-
-def test_reported_26_nobody_is_up_to_date() -> None:
-    """An operator can always choose a whole image, and is told what it lacks."""
-    verdict = may_promote(Standing(behind=True, others=(Contact("b"),)))
-    assert verdict.answer is Answer.FORCE
-    assert "lacks writes" in verdict.reason
-
-
-def test_reported_27_a_node_boots_and_was_primary() -> None:
-    """That it remembers it is no proof."""
-    assert may_promote(Standing(others=(Contact("b"),))).answer is Answer.FORCE
-
-
 def sides(node: str) -> Iterator[Side]:
     """Every kind of node, as another one may meet it."""
     for generation, history, bases in (
@@ -551,176 +486,3 @@ def test_a_primary_stops_at_the_news_of_a_later_one() -> None:
         assert plan.action is Action.STOP
         assert plan.split
         assert "c was promoted after it" in plan.reason
-
-
-# -- generations
-
-NEW = Lineage(peers=(Peer("b"), Peer("c")))
-PAIR = Lineage(1, (), (Peer("b", shared=True), Peer("c", shared=True)))
-
-
-def test_a_write_that_a_counted_node_lacks_begins_a_generation() -> None:
-    """The rule that all others rest on."""
-    assert not must_begin(PAIR, [])
-    assert must_begin(PAIR, ["b"])
-    moved = begin(PAIR, 2, ["b"])
-    assert (moved.generation, moved.history) == (2, (1,))
-    assert moved.peer("b") == Peer("b", (1,), shared=False)
-    assert not must_begin(moved, ["b"])
-
-
-def test_a_counted_node_has_to_confirm_the_generation() -> None:
-    """Until then it may hold either generation."""
-    moved = begin(PAIR, 2, ["b"])
-    assert moved.peer("c") == Peer("c", (1,), shared=True)
-    assert must_begin(moved, ["b", "c"])  # c did not answer, and may hold it
-    assert settle(moved, "c", 2).peer("c") == Peer("c", (), shared=True)
-
-
-def test_a_late_confirmation_counts_for_what_it_names() -> None:
-    """DRBD took an answer for the present id; the peer had the one before."""
-    moved = begin(begin(PAIR, 2, ["b"]), 3, ["b"])
-    late = settle(moved, "c", 2)
-    assert late.peer("c") == Peer("c", (2,), shared=True)
-
-
-def test_an_offer_makes_the_next_write_begin() -> None:
-    """The node may have adopted, and its answer may be lost."""
-    moved = begin(PAIR, 2, ["b", "c"])
-    offered = offer(moved, "b")
-    assert must_begin(offered, ["b"])
-    again = begin(offered, 3, ["b", "c"])
-    assert again.peer("b") == Peer("b", (2, 1), shared=False)
-    assert again.peer("c") == Peer("c", (1,), shared=False)
-
-
-def test_adoption_forgets_bases() -> None:
-    """Copying changed more than the dirty maps tell."""
-    source = begin(PAIR, 2, ["c"])
-    target = Lineage(1, (), (Peer("a", (7,)), Peer("c", (5,))))
-    adopted = adopt(target, source)
-    assert (adopted.generation, adopted.history) == (2, (1,))
-    assert adopted.peers == (Peer("a", shared=True), Peer("c", shared=True))
-
-
-def test_bounds() -> None:
-    """A link that flaps for years makes neither list longer."""
-    line = PAIR
-    for generation in range(2, HISTORY + 9):
-        line = begin(offer(line, "b"), generation, ["b"])
-    assert len(line.history) == HISTORY
-    assert line.history[0] == line.generation - 1
-    # The oldest base is the one that the node confirmed.
-    assert line.peer("b").bases == (*line.history[: BASES - 1], 1)
-
-
-def test_a_generation_is_used_once() -> None:
-    """And data are declared once."""
-    with pytest.raises(ValueError, match="no node has used"):
-        begin(PAIR, 1, ["b"])
-    with pytest.raises(ValueError, match="no node has used"):
-        create(NEW, 0)
-    with pytest.raises(ValueError, match="without data"):
-        begin(NEW, 2, ["b"])
-    with pytest.raises(ValueError, match="already"):
-        create(PAIR, 2)
-    assert create(NEW, 5).generation == 5
-    with pytest.raises(KeyError):
-        PAIR.peer("d")
-
-
-# -- promotion
-
-CONNECTED = Contact("b", connected=True)
-PROMOTIONS = {
-    "connected and in sync": (Standing(others=(CONNECTED,)), Answer.YES),
-    "the other is primary": (
-        Standing(others=(replace(CONNECTED, role=Role.PRIMARY),)),
-        Answer.NO,
-    ),
-    "the other is away": (Standing(others=(Contact("b"),)), Answer.FORCE),
-    "one of two is away": (Standing(others=(CONNECTED, Contact("c"))), Answer.FORCE),
-    "with the token": (Standing(token=True, others=(Contact("b"),)), Answer.YES),
-    "behind": (Standing(behind=True, others=(CONNECTED,)), Answer.FORCE),
-    "behind, with a token": (
-        Standing(behind=True, token=True, others=(Contact("b"),)),
-        Answer.FORCE,
-    ),
-    "half-way": (Standing(inconsistent=True, others=(CONNECTED,)), Answer.NO),
-    "half-way, with an undo log": (
-        Standing(inconsistent=True, undo=True, others=(Contact("b"),)),
-        Answer.FORCE,
-    ),
-    "its disk misses regions": (Standing(missed=1, others=(CONNECTED,)), Answer.NO),
-    "no data, the other has some": (
-        Standing(has_data=False, others=(CONNECTED,)),
-        Answer.NO,
-    ),
-    "no data, and the other is away": (
-        Standing(has_data=False, others=(Contact("b"),)),
-        Answer.FORCE,
-    ),
-    "no data on either": (
-        Standing(has_data=False, others=(replace(CONNECTED, has_data=False),)),
-        Answer.YES,
-    ),
-    "it lost power": (Standing(lost_power=True, others=(Contact("b"),)), Answer.FORCE),
-}
-
-
-@pytest.mark.parametrize("case", PROMOTIONS)
-def test_promotion(case: str) -> None:
-    """Each line of the table of `may_promote`."""
-    standing, answer = PROMOTIONS[case]
-    verdict = may_promote(standing)
-    assert verdict.answer is answer
-    assert verdict.reason
-
-
-def test_a_reason_names_the_loss() -> None:
-    """Whoever forces is told what may be gone."""
-    away = (Contact("b"),)
-    for node, words in (
-        (Standing(lost_power=True, others=away), "not flushed"),
-        (Standing(others=away), "gone on alone"),
-        (Standing(behind=True, lost_power=True, others=away), "lacks writes"),
-        (Standing(inconsistent=True, undo=True, others=away), "is older"),
-    ):
-        verdict = may_promote(node)
-        assert verdict.answer is Answer.FORCE
-        assert words in verdict.reason
-
-
-@pytest.mark.parametrize("others", [1, 2])
-def test_every_standing(others: int) -> None:
-    """What no order of the table's lines may change."""
-    flags = list(itertools.product((False, True), repeat=6))
-    contacts = [
-        Contact("b", connected, role, has_data)
-        for connected in (False, True)
-        for role in Role
-        for has_data in (False, True)
-    ]
-    for has_data, behind, inconsistent, undo, power, token in flags:
-        for met in itertools.product(contacts, repeat=others):
-            for missed in (0, 1):
-                node = Standing(
-                    has_data, behind, inconsistent, undo, missed, power, token, met
-                )
-                judge_standing(node, may_promote(node).answer)
-
-
-def judge_standing(node: Standing, answer: Answer) -> None:
-    """Yes needs a whole, recent image and proof; a broken image is never promoted."""
-    connected = [contact for contact in node.others if contact.connected]
-    serving = any(contact.role is Role.PRIMARY for contact in connected)
-    proof = node.token or len(connected) == len(node.others)
-    if answer is Answer.YES:
-        assert proof
-        assert not any((serving, node.behind, node.inconsistent, node.missed))
-        assert node.has_data or not any(contact.has_data for contact in connected)
-    broken = node.missed or (node.inconsistent and not node.undo)
-    if serving or broken:
-        assert answer is Answer.NO
-    if answer is Answer.NO:
-        assert serving or broken or not node.has_data
