@@ -31,9 +31,6 @@ from rich.text import Text
 __all__ = ["DemoError", "Stage", "interruptible"]
 
 
-MARK = "NBD_MIRROR_DEMO"  # the variable that all our commands have, and pass on
-
-
 class DemoError(Exception):
     """The demonstration cannot continue, or a check failed; the message says why."""
 
@@ -67,7 +64,7 @@ class Stage:
         # The user's nbd-mirror command is the one of this checkout.
         bin_dir = Path(sys.executable).parent
         path = f"{bin_dir}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        self._environment = {**os.environ, "PATH": path, MARK: str(self.folder)}
+        self._environment = {**os.environ, "PATH": path}
         os.environ["PATH"] = path
         self.on_exit(self._remove_folder)
 
@@ -224,17 +221,15 @@ class Stage:
                 time.sleep(0.2)
 
     def _end_strays(self) -> None:
-        """
-        Kill what came from our commands and is left: a server that was just starting.
-
-        A program that the user runs in our folder is none of ours, so a process is
-        known by its environment.
-        """
-        mark = f"{MARK}={self.folder}".encode(errors="surrogateescape")
-        for entry in Path("/proc").glob("[0-9]*/environ"):
+        """Kill what still names our folder: a server that was just starting."""
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                if mark in entry.read_bytes().split(b"\0"):
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
+                pid = int(entry.parent.name)
+                if (
+                    os.fsencode(self.folder) in entry.read_bytes()
+                    and pid != os.getpid()
+                ):
+                    os.kill(pid, signal.SIGKILL)
 
     def _remove_folder(self) -> None:
         self._end_strays()

@@ -10,14 +10,15 @@ threads run out, waits, and starts the next turn.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 import traceback
 from collections.abc import Callable
 
-from .errors import MirrorError, UnsupportedError
+from .errors import MirrorError, from_errno
 
-__all__ = ["begin", "keep_going", "no_thread"]
+__all__ = ["begin", "keep_going"]
 
 REST_S = 1.0
 
@@ -61,7 +62,8 @@ def begin(thread: threading.Thread) -> None:
 
 def no_thread(name: str) -> MirrorError:
     """Return the error for a thread that cannot be made."""
-    return UnsupportedError(
+    return from_errno(
+        errno.EAGAIN,
         f"cannot start the thread {name}: the limit of processes or memory is reached",
         "raise `ulimit -u`, or TasksMax= of the unit",
     )

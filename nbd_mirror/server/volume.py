@@ -148,14 +148,12 @@ class Volume:
             for index, remote in enumerate(self._config.remotes)
         ]
 
-    def serve(self, start_door: Callable[[], None] = lambda: None) -> None:
+    def serve(self) -> None:
         """
         Start every thread and answer commands; from now on signals stop the volume.
 
         Must be called on the process's main thread, before it has others.
 
-        Args:
-            start_door: starts the threads that the door needs.
         Raises:
             MirrorError: a thread or the control socket could not be made.
         """
@@ -168,7 +166,6 @@ class Volume:
         for keeper in self._threads():
             keeper.start()
         begin(self._maintenance)
-        start_door()
         log("info", f"volume {self._config.name}: served, {self._door} door")
         # It waits for the door, so it needs a thread; no thread joins it at the end.
         begin(threading.Thread(target=self._take_back, name="device", daemon=True))
@@ -333,7 +330,7 @@ class Volume:
         if not args.get("remote"):
             raise ConfigError("invalidate needs the name of a remote, or local")
         if args["remote"] == LOCAL:
-            self._local.replace(self._load().local)
+            self._local.replace(_config.load(self._config.source).local)
             return {"remotes": [LOCAL]}
 
         def invalidate(index: int) -> None:
@@ -347,12 +344,6 @@ class Volume:
 
         return self._each(args, invalidate)
 
-    def _load(self) -> _config.VolumeConfig:
-        """Read the configuration as a start does that uses the local disk."""
-        found = _config.load(self._config.source)
-        _config.check_links(found)
-        return found
-
     def _pause(self, index: int) -> None:
         self.engine.pause(index, paused=True)
 
@@ -363,10 +354,10 @@ class Volume:
         The configuration is read again, so that a corrected uri or path of the local
         disk needs no restart.
         """
-        if args.get("remote") == LOCAL:
-            self._local.resume(self._load().local)
-            return {"remotes": [LOCAL]}
         found = _config.load(self._config.source)
+        if args.get("remote") == LOCAL:
+            self._local.resume(found.local)
+            return {"remotes": [LOCAL]}
         uris = {one.name: one.uri for one in found.remotes}
 
         def resume(index: int) -> None:

@@ -31,7 +31,7 @@ struct door {
 static inline void *
 door_run (void *server)
 {
-  nbdm_server_run (server);
+  assert (nbdm_server_run (server) == 0);
   return NULL;
 }
 
@@ -60,7 +60,6 @@ door_make (struct door *door, struct nbdm *volume, const char *path,
 static inline void
 door_start (struct door *door)
 {
-  assert (nbdm_server_start (door->server) == 0);
   assert (pthread_create (&door->thread, NULL, door_run, door->server) == 0);
 }
 

@@ -11,7 +11,6 @@ import pytest
 from support import Processes, wait_until
 from unit.volumes import SIZE, Remote, make_params
 
-from nbd_mirror.base.errors import ConfigError
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.server import opening
 from nbd_mirror.server.volume import Volume
@@ -93,21 +92,3 @@ def test_a_difference_found_before_does_not_outdo_an_invalidate(
         engine.close()
     local = Path(volume.config.local).read_bytes()
     assert (config.parent / "remote.img").read_bytes() == local
-
-
-@pytest.mark.parametrize("command", ["resume", "invalidate"])
-def test_local_that_leads_into_the_state_is_refused_as_at_a_start(
-    config: Path, command: str
-) -> None:
-    """Or the volume would be copied to where its next start takes no disk from."""
-    volume = Volume.open(os.fspath(config), "direct", lambda: None)
-    try:
-        (config.parent / "state" / "disk").write_bytes(bytes(SIZE))
-        (config.parent / "link").symlink_to("state/disk")
-        text = config.read_text().replace('"local.img"', '"link"')
-        config.write_text(text)
-        with pytest.raises(ConfigError, match="must not lie in the state directory"):
-            volume.handle(command, {"remote": "local"})
-    finally:
-        volume.engine.stop()
-        volume.engine.close()

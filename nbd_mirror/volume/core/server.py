@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 
-from ...base.threads import no_thread
 from .boundary import check, ffi, lib, whole_ms
 from .engine import Engine
 
@@ -46,21 +44,14 @@ class Server:
         """The limit of clients, as far as there are descriptors."""
         return int(lib.nbdm_server_max_clients(self._handle))
 
-    def start(self) -> None:
+    def run(self) -> None:
         """
-        Start the threads for requests; `run` serves.
+        Serve. Blocks until `end`, and then until requests under way are answered.
 
         Raises:
-            MirrorError: the system gives no thread.
+            MirrorError: no thread could be made.
         """
-        rc: int = lib.nbdm_server_start(self._handle)
-        if rc == -errno.EAGAIN:
-            raise no_thread("requests")
-        check(rc, "serve")
-
-    def run(self) -> None:
-        """Serve. Blocks until `end`, and then until requests under way are answered."""
-        lib.nbdm_server_run(self._handle)
+        check(lib.nbdm_server_run(self._handle), "serve")
 
     def end(self) -> None:
         """Make `run` return. May be called from any thread, any number of times."""
