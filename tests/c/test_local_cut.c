@@ -49,6 +49,21 @@ cut_and_write (void)
   assert_all_there ();
 }
 
+/* A write made the file longer again, and no time passes until the read: the
+ * size was looked at a moment before the cut.
+ */
+static void
+cut_and_write_and_read_at_once (void)
+{
+  bring_up (1, 300);
+  fill_regions ();
+  assert (read_at (0) == 7);
+  assert (truncate (site.local, 0) == 0);
+  assert (write_at (SIZE / 4 * 3 + SECTOR, 9) == 0);
+  assert (read_at (SIZE / 2) == 7);
+  assert_all_there ();
+}
+
 /* A write makes the file as long as before: its size alone proves nothing then.
  */
 static void
@@ -114,6 +129,7 @@ cut_and_create (void)
 static const struct schedule schedules[] = {
   { "cut_and_read", NULL, cut_and_read },
   { "cut_and_write", NULL, cut_and_write },
+  { "cut_and_write_and_read_at_once", NULL, cut_and_write_and_read_at_once },
   { "cut_and_write_the_end", NULL, cut_and_write_the_end },
   { "cut_and_nothing", NULL, cut_and_nothing },
   { "cut_and_alone", NULL, cut_and_alone },
