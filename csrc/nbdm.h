@@ -356,7 +356,7 @@ int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
 /* Open `path` as the local disk again; it is used for nothing until admitted.
  * `replaced`: it is another disk, so every region is dirty on it, durably, or
  * -EBUSY: the disk that failed has the only copy of something; else
- * -EMEDIUMTYPE: it is not the one that was left.  -EALREADY: local has not
+ * -EMEDIUMTYPE: it is another disk than before.  -EALREADY: local has not
  * failed; -EIO: it did not answer within twice local's deadline, if there is
  * one; -ENOENT, -EBUSY, -ENOMEDIUM (too small) and so on.
  */

@@ -207,8 +207,7 @@ clients_admit (struct session *s)
   pthread_mutex_unlock (&clients->lock);
   if (rc == -EUSERS)
     direct_log (s,
-                "turned away: there are %u clients, as many as max_clients "
-                "allows",
+                "refused: there are %u clients, as many as max_clients allows",
                 clients->max_admitted);
   return rc;
 }

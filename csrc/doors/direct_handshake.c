@@ -377,7 +377,7 @@ too_long (struct handshake *h)
     left -= n;
   }
   return refuse (h, NBD_REP_ERR_TOO_BIG,
-                 "an option of %u bytes: at most %u are taken", h->length,
+                 "an option of %u bytes: at most %u are allowed", h->length,
                  MAX_OPTION);
 }
 

@@ -108,7 +108,7 @@ judge (const char *path, const struct comparison *c)
   if (c->differ > 0 && c->same_device)
     return set_message (
         -EMEDIUMTYPE,
-        "the local disk %s is not the disk that was left: %u of %u samples "
+        "the local disk %s is not the same disk as before: %u of %u samples "
         "differ, the first at byte %llu; another program wrote to it, or an "
         "older copy of it or of the state was put back; nothing was written to "
         "it",
@@ -116,7 +116,7 @@ judge (const char *path, const struct comparison *c)
   if (c->differ > 0)
     return set_message (
         -EMEDIUMTYPE,
-        "the local disk %s is not the disk that was left: %u of %u samples "
+        "the local disk %s is not the same disk as before: %u of %u samples "
         "differ, the first at byte %llu; it is %s, and was %.239s; nothing was "
         "written to it",
         path, c->differ, c->compared, (unsigned long long)c->offset, c->device,
@@ -124,7 +124,7 @@ judge (const char *path, const struct comparison *c)
   if (c->with_data == 0 && !c->same_device)
     return set_message (
         -EMEDIUMTYPE,
-        "the local disk %s may not be the disk that was left: it is %s, and "
+        "the local disk %s may not be the same disk as before: it is %s, and "
         "was %.239s, and none of its content could be compared; nothing was "
         "written to it",
         path, c->device, c->left);
@@ -185,7 +185,7 @@ identity_take_by_force (struct nbdm *v)
                          "copied");
   }
   snprintf (v->reason, sizeof v->reason,
-            "the local disk is not the one that was left, and was taken by "
+            "the local disk is not the same disk as before, and was taken by "
             "force: everything is copied to every remote");
 }
 
@@ -244,9 +244,9 @@ check_believed (struct nbdm *v, const struct nbdm_params *params,
   if (rc == -EMEDIUMTYPE && params->local_choice == NBDM_LOCAL_FORCED) {
     if (v->local.state != NBDM_LOCAL_OK)
       return set_message (rc,
-                          "%s; it cannot be taken by force, for the disk "
-                          "that was left missed writes which only the "
-                          "remotes have",
+                          "%s; it cannot be taken by force, because the "
+                          "earlier disk missed writes that only the remotes "
+                          "have",
                           last_error ());
     v->identity.forced = true;
     return 0;

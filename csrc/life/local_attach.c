@@ -189,8 +189,8 @@ open_disk (struct nbdm *v, void *opaque)
     rc = identity_check_attached (v, &o->check, &o->disk, o->path);
   if (rc == 0 && !o->replaced && fdatasync (o->disk.fd) < 0) {
     rc = set_error (-errno,
-                    "cannot make durable what is on the local disk %s: all "
-                    "that a remote has is copied to it, once it works",
+                    "cannot flush the local disk %s: once it works, all that "
+                    "a remote has is copied to it",
                     o->path);
     o->flush_failed = true;
   }

@@ -151,10 +151,9 @@ load_log (struct activity *act, const uint8_t *uuid, uint64_t session,
     return r;
   is = le64toh (act->header.session);
   if (is != session && is != session + 1)
-    return set_message (-EUCLEAN,
-                        "%s is of another time: session %" PRIu64
-                        " instead of %" PRIu64,
-                        FILE_NAME, is, session);
+    return set_message (
+        -EUCLEAN, "%s is of session %" PRIu64 ", the volume is at %" PRIu64,
+        FILE_NAME, is, session);
   r = activity_set_init (act);
   if (r == 0)
     r = load_sectors (act);

@@ -136,10 +136,9 @@ load_log (struct inflight *log, const uint8_t *uuid, uint64_t session)
     return r;
   is = le64toh (log->header.session);
   if (is != session && is != session + 1)
-    return set_message (-EUCLEAN,
-                        "%s is of another time: session %" PRIu64
-                        " instead of %" PRIu64,
-                        FILE_NAME, is, session);
+    return set_message (
+        -EUCLEAN, "%s is of session %" PRIu64 ", the volume is at %" PRIu64,
+        FILE_NAME, is, session);
   r = map_log (log);
   if (r < 0)
     return r;

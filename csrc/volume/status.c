@@ -340,10 +340,9 @@ peek_log (int dirfd, const char *file, const char *magic, uint64_t entries,
     return rc;
   is = le64toh (header.session);
   if (is != session && is != session + 1)
-    return set_message (-EUCLEAN,
-                        "%s is of another time: session %" PRIu64
-                        " instead of %" PRIu64,
-                        file, is, session);
+    return set_message (
+        -EUCLEAN, "%s is of session %" PRIu64 ", the volume is at %" PRIu64,
+        file, is, session);
   return log_header_check_closed (file, &header, sb);
 }
 

@@ -63,7 +63,8 @@ check_info (struct conn *conn)
 
   /* Releases of libnbd differ in what they say of it, if anything. */
   if (size < 0)
-    return set_message (-EPROTO, "its disk has 2^63 bytes or more, it says");
+    return set_message (-EPROTO,
+                        "it says that its disk has 2^63 bytes or more");
   min = nbd_get_block_size (nbd, LIBNBD_SIZE_MINIMUM);
   max = nbd_get_block_size (nbd, LIBNBD_SIZE_MAXIMUM);
   conn->info.size = (uint64_t)size;

@@ -28,7 +28,7 @@ code  meaning
 14    this machine cannot do it (kernel or program missing)
 15    not permitted
 16    the output could not be written
-17    the local disk is not the one that was left, or has become too small
+17    the local disk is not the same as before, or has become too small
 130   interrupted (Ctrl-C)
 ====  ==================================================================
 """
@@ -201,7 +201,7 @@ class WrongDiskError(MirrorError):
     """The local disk is another one than before; nothing was written to it."""
 
     exit_code = 17
-    meaning = "the local disk is not the one that was left, or has become too small"
+    meaning = "the local disk is not the same as before, or has become too small"
 
 
 _CLASSES: tuple[type[MirrorError], ...] = (

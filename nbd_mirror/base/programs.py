@@ -26,10 +26,10 @@ _HELP = {
     errno.EAGAIN: LIMIT_HINT,
     errno.EMFILE: LIMIT_HINT,
     errno.EINVAL: LIMIT_HINT,  # for a descriptor beyond the limit
-    errno.E2BIG: "remove what is long from the environment",
+    errno.E2BIG: "unset long environment variables",
 }
 
-# Here an empty or a relative part means the current folder.
+# In these lists an empty part means the current folder; a relative one lies in it.
 _SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 

@@ -195,7 +195,7 @@ def stop(config: Config) -> None:
     status = offline.stopped_status(volume)
     if not status.clean_stop:
         raise MetadataFailedError(
-            f"volume {volume.name} stopped, but not cleanly: not all could be "
+            f"volume {volume.name} stopped, but not cleanly: some logs could not be "
             "persisted; nothing answered is lost, the next start recovers "
             f"as after a crash. {volume.state}/serve.log says more",
             "nbd-mirror serve CONFIG",

@@ -73,7 +73,7 @@ def _tell(error: Exception) -> int:
         return UnsupportedError.exit_code
     sys.stderr.write(
         f"nbd-mirror: internal error: {type(error).__name__}: {error}; please "
-        "report it, with what NBD_MIRROR_DEBUG=1 shows\n"
+        "report it, with the output that NBD_MIRROR_DEBUG=1 adds\n"
     )
     return 1
 

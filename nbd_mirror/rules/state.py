@@ -307,7 +307,7 @@ def describe(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str]:
             reason += f"; {_why_not_connected(facts)}"
         return reason, resume
     if not facts.admitted:
-        return _why_not_connected(facts), f"{resume} (tries again at once)"
+        return _why_not_connected(facts), f"{resume} (connects again at once)"
     if facts.state is RemoteState.OUT_OF_SYNC:
         # The engine leaves this state when it admits; a status may come just before.
         return facts.reason or "connected; resync begins", ""

@@ -316,7 +316,7 @@ class Keeper(DiskKeeper):
         offset = region * self._engine.status().region_size
         where = f"region {region} (offset {offset}) differs; nothing was written to it"
         # The address comes last: it may be longer than the engine keeps.
-        words = f"this is not the disk that was left, or local is not: {where}: {uri}"
+        words = f"this is not the same disk as before, or local is not: {where}: {uri}"
         with self._lock:
             self._error = self._last_error = words
         self._engine.fail(self._remote, words)

@@ -193,22 +193,22 @@ class LocalKeeper(DiskKeeper):
         # With every region dirty no proof is needed: all of it is copied.
         if compared and self._engine.status().local.unproven:
             raise WrongDiskError(
-                f"this may not be the disk that was left: it is another device, and "
+                f"this may not be the same disk as before: it is another device, and "
                 f"none of its content could be compared; nothing was written to it: "
                 f"{path}",
                 _REPLACED,
             )
         if not compared:
             raise RemoteError(
-                "no remote is connected to show whether this is the disk that "
-                f"was left: {path}",
+                "no remote is connected to show whether this is the same disk as "
+                f"before: {path}",
                 "nbd-mirror resume CONFIG, then nbd-mirror resume CONFIG local",
             )
 
     def _another_disk(self, path: str, region: int) -> WrongDiskError:
         offset = region * self._engine.status().region_size
         return WrongDiskError(
-            f"this is not the disk that was left: region {region} (offset {offset}) "
+            f"this is not the same disk as before: region {region} (offset {offset}) "
             f"differs; nothing was written to it: {path}",
             _REPLACED,
         )

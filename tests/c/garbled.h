@@ -175,9 +175,9 @@ compare (const struct scenario *s, const struct verdict *got,
   return more;
 }
 
-/* A superblock of another volume or time looks right by itself. Then the start
- * names a log that does not fit it, or the local disk, whose samples are of
- * another time.
+/* A superblock of another volume or session looks right by itself.  Then the
+ * start names a log that does not fit it, or the local disk, whose samples are
+ * of another session.
  */
 static bool
 names (const char *words, const char *file)
@@ -185,7 +185,7 @@ names (const char *words, const char *file)
   if (strcmp (file, "superblock") == 0)
     return strstr (words, file) || strstr (words, "is the state of volume")
            || strstr (words, "belongs to another volume")
-           || strstr (words, "is of another time")
+           || strstr (words, "is of session")
            || strstr (words, "or of the state was put back");
   return strstr (words, file);
 }

@@ -158,7 +158,7 @@ brings_it_back (void *opaque)
   bench_write (&bench, 7, 1, 1);
   local_sync_error = EIO;
   assert (nbdm_local_attach (bench.volume, bench.local, 0) == -EIO);
-  ASSERT_SAYS ("cannot make durable");
+  ASSERT_SAYS ("cannot flush the local disk");
   assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == -ENODEV);
   local_sync_error = 0;
   before = nr_local_syncs;

@@ -12,7 +12,7 @@
 
 struct nbdm;
 
-/* A disk full of 0x55 beside the one that was left. */
+/* A disk full of 0x55 beside the volume's own. */
 static const char *
 make_other_disk (void)
 {

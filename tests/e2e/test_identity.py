@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 Sites = Callable[..., Site]
 
 OLD_STATE = Path(__file__).parent / "data" / "version-1-without-features.tar.xz"
-NOT_IT = "not the disk that was left"
+NOT_IT = "not the same disk as before"
 
 
 @pytest.fixture

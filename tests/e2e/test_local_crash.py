@@ -237,11 +237,11 @@ def test_resume_of_another_disk_is_refused_by_the_sample(
     wrong.write_bytes(content)
     failed.plug(wrong)
     words = ["resume", str(site.config), "local"]
-    said = site.refused(17, "not the disk that was left", commands=words)
+    said = site.refused(17, "not the same disk as before", commands=words)
     assert f"nbd-mirror invalidate {site.config} local" in said
     found = local_of(site)
     assert found["state"] == "failed"
-    assert "not the disk that was left" in found["reason"]
+    assert "not the same disk as before" in found["reason"]
     assert content == wrong.read_bytes()
     failed.unplug()
     failed.plug(right)
@@ -273,7 +273,7 @@ def test_resume_of_an_old_copy_is_refused(site: Site, failed: FuseDisk) -> None:
     failed.unplug()
     failed.plug(old)
     words = ["resume", str(site.config), "local"]
-    site.refused(17, "not the disk that was left", commands=words)
+    site.refused(17, "not the same disk as before", commands=words)
 
 
 def test_resume_of_a_disk_that_is_not_there_yet_is_refused(

@@ -476,7 +476,7 @@ def test_start_with_too_long_an_environment_says_so(
     assert done.returncode == 14, done.stderr
     assert done.stderr == (
         f"nbd-mirror: {sys.executable} cannot be started: Argument list too long\n"
-        "  try: remove what is long from the environment\n"
+        "  try: unset long environment variables\n"
     )
 
 

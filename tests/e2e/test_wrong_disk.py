@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The disk behind the remote's address is not the one that was left.
+The disk behind the remote's address is not the same as before.
 
 A plain NBD server has no identity: an old backup put back answers just as well. It
 must be seen before the first byte is written to it, and then nothing but an
@@ -59,7 +59,7 @@ def test_other_disk_is_failed_and_not_written(swapped: Site) -> None:
     handle.pwrite(bytes(512), MIB)
     site.dr.start()
     failed = site.wait_state("failed")
-    assert "not the disk that was left" in failed["reason"]
+    assert "not the same disk as before" in failed["reason"]
     assert "nothing was written to it" in failed["reason"]
     assert "invalidate" in failed["hint"]
     assert "resume" in failed["hint"]

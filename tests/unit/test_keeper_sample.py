@@ -39,7 +39,7 @@ class TestSample:
         synced.keep()
         synced.wait_for(RemoteState.FAILED)
         assert (
-            "not the disk that was left, or local is not: region 0 (offset 0)"
+            "not the same disk as before, or local is not: region 0 (offset 0)"
             in synced.reason()
         )
         synced.engine.pwrite(os.urandom(REGION), 0)

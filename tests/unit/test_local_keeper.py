@@ -229,7 +229,7 @@ class TestCopyingBack:
 
 
 class TestResume:
-    """A disk that is not the one that was left is not used."""
+    """A disk that is not the same as before is not used."""
 
     def refused(
         self, mirror: LocalMirror, path: str, error: type[Exception], words: str
@@ -257,8 +257,8 @@ class TestResume:
         content = os.urandom(SIZE)
         other.write_bytes(content)
         mirror.fail_local()
-        self.refused(mirror, str(other), WrongDiskError, "not the disk that was left")
-        assert "not the disk that was left" in mirror.engine.status().local.reason
+        self.refused(mirror, str(other), WrongDiskError, "not the same disk as before")
+        assert "not the same disk as before" in mirror.engine.status().local.reason
         mirror.engine.pwrite(os.urandom(REGION), 0)
         mirror.engine.flush()
         assert content == other.read_bytes()

@@ -41,7 +41,7 @@ def test_one_client_too_many_is_told_and_status_says_so(new_site: Sites) -> None
         found = last.ask(raw.OPT_GO, raw.name_and_infos())[-1]
         assert found.type == raw.REP_ERR_POLICY
         assert found.data == b"there are 3 clients, as many as max_clients allows"
-        site.wait_log("turned away: there are 3 clients")
+        site.wait_log("refused: there are 3 clients")
         assert (site.status()["clients"], site.status()["max_clients"]) == (3, 3)
         shown = site.cli("status", str(site.config)).stdout
         assert "3 of 3 clients" in shown
