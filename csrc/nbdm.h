@@ -191,7 +191,7 @@ struct nbdm_extent {
 const char *nbdm_last_error (void);
 
 /* Format the state directory, which must exist and hold no superblock unless
- * `force`.  Takes no byte of the local disk.  Remotes begin all dirty, or in
+ * `force`.  Does not change the local disk.  Remotes begin all dirty, or in
  * sync where assumed.  -EEXIST: there is a superblock; -EBUSY: in use; -ENOSPC:
  * no room for the logs; a failed create leaves no volume.
  */
@@ -490,7 +490,7 @@ int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
  * start takes all as dirty, and the message says why.
  */
 int nbdm_peek_map (const char *state_dir, const char *disk);
-/* The same of the logs that cover all disks, by their headers. */
+/* The same for the logs that cover all disks: checks their headers. */
 int nbdm_peek_logs (const char *state_dir);
 
 /* --- Tests ----------------------------------------------------------- */

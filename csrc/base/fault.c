@@ -290,10 +290,10 @@ fault_init (void)
   pthread_once (&once, parse_all);
 }
 
-/* A file and not a signal or a pipe: the test is another process, perhaps in
- * another language, and may look at any time.  The file grows by a byte each
- * time a thread reaches the point.  So if PATH exists beforehand, no thread
- * waits and the file counts the arrivals.
+/* The thread waits for a file and not for a signal or a pipe: the test is
+ * another process, perhaps in another language, and may check at any time.  The
+ * file PATH.reached grows by a byte each time a thread reaches the point.  So
+ * if PATH exists beforehand, no thread waits and the file counts the arrivals.
  */
 static void
 wait_for (const char *path)

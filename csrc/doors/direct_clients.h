@@ -18,8 +18,8 @@ void clients_destroy (struct clients *clients);
  * handshake.
  */
 void clients_add (struct clients *clients, struct session *session);
-/* There is no descriptor, memory or thread for a client: end the oldest
- * handshake.  False: there is none.
+/* No descriptor, memory or thread is left for a client: end the oldest
+ * handshake.  False: no connection is in the handshake.
  */
 bool clients_make_room (struct clients *clients);
 /* Admit a session after its handshake: 0; -EUSERS: too many clients;

@@ -17,7 +17,7 @@
  * they came, and the largest request fits the smallest budget.
  *
  * A session reserves in whole chunks, so small buffers that come and go cost
- * nothing but a comparison.
+ * only a comparison.
  */
 
 #include <string.h>
@@ -31,8 +31,8 @@
 #include "wire/mailbox.h"
 
 #define CHUNK (UINT64_C (1) << 20)
-#define PRESS_NS (200 * NS_PER_MS) /* between two looks */
-#define STALE_NS (3 * NS_PER_S)    /* since the last look: begin anew */
+#define PRESS_NS (200 * NS_PER_MS) /* between two checks */
+#define STALE_NS (3 * NS_PER_S)    /* since the last check: begin anew */
 #define MOVED_BYTES                                                            \
   (256u << 10) /* in `stall_ns`: less is nothing                               \
                 */

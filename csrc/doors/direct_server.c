@@ -143,8 +143,8 @@ begin_session (struct direct_server *server, int fd)
 }
 
 /* False: no descriptor, memory or thread is left for a client.  The oldest
- * handshake gives its own back, or strangers who say nothing would keep all
- * clients out.
+ * handshake gives its own back; otherwise connections that send nothing would
+ * keep all clients out.
  */
 static bool
 accept_one (struct direct_server *server, int listen_fd)

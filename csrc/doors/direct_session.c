@@ -196,7 +196,7 @@ take_header (struct session *s)
   return op;
 }
 
-/* The next request that has come completely.  NULL: there is none. */
+/* The next request that has arrived completely; NULL: none has. */
 static struct op *
 take_request (struct session *s)
 {

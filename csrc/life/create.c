@@ -31,7 +31,7 @@
 
 /* Servers may still carry out commands of an earlier volume that was killed,
  * and its maps are replaced: so all regions are late as well.  Any log shows
- * that there was one, as an interrupted create has removed the superblock.
+ * that a volume existed, as an interrupted create has removed the superblock.
  */
 static unsigned
 first_contents (int dirfd)

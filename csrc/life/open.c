@@ -24,25 +24,26 @@
  *   6  the superblock is stored         S or S + 1   S + 1
  *
  * If a start ends in step 2, the next one treats the new map as still lost
- * (LOG_RENEWED).  After step 3 it sees that the last session was not closed.
- * After step 4 it does the same again, as each change only adds bits.  After
- * step 5 it stamps the same S + 1.  After step 6 either number is right.
+ * (LOG_RENEWED).  If it ends in step 3, the next one sees that the last session
+ * was not closed.  In step 4: the next one makes the same changes again, as
+ * each change only adds bits.  In step 5: it stamps the same S + 1.  In step 6:
+ * either number is right.
  *
  * So no start stamps a number above S + 1.  If starts stamped a number above
  * every stamp they found, as an earlier version did, S would fall behind: after
  * two starts that end in step 5 the third believes no log.
  *
  * Step 1 is for a superblock whose fdatasync failed: it may exist only in the
- * page cache, and logs that continue from it must not outlive it.  It is
+ * page cache, and logs that continue from it must not outlive it.  The slot is
  * written in its own place: the same bytes cannot tear, and the other slot,
- * which is surely durable, stays.  Step 6 writes into the other slot: if that
- * tears, S is left.
+ * which is certainly durable, stays.  Step 6 writes into the other slot: if
+ * that write tears, the slot with S is still valid.
  *
  * If one slot is damaged, S may be one too low, and a session number is used
  * twice.  FORMAT.md says what that costs: an old copy of a log from the same
  * session looks like the one in use.
  *
- * A start that fails after step 2 notes that the page cache must not be
+ * A start that fails after step 2 records that the page cache must not be
  * believed (give_up): a failed msync may have dropped bits that are on no disk.
  */
 

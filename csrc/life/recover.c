@@ -326,8 +326,8 @@ open_dirty_map (struct nbdm *v, struct remote *r)
 
 /* Create the map of a remote that is new in the configuration, or replace a
  * lost one.  A map from an earlier start that ended may be there already, and
- * may lack bits.  All dirty and all late: commands of an earlier process may be
- * under way to the same disk, under whatever name.
+ * may lack bits.  All regions are dirty and late: commands of an earlier
+ * process may be under way to the same disk, under this or another name.
  */
 static int
 renew_dirty_map (struct nbdm *v, struct remote *r)

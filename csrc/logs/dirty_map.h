@@ -99,7 +99,7 @@ void dirty_map_pay (struct dirty_map *dm, uint64_t region);
 void dirty_map_forgive (struct dirty_map *dm);
 /* Empty an unflushed map: a flush has covered it, or its regions were marked.
  * Regions with a deferred mark stay in it: the remote lost them before any
- * flush that succeeds later, and after a kill nothing else says so.
+ * flush that succeeds later, and after a kill no other record shows that.
  */
 void dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed);
 /* The connection is lost: unflushed regions become dirty and lost, and the

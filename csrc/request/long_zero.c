@@ -10,9 +10,9 @@
  * resyncs, other long requests are left to resync at once: otherwise a client
  * that trims its whole disk would wait a deadline for each request.
  *
- * Not under policy stop, which needs every answered write on both disks; nor
- * while local misses anything or is doubted, as the remote may then have the
- * only copy.
+ * The rest is not left to resync under policy stop, which needs every answered
+ * write on both disks, or while local misses anything or is doubted, as the
+ * remote may then have the only copy.
  */
 
 #include "api.h"

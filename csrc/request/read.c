@@ -49,7 +49,7 @@ any_set (const struct remote *r, const struct bitmap *map, uint64_t count,
 
 /* A remote that has the range, with a reference to its connection.  `refused`
  * has a bit for each remote that has answered an error: it is not returned.
- * NULL: there is none.
+ * NULL: no remote has the range.
  */
 static struct remote *
 find_source (struct nbdm *v, const struct remote *except, uint64_t count,

@@ -18,14 +18,14 @@
  * to the answer of the flush.  `flushing` lists the regions that were answered
  * before the flush began, and its success clears only these.  A call walks the
  * regions once, in ascending order, and ends with a flush of all it copied.  So
- * no region is copied again under a flush that would then seem to cover its
+ * no region is copied again during a flush that would then seem to cover its
  * second copy.
  *
- * Never wait for a range while holding another: a client's write may wait for
- * the range that this call holds, and be ahead of it in the queue for the range
- * that it wants.  So if a range is not free at once, this call first ends every
+ * This call never waits for a range while it holds another: a client's write
+ * may wait for the held range, and be ahead of this call in the queue for the
+ * other one.  So if a range is not free at once, this call first ends every
  * copy under way, and the flush too, so that their regions soon become clean.
- * For the same reason nothing is under way during a rest.
+ * For the same reason no command is under way during a rest.
  */
 
 #include <errno.h>
@@ -300,7 +300,9 @@ resync_take_room (struct batch *b, enum backlog_kind kind, uint64_t wanted)
   return room ? room : wait_for_room (b, kind, wanted);
 }
 
-/* Before a range is locked: wait for what is under way, if that makes room. */
+/* Called before a range is locked.  If the backlog has no room for a copy, wait
+ * for the flush under way, or for the copies, which makes room.
+ */
 static int
 make_room (struct batch *b)
 {
@@ -327,7 +329,9 @@ find_buffer (struct batch *b, struct copy *copy)
   return copy->buf ? 0 : set_error (-ENOMEM, "resync");
 }
 
-/* Copy the beginning of the run.  1: under way; 0: look again; -errno. */
+/* Copy the beginning of the run.  1: the copy is under way; 0: find the run
+ * again; -errno.
+ */
 static int
 copy_run (struct batch *b, struct copy *copy, struct run *run)
 {

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Threads that may hang at the local disk; see local_io.c. */
+/* Threads that make the local disk's system calls, in which they may hang; see
+ * local_io.c.
+ */
 
 #ifndef NBDM_LOCAL_IO_H
 #define NBDM_LOCAL_IO_H
@@ -28,10 +30,9 @@ struct local_job {
   void *buf; /* destination of a read, or the bytes to write */
   bool may_trim;
   int whence;
-  uint32_t
-      wait_ms; /* limit of the wait, if the disk is not given up; 0: none */
-  /* For LOCAL_CALL.  `drop`, if not NULL, runs after `call`, or instead of it,
-   * when no thread waits for the job any more.
+  uint32_t wait_ms; /* limit of the wait; 0: until the disk is given up */
+  /* For LOCAL_CALL.  `drop`, if not NULL, runs when no thread waits for the job
+   * any more: after `call`, or instead of it.
    */
   int (*call) (struct nbdm *v, void *opaque);
   void (*drop) (void *opaque);

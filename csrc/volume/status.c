@@ -321,8 +321,7 @@ nbdm_peek_map (const char *state_dir, const char *disk)
   return rc;
 }
 
-/* The header of a log that is none of the maps; its content only a start reads.
- */
+/* Check the header of a log that is no map.  Only a start reads its content. */
 static int
 peek_log (int dirfd, const char *file, const char *magic, uint64_t entries,
           uint64_t entry_size, const struct disk_superblock *sb)

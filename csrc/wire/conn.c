@@ -255,7 +255,7 @@ conn_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return conn->transport->issue (conn, cmd, waiter);
 }
 
-/* May a thread become the poller?  There is none, or it is absent. */
+/* Is no thread the poller, or is the poller absent? */
 static bool
 lacks_poller_locked (const struct conn *conn)
 {

@@ -2,11 +2,11 @@
 
 /* Receive bytes from a process that may also send open files.
  *
- * On a unix socket any message can carry descriptors (SCM_RIGHTS).  Where the
- * receiver has no room for them the kernel closes the files, on the thread that
- * receives, and the last close of a file may wait: that of a TCP socket with
- * SO_LINGER for as long as its owner has chosen.  So a hostile server could
- * block the ticker, and a hostile client a thread that holds a range.  This
+ * On a unix socket any message can carry descriptors (SCM_RIGHTS).  If the
+ * receiver has no room for them, the kernel closes the files on the thread that
+ * receives.  The last close of a file may wait: a TCP socket with SO_LINGER
+ * waits for as long as its owner has chosen.  So a hostile server could block
+ * the ticker, and a hostile client a thread that holds a range.  Therefore this
  * file receives the descriptors, and a separate thread closes them.
  *
  * Urgent bytes (MSG_OOB) carry files too.  A recv skips such a byte, and the

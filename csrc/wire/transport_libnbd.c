@@ -216,7 +216,9 @@ libnbd_connect (struct conn *conn, const char *uri, uint64_t until_ns,
   conn->nbd = nbd_create ();
   if (conn->kick < 0 || conn->nbd == NULL)
     return set_error (-ENOMEM, "connect");
-  /* The operator writes the URI, so files it names (a TLS key) are his. */
+  /* The operator writes the URI, so libnbd may read the files that it names,
+   * such as a TLS key.
+   */
   nbd_set_uri_allow_local_file (conn->nbd, true);
   nbd_set_pread_initialize (conn->nbd, false);
   nbd_set_full_info (conn->nbd, true); /* for the description */
