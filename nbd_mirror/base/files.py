@@ -102,8 +102,7 @@ def is_there(path: str | Path) -> bool:
     """
     Say whether a file is seen there, by any user.
 
-    `Path.exists` raises where this user may not look, which is no answer for one who
-    only asks.
+    `Path.exists` raises where this user may not look, but the caller needs an answer.
     """
     return os.path.exists(path)  # noqa: PTH110
 

@@ -7,7 +7,7 @@ does not take, on the thread that receives or closes the socket, and the last cl
 file may wait for as long as that user likes (csrc/wire/receive.c). A command takes such
 files, or leaves the socket open: when the command ends, the kernel closes all without a
 wait. An urgent byte (MSG_OOB) can carry files too, and a receive that skips it closes
-them. Linux from 6.16 refuses the files as they are sent, where the socket says so.
+them. Linux from 6.16 refuses files when they are sent, if the socket has an option.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def refuse_files(sock: socket.socket) -> None:
     """
     Have the kernel refuse open files as they are sent to *sock*, if it can.
 
-    A socket that is accepted does as the one that listens, from its connect on.
+    An accepted socket has the option of its listener, from the client's connect on.
     """
     with contextlib.suppress(OSError):  # an older kernel, or TCP
         sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)

@@ -2,8 +2,8 @@
 """
 The end of every error of a command: a message on standard error, and an exit code.
 
-An error is one line `nbd-mirror: what happened`, perhaps a line `  try: ` with what
-helps, and the exit code of its class. A traceback is shown only with
+An error is one line `nbd-mirror: what happened`, perhaps a line `  try: ` with the
+command that helps, and the exit code of its class. A traceback is shown only with
 NBD_MIRROR_DEBUG=1.
 """
 
@@ -65,7 +65,7 @@ def run(app: Callable[..., object]) -> int:
 
 
 def _tell(error: Exception) -> int:
-    """Print an error that no step took for one of its own; return the exit code."""
+    """Print an error that no other code has handled; return the exit code."""
     # Any step may need a descriptor or memory, also an import of the interpreter's.
     if isinstance(error, OSError) and error.errno in _USED_UP:
         words = f"the command cannot go on: {error.strerror}"

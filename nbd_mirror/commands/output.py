@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-# The bidirectional classes of what has a terminal show text in another order.
+# The bidirectional classes of characters that make a terminal reorder text.
 _ORDERS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 

@@ -179,7 +179,7 @@ def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
 
 
 def _lines(status: Status) -> Iterator[str]:
-    """Yield one line per remote, with what deserves a new line when it changes."""
+    """Yield a line per remote, with the values whose change is worth a new line."""
     if status.pid is None:
         yield f"{status.volume}: {status.reason}"
         return

@@ -3,30 +3,32 @@
 Which connection may write to a node's disk: claims, pure rules.
 
 A primary that connects to another node claims the node's disk. The claim is the
-export's name, so that it comes before the first request, and a plain client cannot make
-one by accident:
+export's name. So it arrives before the first request, and a plain client cannot make a
+claim by accident:
 
     NAME@EPOCH.NODE.SESSION.NONCE
 
 Claims are ordered by epoch, node and session. The node stores the highest one that it
 has granted. A higher claim fences: the node stores it, then cuts the connections of all
 others, waits until none of their requests is under way at its disk, and flushes the
-disk. Only then is the claim granted. So nothing of a lower claim lands later, whatever
-the network or a stopped process still holds, and a node's `late_write_window` is 0.
+disk. Then it grants the claim. So no write of a lower claim reaches the disk later,
+even if the network or a stopped process still holds one, and a node's
+`late_write_window` is 0.
 
-A node also refuses every claim of an earlier promotion than the latest that it knows.
-Its own promotion is one: it cuts and drains all connections first, as a claim would.
-Else a primary that was stopped between its handshake and its claim could claim the disk
-of a node that was promoted, has answered writes and is secondary again.
+A node also refuses a claim of an earlier promotion than the latest one that it knows.
+Its own promotions count: before one, the node cuts and drains all connections, as it
+does for a claim. Otherwise a primary that was stopped between its handshake and its
+claim could claim the disk of a node that was promoted, has answered writes and is
+secondary again.
 
 Why each part is there:
 
-- The **node**, as two operators who force two nodes at once give both the same epoch.
-- The **session**, which the primary stores and raises at each start and at each
-  reconnect: what was under way on a lost connection may still land, and has to be
-  fenced by the same primary too.
-- The **nonce**, a random number of the claim's first connection. A second connection of
-  the same session shows it; a primary whose state was restored from a copy does not
+- The **node**: two operators who force two nodes at once give both the same epoch.
+- The **session**: the primary stores it, and raises it at each start and at each
+  reconnect. A request of a lost connection may still reach the disk, so the same
+  primary has to fence it too.
+- The **nonce**: a random number of the claim's first connection. A second connection of
+  the same session shows it. A primary whose state was restored from a copy does not
   know it.
 """
 
@@ -88,7 +90,7 @@ def judge(
     Judge a claim.
 
     Args:
-        in_force: the highest claim that was ever stored; None: none was.
+        in_force: the highest claim that was ever stored, or None.
         term: the latest promotion that this node knows, its own ones included.
         whole: no connection of *in_force* has ended since it was granted, and the node
             has not been restarted. Once one has ended, its requests may be lost or
@@ -107,7 +109,7 @@ def judge(
 def why_refused(
     claim: Claim, in_force: Claim | None, *, term: tuple[int, str], primary: bool
 ) -> str:
-    """Say it to the node that claimed; both sides show it."""
+    """Return the reason, which both the claiming node and this one show."""
     asked = f"epoch {claim.epoch} of {claim.node}, session {claim.session}"
     if primary:
         return f"this node is primary: it grants no claim ({asked})"
@@ -130,7 +132,7 @@ def parse_claim(export: str) -> tuple[str, Claim] | None:
     """
     Read an export's name; None: it is no claim, or not one of this version.
 
-    Whatever a hostile client sends gives None or a claim, never an error.
+    Any text that a hostile client sends gives None or a claim, never an error.
     """
     match = _CLAIM.fullmatch(export)
     if match is None:

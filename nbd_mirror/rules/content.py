@@ -66,7 +66,7 @@ def choose(
     Args:
         size: of the volume, in bytes.
         smallest: the smallest block that the server takes.
-        need: of the content; None: there is none.
+        need: of the content; None: the disk is empty.
         asked: by the operator, now or earlier.
         before: the choice for an earlier attachment.
     Raises:

@@ -12,10 +12,10 @@ So two nodes of one generation hold the same data, except in regions that one of
 names: its dirty map, and what was under way when a session or a node ended. The node
 handshake (node_handshake.py) rests on this rule alone.
 
-A node "may hold" a generation from the moment at which it is offered, not from the
-moment at which it confirms: its answer can be lost, and the node with it. That is what
-`Peer.shared` records. It is stored before the offer is sent. DRBD took the confirmation
-for the event, and had nodes of one id with different data (drbd@7bc900858).
+A node "may hold" a generation from the moment when it is offered, not from the moment
+when the node confirms it: the answer can be lost, and the node with it. `Peer.shared`
+records this, and is stored before the offer is sent. DRBD relied on the confirmation,
+and got nodes of one id with different data (drbd@7bc900858).
 
 Each function returns the lineage that the node has to store next. The node stores it
 before it does what the function's name says.
@@ -41,9 +41,9 @@ __all__ = [
     "share",
 ]
 
-NO_DATA = 0  # no generation: the disk has not been given any content yet
+NO_DATA = 0  # no generation: the disk has no content yet
 HISTORY = 32  # ancestors kept; a node that is older than all of them is unrelated
-BASES = 4  # kept of a node; one that is forgotten costs a comparison, never data
+BASES = 4  # bases kept for a node; a forgotten one costs a comparison, never data
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class Peer:
             some    no       lacks writes that this node has answered
             none    no       has never met this node: nothing is known of it
 
-    The map is kept towards every node of the volume, also towards one that was never
-    met: `share` says why.
+    A node keeps a map towards every other node of the volume, even if the two have
+    never met: `share` says why.
     """
 
     node: str
@@ -130,10 +130,10 @@ def begin(lineage: Lineage, fresh: int, missing: Collection[str]) -> Lineage:
     `must_begin` is true again.
 
     Raises:
-        ValueError: the disk has no data, and so no generation to go on from.
+        ValueError: the disk has no data, and so no generation to continue from.
     """
     if lineage.generation == NO_DATA:
-        raise ValueError("a disk without data begins by `create`")
+        raise ValueError("a disk without data gets its first generation by `create`")
     peers = tuple(
         _counted_from(peer, lineage.generation, offered=peer.node not in missing)
         for peer in lineage.peers
@@ -152,9 +152,10 @@ def share(lineage: Lineage) -> Lineage:
     Record that every other node may hold the present generation.
 
     A node does this when it meets another node of its generation, and when it becomes
-    primary. The other node may have given the generation to a third one meanwhile, and
-    nobody told this node. DRBD had nodes of one id with different data for want of it
-    (drbd@499533fe3). It costs a generation at the next write that a node lacks.
+    primary. The other node may have given the generation to a third one in the
+    meantime, and this node does not know it. DRBD did not assume this, and got nodes of
+    one id with different data (drbd@499533fe3). The assumption costs one more
+    generation at the next write that a node lacks.
     """
     peers = tuple(replace(peer, shared=True) for peer in lineage.peers)
     return replace(lineage, peers=peers)
@@ -176,10 +177,10 @@ def adopt(target: Lineage, source: Lineage) -> Lineage:
     """
     Take the source's generation: everything it holds has been copied and flushed.
 
-    The target forgets its bases towards all nodes. What it changed towards them is no
-    longer told by its dirty maps, as copying has changed more. The caller enters these
-    maps, and those of the source, into the target's doubts first (`inherited`,
-    node_handshake.py). Every node may hold the source's generation.
+    The target forgets its bases towards all nodes. Its dirty maps no longer show all
+    regions that differ from them, because copying has changed more regions. So the
+    caller first enters these maps, and those of the source, into the target's doubts
+    (`inherited`, node_handshake.py). Every node may hold the source's generation.
     """
     peers = tuple(Peer(peer.node, shared=True) for peer in target.peers)
     return Lineage(source.generation, source.history, peers)

@@ -3,18 +3,18 @@
 What two nodes do when they meet: one pure function, `decide`.
 
 The connecting node computes it and sends the result. The other node computes it again,
-from its own side; if the two differ, neither acts. The same function serves a connect,
-a start, a resumed node and a replaced disk, so that no way around it exists.
+from its own side; if the results differ, neither acts. The same function decides after
+a connect, a start, a `resume` and a replaced disk, so no path bypasses it.
 
 It has three steps. `relate` compares the generations. A table by that relation says
-which node is the source and what is copied. Vetoes come last: what was decided may be
-impossible to carry out, and then the reason and the command are the result.
+which node is the source and what is copied. The vetoes come last: it may be impossible
+to carry out the decision, and then the result is the reason and the command that helps.
 
 Two rules hold for every row:
 
-- No row clears a bit. What is copied is always the union of both dirty maps, of both
-  sides' doubts and of what either disk misses. A flag may choose the direction; it
-  never makes a region clean. "In sync" needs all these sets to be empty.
+- No row clears a bit. A resync always copies the union of both dirty maps, of both
+  sides' doubts and of the regions that either disk misses. A flag may choose the
+  direction; it never makes a region clean. "In sync" needs all these sets to be empty.
 - `decide(a, b)` mirrors `decide(b, a)`. Each row is written from one side and is tried
   both ways round.
 
@@ -65,7 +65,7 @@ def decide(mine: Side, other: Side) -> Plan:
         13   a common ancestor         split brain; what differs is not marked
         14   nothing in common         stop
 
-    Then the vetoes, of which the first that applies is the result:
+    Then the vetoes; the first that applies is the result:
 
         one is primary, and the other knows that a   split brain, until that third
         third node was promoted later                node is met
@@ -87,10 +87,10 @@ def resolve(keep: Side, other: Side) -> Plan:
     """
     Say what happens if an operator decides that *keep* counts.
 
-    It overrules a split brain, and a primary that would have to be a target, and no
-    other stop. What only the other node has is lost to clients; the caller saves it
-    first. The kept node begins a generation of its own: a third node that shares the
-    losing one must not pass for newer.
+    It overrules a split brain, and a primary that would have to be a target, but no
+    other stop. Clients lose the writes that only the other node has; the caller saves
+    them first. The kept node begins a generation of its own, so that a third node with
+    the losing node's generation is not taken for newer.
     """
     plan = decide(keep, other)
     if not plan.split:
@@ -119,8 +119,8 @@ def marked(source: set[int], target: set[int]) -> set[int]:
 
     Args:
         source, target: what each side names towards the other: its dirty map, its
-            doubts, what its disk misses. Also what only the target changed is copied:
-            the source has the older content of it, and that is what counts.
+            doubts, what its disk misses. Regions that only the target changed are
+            copied too: the source has their older content, which counts.
     """
     return source | target
 
@@ -129,9 +129,9 @@ def healable(missed: set[int], dirty: set[int], target_missed: set[int]) -> set[
     """
     Give the regions that a source takes from its target, as its own disk misses them.
 
-    What is missed and not healable is nowhere: the target's content of it is older than
-    a write that was answered, or was written after the two parted. It stays missed,
-    reads of it fail, and the operator is told.
+    No node has the right content of the other missed regions: the target's content is
+    older than an answered write, or was written after the histories parted. They stay
+    missed, reads of them fail, and the operator is told.
 
     Args:
         missed, target_missed: what each side's disk misses.
@@ -145,8 +145,8 @@ def inherited(copied: set[int], dirty: set[int], doubts: set[int]) -> set[int]:
     Give the regions that a target enters into its doubts towards a third node.
 
     It stores them before the first copy. Copying changes the target, and the third node
-    does not learn it; what the source doubts towards the third node, the target doubts
-    from then on.
+    does not learn that. The regions that the source doubts towards the third node are
+    from then on doubts of the target too.
 
     Args:
         copied: the regions that the resync copies.
@@ -155,7 +155,7 @@ def inherited(copied: set[int], dirty: set[int], doubts: set[int]) -> set[int]:
     return copied | dirty | doubts
 
 
-# What the node that is behind gets: row and extent.
+# Row and extent of the copy to the node that is behind.
 _TARGET_ROWS = {
     Relation.EMPTY: ("2 no data", Extent.DIFFERENT),
     Relation.BEHIND: ("9 base", Extent.MARKED),
@@ -166,7 +166,7 @@ _SOURCE_ROWS = {
     Relation.AHEAD: _TARGET_ROWS[Relation.BEHIND],
     Relation.NEWER: _TARGET_ROWS[Relation.OLDER],
 }
-# Where the marked regions are all that differ.
+# Relations in which only the marked regions differ.
 _EXACT = frozenset({Relation.SAME, Relation.BEHIND, Relation.AHEAD, Relation.FORKED})
 
 
@@ -186,7 +186,7 @@ def _other_volume(mine: Side, other: Side) -> Plan:
 
 
 def _by_generation(mine: Side, other: Side) -> Plan:
-    """Go by the table's rows from 2 on."""
+    """Decide by the table's rows from 2 on."""
     relation = relate(mine, other)
     if relation is Relation.BOTH_EMPTY:
         return _both_empty(mine, other)
@@ -219,7 +219,7 @@ def _both_empty(mine: Side, other: Side) -> Plan:
     return Plan(
         Action.STOP,
         "2 both empty",
-        reason="no node was told yet that its data counts",
+        reason="no operator has said yet which node's data counts",
         hint="promote the node that holds the data",
     )
 
@@ -242,7 +242,7 @@ def _same(mine: Side, other: Side) -> Plan:
 
 
 def _in_sync(mine: Side, other: Side) -> Plan:
-    """Nothing to copy; a primary stays one, also above a later one that has ended."""
+    """Copy nothing. A primary stays primary, even if a later one has ended."""
     for side, peer in ((mine, other), (other, mine)):
         if side.role is Role.PRIMARY and side.term < peer.term:
             epoch = peer.epoch + 1
@@ -254,7 +254,7 @@ def _preferred(mine: Side, other: Side) -> bool:
     """
     Tell whether *mine* is the source, at the first difference.
 
-    Of two primaries the later one is, whatever else differs: its clients have read it.
+    Of two primaries the later one always is, because its clients have read its data.
     """
     if mine.role is Role.PRIMARY and other.role is Role.PRIMARY:
         return _later(mine, other)
@@ -294,14 +294,14 @@ def _from(first: bool, row: str, mine: Side, other: Side) -> Plan:
 
 
 def _resync(row: str, source: Side, target: Side, extent: Extent) -> Plan:
-    """Carry a decision out, if no veto forbids it."""
+    """Make the plan of a resync, unless a veto forbids it."""
     if source.generation == NO_DATA:
         reason = f"{source.node} holds no data that could count"
         return Plan(Action.STOP, f"{row}, empty source", reason=reason)
     if source.inconsistent:
         reason = (
-            f"{source.node} has what {target.node} lacks, but its own image is half-way"
-            " through a resync and of no instant"
+            f"{source.node} has writes that {target.node} lacks, but a resync to"
+            f" {source.node} was cut off: its image is of no instant"
         )
         return Plan(Action.STOP, f"{row}, inconsistent source", reason=reason)
     if source.missed and extent is Extent.DIFFERENT:

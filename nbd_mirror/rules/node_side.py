@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What a node shows of itself to another one, and what the two of them can do.
+What a node shows of itself to another one, and the plan of the two.
 
-The handshake sends a `Side` each way; node_handshake.py makes a `Plan` of the two.
+The handshake sends a `Side` each way; node_handshake.py makes a `Plan` from the two.
 `relate` is its first step: it compares the generations (generation.py).
 """
 
@@ -135,12 +135,12 @@ class Plan:
         source, target: node names, of RESYNC.
         epoch: to be stored by *source* before the other node does anything, or 0.
         demotes: the target serves clients: it fails the requests that it holds, closes
-            its door and goes on as a secondary.
+            its door and continues as a secondary.
         heals_source: the source's disk misses regions: what is `healable` comes from
             the target.
         discards: regions that only the target has and that are overwritten.
         begins: the source begins a generation first (`resolve`).
-        split: an operator has to choose a side (`resolve`).
+        split: an operator must choose a side (`resolve`).
         reason, hint: of STOP: why, and the command that helps.
     """
 

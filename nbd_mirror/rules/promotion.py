@@ -2,10 +2,11 @@
 """
 Whether a node may open its door: pure rules.
 
-A node that was primary never opens its door because it remembers that. It needs proof
-that no other node has answered a write that it lacks, and that none serves now. Without
-proof an operator has to force it, and is told what may be lost. A node cannot know what
-a primary answered that it cannot reach: it names a time, never an invented number.
+That a node remembers to be primary is never a reason to open its door. It needs proof
+that no other node has answered a write that it lacks, and that no other node serves
+now. Without proof an operator has to force it, and is told what may be lost. A node
+cannot know how many writes an unreachable primary has answered: so it names a time, and
+never invents a number.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Contact:
     Another node, as this one sees it now.
 
     Args:
-        connected: the handshake found a way and a session is up, or neither node has
-            data: then the handshake waits for the first promotion.
+        connected: the handshake has succeeded and a session is up; or neither node has
+            data, and the handshake waits for the first promotion.
         has_data: it holds a generation.
     """
 
@@ -92,10 +93,11 @@ def may_promote(node: Standing) -> Verdict:
     Answer whether *node* may become primary: the first line that applies.
 
     The answer is given to the node that asks. Before it opens its door, each connected
-    node stores the new term, or refuses: it is primary, or it knows a later term, or it
-    asks for a later one itself. What it stores takes back its token and its own right
-    to resume. When the last one has consented, the answer still has to be the same.
-    Without that two connected nodes could be answered "yes" at once.
+    node stores the new term, or refuses it. A node refuses if it is primary, if it
+    knows a later term, or if it asks for a later one itself. The stored term takes back
+    the node's token and its own right to resume. When the last node has consented, the
+    answer must still be the same. Otherwise two connected nodes could be answered "yes"
+    at the same time.
 
         another node is connected as primary     no: switch over instead
         its disk misses regions                  no
@@ -149,9 +151,9 @@ def may_resume(mine: Side, other: Side) -> bool:
     """
     Tell whether the last primary opens its door again without an operator.
 
-    It has met *other* after a restart, was not demoted and gave its role to nobody. The
-    other node must not have been promoted since, and this node must not have to wait
-    for data.
+    This node has met *other* after a restart, was not demoted and did not hand over its
+    role. The other node must not have been promoted since, and this node must not have
+    to wait for data.
     """
     plan = decide(mine, other)
     ready = plan.action is Action.IN_SYNC or (
@@ -166,8 +168,8 @@ def may_hand_over(mine: Side, other: Side) -> bool:
     """
     Tell whether *mine* may hand the role of primary to *other*, with a token.
 
-    Only the last primary may, and to one node. The token makes *other* primary without
-    anybody's consent, so no third node can have been promoted since.
+    Only the last primary may, and only to one node. The token makes *other* primary
+    without the consent of other nodes, so no third node can have been promoted since.
     """
     last = mine.leader == mine.node and mine.term == other.term
     closed = Role.PRIMARY not in (mine.role, other.role)

@@ -93,7 +93,7 @@ class ControlServer:
 
     def bind(self) -> None:
         """
-        Bind the socket; who asks now waits for `start`.
+        Bind the socket; a client that connects now waits for `start`.
 
         Raises:
             BusyError: another server answers on it. MirrorError of another
@@ -137,7 +137,7 @@ class ControlServer:
         if self._listener is None or self._closing:
             return
         self._closing = True
-        # Remove the name first: no client may connect to a server that will not answer.
+        # Remove the name first, so that no client connects to a server that ends.
         with contextlib.suppress(OSError):
             self._path.unlink()
         os.write(self._wake_w, b"x")
@@ -235,7 +235,7 @@ class ControlServer:
                 self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _keep_name(self) -> None:
-        """Bind again if the socket was removed, say by a clean-up of old files."""
+        """Bind again if the socket was removed, as by a clean-up of old files."""
         if self._closing or os.path.lexists(self._path):
             return
         with contextlib.suppress(MirrorError, OSError):

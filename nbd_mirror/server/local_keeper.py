@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalKeeper"]
 
-RETRY_S = 1.0  # until the next batch, when nothing tells that it would work
+RETRY_S = 1.0  # until the next batch, if no event shows that it would work
 SAID_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
 SAMPLE_S = 5.0
 COMMAND_S = 5.0  # how long an operator's command waits for another one
@@ -227,7 +227,7 @@ class LocalKeeper(DiskKeeper):
             return
         batch, wait_s = self._copier.copy()
         if batch.copied_bytes > 0 or batch.error is None:
-            # All that could be copied was. Go on, even if a part was refused.
+            # Everything that can be copied now was copied, even if a part was refused.
             with self._lock:
                 self._error = ""
             if wait_s > 0:
@@ -254,7 +254,7 @@ class LocalKeeper(DiskKeeper):
 
     def _recover(self, words: str) -> None:
         self._note(words)
-        # Wait in any state: what fails at once would fail again at once.
+        # Wait in any state: a step that fails at once would fail again at once.
         self._engine.wait(LOCAL, self._engine.status().local.serial, RETRY_S)
 
     def _note(self, words: str) -> None:

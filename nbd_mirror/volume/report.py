@@ -2,8 +2,7 @@
 """
 Build a volume's status from facts, in the same way with and without a server.
 
-This module only shapes and words: state.py judges, and the keepers or the logs give the
-facts.
+This module only arranges the facts of the keepers or the logs; state.py judges them.
 """
 
 from __future__ import annotations
