@@ -336,8 +336,8 @@ struct engine_test {
 #name, name                                                                \
   }
 
-/* Each in a process of its own, or only the one the command line names;
- * returns what main shall.
+/* Run each test in a process of its own, or only the one that the command line
+ * names.  Returns the exit status.
  */
 static int
 run_tests (const struct engine_test *tests, size_t nr, int argc, char *argv[])

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A state directory in which one file is garbled: a start refuses, naming the
- * file, or marks more regions dirty, saying why; it never marks fewer (rule 9).
+/* A state directory in which one file is garbled: a start refuses and names the
+ * file, or marks more regions dirty and says why; it never marks fewer (rule
+ * 9).
  *
  * Each way of ending a session is a scenario. The tests that include this apply
  * each of their kinds of damage to each file of each scenario.

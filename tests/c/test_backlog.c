@@ -406,7 +406,7 @@ slow_site (enum nbdm_policy policy)
   site_resync_to_end (&site, 0);
 }
 
-/* A client waits for its trim a deadline long; the rest is resync's. */
+/* A client waits one deadline for its trim; resync zeroes the rest. */
 static void
 test_long_trim_is_left_to_resync (void)
 {

@@ -189,9 +189,9 @@ test_bitmap_merge_adds_and_keeps_from (void)
   drop (&from);
 }
 
-/* With known_empty nothing is read; and what the counts call empty (or, for
- * next_clear and set, full) is not looked at.  The memory in question cannot
- * be, so a look is a SIGSEGV.
+/* A new map reads no memory, and no function reads a page that is empty by its
+ * count (or full, for next_clear and set).  Here such a page cannot be read, so
+ * a read is a SIGSEGV.
  */
 static void
 test_bitmap_empty_pages_stay_untouched (void)

@@ -152,8 +152,7 @@ assert_reads (uint64_t offset, uint32_t length, uint8_t stamp)
     assert (ask->buf[i] == stamp);
 }
 
-/* --- a thread that cannot be made, and is long about it --------------------
- */
+/* --- a thread whose creation takes long, and fails -------------------- */
 
 static struct pool *const last = &lonely.pools[WRITERS];
 static atomic_bool no_threads;
@@ -215,9 +214,9 @@ is_idle (void)
 
 /* --- tests ---------------------------------------------------------------- */
 
-/* While a thread is made the one worker has done all there was, and was idle
- * for long.  The thread then cannot be made, nor can any other: the worker is
- * there for what comes next.
+/* While a thread is being made, the only worker finishes all ios and is idle
+ * for long.  Then the thread cannot be made, and no later one either: the
+ * worker must still exist for the next io.
  */
 static void
 test_one_worker_stays (void)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* A write without a thread of its own: it goes that way only when nothing is
- * to be waited for, leaves nothing behind when it does not, and what fails
- * half way is completed by the rules of every write.
+/* A write without a thread of its own.  It takes the express path only if it
+ * needs no wait; otherwise it holds nothing afterwards.  A write that fails
+ * half-way is completed by the same rules as any other.
  */
 
 #include "api.h"
@@ -268,8 +268,8 @@ is_quick (void)
   return local_is_quick (volume, true);
 }
 
-/* A slow disk is found out within a few requests, and again when it is not; a
- * slow machine is no slow disk.  Every eighth is looked at, of either kind.
+/* A few requests show that a disk is slow, and a few that it is quick again; a
+ * slow machine is no slow disk.  Every eighth read and write is measured.
  */
 static void
 test_refused_while_the_disk_sleeps (void)

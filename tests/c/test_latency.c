@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The histograms of what requests take: which bucket, and beside what. */
+/* The histograms of requests' times: the bucket of a time, and whether a
+ * request counts as disturbed by copying.
+ */
 
 #include "base/clock.h"
 #include "base/latency.h"

@@ -255,8 +255,7 @@ small_read_of_a_connection (void)
   copy_back_after_the_call ();
 }
 
-/* --- only useful -----------------------------------------------------------
- */
+/* --- a call that the engine can do without ------------------------------ */
 
 static atomic_bool hold_sizes; /* by the wrapped fstat */
 

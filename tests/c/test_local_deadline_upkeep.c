@@ -59,8 +59,8 @@ do_wait_for_local (struct job *job)
                               1000 * SITE_DEADLINE_S * 2);
 }
 
-/* The disk hangs while it is compared: the range is let go, the disk is not
- * admitted, and who waits for a change of it sees that.
+/* The disk hangs while it is compared: the range is released, the disk is not
+ * admitted, and a thread that waits for a change of the disk sees that.
  */
 static void
 attached_disk_hangs (void)

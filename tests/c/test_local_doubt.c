@@ -7,9 +7,9 @@
 #include "volume/flush.h"
 #include "schedules.h"
 
-/* A flush of local has failed, and its page cache has lost a write.  What is a
- * hole on local now is taken for one neither in a copy to a remote that is
- * under way nor in an answer to a client.
+/* A flush of local has failed, and its page cache has lost a write.  Local now
+ * has a hole there, but neither the copy to a remote nor the answer to a client
+ * treats the range as a hole.
  */
 static void
 hole_of_a_doubted_disk (void)
@@ -29,7 +29,7 @@ hole_of_a_doubted_disk (void)
           && extent.type == NBDM_EXTENT_DATA);
   site_connect (&site, 1);
   start (&copy, do_resync_second);
-  /* Give a copy that takes the hole for one time to be answered. */
+  /* Give a copy that wrongly sends zeroes time to be answered. */
   poll (NULL, 0, 100);
   shut_flush_gate (false);
   assert (end (&flush) == 0);
@@ -77,9 +77,9 @@ source_refuses_after_a_copy (void)
           == 0);
 }
 
-/* A flush of local has failed, and what it may have lost only the remote has:
- * an operator's command may not make that dirty before the remote takes its
- * place.
+/* A flush of local has failed, and only the remote has the data that local may
+ * have lost: an operator's command must not make this data dirty on the remote
+ * before the remote takes local's place.
  */
 static void
 invalidate_beside_a_doubted_disk (void)
@@ -100,8 +100,8 @@ invalidate_beside_a_doubted_disk (void)
   assert (read_at (5 * REGION) == 7);
 }
 
-/* Under policy stop nothing takes the place of a disk that was cut: it stays in
- * use, and the remote alone has what it lost.
+/* Under policy stop no remote takes the place of a disk that was cut: the disk
+ * stays in use, and only the remote has the bytes that it lost.
  */
 static void
 invalidate_beside_a_cut_disk (void)
@@ -118,8 +118,8 @@ invalidate_beside_a_cut_disk (void)
 }
 
 /* The remote that is to take local's place comes back at another one's address:
- * it may not be made to miss what the other one missed, as local may have lost
- * that.
+ * the regions that the other one missed must not become dirty on it, because
+ * local may have lost them.
  */
 static void
 addresses_beside_a_doubted_disk (void)
@@ -140,7 +140,8 @@ addresses_beside_a_doubted_disk (void)
 }
 
 /* Local misses another region, so it is read region by region.  A flush of it
- * fails during such a read, and its page cache has lost what is read.
+ * fails during such a read, and its page cache has lost the bytes that are
+ * read.
  */
 static void
 doubt_during_a_read (void)
@@ -178,7 +179,7 @@ sample_of_a_doubted_disk (void)
   site.params.flush_ms = 10;
   open_volume ();
   assert (write_at (5 * REGION, 7) == 0);
-  /* Or the takeover makes local miss it, and nothing is compared. */
+  /* Otherwise the takeover makes local miss it, and nothing is compared. */
   assert (nbdm_cool (site.volume, 0) == 0);
   nbdm_disk_drop (site.volume, 2, "for the test");
   punch_local (5 * REGION);
@@ -196,8 +197,8 @@ sample_of_a_doubted_disk (void)
   assert (site_status (&site, 1).state == NBDM_IN_SYNC);
 }
 
-/* The page cache of local has lost a write, and no flush has told it yet: local
- * reads as before the write, and so does what is copied from it.
+/* The page cache of local has lost a write, and no flush has reported that yet:
+ * a read of local, and a copy from it, has the bytes from before the write.
  */
 static void
 write_and_lose (uint64_t offset)
@@ -206,8 +207,8 @@ write_and_lose (uint64_t offset)
   punch_local (offset);
 }
 
-/* The flush that tells it comes after the copy: the remote is not in sync,
- * takes nobody's place, and no client is told that its write is safe.
+/* The flush that reports it comes after the copy: the remote is not in sync and
+ * does not take local's place, and no client is told that its write is safe.
  */
 static void
 loss_told_after_a_copy (void)
@@ -221,7 +222,7 @@ loss_told_after_a_copy (void)
   assert (site_status (&site, 0).state != NBDM_IN_SYNC);
 }
 
-/* The remote has the write and comes back from a hold: that it differs there is
+/* The remote has the write and comes back from a hold: the difference there is
  * no proof that it is another disk.
  */
 static void
@@ -241,8 +242,8 @@ loss_told_after_a_sample (void)
   assert (read_at (5 * REGION) == 7);
 }
 
-/* A client writes a part of the sector that was lost: the rest of it, as local
- * has it now, is not sent to the remote.
+/* A client writes a part of the lost sector: the rest of it, which local has in
+ * its old state, is not sent to the remote.
  */
 static void
 loss_told_by_a_part_of_a_sector (void)
@@ -299,8 +300,9 @@ loss_told_beside_a_copy (void)
 }
 
 /* A local disk that can neither write nor read a region is no source of it, so
- * the remote that has it stays one: under policy stop nothing takes the place
- * of local, but no answered write is lost, and an operator can let the remote.
+ * the remote stays the source.  Under policy stop no remote takes local's
+ * place, but no answered write is lost, and after a switch of the policy the
+ * remote takes it.
  */
 static void
 dead_disk_leaves_the_remote_well (void)
@@ -316,7 +318,7 @@ dead_disk_leaves_the_remote_well (void)
   assert (read_at (5 * REGION) == 7 && read_at (9 * REGION) == 9);
 }
 
-/* So does one that was cut. */
+/* The same with a local disk that was cut. */
 static void
 cut_disk_leaves_the_remote_well (void)
 {

@@ -487,9 +487,9 @@ killed_beside_a_failed_remote (void)
   assert (end (&writer) == 0 && read_at (0) == 3);
 }
 
-/* The failed local disk alone has a region that the first remote misses and of
- * which the second, which has failed, is said to have a copy.  After lost power
- * the disk is still known to have it: no other disk may take its place.
+/* Only the failed local disk has a region: the first remote misses it, and the
+ * second, which has it by its map, has failed.  After lost power the volume
+ * still knows that the disk has it: no other disk may take its place.
  */
 static void
 lost_power_beside_a_failed_remote (void)

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Out of memory: a write must not need any, for it may be what the kernel
- * frees memory with.  This test has the allocator's name to itself, and is
- * built without the address sanitizer for that.
+/* Out of memory: a write must not need any, because the kernel may need this
+ * write to free memory.  The test replaces the allocator, so it is built
+ * without the address sanitizer.
  *
- * The engine's own code must not even ask.  libnbd does, a command at a time;
- * where it gets none the remote is lost, and the disk goes on without it.
+ * The engine's own code must not even try to allocate.  libnbd allocates for
+ * each command; if that fails, the remote is lost, and the disk continues
+ * without it.
  */
 
 #include "api.h"

@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Overlapping requests from many threads, with resync of two remotes running:
- * whatever the order, every disk ends with the same bytes, and they are bytes
- * that may be there.
+/* Overlapping requests from many threads, while two remotes are resynced: in
+ * any order, all disks end with the same bytes, and these bytes are allowed.
  *
- * The servers apply and answer in any order, as NBD lets them, so that the
- * order is the range lock's alone.  Each sector is a register: a write has a
- * value of its own, and the times of its start and its answer.  Older than an
- * answered write is what no read may return and no disk may hold.
+ * The servers apply and answer in any order, as NBD lets them, so that only the
+ * range lock orders the requests.  Each sector is a register: a write has a
+ * value of its own, and the times of its start and its answer.  No read may
+ * return, and no disk may hold, a value older than an answered write.
  */
 
 #include "api.h"

@@ -296,7 +296,9 @@ test_hung_while_more_is_written (void)
     assert_lost (all[--nr]);
 }
 
-/* One that starves while others are answered, and its length is no excuse. */
+/* A command that starves while others are answered is given up, however long
+ * it is.
+ */
 static void
 test_starving (void)
 {

@@ -31,7 +31,8 @@ wait_outstanding (uint32_t remote, uint32_t nr)
 
 /* --- the schedules ----------------------------------------------------- */
 
-/* Of the only remote; the request waits until `open_gate`. */
+/* Lose the only remote during its flush; the request waits until `open_gate`.
+ */
 static void
 lose_over_the_flush (enum nbdm_remote_state state)
 {
@@ -278,9 +279,9 @@ write_is_sent_again (void)
   assert (peer_image (site.peers[0])[40 * REGION] == 1);
 }
 
-/* A write is flushed on the remote when local fails again, and that remote is
- * lost: the write is local's, which the takeover calls missing for as long as
- * the other remote is flushed.
+/* Local fails again while a remote flushes a write, and that remote is lost.
+ * Only local has the write, but the takeover marks it as missing on local while
+ * the other remote flushes.
  */
 static void
 write_of_a_mended_disk (void)
@@ -392,8 +393,8 @@ request_that_both_refuse (void)
 }
 
 /* The other way round: the request that both refuse is answered between the
- * failed flush and the takeover.  It may not cost the volume its only
- * successor.
+ * failed flush and the takeover.  It must not put out of sync the only remote
+ * that can take local's place.
  */
 static void
 refused_beside_a_failed_flush (void)

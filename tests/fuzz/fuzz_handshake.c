@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What the direct door makes of a client's bytes, for libFuzzer: the only part
- * of ours that unknown programs talk to.
+/* A client's bytes for the direct door, by libFuzzer: no other part of ours
+ * talks to unknown programs.
  *
- * It is the whole door that is asked, over a unix socket, and not the handshake
- * by itself: a thread a client costs a fraction of a millisecond, and then what
- * a session allocates, hands to workers and gives back is looked at as well.
+ * The input goes to the whole door over a unix socket, and not only to the
+ * handshake: a thread per client costs a fraction of a millisecond, and the
+ * test then also covers the memory of a session and its workers.
  *
- * The first byte says how the rest is meant, so that a few bytes get far: as
- * the handshake from its first byte on and whatever follows it; as what follows
- * a handshake; as requests, each told in four bytes; or as options, each told
- * in two.  Of the last two it is known what was asked: every one must be
- * answered, and once.  And whatever a client sends and then closes its side,
- * the door must come to an end with it.
+ * The first byte says how to use the rest, so that a few bytes get far: as the
+ * bytes of a client from the handshake on; as its bytes after a handshake; as
+ * requests, each described by four bytes; or as options, each described by two.
+ * For requests and options the expected answers are known: each must be
+ * answered exactly once.  After any input, when the client closes its side, the
+ * session must end.
  */
 
 #define _GNU_SOURCE
@@ -49,8 +49,8 @@ int LLVMFuzzerInitialize (int *argc, char ***argv);
 int LLVMFuzzerTestOneInput (const uint8_t *data, size_t size);
 int __wrap_dprintf (int fd, const char *format, ...);
 
-/* The log is dropped: a line for each mistake of the fuzzer would be all of its
- * output.
+/* Drop the log: otherwise the output would consist of a line for each invalid
+ * input.
  */
 int
 __wrap_dprintf (int fd, const char *format, ...)

@@ -1,17 +1,16 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a connection to a remote makes of a server's bytes, for libFuzzer.
+/* A server's bytes for a connection to a remote, by libFuzzer.
  *
- * The server's end of the socket is ours, and no second thread runs by itself:
- * an input is a list of events, of commands that are issued, bytes that the
- * server takes, answers, true, forged or cut, and raw bytes.  Those named for
- * it happen in the middle of a sendmsg, which then sends all, some or nothing:
- * that is where answers that are too early meet commands that are still
- * leaving.
+ * The test has the server's end of the socket, and no second thread runs by
+ * itself.  An input is a list of events: a command is issued, the server takes
+ * bytes, it sends an answer (right, forged or cut) or raw bytes.  Some events
+ * happen in the middle of a sendmsg, which then sends all, some or nothing: so
+ * answers arrive while their commands are still being sent.
  *
- * Whatever comes: every command ends once the connection does, one that ended
- * is freed at once so that no thread may touch it later, and none succeeds that
- * had not left, all of it.
+ * For any input: every command ends when the connection ends; a command that
+ * ended is freed at once, so that a later access is found; and no command
+ * succeeds that was not sent completely.
  */
 
 #define _GNU_SOURCE

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What a start makes of garbled files, for libFuzzer: one target a file, one
- * for the whole directory and one for nbdm_peek, by FUZZ_FILES.
+/* Garbled files for a start, by libFuzzer: a target for each file, one for the
+ * whole directory and one for nbdm_peek, by FUZZ_FILES.
  *
- * An input is a list of edits to a state directory that the engine itself left
- * (tests/c/images.h), so that a few bytes reach any place.  Besides crashes it
- * looks for lost bits: garbled files make a start refuse or find more dirty.
- * With the first byte's SEAL the edited parts get their CRC anew, to get past
- * it: that is forgery, not damage, and only has to be survived.  The fuzzer is
- * good at guessing CRCs, so what was forged is found out, not taken on trust.
+ * An input is a list of edits to a state directory that the engine itself made
+ * (tests/c/images.h), so that a few bytes reach any place.  Besides crashes the
+ * test looks for lost bits: with garbled files a start must refuse, or find
+ * more regions dirty.  With SEAL in the first byte the edited parts get a valid
+ * CRC: that is forgery and not damage, and a start only has to survive it.  The
+ * fuzzer also guesses CRCs, so the test itself finds out which parts were
+ * forged.
  */
 
 #include "api.h"
