@@ -13,12 +13,12 @@ import contextlib
 import errno
 import os
 import pwd
-import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import AccessError
+from .hints import quote
 
 __all__ = [
     "check_private",
@@ -130,15 +130,15 @@ def check_private(folder: Path, command: str) -> None:
         raise AccessError(
             f"the state directory {folder} belongs to user {owner}, and this is {us}: "
             "nothing in it is touched",
-            f"sudo -u {shlex.quote(owner)} nbd-mirror {command} CONFIG\n"
+            f"sudo -u {quote(owner)} nbd-mirror {command} CONFIG\n"
             f"or, if {us} is to serve the volume: "
-            f"{sudo}chown -R {us.removeprefix('#')} {shlex.quote(os.fspath(folder))}",
+            f"{sudo}chown -R {us.removeprefix('#')} {quote(os.fspath(folder))}",
         )
     if status.st_mode & 0o022 and stat.S_ISDIR(status.st_mode):
         raise AccessError(
             f"other users may write in the state directory {folder}: its files cannot "
             "be trusted",
-            f"chmod go-w {shlex.quote(os.fspath(folder))}",
+            f"chmod go-w {quote(os.fspath(folder))}",
         )
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-__all__ = ["ASKED_VARIABLE", "Asked"]
+__all__ = ["ASKED_VARIABLE", "Asked", "quote"]
 
 # Passes this on to the server that a command starts, which may print a hint too.
 ASKED_VARIABLE = "NBD_MIRROR_ASKED"
@@ -27,6 +28,26 @@ _COMMAND = re.compile(
     rf"(?P<options>(?: {_OPTION})*)"
 )
 _EXCLUSIVE = {"--force", "--without-local"}
+
+
+def quote(word: str) -> str:
+    """
+    Return *word* as a shell reads it.
+
+    A terminal shows no bytes that are not UTF-8, and not every character. Such a word
+    is written as $'...', which bash, zsh and ksh read, with those bytes in octal.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_escape, word))}'"
+
+
+def _escape(char: str) -> str:
+    if char in "'\\":
+        return f"\\{char}"
+    if char.isprintable():
+        return char
+    return "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
 
 
 @dataclass(frozen=True)

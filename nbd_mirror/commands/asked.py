@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from typer.models import OptionInfo
 
 from ..base.errors import MissingError
-from ..base.hints import Asked
+from ..base.hints import Asked, quote
 from ..volume.config import CONFIG_DIR_ENV, find
 
 __all__ = ["asked_for", "name_volume"]
@@ -54,7 +53,7 @@ def _asked(
         pass  # relative to a folder that was removed
     if config.startswith("-"):
         config = path
-    return Asked(shlex.quote(config), shlex.quote(path), command, options)
+    return Asked(quote(config), quote(path), command, options)
 
 
 def _options(
@@ -72,7 +71,7 @@ def _options(
             continue
         values = value if isinstance(value, list) else [value]
         words = (str(getattr(one, "value", one)) for one in values)
-        yield flag, " ".join(f"{flag} {shlex.quote(word)}" for word in words)
+        yield flag, " ".join(f"{flag} {quote(word)}" for word in words)
 
 
 def _option(annotation: Any) -> OptionInfo | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-import shlex
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..base.errors import (
     from_errno,
 )
 from ..base.files import check_private, is_there
+from ..base.hints import quote
 from ..base.units import format_size
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
@@ -107,19 +107,19 @@ def _bring_back(config: VolumeConfig) -> str:
         "nbd-mirror serve CONFIG, then nbd-mirror resume CONFIG local or "
         "nbd-mirror invalidate CONFIG local\n"
         "or, to throw those writes away: "
-        f"rm {shlex.quote(f'{config.state}/superblock')}"
+        f"rm {quote(f'{config.state}/superblock')}"
     )
 
 
 def _check_local(config: VolumeConfig) -> None:
-    local, quoted = Path(config.local), shlex.quote(config.local)
+    local, quoted = Path(config.local), quote(config.local)
     try:
         status = local.stat()
     except (FileNotFoundError, NotADirectoryError):
         size = config.size and format_size(config.size, exact=True).removesuffix("iB")
         hint = f"truncate -s {size.removesuffix('B')} {quoted}" if size else ""
         if is_there(config.state_dir / "superblock"):
-            uri = shlex.quote(config.remotes[0].uri)
+            uri = quote(config.remotes[0].uri)
             hint = (
                 f"if it was lost, copy it back first: nbdcopy {uri} {quoted}, then "
                 "nbd-mirror create CONFIG --force"

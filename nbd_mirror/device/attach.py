@@ -28,7 +28,6 @@ import errno
 import math
 import os
 import re
-import shlex
 import time
 
 from ..base.errors import (
@@ -41,6 +40,7 @@ from ..base.errors import (
     NotRunningError,
     UnsupportedError,
 )
+from ..base.hints import quote
 from ..base.interrupts import put_off
 from ..base.programs import find_program, run
 from ..rules.content import Choice, Need, choose, need_of
@@ -156,9 +156,7 @@ def attach(
 def _again(device: str, option: str = "") -> str:
     """Return the command that attaches to the same device."""
     return " ".join(
-        filter(
-            None, ["nbd-mirror attach CONFIG", option, device and shlex.quote(device)]
-        )
+        filter(None, ["nbd-mirror attach CONFIG", option, device and quote(device)])
     )
 
 
@@ -337,12 +335,12 @@ def other_ways(config: VolumeConfig) -> str:
         [
             "with FUSE and a loop device (packages libnbd-bin, fuse3):",
             f"  mkdir -p {folder}",
-            f"  nbdfuse {folder} {shlex.quote(uri)} &",
+            f"  nbdfuse {folder} {quote(uri)} &",
             f"  until [ -e {folder}/nbd ]; do sleep 0.1; done",
             f"  mount -o loop {folder}/nbd /mnt    # undo: umount /mnt {folder}",
             "or give it to QEMU as a disk:",
-            f"  -drive {shlex.quote(drive)}",
-            f"  -blockdev {shlex.quote(blockdev)} -device virtio-blk-pci,drive={node}",
+            f"  -drive {quote(drive)}",
+            f"  -blockdev {quote(blockdev)} -device virtio-blk-pci,drive={node}",
         ]
     )
 

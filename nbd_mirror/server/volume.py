@@ -10,7 +10,6 @@ fork, starts it after, and stops it at the end. Requests never pass through it.
 from __future__ import annotations
 
 import os
-import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from ..base.errors import (
     MirrorError,
     UnsupportedError,
 )
+from ..base.hints import quote
 from ..base.threads import begin, keep_going
 from ..device.attach import RECONNECT_S, attached_device, let_go, take_back
 from ..volume import config as _config
@@ -117,7 +117,7 @@ class Volume:
             config.local,
             len(config.remotes),
             log,
-            asked=shlex.quote(os.fspath(config.source)),
+            asked=quote(os.fspath(config.source)),
         )
         note = self.engine.status().local.note
         if note:

@@ -108,12 +108,16 @@ def test_error_is_one_line_and_a_hint_with_the_users_name_for_it(file: Path) -> 
     )
 
 
-def test_hints_can_be_pasted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [b"my CONFIG's $HOME", b"\xff caf\xc3\xa9", b"two\nlines' \x1b[1m"]
+)
+def test_hints_can_be_pasted(tmp_path: Path, name: bytes) -> None:
     """Whatever the paths are, a shell runs each command as it stands."""
-    folder = tmp_path / "my CONFIG's $HOME"
+    folder = tmp_path / os.fsdecode(name)
+    # A file names no such path itself: TOML is UTF-8.
     folder.mkdir()
-    file = make_file(folder)
-    (folder / "st").chmod(0o777)
+    file = make_file(tmp_path).rename(folder / "v.toml")
+    (tmp_path / "st").rename(folder / "st").chmod(0o777)
 
     def paste(code: int, *options: str) -> str:
         done = nbd_mirror("create", file, *options)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
-from nbd_mirror.base.hints import Asked
+from nbd_mirror.base.hints import Asked, quote
 from nbd_mirror.commands.asked import name_volume
+from nbd_mirror.commands.output import plain
 from nbd_mirror.volume.config import CONFIG_DIR_ENV
 
 OPTIONS = {"--door": "--door native", "--force": "--force"}
@@ -67,3 +71,28 @@ def test_sudo_gets_a_name_that_needs_no_variable(
     path = "'/my volumes/pg.toml'"
     named = f"sudo nbd-mirror attach {path}, nbd-mirror attach pg"
     assert named == name_volume(hint, "pg")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        b"plain",
+        b"a b'c\"d\\e",
+        b"\xff/caf\xc3\xa9",
+        b"line\nend\ttab",
+        b"'\xfe\\1",
+        b"\x1b[31m",
+        "\u202eleft".encode(),
+        "no\u00a0break".encode(),
+        b"",
+    ],
+)
+def test_word_that_no_terminal_shows_can_be_pasted(word: bytes) -> None:
+    """A shell reads the same bytes from what is printed, in one line."""
+    quoted = quote(os.fsdecode(word))
+    assert quoted.isprintable()
+    assert plain(quoted) == quoted
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True
+    )
+    assert done.stdout == word
