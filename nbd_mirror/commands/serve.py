@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import os
 import resource
@@ -18,7 +19,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,8 @@ from ..base.errors import (
 )
 from ..base.files import check_private
 from ..base.hints import Asked
+from ..base.interrupt import hold_back, let_through
+from ..base.interrupts import Interrupt, Signals, put_off
 from ..base.programs import cannot_start, clean_environment, find_program, run
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
@@ -147,8 +150,10 @@ def exec_server(
     try:
         _hand_on(listeners)
         os.chdir("/")  # so that the current folder can be unmounted
+        hold_back()
         os.execve(command[0], command, environment)  # noqa: S606
     except OSError as error:
+        let_through()
         raise cannot_start(command[0], error) from None
 
 
@@ -240,24 +245,57 @@ def _start(
 
 
 @contextlib.contextmanager
-def _ended_by_interrupt(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ended_by_signal(
+    process: subprocess.Popen[bytes], signals: Signals
+) -> Iterator[None]:
     """
-    End the server if the operator interrupts its start.
+    End the server if a signal ends the command that waits for its start.
 
-    It has a session of its own, so Ctrl-C does not reach it; and it may be about to
-    overwrite the remotes, which the operator has just seen to be a mistake.
+    The server has a session of its own, so Ctrl-C and the end of the terminal do not
+    reach it; and it may be about to overwrite the remotes, which the operator has just
+    seen to be a mistake. The command ends by that signal a little later.
     """
     try:
-        yield
-    except KeyboardInterrupt:
+        with signals.let_through():
+            yield
+    except Interrupt:
         process.terminate()
         sys.stderr.write(
             f"nbd-mirror: interrupted: server {process.pid} was told to end, which is "
             "a clean stop if it serves already\n"
         )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_TIMEOUT_S)
+        deadline = time.monotonic() + END_TIMEOUT_S
+        seen = len(signals.came)
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(signals.came) > seen:
+                break  # the operator does not wait
+            time.sleep(0.05)
         raise
+
+
+def _wait_for_answer(
+    config: VolumeConfig,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    said: Callable[[], list[str]],
+) -> None:
+    """Wait until the server answers; *said* gives the log since its start."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        code = process.poll()
+        if code is not None:
+            words = last_words(log, said())
+            raise ServerEndedError(words, code if code > 0 else 1)
+        with contextlib.suppress(MirrorError):
+            if serving_pid(config) == process.pid:
+                pass_on_warnings(said())
+                return
+        time.sleep(0.05)
+    raise WaitTimeoutError(
+        f"server {process.pid} does not answer after {START_TIMEOUT_S:g}s; "
+        f"it goes on starting, and says why in {log}",
+        "nbd-mirror status CONFIG",
+    )
 
 
 def start(
@@ -267,7 +305,7 @@ def start(
     Start the server in the background and wait until it answers.
 
     It gets a session of its own, without input; its output goes to `serve.log` in the
-    state directory.
+    state directory. A signal that ends this command while it waits ends the server too.
 
     Returns:
         Its process id.
@@ -280,25 +318,13 @@ def start(
     _command(config, door)  # report a missing program here, not in a log
     log = config.state_dir / "serve.log"
     with open_log(log) as fd:
-        begin = os.lseek(fd, 0, os.SEEK_END)
+        said = functools.partial(said_since, fd, os.lseek(fd, 0, os.SEEK_END))
         command = [*PYTHON, "nbd_mirror", "serve"]
         options = ["--foreground", "--door", door, *_CHOICES[choice]]
         command += [os.fspath(config.source), *options]
-        process = _start(command, fd, _environment(asked))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        with _ended_by_interrupt(process):
-            while time.monotonic() < deadline:
-                code = process.poll()
-                if code is not None:
-                    words = last_words(log, said_since(fd, begin))
-                    raise ServerEndedError(words, code if code > 0 else 1)
-                with contextlib.suppress(MirrorError):
-                    if serving_pid(config) == process.pid:
-                        pass_on_warnings(said_since(fd, begin))
-                        return process.pid
-                time.sleep(0.05)
-    raise WaitTimeoutError(
-        f"server {process.pid} does not answer after {START_TIMEOUT_S:g}s; "
-        f"it goes on starting, and says why in {log}",
-        "nbd-mirror status CONFIG",
-    )
+        # No signal ends this command between the server's start and the wait for it.
+        with put_off() as signals:
+            process = _start(command, fd, _environment(asked))
+            with _ended_by_signal(process, signals):
+                _wait_for_answer(config, process, log, said)
+    return process.pid

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import sys
 
-from ..base.interrupt import end_at_once
+from ..base.interrupt import end_by_signal
 
 if __name__ == "__main__":
     # Until the server takes its signals: a start may be cut short at any instant.
-    end_at_once()
+    end_by_signal()
     from .direct import main
 
     main(sys.argv[1])

@@ -18,6 +18,11 @@ from _nbdm_native import ffi
 # this plugin, not a second copy of it in _core's own shared object.
 sys.modules["nbd_mirror._core"] = sys.modules["_nbdm_native"]
 
+# The imports take time, and would show Ctrl-C as a traceback.
+from nbd_mirror.base.interrupt import end_by_signal  # noqa: E402
+
+end_by_signal()
+
 if TYPE_CHECKING:
     from nbd_mirror.server.volume import Volume
 

@@ -10,9 +10,12 @@ names. A connection has no state, so its handle is just true.
 
 from __future__ import annotations
 
+from nbd_mirror.base.interrupt import end_by_signal
 from nbd_mirror.base.parent import outlive_parent
 
-outlive_parent()  # first of all: the imports take time
+# First of all: the imports take time, and nbdkit would show Ctrl-C as a traceback.
+outlive_parent()
+end_by_signal()
 
 # ruff: noqa: E402
 import errno

@@ -333,29 +333,6 @@ def test_slow_start_goes_on_when_its_command_gives_up(site: Site, door: str) -> 
     site.cli("stop", str(site.config))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_start_that_is_interrupted_is_none(site: Site, door: str) -> None:
-    """Ctrl-C ends the server too, which the terminal cannot reach."""
-    site.create()
-    gate = site.folder / "gate"
-    command = [*site.command(), "serve", str(site.config), "--door", door]
-    fault = {"NBDM_FAULT": f"superblock_write:1=wait:{gate}"}
-    environment = os.environ | site.environment() | fault
-    with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        support.wait_until(Path(f"{gate}.reached").exists, "the start to be under way")
-        pid = int((site.state / "lock").read_text())
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-        assert f"server {pid} was told to end" in process.stderr.readline()
-    gate.touch()
-    support.wait_until(lambda: not support.is_running(pid), "the server to end")
-    site.cli("serve", str(site.config))
-    site.cli("stop", str(site.config))
-
-
 # A server, without clients, that gets no thread for its maintenance.
 WITHOUT_A_THREAD = """
 import errno, sys
