@@ -32,7 +32,7 @@ from ..rules.state import LocalState
 from ..volume.client import serving_pid
 from ..volume.config import STATE_FILES, VolumeConfig, check_links, to_params
 from ..volume.loops import check_remotes
-from ..volume.offline import load_core, read_superblock
+from ..volume.offline import check_not_served, load_core, read_superblock
 
 __all__ = ["create_volume"]
 
@@ -58,7 +58,10 @@ def create_volume(
     core = load_core()
     check_links(config)
     check_remotes(config)
-    _check_local_is_whole(config)
+    if is_there(config.state_dir / "superblock"):
+        _check_local_is_whole(config)
+    else:
+        check_not_served(config)
     _check_local(config)
     made = _make_folder(config, force)
     superblock = config.state_dir / "superblock"

@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ..base import strangers, unix
-from ..base.errors import FormatError, MirrorError, MissingError, UnsupportedError
+from ..base.errors import (
+    BusyError,
+    FormatError,
+    MirrorError,
+    MissingError,
+    UnsupportedError,
+)
 from ..base.files import is_there, read_plain
+from ..base.hints import quote
 from ..base.listen import Listen
 from ..rules.state import Facts, LocalFacts, LocalState, RemoteState
 from .config import VolumeConfig
@@ -31,6 +38,7 @@ from .report import LocalView, RemoteView, report
 from .status import Status
 
 __all__ = [
+    "check_not_served",
     "load_core",
     "lock_holder",
     "mapped_disks",
@@ -163,19 +171,39 @@ def read_superblock(config: VolumeConfig) -> Peek:
 
 def _no_state(config: VolumeConfig) -> MissingError:
     """Return the error for a state that is not there, or not any more."""
-    words = f"volume {config.name} has no state in {config.state}"
+    try:
+        check_not_served(config)
+    except BusyError as error:
+        return MissingError(error.message, error.hint)
+    return MissingError(
+        f"volume {config.name} has no state in {config.state}: it was not created yet",
+        "nbd-mirror create CONFIG",
+    )
+
+
+def check_not_served(config: VolumeConfig) -> None:
+    """
+    Check that no process listens for a volume whose state is not there.
+
+    Raises:
+        BusyError: one does. The state may have been removed under the volume's server,
+        which still knows which disk has the newest data; a new state would not.
+    """
     pid = _listening(config.listen)
     if pid is None:
-        return MissingError(
-            f"{words}: it was not created yet", "nbd-mirror create CONFIG"
-        )
+        return
     who, kill = f"process {pid}", f"kill -TERM {pid}"
     if pid <= 0:
         who, kill = "a process", "end that process"
-    return MissingError(
-        f"{words}, but {who} listens on {config.listen}: if it is the volume's server, "
-        "the state was removed under it, and no start will know what the remotes miss",
-        f"if so, {kill}, then nbd-mirror create CONFIG (copies all of `local`)",
+    raise BusyError(
+        f"volume {config.name} has no state in {config.state}, but {who} listens on "
+        f"{config.listen}: if it is the volume's server, the state was removed under "
+        "it, and no start will know what the remotes miss, nor what `local` misses",
+        f"if so, and `local` had not failed: {kill}, then nbd-mirror create CONFIG "
+        "(copies all of `local`)\n"
+        "or, if it had, or to be sure: unmount, copy the volume to a new disk while it "
+        f"is served (nbdcopy {quote(config.listen.uri)} NEW), then {kill}, set `local` "
+        "to NEW, and nbd-mirror create CONFIG",
     )
 
 

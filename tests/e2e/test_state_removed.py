@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The state directory is removed under a running server.
+
+The server alone still knows which disk has which data, so every command says how to
+keep them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+
+import pytest
+from e2e.lib.disks import small_disk, wait_local
+from e2e.lib.harness import MIB, Site
+
+
+def test_no_command_makes_a_new_state_beside_the_server(site: Site) -> None:
+    """`create` is refused too, with --force as well, until the server has ended."""
+    site.bring_up()
+    shutil.rmtree(site.state)
+    file = str(site.config)
+    words = f"process {site.pid} listens", f"kill -TERM {site.pid}", "nbdcopy"
+    for code, command in ((4, ["status"]), (4, ["serve"]), (5, ["create"])):
+        site.refused(code, *words, commands=[*command, file])
+    site.refused(5, *words, commands=["create", file, "--force"])
+    assert not site.state.exists()
+    os.kill(site.pid, signal.SIGTERM)
+    site.ended()
+    site.cli("create", file)
+
+
+@pytest.mark.slow
+def test_data_that_only_a_remote_has_are_kept(site: Site) -> None:
+    """The local disk had failed: the steps of the hint give a volume with all data."""
+    small_disk(site, 2)
+    site.bring_up()
+    handle = site.client()
+    content = os.urandom(4 * MIB)
+    handle.pwrite(content, 4 * MIB)
+    handle.flush()
+    wait_local(site, "failed")
+    handle.shutdown()
+    shutil.rmtree(site.state)
+    said = site.refused(4, commands=["status", str(site.config)])
+    found = re.search(r"\((nbdcopy .*) NEW\)", said)
+    assert found is not None, said
+    new = site.folder / "new.img"
+    with new.open("wb") as file:
+        file.truncate(site.size)
+    site.processes.run(["/bin/bash", "-c", f"{found[1]} {new}"])
+    os.kill(site.pid, signal.SIGTERM)
+    site.ended()
+    site.local, site.keys["local"] = new, str(new)
+    site.write_config()
+    site.cli("create", str(site.config))
+    site.serve()
+    site.wait_in_sync()
+    handle = site.client()
+    assert handle.pread(len(content), 4 * MIB) == content
+    handle.shutdown()
+    site.stop()
+    site.assert_equal()
