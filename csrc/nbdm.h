@@ -59,6 +59,24 @@ enum nbdm_policy {
   NBDM_STOP = 2     /* if a remote is lost, writes get EIO until in sync */
 };
 
+#define NBDM_ANCESTORS                                                         \
+  32                 /* generations before the present one that are kept       \
+                      */
+#define NBDM_BASES 4 /* generations kept of another node */
+
+enum nbdm_role {
+  NBDM_PRIMARY = 1, /* serves clients */
+  NBDM_SECONDARY = 2
+};
+
+/* How a node came to doubt regions, the best copy first. */
+enum nbdm_crash {
+  NBDM_CRASH_NONE = 0,    /* its last session ended cleanly */
+  NBDM_CRASH_SESSION = 1, /* it stayed up, its primary's session broke off */
+  NBDM_CRASH_PROCESS = 2, /* its server was killed, its kernel stayed up */
+  NBDM_CRASH_HOST = 3     /* its host went down */
+};
+
 /* Extent types of nbdm_extents, as in the NBD protocol. */
 #define NBDM_EXTENT_DATA 0
 #define NBDM_EXTENT_HOLE 3 /* a hole that reads as zeroes */
@@ -68,6 +86,7 @@ struct nbdm; /* a volume, opaque */
 /* The parameters of create and open.  Strings are UTF-8 and are copied. */
 struct nbdm_params {
   const char *name;      /* the volume's, at most NBDM_NAME_LEN - 1 bytes */
+  const char *node;      /* this node's, as long; NULL: no volume of nodes */
   const char *local;     /* path of a file or block device */
   const char *state_dir; /* directory of the logs */
   uint64_t size;         /* bytes; 0: adopt the local disk's own size */
@@ -85,6 +104,7 @@ struct nbdm_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
     uint32_t deadline_ms;    /* of every command to it */
     uint32_t assume_in_sync; /* create: the operator says that it is a copy */
+    uint32_t is_node;        /* another node of the volume; needs `node` */
   } remotes[NBDM_MAX_REMOTES];
 };
 
@@ -183,6 +203,38 @@ struct nbdm_extent {
   uint32_t type;   /* NBDM_EXTENT_* */
 };
 
+/* What a node stores of itself and of the volume's other nodes.  docs/nodes.md
+ * has the words; the rules are in nbd_mirror/rules/.
+ */
+struct nbdm_node {
+  char name[NBDM_NAME_LEN];  /* empty: the volume has no nodes */
+  uint8_t id[NBDM_UUID_LEN]; /* random, made with the state */
+  uint32_t role;             /* enum nbdm_role */
+  uint32_t crash;            /* enum nbdm_crash */
+  uint32_t inconsistent;     /* a resync to it was cut off half-way */
+  uint32_t zero;             /* no data yet, and the disk read as zeroes */
+  uint64_t generation;       /* of its data; 0: no data yet */
+  uint64_t history[NBDM_ANCESTORS]; /* the latest first; 0: none */
+  uint64_t epoch;                   /* of the latest promotion it knows */
+  char leader[NBDM_NAME_LEN];       /* the node promoted then; empty: none */
+  char handed[NBDM_NAME_LEN];       /* has the token of its role, or empty */
+  uint64_t own_session;             /* of its own latest claim */
+  struct nbdm_claim {
+    uint64_t epoch;
+    char node[NBDM_NAME_LEN]; /* empty: no claim was granted */
+    uint64_t session;
+    uint8_t nonce[NBDM_UUID_LEN];
+  } claim; /* the highest that it has granted */
+  uint32_t nr_peers;
+  struct nbdm_peer {
+    char name[NBDM_NAME_LEN];
+    uint8_t id[NBDM_UUID_LEN];  /* 0: never met */
+    uint64_t bases[NBDM_BASES]; /* 0: none */
+    uint32_t shared;            /* it may hold this node's generation */
+    int64_t met; /* end of the last session with it, seconds since 1970; 0 */
+  } peers[NBDM_MAX_REMOTES];
+};
+
 /* --- A volume's life ------------------------------------------------- */
 
 /* The message of this thread's last failed call, "" if none.  Valid until
@@ -192,8 +244,9 @@ const char *nbdm_last_error (void);
 
 /* Format the state directory, which must exist and hold no superblock unless
  * `force`.  Does not change the local disk.  Remotes begin all dirty, or in
- * sync where assumed.  -EEXIST: there is a superblock; -EBUSY: in use; -ENOSPC:
- * no room for the logs; a failed create leaves no volume.
+ * sync where assumed.  A node begins as a secondary without data.  -EEXIST:
+ * there is a superblock; -EBUSY: in use; -ENOSPC: no room for the logs; a
+ * failed create leaves no volume.
  */
 int nbdm_create (const struct nbdm_params *params, int force);
 
@@ -480,10 +533,10 @@ int nbdm_get_recent_regions (struct nbdm *volume, uint64_t *regions,
 
 /* Read a superblock without locking or changing anything, also beside a
  * running server.  Fills what is stored; the rest is zero.  `disks`: room for
- * NBDM_MAX_DISKS.
+ * NBDM_MAX_DISKS.  `node`: may be NULL.
  */
 int nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
-               struct nbdm_disk_status *disks);
+               struct nbdm_disk_status *disks, struct nbdm_node *node);
 
 /* Would a start believe the map of this disk, "local" or a remote?  Locks and
  * changes nothing, also beside a running server.  0; -ENOENT or -EUCLEAN: a

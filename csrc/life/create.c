@@ -25,6 +25,7 @@
 #include "logs/dirty_map.h"
 #include "logs/inflight.h"
 #include "logs/layout.h"
+#include "logs/nodes.h"
 #include "logs/superblock.h"
 #include "volume/local_open.h"
 #include "volume/volume.h"
@@ -41,6 +42,9 @@ first_contents (int dirfd)
              : NEW_MAP_DIRTY;
 }
 
+/* The map towards a node begins empty: no write was answered that the other
+ * node lacks.  That neither has data is what the generations say.
+ */
 static int
 make_logs (const struct nbdm_params *params, const struct disk_superblock *sb,
            int dirfd, uint64_t nr_regions)
@@ -55,10 +59,13 @@ make_logs (const struct nbdm_params *params, const struct disk_superblock *sb,
   if (rc == 0)
     rc = dirty_map_create (dirfd, LOCAL_NAME, sb->uuid, session, nr_regions,
                            params->region_size, 0);
-  for (uint32_t i = 0; i < params->nr_remotes && rc == 0; i++)
-    rc = dirty_map_create (dirfd, params->remotes[i].name, sb->uuid, session,
-                           nr_regions, params->region_size,
-                           params->remotes[i].assume_in_sync ? 0 : contents);
+  for (uint32_t i = 0; i < params->nr_remotes && rc == 0; i++) {
+    const struct nbdm_remote_params *remote = &params->remotes[i];
+    bool empty = remote->assume_in_sync || remote->is_node;
+
+    rc = dirty_map_create (dirfd, remote->name, sb->uuid, session, nr_regions,
+                           params->region_size, empty ? 0 : contents);
+  }
   return rc;
 }
 
@@ -80,11 +87,36 @@ fill_remotes (const struct nbdm_params *params, struct disk_superblock *sb)
   sb->nr_remotes = htole32 (params->nr_remotes);
 }
 
+/* A node has no data until an operator promotes one: then that one's copy
+ * counts, and the others are filled from it.
+ */
+static int
+fill_nodes (const struct nbdm_params *params, struct disk_superblock *sb,
+            struct disk_nodes *nodes)
+{
+  struct nbdm_node node = { .role = NBDM_SECONDARY };
+
+  if (params->node == NULL)
+    return 0;
+  if (getrandom (node.id, sizeof node.id, 0) != (ssize_t)sizeof node.id)
+    return set_error (-errno, "cannot get random numbers");
+  snprintf (node.name, sizeof node.name, "%s", params->node);
+  for (uint32_t i = 0; i < params->nr_remotes; i++)
+    if (params->remotes[i].is_node) {
+      struct nbdm_peer *peer = &node.peers[node.nr_peers++];
+
+      snprintf (peer->name, sizeof peer->name, "%s", params->remotes[i].name);
+    }
+  nodes_put (&node, sb, nodes);
+  return 0;
+}
+
 static int
 fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
-                 struct disk_superblock *sb)
+                 struct disk_superblock *sb, struct disk_nodes *nodes)
 {
   uint64_t generation;
+  int rc;
 
   memset (sb, 0, sizeof *sb);
   memcpy (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic);
@@ -107,6 +139,9 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
   sb->flags = htole32 (SUPERBLOCK_CLEAN);
   sb->local_state = htole32 (NBDM_LOCAL_OK);
   fill_remotes (params, sb);
+  rc = fill_nodes (params, sb, nodes);
+  if (rc < 0)
+    return rc;
   return superblock_identity (dirfd, sb->boot_id, sb->mount_id);
 }
 
@@ -144,6 +179,7 @@ static int
 check_replaceable (int dirfd, const char *state_dir)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   bool torn, whole = true;
   int fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
 
@@ -153,7 +189,7 @@ check_replaceable (int dirfd, const char *state_dir)
     close (fd);
     return -EBUSY;
   }
-  if (superblock_load (fd, &sb, &torn) == 0)
+  if (superblock_load (fd, &sb, &nodes, &torn) == 0)
     whole = le32toh (sb.local_state) == NBDM_LOCAL_OK;
   close (fd);
   return whole ? 0
@@ -188,6 +224,7 @@ int
 nbdm_create (const struct nbdm_params *params, int force)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   uint64_t size = 0, nr_regions;
   int dirfd, lock_fd = -1, rc;
 
@@ -201,14 +238,14 @@ nbdm_create (const struct nbdm_params *params, int force)
   if (rc == 0)
     rc = check_absent (dirfd, params->state_dir, force);
   if (rc == 0)
-    rc = fill_superblock (params, size, dirfd, &sb);
+    rc = fill_superblock (params, size, dirfd, &sb, &nodes);
   if (rc == 0) {
     nr_regions = (size - 1) / params->region_size + 1;
     rc = make_logs (params, &sb, dirfd, nr_regions);
   }
   fault_point ("create_logs_made");
   if (rc == 0)
-    rc = superblock_create (dirfd, &sb);
+    rc = superblock_create (dirfd, &sb, &nodes);
   if (lock_fd >= 0)
     close (lock_fd);
   close (dirfd);

@@ -282,7 +282,7 @@ identity_check_start (struct nbdm *v, const struct nbdm_params *params,
      * between the two, the next one would believe old samples.
      */
     identity_forget_locked (v);
-    rc = superblock_store (v->sb_fd, &v->sb);
+    rc = superblock_store (v->sb_fd, &v->sb, &v->nodes);
   }
   else if (v->local.state != NBDM_LOCAL_FAILED)
     rc = check_believed (v, params, local_size);
@@ -384,5 +384,5 @@ identity_give_up_local (struct nbdm *v)
   if (rc < 0)
     return rc;
   v->sb.local_state = htole32 (NBDM_LOCAL_FAILED);
-  return superblock_store (v->sb_fd, &v->sb);
+  return superblock_store (v->sb_fd, &v->sb, &v->nodes);
 }

@@ -279,6 +279,17 @@ check_params (const struct nbdm *v, const struct nbdm_params *params,
 }
 
 static int
+refuse_nodes (const struct nbdm *v, const char *state_dir)
+{
+  if (!superblock_has_nodes (&v->sb))
+    return 0;
+  return set_message (-EPROTONOSUPPORT,
+                      "%s is the state of node \"%.63s\", and this version "
+                      "does not serve nodes yet",
+                      state_dir, v->nodes.name);
+}
+
+static int
 load_superblock (struct nbdm *v, const char *state_dir)
 {
   bool torn;
@@ -292,9 +303,11 @@ load_superblock (struct nbdm *v, const char *state_dir)
                             state_dir);
   rc = superblock_lock (v->sb_fd, state_dir);
   if (rc == 0)
-    rc = superblock_load (v->sb_fd, &v->sb, &torn);
+    rc = superblock_load (v->sb_fd, &v->sb, &v->nodes, &torn);
   if (rc == 0)
-    rc = superblock_settle (v->sb_fd, &v->sb);
+    rc = refuse_nodes (v, state_dir);
+  if (rc == 0)
+    rc = superblock_settle (v->sb_fd, &v->sb, &v->nodes);
   if (rc < 0)
     return rc;
   v->identity.doubted = torn;

@@ -44,10 +44,14 @@
  * Bits of `compatible`: a program clears those it does not know with its first
  * store, as it does not maintain the fields that they vouch for.
  */
-#define FEATURES_INCOMPATIBLE 0 /* all that this program knows */
-#define FEATURE_IDENTITY 1      /* compatible: the identity fields count */
+#define FEATURE_NODES 1 /* incompatible: each slot has a page of nodes */
+#define FEATURES_INCOMPATIBLE FEATURE_NODES /* all that this program knows */
+#define FEATURE_IDENTITY 1 /* compatible: the identity fields count */
 
 #define ROLE_PRIMARY 1
+#define ROLE_SECONDARY 2 /* only of a volume of nodes */
+
+#define NR_HISTORY 7 /* ancestors kept in the superblock's first page */
 
 #define REMOTE_PAUSED 1  /* an operator paused resync */
 #define REMOTE_ASSUMED 2 /* in sync only because the operator said so */
@@ -90,9 +94,9 @@ struct disk_superblock {
   uint32_t activity_slots;  /* extents in `activity` */
   uint64_t session;
   uint64_t generation;
-  uint64_t history[7]; /* earlier generations, latest first; 0: none */
-  uint32_t role;       /* ROLE_PRIMARY */
-  uint32_t flags;      /* SUPERBLOCK_* */
+  uint64_t history[NR_HISTORY]; /* earlier generations, latest first; 0: none */
+  uint32_t role;                /* ROLE_* */
+  uint32_t flags;               /* SUPERBLOCK_* */
   uint8_t boot_id[NBDM_UUID_LEN]; /* the kernel's boot id when last opened */
   uint64_t mount_id[3];
   uint32_t local_state; /* enum nbdm_local_state */
@@ -126,6 +130,62 @@ _Static_assert(offsetof (struct disk_superblock, identity_session) == 2560,
                "layout");
 _Static_assert(offsetof (struct disk_superblock, samples) == 2816, "layout");
 _Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
+
+/* The second page of a slot, only of a volume of nodes: this node, and what it
+ * knows of the others.  The pages of nodes lie behind both slots, so that a
+ * program that does not know them finds both slots, and refuses the volume.  A
+ * store writes both pages of its slot; a slot whose two pages are not of one
+ * sequence is torn, and not valid.
+ */
+#define NODES_MAGIC "NBDMNODE"
+#define NODES_OFFSET 8192 /* of the first slot's page of nodes, in the file */
+#define NR_OLDER 25       /* ancestors kept here, beside those in `history` */
+
+#define NODE_INCONSISTENT 1 /* a resync to this node was cut off half-way */
+#define NODE_ZERO 2         /* no data yet, and the disk read as zeroes */
+
+#define PEER_SHARED 1 /* it may hold this node's generation */
+
+struct disk_peer {
+  char name[NBDM_NAME_LEN];   /* the other node's, NUL-padded */
+  uint8_t id[NBDM_UUID_LEN];  /* its node id; 0: never met */
+  uint64_t bases[NBDM_BASES]; /* generations it held in full; 0: none */
+  uint32_t flags;             /* PEER_* */
+  uint32_t reserved1;
+  int64_t met; /* end of the last session with it, seconds since 1970; 0 */
+  uint8_t reserved2[32];
+};
+_Static_assert(sizeof (struct disk_peer) == 160, "peer");
+
+struct disk_nodes {
+  char magic[8];
+  uint32_t version;
+  uint32_t crc;               /* CRC32C of the page with this field zero */
+  uint64_t sequence;          /* of the slot */
+  uint8_t id[NBDM_UUID_LEN];  /* of this node: random, made with its state */
+  char name[NBDM_NAME_LEN];   /* of this node, NUL-padded */
+  uint64_t older[NR_OLDER];   /* generations before those in `history` */
+  uint64_t epoch;             /* of the latest promotion that it knows */
+  char leader[NBDM_NAME_LEN]; /* the node promoted then; empty: none was */
+  char handed[NBDM_NAME_LEN]; /* has the token of this node's role, or empty */
+  uint32_t crash;             /* enum nbdm_crash */
+  uint32_t flags;             /* NODE_* */
+  /* The highest claim that this node granted; `claim_node` empty: none. */
+  uint64_t claim_epoch;
+  char claim_node[NBDM_NAME_LEN];
+  uint64_t claim_session;
+  uint8_t claim_nonce[NBDM_UUID_LEN];
+  uint64_t own_session; /* of this node's own latest claim */
+  uint32_t nr_peers;
+  uint32_t reserved1;
+  struct disk_peer peers[LAYOUT_MAX_REMOTES];
+  uint8_t reserved2[2256];
+};
+_Static_assert(NR_HISTORY + NR_OLDER == NBDM_ANCESTORS, "ancestors");
+_Static_assert(offsetof (struct disk_nodes, older) == 104, "layout");
+_Static_assert(offsetof (struct disk_nodes, claim_epoch) == 448, "layout");
+_Static_assert(offsetof (struct disk_nodes, peers) == 560, "layout");
+_Static_assert(sizeof (struct disk_nodes) == LAYOUT_PAGE, "layout");
 
 /* The first page of each of the other files. */
 #define ACTIVITY_MAGIC "NBDMACTV"

@@ -34,6 +34,7 @@
 #define FILE_NAME "superblock"
 #define NR_SLOTS 2
 #define FILE_SIZE (NR_SLOTS * LAYOUT_PAGE)
+#define FILE_SIZE_NODES (NODES_OFFSET + NR_SLOTS * LAYOUT_PAGE)
 
 #define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"
 #define BOOT_ID_DIGITS 32
@@ -47,14 +48,28 @@
 
 enum verdict { SLOT_INVALID, SLOT_VALID, SLOT_NOT_OURS };
 
+/* Both pages of a slot.  Of a volume without nodes only the first one is on
+ * disk.
+ */
+struct slot {
+  struct disk_superblock sb;
+  struct disk_nodes nodes;
+};
+
 static uint64_t
 slot_offset (uint64_t sequence)
 {
   return sequence % NR_SLOTS * LAYOUT_PAGE;
 }
 
+bool
+superblock_has_nodes (const struct disk_superblock *sb)
+{
+  return (le64toh (sb->incompatible) & FEATURE_NODES) != 0;
+}
+
 static uint32_t
-slot_crc (const struct disk_superblock *sb)
+superblock_crc (const struct disk_superblock *sb)
 {
   struct disk_superblock copy = *sb;
 
@@ -62,33 +77,74 @@ slot_crc (const struct disk_superblock *sb)
   return crc32c (0, &copy, sizeof copy);
 }
 
-static void
-seal (struct disk_superblock *sb, uint64_t sequence)
+static uint32_t
+nodes_crc (const struct disk_nodes *nodes)
 {
+  struct disk_nodes copy = *nodes;
+
+  copy.crc = 0;
+  return crc32c (0, &copy, sizeof copy);
+}
+
+static void
+seal (struct slot *slot, uint64_t sequence)
+{
+  struct disk_superblock *sb = &slot->sb;
+  struct disk_nodes *nodes = &slot->nodes;
+
   memcpy (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic);
   sb->version = htole32 (LAYOUT_VERSION);
   sb->sequence = htole64 (sequence);
-  sb->crc = htole32 (slot_crc (sb));
+  sb->crc = htole32 (superblock_crc (sb));
+  if (!superblock_has_nodes (sb))
+    return;
+  memcpy (nodes->magic, NODES_MAGIC, sizeof nodes->magic);
+  nodes->version = sb->version;
+  nodes->sequence = sb->sequence;
+  nodes->crc = htole32 (nodes_crc (nodes));
+}
+
+static bool
+is_known_role (const struct disk_superblock *sb)
+{
+  uint32_t role = le32toh (sb->role);
+
+  return role == ROLE_PRIMARY
+         || (role == ROLE_SECONDARY && superblock_has_nodes (sb));
+}
+
+static bool
+is_torn (const struct slot *slot)
+{
+  const struct disk_nodes *nodes = &slot->nodes;
+
+  return superblock_has_nodes (&slot->sb)
+         && (memcmp (nodes->magic, NODES_MAGIC, sizeof nodes->magic) != 0
+             || le32toh (nodes->crc) != nodes_crc (nodes)
+             || nodes->sequence != slot->sb.sequence);
 }
 
 /* The version is checked after the CRC, which every version has in this place,
  * so that garbage does not look like a newer version.  In a known version the
- * features and the role are checked next.
+ * features and the role are checked next.  Only a program that knows all
+ * features can tell whether the page of nodes belongs to the slot.
  */
 static enum verdict
-judge (const struct disk_superblock *sb, uint64_t offset)
+judge (const struct slot *slot, uint64_t offset)
 {
+  const struct disk_superblock *sb = &slot->sb;
+
   if (memcmp (sb->magic, SUPERBLOCK_MAGIC, sizeof sb->magic) != 0
-      || le32toh (sb->crc) != slot_crc (sb))
+      || le32toh (sb->crc) != superblock_crc (sb))
     return SLOT_INVALID;
   if (le32toh (sb->version) != LAYOUT_VERSION)
     return SLOT_NOT_OURS;
   if (slot_offset (le64toh (sb->sequence)) != offset)
     return SLOT_INVALID;
   if (le64toh (sb->incompatible) & ~(uint64_t)FEATURES_INCOMPATIBLE
-      || le32toh (sb->role) != ROLE_PRIMARY)
+      || !is_known_role (sb))
     return SLOT_NOT_OURS;
-  return SLOT_VALID;
+  return is_torn (slot) ? SLOT_INVALID : SLOT_VALID;
 }
 
 static int
@@ -109,40 +165,71 @@ refuse (const struct disk_superblock *sb)
                         unknown);
   return set_message (-EPROTONOSUPPORT,
                       FILE_NAME " is of a volume in the role %" PRIu32
-                                ", this program knows only primaries (%d)",
-                      le32toh (sb->role), ROLE_PRIMARY);
+                                ", which this program does not know",
+                      le32toh (sb->role));
+}
+
+/* The page of nodes goes first: a write that is cut off between the two leaves
+ * the slot as it was or torn, and never a new superblock with old nodes.
+ */
+static int
+write_slot (int fd, const struct slot *slot)
+{
+  uint64_t offset = slot_offset (le64toh (slot->sb.sequence));
+  int r = 0;
+
+  if (superblock_has_nodes (&slot->sb))
+    r = full_pwrite (fd, &slot->nodes, sizeof slot->nodes,
+                     NODES_OFFSET + offset);
+  if (r == 0)
+    r = full_pwrite (fd, &slot->sb, sizeof slot->sb, offset);
+  return r;
 }
 
 static int
 fill_slots (int fd, const void *opaque)
 {
-  struct disk_superblock sb;
+  struct slot slot;
   uint64_t sequence;
 
-  memcpy (&sb, opaque, sizeof sb);
-  sequence = le64toh (sb.sequence);
+  memcpy (&slot, opaque, sizeof slot);
+  sequence = le64toh (slot.sb.sequence);
   for (uint64_t s = sequence; s < sequence + NR_SLOTS; s++) {
-    seal (&sb, s);
-    int r = full_pwrite (fd, &sb, sizeof sb, slot_offset (s));
+    seal (&slot, s);
+    int r = write_slot (fd, &slot);
     if (r < 0)
       return r;
   }
   return 0;
 }
 
-int
-superblock_create (int dirfd, const struct disk_superblock *sb)
+static void
+fill_slot (struct slot *slot, const struct disk_superblock *sb,
+           const struct disk_nodes *nodes)
 {
-  return file_make_filled (dirfd, FILE_NAME, FILE_SIZE, fill_slots, sb);
+  memset (slot, 0, sizeof *slot);
+  slot->sb = *sb;
+  if (superblock_has_nodes (sb))
+    slot->nodes = *nodes;
 }
 
 int
-superblock_load (int fd, struct disk_superblock *sb, bool *torn)
+superblock_create (int dirfd, const struct disk_superblock *sb,
+                   const struct disk_nodes *nodes)
 {
-  struct disk_superblock slots[NR_SLOTS];
-  const struct disk_superblock *newest = NULL;
-  unsigned nr_valid = 0;
+  struct slot slot;
+  uint64_t size = superblock_has_nodes (sb) ? FILE_SIZE_NODES : FILE_SIZE;
+
+  fill_slot (&slot, sb, nodes);
+  return file_make_filled (dirfd, FILE_NAME, size, fill_slots, &slot);
+}
+
+/* A page of nodes beyond the file's end reads as zeroes, so it is not valid. */
+static int
+read_slots (int fd, struct slot *slots)
+{
   struct stat st;
+  int r = 0;
 
   if (fstat (fd, &st) == -1)
     return set_error (-errno, FILE_NAME);
@@ -150,30 +237,49 @@ superblock_load (int fd, struct disk_superblock *sb, bool *torn)
     return set_message (-EUCLEAN,
                         FILE_NAME " is truncated: %" PRIu64 " of %d bytes",
                         (uint64_t)st.st_size, FILE_SIZE);
-  int r = full_pread (fd, slots, sizeof slots, 0);
-  if (r < 0)
-    return set_error (r, "cannot read " FILE_NAME);
+  memset (slots, 0, NR_SLOTS * sizeof slots[0]);
+  for (uint64_t i = 0; i < NR_SLOTS && r == 0; i++) {
+    r = full_pread (fd, &slots[i].sb, LAYOUT_PAGE, slot_offset (i));
+    if (r == 0 && st.st_size >= FILE_SIZE_NODES)
+      r = full_pread (fd, &slots[i].nodes, LAYOUT_PAGE,
+                      NODES_OFFSET + slot_offset (i));
+  }
+  return r < 0 ? set_error (r, "cannot read " FILE_NAME) : 0;
+}
 
+int
+superblock_load (int fd, struct disk_superblock *sb, struct disk_nodes *nodes,
+                 bool *torn)
+{
+  struct slot slots[NR_SLOTS];
+  const struct slot *newest = NULL;
+  unsigned nr_valid = 0;
+  int r = read_slots (fd, slots);
+
+  if (r < 0)
+    return r;
   for (unsigned i = 0; i < NR_SLOTS; i++) {
-    switch (judge (&slots[i], (uint64_t)i * LAYOUT_PAGE)) {
+    switch (judge (&slots[i], slot_offset (i))) {
     case SLOT_INVALID:
       continue;
     case SLOT_NOT_OURS:
       /* Even beside a valid slot: the newer program wrote last, so the valid
        * slot is old.
        */
-      return refuse (&slots[i]);
+      return refuse (&slots[i].sb);
     case SLOT_VALID:
       break;
     }
     nr_valid++;
     if (newest == NULL
-        || le64toh (slots[i].sequence) > le64toh (newest->sequence))
+        || le64toh (slots[i].sb.sequence) > le64toh (newest->sb.sequence))
       newest = &slots[i];
   }
   if (newest == NULL)
     return set_message (-EUCLEAN, FILE_NAME " is garbled (both slots)");
-  *sb = *newest;
+  *sb = newest->sb;
+  if (superblock_has_nodes (sb))
+    *nodes = newest->nodes;
   *torn = nr_valid < NR_SLOTS;
   return 0;
 }
@@ -183,12 +289,15 @@ superblock_load (int fd, struct disk_superblock *sb, bool *torn)
  * the slot again.  The same bytes in the same place cannot tear.
  */
 int
-superblock_settle (int fd, const struct disk_superblock *sb)
+superblock_settle (int fd, const struct disk_superblock *sb,
+                   const struct disk_nodes *nodes)
 {
+  struct slot slot;
   int r = fault_point ("superblock_settle");
 
+  fill_slot (&slot, sb, nodes);
   if (r == 0)
-    r = full_pwrite (fd, sb, sizeof *sb, slot_offset (le64toh (sb->sequence)));
+    r = write_slot (fd, &slot);
   if (r == 0 && fdatasync (fd) == -1)
     r = -errno;
   if (r < 0)
@@ -198,16 +307,16 @@ superblock_settle (int fd, const struct disk_superblock *sb)
 }
 
 int
-superblock_store (int fd, struct disk_superblock *sb)
+superblock_store (int fd, struct disk_superblock *sb, struct disk_nodes *nodes)
 {
-  struct disk_superblock next = *sb;
-  uint64_t sequence = le64toh (sb->sequence) + 1;
+  struct slot next;
   int r;
 
-  seal (&next, sequence);
+  fill_slot (&next, sb, nodes);
+  seal (&next, le64toh (sb->sequence) + 1);
   r = fault_point ("superblock_write");
   if (r == 0)
-    r = full_pwrite (fd, &next, sizeof next, slot_offset (sequence));
+    r = write_slot (fd, &next);
   if (r < 0)
     return set_error (r, "cannot write " FILE_NAME);
 
@@ -217,7 +326,9 @@ superblock_store (int fd, struct disk_superblock *sb)
   if (r < 0)
     return set_error (r, "cannot make " FILE_NAME " durable");
   fault_point ("superblock_synced");
-  *sb = next;
+  *sb = next.sb;
+  if (superblock_has_nodes (sb))
+    *nodes = next.nodes;
   return 0;
 }
 

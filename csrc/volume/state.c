@@ -265,7 +265,7 @@ volume_persist_locked (struct nbdm *v)
     v->sb.flags = htole32 ((v->stopped ? SUPERBLOCK_CLEAN : 0)
                            | (v->fenced ? SUPERBLOCK_FENCED : 0)
                            | (local_undecided (v) ? SUPERBLOCK_UNDECIDED : 0));
-    rc = superblock_store (v->sb_fd, &v->sb);
+    rc = superblock_store (v->sb_fd, &v->sb, &v->nodes);
     v->superblock_persists++;
   }
   if (rc < 0)
@@ -285,7 +285,7 @@ distrust_page_cache (struct nbdm *v)
   memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
   /* The store that failed may be the one that was to set the flag. */
   v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
-  superblock_store (v->sb_fd, &v->sb);
+  superblock_store (v->sb_fd, &v->sb, &v->nodes);
   volume_distrust (v);
 }
 

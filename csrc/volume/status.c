@@ -24,6 +24,7 @@
 #include "logs/dirty_map.h"
 #include "logs/inflight.h"
 #include "logs/layout.h"
+#include "logs/nodes.h"
 #include "logs/log_header.h"
 #include "logs/superblock.h"
 #include "volume/backlog.h"
@@ -260,11 +261,15 @@ peek_volume (const struct disk_superblock *sb, struct nbdm_status *status)
  * outside it.
  */
 static bool
-is_plausible (const struct disk_superblock *sb)
+is_plausible (const struct disk_superblock *sb, const struct disk_nodes *nodes)
 {
   uint32_t nr = le32toh (sb->nr_remotes);
 
   if (sb->size == 0 || sb->region_size == 0 || nr > NBDM_MAX_REMOTES)
+    return false;
+  if (superblock_has_nodes (sb)
+      && (le32toh (nodes->nr_peers) > LAYOUT_MAX_REMOTES
+          || le32toh (nodes->crash) > NBDM_CRASH_HOST))
     return false;
   for (uint32_t i = 0; i < nr; i++)
     if (memchr (sb->remotes[i].name, '/', sizeof sb->remotes[i].name))
@@ -274,7 +279,8 @@ is_plausible (const struct disk_superblock *sb)
 
 /* The directory's descriptor, which the caller closes, or -errno. */
 static int
-peek_superblock (const char *state_dir, struct disk_superblock *sb, bool *torn)
+peek_superblock (const char *state_dir, struct disk_superblock *sb,
+                 struct disk_nodes *nodes, bool *torn)
 {
   int rc, fd, dirfd = open (state_dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
 
@@ -282,9 +288,9 @@ peek_superblock (const char *state_dir, struct disk_superblock *sb, bool *torn)
     return set_error (-errno, "cannot open the state directory %s", state_dir);
   fd = openat (dirfd, "superblock", O_RDONLY | PLAIN_FILE);
   if (fd >= 0) {
-    rc = superblock_load (fd, sb, torn);
+    rc = superblock_load (fd, sb, nodes, torn);
     close (fd);
-    if (rc == 0 && !is_plausible (sb))
+    if (rc == 0 && !is_plausible (sb, nodes))
       rc = set_message (-EUCLEAN, "the superblock in %s is garbled", state_dir);
   }
   else if (errno == ENOENT)
@@ -300,10 +306,11 @@ int
 nbdm_peek_map (const char *state_dir, const char *disk)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   struct disk_log_header header;
   char file[80];
   bool torn;
-  int rc, dirfd = peek_superblock (state_dir, &sb, &torn);
+  int rc, dirfd = peek_superblock (state_dir, &sb, &nodes, &torn);
 
   if (dirfd < 0)
     return dirfd;
@@ -349,8 +356,9 @@ int
 nbdm_peek_logs (const char *state_dir)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   bool torn;
-  int rc, dirfd = peek_superblock (state_dir, &sb, &torn);
+  int rc, dirfd = peek_superblock (state_dir, &sb, &nodes, &torn);
 
   if (dirfd < 0)
     return dirfd;
@@ -367,11 +375,12 @@ nbdm_peek_logs (const char *state_dir)
 
 int
 nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
-           struct nbdm_disk_status *disks)
+           struct nbdm_disk_status *disks, struct nbdm_node *node)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   bool torn;
-  int dirfd = peek_superblock (state_dir, &sb, &torn);
+  int dirfd = peek_superblock (state_dir, &sb, &nodes, &torn);
 
   if (dirfd < 0)
     return dirfd;
@@ -381,5 +390,7 @@ nbdm_peek (const char *state_dir, char *name, struct nbdm_status *status,
   peek_local (&sb, &disks[NBDM_LOCAL]);
   for (uint32_t i = 0; i < status->nr_remotes; i++)
     peek_remote (&sb.remotes[i], &disks[1 + i]);
+  if (node)
+    nodes_get (&sb, &nodes, node);
   return 0;
 }

@@ -272,6 +272,7 @@ struct nbdm {
   bool waking;
 
   struct disk_superblock sb;
+  struct disk_nodes nodes;  /* stored with `sb`, of a volume of nodes */
   struct identity identity; /* the rest is in `sb` */
   struct activity activity;
   struct inflight inflight;

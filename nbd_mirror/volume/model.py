@@ -16,6 +16,7 @@ from typing import Any, NewType
 
 from ..base.errors import MirrorError
 from ..rules.state import LocalState, RemoteState
+from .node_record import NodeRecord
 
 __all__ = [
     "LOCAL",
@@ -49,11 +50,16 @@ def disk_of(remote: int) -> Disk:
 
 @dataclass(frozen=True, slots=True)
 class RemoteParams:
-    """A remote, for create and open. *deadline_ms* limits each command to it."""
+    """
+    A remote, for create and open.
+
+    *deadline_ms* limits each command to it; *is_node*: another node of the volume.
+    """
 
     name: str
     deadline_ms: int
     assume_in_sync: bool = False
+    is_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Params:
     fenced_reads: str = "serve"
     local_deadline_ms: int = 0  # 0: local may keep a request forever
     local_choice: str = ""  # the operator's, at a start: "forced" or "lost"
+    node: str = ""  # this node's name; "": the volume has no nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +176,12 @@ class RemoteStatus:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """The content of a superblock, without a server."""
+    """The content of a superblock, without a server; *node*: of a volume of nodes."""
 
     name: str
     volume: VolumeStatus
     remotes: tuple[RemoteStatus, ...]
+    node: NodeRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)

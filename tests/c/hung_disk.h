@@ -29,7 +29,7 @@ durable_local_state (void)
   struct nbdm_status status;
   char name[NBDM_NAME_LEN];
 
-  assert (nbdm_peek (site.state, name, &status, disks) == 0);
+  assert (nbdm_peek (site.state, name, &status, disks, NULL) == 0);
   return disks[NBDM_LOCAL].state;
 }
 

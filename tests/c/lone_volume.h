@@ -118,12 +118,13 @@ static TEST_UNUSED void
 reboot (void)
 {
   struct disk_superblock sb;
+  struct disk_nodes nodes;
   bool torn;
   int fd = openat (site.fd, "superblock", O_RDWR);
 
-  assert (fd >= 0 && superblock_load (fd, &sb, &torn) == 0);
+  assert (fd >= 0 && superblock_load (fd, &sb, &nodes, &torn) == 0);
   sb.boot_id[0] ^= 1;
-  assert (superblock_store (fd, &sb) == 0);
+  assert (superblock_store (fd, &sb, &nodes) == 0);
   close (fd);
 }
 

@@ -126,10 +126,11 @@ add_open_slots (uint64_t *bits)
 static void
 read_superblock (struct disk_superblock *sb)
 {
+  struct disk_nodes nodes;
   bool torn;
   int fd = openat (crash_fd, "superblock", O_RDONLY | O_CLOEXEC);
 
-  assert (fd >= 0 && superblock_load (fd, sb, &torn) == 0);
+  assert (fd >= 0 && superblock_load (fd, sb, &nodes, &torn) == 0);
   close (fd);
   /* The torn slot may have said that the volume is in use. */
   if (torn)

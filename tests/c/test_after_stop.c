@@ -264,7 +264,7 @@ starts_cleanly (void *opaque)
   char name[NBDM_NAME_LEN];
 
   (void)opaque;
-  assert (nbdm_peek (bench.state, name, &status, disks) == 0);
+  assert (nbdm_peek (bench.state, name, &status, disks, NULL) == 0);
   assert (status.clean);
   for (uint32_t i = 0; i < status.nr_remotes; i++)
     assert (!disks[1 + i].remote.paused);

@@ -40,7 +40,7 @@ fenced_on_disk (void)
   char name[NBDM_NAME_LEN];
   struct nbdm_status s;
 
-  assert (nbdm_peek (path ("state"), name, &s, disks) == 0);
+  assert (nbdm_peek (path ("state"), name, &s, disks, NULL) == 0);
   return s.fenced;
 }
 

@@ -177,7 +177,7 @@ test_stop_that_failed_to_persist_is_not_clean (void)
   }
   waitpid (pid, &status, 0);
   assert (status == 0);
-  assert (nbdm_peek (site.path, name, &s, disks) == 0);
+  assert (nbdm_peek (site.path, name, &s, disks, NULL) == 0);
   assert (!s.clean);
   end_volume ();
 }

@@ -13,6 +13,8 @@
 
 #include <endian.h>
 
+static struct disk_nodes unused; /* these volumes have no nodes */
+
 static struct disk_superblock
 sample (void)
 {
@@ -41,7 +43,7 @@ make (struct folder *folder)
   struct disk_superblock sb = sample ();
 
   *folder = folder_make ();
-  assert (superblock_create (folder->fd, &sb) == 0);
+  assert (superblock_create (folder->fd, &sb, &unused) == 0);
   return open_file (folder);
 }
 
@@ -58,7 +60,7 @@ load (int fd, bool expect_torn)
   struct disk_superblock sb;
   bool torn;
 
-  assert (superblock_load (fd, &sb, &torn) == 0);
+  assert (superblock_load (fd, &sb, &unused, &torn) == 0);
   assert (expect_torn == torn);
   return sb;
 }
@@ -104,7 +106,7 @@ test_superblock_store_takes_the_older_slot (void)
     uint64_t sequence = le64toh (sb.sequence);
 
     sb.session = htole64 (i);
-    assert (superblock_store (fd, &sb) == 0);
+    assert (superblock_store (fd, &sb, &unused) == 0);
     assert (le64toh (sb.sequence) == sequence + 1);
     assert (place (fd, &sb) != before);
     struct disk_superblock again = load (fd, false);
@@ -121,12 +123,12 @@ test_superblock_torn_newest_falls_back_to_older (void)
   struct disk_superblock sb = load (fd, false), old = sb;
 
   sb.session = htole64 (99);
-  assert (superblock_store (fd, &sb) == 0);
+  assert (superblock_store (fd, &sb, &unused) == 0);
   garble (&folder, "superblock", place (fd, &sb) + 1000);
   struct disk_superblock found = load (fd, true);
   assert (memcmp (&found, &old, sizeof old) == 0);
   /* The next store goes over the torn slot, and both are whole again. */
-  assert (superblock_store (fd, &found) == 0);
+  assert (superblock_store (fd, &found, &unused) == 0);
   load (fd, false);
   drop (&folder, fd);
 }
@@ -150,7 +152,7 @@ assert_refused (int fd, const char *words)
   struct disk_superblock sb;
   bool torn;
 
-  assert (superblock_load (fd, &sb, &torn) == -EUCLEAN);
+  assert (superblock_load (fd, &sb, &unused, &torn) == -EUCLEAN);
   ASSERT_SAYS (words);
 }
 
@@ -160,7 +162,7 @@ assert_not_ours (int fd, const char *words)
   struct disk_superblock sb;
   bool torn;
 
-  assert (superblock_load (fd, &sb, &torn) == -EPROTONOSUPPORT);
+  assert (superblock_load (fd, &sb, &unused, &torn) == -EPROTONOSUPPORT);
   ASSERT_SAYS (words);
 }
 
@@ -284,7 +286,7 @@ store_99 (void *opaque)
 
   fault_init ();
   sb.session = htole64 (99);
-  _exit (superblock_store (fd, &sb) == 0 ? 0 : 1);
+  _exit (superblock_store (fd, &sb, &unused) == 0 ? 0 : 1);
 }
 
 static void
@@ -309,7 +311,7 @@ fail_store (void *opaque)
   fault_init ();
   sb.session = htole64 (99);
   struct disk_superblock before = sb;
-  assert (superblock_store (fd, &sb) == -EIO);
+  assert (superblock_store (fd, &sb, &unused) == -EIO);
   ASSERT_SAYS ("superblock");
   ASSERT_SAYS ("Input/output error");
   assert (memcmp (&before, &sb, sizeof sb) == 0);

@@ -363,14 +363,17 @@ peek (const struct state *s)
 {
   struct nbdm_disk_status disks[NBDM_MAX_DISKS];
   struct nbdm_status status;
+  struct nbdm_node node;
   char name[NBDM_NAME_LEN];
 
-  if (nbdm_peek (s->place.params.state_dir, name, &status, disks) < 0) {
+  if (nbdm_peek (s->place.params.state_dir, name, &status, disks, &node) < 0) {
     assert (last_error ()[0]);
     return;
   }
   assert (memchr (name, 0, sizeof name));
   assert (status.nr_remotes <= NBDM_MAX_REMOTES);
+  assert (memchr (node.name, 0, sizeof node.name));
+  assert (node.nr_peers <= NBDM_MAX_REMOTES);
   for (unsigned i = 0; i <= status.nr_remotes; i++) {
     assert (memchr (disks[i].name, 0, sizeof disks[i].name));
     assert (memchr (disks[i].reason, 0, sizeof disks[i].reason));

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,14 @@ from nbd_mirror.base.errors import (
     BusyError,
     ConfigError,
     ExistsError,
+    FormatError,
     MissingError,
     NotRunningError,
     RemoteError,
 )
 from nbd_mirror.commands import listeners
+from nbd_mirror.rules.generation import Lineage, Peer
+from nbd_mirror.rules.node_side import Role
 from nbd_mirror.rules.pace import Plan, quantile
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import config, config_values, core, model
@@ -86,6 +90,41 @@ class TestLife:
         with pytest.raises(ExistsError):
             core.create(params)
         core.create(params, force=True)
+
+    def test_create_of_a_node_makes_a_secondary_without_data(
+        self, run_dir: Path
+    ) -> None:
+        """A new node has an id of its own, no generation, and no claim on anything."""
+        nodes = tuple(
+            replace(make_params(run_dir).remotes[0], name=name, is_node=name != "plain")
+            for name in ("beta", "plain", "gamma")
+        )
+        params = replace(make_params(run_dir), node="alpha", remotes=nodes)
+        core.create(params)
+        node = core.peek(params.state_dir).node
+        assert node is not None
+        assert (node.node, node.role) == ("alpha", Role.SECONDARY)
+        assert node.lineage == Lineage(peers=(Peer("beta"), Peer("gamma")))
+        assert (node.epoch, node.leader, node.claim) == (0, "", None)
+        assert [peer.id for peer in node.peers] == [None, None]
+        core.create(params, force=True)
+        again = core.peek(params.state_dir).node
+        assert again is not None
+        assert again.id != node.id
+
+    def test_open_of_a_node_is_refused_and_changes_nothing(self, run_dir: Path) -> None:
+        """An engine that would ignore the rules of nodes does not begin a session."""
+        params = replace(make_params(run_dir), node="alpha")
+        core.create(params)
+        before = {
+            path.name: path.read_bytes() for path in Path(params.state_dir).iterdir()
+        }
+        with pytest.raises(FormatError, match='of node "alpha"'):
+            core.Engine(params)
+        before.pop("lock")
+        assert before == {
+            name: (Path(params.state_dir) / name).read_bytes() for name in before
+        }
 
     def test_create_leaves_the_local_disk_as_it_is(self, run_dir: Path) -> None:
         """An existing image is adopted without touching a byte of it."""

@@ -79,6 +79,9 @@ def make_params(params: Params) -> tuple[Any, list[Any]]:
     alive.append(ffi.new("char[]", os.fsencode(params.state_dir)))
     out = ffi.new("struct nbdm_params *")
     out.name, out.local, out.state_dir = alive
+    if params.node:
+        alive.append(ffi.new("char[]", params.node.encode()))
+        out.node = alive[-1]
     out.size, out.region_size = params.size, params.region_size
     out.policy = POLICIES[params.policy]
     out.fail_fenced_reads = int(params.fenced_reads == "fail")
@@ -91,6 +94,7 @@ def make_params(params: Params) -> tuple[Any, list[Any]]:
         entry.name = alive[-1]
         entry.deadline_ms = remote.deadline_ms
         entry.assume_in_sync = int(remote.assume_in_sync)
+        entry.is_node = int(remote.is_node)
     return out, alive
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from ..model import LOCAL, Params, Peek, disk_of, remote_status, volume_status
+from ..node_record import node_record
 from .boundary import check, ffi, lib, make_params, text_of
 
 
@@ -33,11 +34,13 @@ def peek(state_dir: str) -> Peek:
     name = ffi.new("char[]", lib.NBDM_NAME_LEN)
     status = ffi.new("struct nbdm_status *")
     disks = ffi.new("struct nbdm_disk_status[]", lib.NBDM_MAX_DISKS)
-    check(lib.nbdm_peek(os.fsencode(state_dir), name, status, disks), "peek")
+    node = ffi.new("struct nbdm_node *")
+    folder = os.fsencode(state_dir)
+    check(lib.nbdm_peek(folder, name, status, disks, node), "peek")
     volume = volume_status(status, disks[LOCAL], text_of)
     nr: int = status.nr_remotes
     remotes = tuple(remote_status(disks[disk_of(i)], text_of) for i in range(nr))
-    return Peek(text_of(name), volume, remotes)
+    return Peek(text_of(name), volume, remotes, node_record(node, text_of))
 
 
 def peek_map(state_dir: str, disk: str) -> None:
