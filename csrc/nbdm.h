@@ -452,6 +452,23 @@ int nbdm_server_open (struct nbdm *volume, const int *listen_fds, uint32_t nr,
                       const struct nbdm_limits *limits,
                       struct direct_server **server);
 
+/* The files with which a server proves itself in TLS: one of shared keys, in
+ * lines of "NAME:KEY IN HEX"; or a certificate and its key, in PEM.  With `ca`
+ * each client needs a certificate too, signed by one of that file.
+ */
+struct nbdm_tls {
+  const char *psk; /* or NULL, and then the next two are not */
+  const char *certificate;
+  const char *private_key;
+  const char *ca; /* or NULL */
+};
+
+/* Clients of that listening socket, a number from 0, need TLS 1.3 from now on.
+ * Call it before nbdm_server_run.  -EINVAL, -EACCES, -ENOENT: a file is wrong.
+ */
+int nbdm_server_tls (struct direct_server *server, uint32_t listener,
+                     const struct nbdm_tls *files);
+
 /* The limit of clients: lower than requested if descriptors are short. */
 uint32_t nbdm_server_max_clients (const struct direct_server *server);
 

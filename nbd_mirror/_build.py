@@ -53,6 +53,7 @@ KEEP_MAPPED = ("-Wl,-z,nodelete",)
 LIBRARIES = (
     ("libnbd", "libnbd.h", "libnbd-dev"),
     ("libisal", "isa-l.h", "libisal-dev"),
+    ("gnutls", "gnutls/gnutls.h", "libgnutls28-dev"),
 )
 PACKAGES = (*LIBRARIES, ("nbdkit", "nbdkit-plugin.h", "nbdkit-plugin-dev"))
 

@@ -28,9 +28,11 @@
 #include "base/atomics.h"
 #include "executor/lane.h"
 #include "wire/protocol.h"
+#include "wire/stream.h"
 
 struct direct_server;
 struct exported;
+struct tls_secrets;
 
 /* Requests that a connection may have under way, so that a client cannot use
  * all of our memory: the kernel's nbd sends at most 128.
@@ -66,8 +68,8 @@ struct clients {
   pthread_mutex_t lock; /* protects all below; before a session's */
   pthread_cond_t gone;  /* a session's thread has ended */
   struct session *first;
-  uint32_t nr, nr_shaking, nr_admitted;
-  bool disconnecting; /* all sessions must end */
+  uint32_t nr, nr_shaking, nr_admitted; /* the rest of `nr` is ending */
+  bool disconnecting;                   /* all sessions must end */
 };
 
 enum stage { SHAKING_HANDS, ADMITTED, PUT_OUT };
@@ -103,7 +105,9 @@ struct session {
   struct clients *clients;
   struct exported *exported; /* agreed on in the handshake */
   int fd;
-  uint64_t number; /* of the connection, for the log */
+  struct stream stream;              /* over fd */
+  const struct tls_secrets *secrets; /* NULL: without TLS */
+  uint64_t number;                   /* of the connection, for the log */
   struct agreed agreed;
   struct lane lane;   /* its thread's; other threads ring its box */
   atomic_bool ending; /* server or volume end: receive no more requests */
@@ -139,7 +143,7 @@ struct session {
   pthread_mutex_t lock;    /* protects all below; before the budget's */
   struct op *first, *last; /* answers to send */
   size_t first_sent;       /* bytes of the first that have left */
-  bool sending;            /* a thread is in sendmsg */
+  bool sending;            /* a thread is in stream_send */
   bool slow;               /* the socket was full, and not all is sent yet */
   bool dead;               /* no answer can be sent any more */
   bool wants_room;         /* its thread waits until ops end */

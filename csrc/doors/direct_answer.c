@@ -32,7 +32,7 @@
 #include "wire/protocol.h"
 #include "wire/receive.h"
 
-#define ANSWERS_AT_ONCE 64 /* in one sendmsg */
+#define ANSWERS_AT_ONCE 64 /* in one send */
 #define LINGER_MS 500      /* wait for the last answers to arrive */
 #define LINGER_STEP_MS 5
 #define WAITING_BYTES (256u << 10) /* bytes of one send that may block */
@@ -331,7 +331,7 @@ push_relock (struct session *s, bool may_wait)
       shorten (&msg, WAITING_BYTES);
     s->sending = true;
     pthread_mutex_unlock (&s->lock);
-    n = sendmsg (s->fd, &msg, (may_wait ? 0 : MSG_DONTWAIT) | MSG_NOSIGNAL);
+    n = stream_send (&s->stream, &msg, may_wait ? 0 : MSG_DONTWAIT);
     err = errno;
     may_wait = may_wait && now_ns () < until;
     pthread_mutex_lock (&s->lock);
@@ -422,6 +422,7 @@ answers_part (struct session *s)
   uint64_t until = now_ns () + LINGER_MS * NS_PER_MS;
   struct pollfd fd = { .fd = s->fd, .events = POLLIN };
 
+  stream_part (&s->stream);
   (void)shutdown (s->fd, SHUT_WR);
   while (now_ns () < until) {
     ssize_t n = receive (s->fd, s->inbox, DIRECT_INBOX, MSG_DONTWAIT);

@@ -31,6 +31,7 @@
 #include "wire/mailbox.h"
 
 #define MAX_SHAKING 64u /* hands */
+#define PUT_OUT_NS (NS_PER_S)
 #define UNUSED_NS (60 * NS_PER_S)
 #define DESCRIPTORS 512u /* for remotes, logs, the control socket */
 #define STALL_MS 10000u
@@ -133,10 +134,24 @@ unused_locked (const struct clients *clients)
   return oldest;
 }
 
+/* Connections may come faster than the threads that lost their place end: then
+ * wait for these, or nothing would bound their number.  They wait for nothing.
+ */
+static void
+await_ends_locked (struct clients *clients)
+{
+  uint64_t until = now_ns () + PUT_OUT_NS;
+
+  while (clients->nr - clients->nr_shaking - clients->nr_admitted >= MAX_SHAKING
+         && wait_until (&clients->gone, &clients->lock, until))
+    ;
+}
+
 void
 clients_add (struct clients *clients, struct session *s)
 {
   LOCK_FOR_SCOPE (&clients->lock);
+  await_ends_locked (clients);
   if (clients->nr_shaking >= MAX_SHAKING)
     put_out_locked (clients, oldest_shaking_locked (clients));
   clients->nr_shaking++;

@@ -4,7 +4,12 @@
  * project.
  *
  * A client may ask for an export by any name (export.c), as mostly there is
- * only one.  This door has no TLS; the native door uses nbdkit's.
+ * only one.
+ *
+ * A listener with TLS requires it: until NBD_OPT_STARTTLS a client learns
+ * nothing and can only leave.  What it agreed on before does not count after.
+ * Each option is read to its end and not a byte further, so that no plain byte
+ * is taken for one that came through TLS.
  *
  * All lengths come from an unknown client: an option is read completely into a
  * buffer of fixed size, and parsed with a cursor that cannot leave the buffer.
@@ -21,13 +26,16 @@
 #include <sys/uio.h>
 
 #include "api.h"
+#include "base/clock.h"
+#include "base/error.h"
 #include "doors/direct.h"
 #include "doors/direct_clients.h"
 #include "doors/direct_handshake.h"
 #include "doors/direct_server.h"
 #include "doors/export.h"
 #include "wire/protocol.h"
-#include "wire/receive.h"
+#include "wire/stream.h"
+#include "wire/tls.h"
 
 #define MAX_OPTION 8192u        /* bytes; names are up to 4096 */
 #define MAX_REFUSED (32u << 20) /* longer ones end the connection */
@@ -36,10 +44,11 @@
 
 struct handshake {
   struct session *session;
-  int fd;
+  struct stream *stream;
   const struct exports *exports;
   const struct exported *mapped; /* the export of the agreed context, or NULL */
   struct agreed *agreed;
+  bool needs_tls; /* the client must ask for it next */
   bool no_zeroes;
   uint32_t option;
   uint32_t length;
@@ -50,14 +59,15 @@ struct handshake {
 enum next { ANOTHER_OPTION = 0, TRANSMISSION = 1 };
 
 static int
-read_all (int fd, void *buf, size_t size)
+read_all (const struct handshake *h, void *buf, size_t size)
 {
+  struct iovec iov = { buf, size };
   ssize_t n;
 
   if (size == 0)
     return 0;
   do
-    n = receive (fd, buf, size, MSG_WAITALL);
+    n = stream_receive (h->stream, &iov, 1, MSG_WAITALL);
   while (n < 0 && errno == EINTR);
   if (n < 0)
     return -errno;
@@ -66,7 +76,7 @@ read_all (int fd, void *buf, size_t size)
 
 /* It fits into the socket's buffer, so all of it is sent or nothing. */
 static int
-send_all (int fd, struct iovec *iov, int nr)
+send_all (const struct handshake *h, struct iovec *iov, int nr)
 {
   struct msghdr msg = { .msg_iov = iov, .msg_iovlen = (size_t)nr };
   size_t size = 0;
@@ -75,7 +85,7 @@ send_all (int fd, struct iovec *iov, int nr)
   for (int i = 0; i < nr; i++)
     size += iov[i].iov_len;
   do
-    n = sendmsg (fd, &msg, MSG_NOSIGNAL);
+    n = stream_send (h->stream, &msg, 0);
   while (n < 0 && errno == EINTR);
   if (n < 0)
     return -errno;
@@ -92,7 +102,7 @@ reply (const struct handshake *h, uint32_t type, const void *data, size_t size)
   struct iovec iov[]
       = { { &head, sizeof head }, { (void *)(uintptr_t)data, size } };
 
-  return send_all (h->fd, iov, size > 0 ? 2 : 1);
+  return send_all (h, iov, size > 0 ? 2 : 1);
 }
 
 /* Refuse an option, with a reason for a person to read. */
@@ -186,7 +196,7 @@ export_name (struct handshake *h)
   int rc = clients_admit (h->session); /* this option has no error reply */
 
   if (rc == 0)
-    rc = send_all (h->fd, &iov, 1);
+    rc = send_all (h, &iov, 1);
   if (rc < 0)
     return rc;
   choose (h, e);
@@ -360,6 +370,35 @@ leave (struct handshake *h)
   return -ECONNRESET;
 }
 
+/* NBD_OPT_EXPORT_NAME has no error reply. */
+static int
+needs_tls (struct handshake *h)
+{
+  if (h->option == NBD_OPT_EXPORT_NAME)
+    return -EPROTO;
+  return refuse (h, NBD_REP_ERR_TLS_REQD, "this server needs TLS");
+}
+
+static int
+start_tls (struct handshake *h)
+{
+  int rc;
+
+  if (h->session->secrets == NULL)
+    return reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
+  if (!h->needs_tls || h->length > 0)
+    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  rc = reply (h, NBD_REP_ACK, NULL, 0);
+  if (rc < 0)
+    return rc;
+  rc = tls_accept (h->stream, h->session->secrets,
+                   now_ns () + SILENCE_S * NS_PER_S);
+  if (rc == -EACCES) /* a client that only left needs no line */
+    direct_log (h->session, "turned away: %s", last_error ());
+  h->needs_tls = rc < 0;
+  return rc < 0 ? rc : ANOTHER_OPTION;
+}
+
 /* Read its data all the same: the next option follows. */
 static int
 too_long (struct handshake *h)
@@ -370,39 +409,33 @@ too_long (struct handshake *h)
     return -EPROTO;
   while (left > 0) {
     uint32_t n = left < MAX_OPTION ? left : MAX_OPTION;
-    int rc = read_all (h->fd, h->data, n);
+    int rc = read_all (h, h->data, n);
 
     if (rc < 0)
       return rc;
     left -= n;
   }
+  if (h->needs_tls)
+    return needs_tls (h);
   return refuse (h, NBD_REP_ERR_TOO_BIG,
                  "an option of %u bytes: at most %u are allowed", h->length,
                  MAX_OPTION);
 }
 
 static int
-one_option (struct handshake *h)
+answer_option (struct handshake *h)
 {
-  struct nbd_option_header head;
-  int rc = read_all (h->fd, &head, sizeof head);
-
-  if (rc < 0)
-    return rc;
-  h->option = be32toh (head.option);
-  h->length = be32toh (head.length);
-  if (head.magic != htobe64 (NBD_OPTION))
-    return -EPROTO;
-  if (h->length > MAX_OPTION)
-    return too_long (h);
-  rc = read_all (h->fd, h->data, h->length);
-  if (rc < 0)
-    return rc;
+  switch (h->option) {
+  case NBD_OPT_ABORT:
+    return leave (h);
+  case NBD_OPT_STARTTLS:
+    return start_tls (h);
+  }
+  if (h->needs_tls)
+    return needs_tls (h);
   switch (h->option) {
   case NBD_OPT_EXPORT_NAME:
     return export_name (h);
-  case NBD_OPT_ABORT:
-    return leave (h);
   case NBD_OPT_LIST:
     return list (h);
   case NBD_OPT_INFO:
@@ -419,6 +452,24 @@ one_option (struct handshake *h)
 }
 
 static int
+one_option (struct handshake *h)
+{
+  struct nbd_option_header head;
+  int rc = read_all (h, &head, sizeof head);
+
+  if (rc < 0)
+    return rc;
+  h->option = be32toh (head.option);
+  h->length = be32toh (head.length);
+  if (head.magic != htobe64 (NBD_OPTION))
+    return -EPROTO;
+  if (h->length > MAX_OPTION)
+    return too_long (h);
+  rc = read_all (h, h->data, h->length);
+  return rc < 0 ? rc : answer_option (h);
+}
+
+static int
 greet (struct handshake *h)
 {
   const uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
@@ -427,10 +478,10 @@ greet (struct handshake *h)
                                    .flags = htobe16 ((uint16_t)known) };
   struct iovec iov = { &greeting, sizeof greeting };
   uint32_t flags;
-  int rc = send_all (h->fd, &iov, 1);
+  int rc = send_all (h, &iov, 1);
 
   if (rc == 0)
-    rc = read_all (h->fd, &flags, sizeof flags);
+    rc = read_all (h, &flags, sizeof flags);
   if (rc < 0)
     return rc;
   if (be32toh (flags) & ~known)
@@ -444,9 +495,10 @@ direct_handshake (struct session *s)
 {
   int rc, fd = s->fd;
   struct handshake h = { .session = s,
-                         .fd = fd,
+                         .stream = &s->stream,
                          .exports = direct_exports (s->server),
-                         .agreed = &s->agreed };
+                         .agreed = &s->agreed,
+                         .needs_tls = s->secrets != NULL };
   struct timeval silence = { .tv_sec = SILENCE_S };
 
   s->agreed = (struct agreed){ false, false };

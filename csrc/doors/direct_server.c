@@ -5,7 +5,7 @@
  * Why a server of our own beside nbdkit: nbdkit gives each request a thread for
  * as long as it lasts.  A request that waits for a remote then costs two
  * wake-ups, more than all other work of a mirror: that halves the writes a
- * second (docs/performance.md).  The native door has nbdkit's filters and TLS.
+ * second (docs/performance.md).  The native door has nbdkit's filters.
  */
 
 #define _GNU_SOURCE
@@ -32,15 +32,21 @@
 #include "doors/direct_session.h"
 #include "doors/export.h"
 #include "wire/receive.h"
+#include "wire/tls_secrets.h"
 
 #define STACK_BYTES (512u << 10)
 #define ACCEPT_PAUSE_MS 100 /* without descriptors or memory for a client */
 
+struct listener {
+  int fd;                      /* the caller closes it */
+  struct tls_secrets *secrets; /* NULL: without TLS */
+};
+
 struct direct_server {
   struct exports exports;
   struct clients clients;
-  int listen_fds[NBDM_MAX_LISTENERS]; /* the caller closes them */
-  uint32_t nr_listen_fds;
+  struct listener listeners[NBDM_MAX_LISTENERS];
+  uint32_t nr_listeners;
   int end_fd; /* an eventfd: nbdm_server_end */
   uint64_t accepted;
 };
@@ -68,6 +74,7 @@ session_free (struct session *s)
 {
   lane_destroy (&s->lane);
   free (s->inbox);
+  stream_end (&s->stream);
   close_socket (s->fd);
   pthread_mutex_destroy (&s->lock);
   free (s);
@@ -90,7 +97,8 @@ set_options (int fd)
 }
 
 static struct session *
-session_new (struct direct_server *server, int fd)
+session_new (struct direct_server *server, int fd,
+             const struct tls_secrets *secrets)
 {
   struct session *s = calloc (1, sizeof *s);
 
@@ -100,6 +108,8 @@ session_new (struct direct_server *server, int fd)
   }
   s->server = server;
   s->fd = fd;
+  s->stream = stream_plain (fd);
+  s->secrets = secrets;
   s->number = ++server->accepted;
   atomic_init (&s->shaking_hands, true);
   pthread_mutex_init (&s->lock, NULL);
@@ -125,9 +135,10 @@ session_main (void *opaque)
 }
 
 static int
-begin_session (struct direct_server *server, int fd)
+begin_session (struct direct_server *server, int fd,
+               const struct tls_secrets *secrets)
 {
-  struct session *s = session_new (server, fd);
+  struct session *s = session_new (server, fd, secrets);
   int rc;
 
   if (s == NULL)
@@ -147,13 +158,13 @@ begin_session (struct direct_server *server, int fd)
  * keep all clients out.
  */
 static bool
-accept_one (struct direct_server *server, int listen_fd)
+accept_one (struct direct_server *server, const struct listener *listener)
 {
-  int fd = accept4 (listen_fd, NULL, NULL, SOCK_CLOEXEC);
+  int fd = accept4 (listener->fd, NULL, NULL, SOCK_CLOEXEC);
 
   if (fd < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED))
     return true;
-  if (fd >= 0 && begin_session (server, fd) == 0)
+  if (fd >= 0 && begin_session (server, fd, listener->secrets) == 0)
     return true;
   (void)clients_make_room (&server->clients);
   return false;
@@ -165,17 +176,17 @@ accept_all (struct direct_server *server)
   struct pollfd fds[1 + NBDM_MAX_LISTENERS]
       = { { .fd = server->end_fd, .events = POLLIN } };
 
-  for (uint32_t i = 0; i < server->nr_listen_fds; i++)
+  for (uint32_t i = 0; i < server->nr_listeners; i++)
     fds[1 + i]
-        = (struct pollfd){ .fd = server->listen_fds[i], .events = POLLIN };
+        = (struct pollfd){ .fd = server->listeners[i].fd, .events = POLLIN };
   while (!fds[0].revents) {
     bool now = true;
 
-    if (poll (fds, 1 + server->nr_listen_fds, -1) <= 0)
+    if (poll (fds, 1 + server->nr_listeners, -1) <= 0)
       continue;
-    for (uint32_t i = 0; i < server->nr_listen_fds; i++)
+    for (uint32_t i = 0; i < server->nr_listeners; i++)
       if (fds[1 + i].revents && !fds[0].revents)
-        now = accept_one (server, server->listen_fds[i]) && now;
+        now = accept_one (server, &server->listeners[i]) && now;
     if (!now)
       (void)poll (fds, 1, ACCEPT_PAUSE_MS);
   }
@@ -212,10 +223,27 @@ nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
     if (flags >= 0)
       (void)fcntl (listen_fds[i], F_SETFL, flags | O_NONBLOCK);
     receive_prepare (listen_fds[i]);
-    server->listen_fds[server->nr_listen_fds++] = listen_fds[i];
+    server->listeners[server->nr_listeners++].fd = listen_fds[i];
   }
   clients_init (&server->clients, limits);
   *out = server;
+  return 0;
+}
+
+int
+nbdm_server_tls (struct direct_server *server, uint32_t listener,
+                 const struct nbdm_tls *files)
+{
+  struct tls_secrets *secrets;
+  int rc;
+
+  if (listener >= server->nr_listeners)
+    return set_message (-EINVAL, "TLS: there is no listener %u", listener);
+  rc = tls_secrets_load (files, &secrets);
+  if (rc < 0)
+    return rc;
+  tls_secrets_free (server->listeners[listener].secrets);
+  server->listeners[listener].secrets = secrets;
   return 0;
 }
 
@@ -239,9 +267,8 @@ nbdm_server_max_clients (const struct direct_server *server)
 static void
 end_sessions (struct direct_server *server)
 {
-  for (uint32_t i = 0; i < server->nr_listen_fds;
-       i++) /* new clients are refused */
-    (void)shutdown (server->listen_fds[i], SHUT_RDWR);
+  for (uint32_t i = 0; i < server->nr_listeners; i++)
+    (void)shutdown (server->listeners[i].fd, SHUT_RDWR); /* new clients fail */
   clients_disconnect (&server->clients);
 }
 
@@ -278,5 +305,7 @@ nbdm_server_close (struct direct_server *server)
   close (server->end_fd);
   clients_destroy (&server->clients);
   exports_free (&server->exports);
+  for (uint32_t i = 0; i < server->nr_listeners; i++)
+    tls_secrets_free (server->listeners[i].secrets);
   free (server);
 }

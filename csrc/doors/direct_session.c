@@ -34,7 +34,7 @@
 #include "executor/lane.h"
 #include "wire/mailbox.h"
 #include "wire/protocol.h"
-#include "wire/receive.h"
+#include "wire/stream.h"
 
 #define RECEIVE_STEPS 16 /* receive calls for a large payload in one turn */
 #define END_MS 1000      /* then drop a client that reads no answers */
@@ -259,7 +259,7 @@ receive_once (struct session *s)
   iov[nr++] = (struct iovec){ s->inbox + s->end, DIRECT_INBOX - s->end };
   if (s->end == DIRECT_INBOX)
     return false;
-  n = receive_iov (s->fd, iov, nr, MSG_DONTWAIT);
+  n = stream_receive (&s->stream, iov, nr, MSG_DONTWAIT);
   if (n < 0 && (errno == EAGAIN || errno == EINTR))
     return false;
   if (n < 0 && errno == EBADMSG)
@@ -308,7 +308,8 @@ look_ahead (struct session *s)
   /* A request that has come in part has its room already. */
   if ((room || s->filling || s->skip > 0) && !no_requests && !s->no_more)
     next.events |= POLLIN;
-  next.at_once = room && !no_requests && (s->stalled || s->closed);
+  next.at_once = (room && !no_requests && (s->stalled || s->closed))
+                 || ((next.events & POLLIN) && stream_has_input (&s->stream));
   next.over = no_requests && s->nr_ops == (s->filling ? 1 : 0);
   s->wants_room = !room || no_requests;
   return next;
@@ -327,6 +328,8 @@ look_at_client (struct session *s, short wanted, short found)
   if (found & POLLOUT)
     answers_push (s);
   mailbox_ring_all ();
+  if (stream_has_input (&s->stream))
+    found |= POLLIN;
   if (found & wanted & POLLIN)
     receive_some (s);
 }
@@ -386,6 +389,8 @@ session_run (struct session *s)
   lane_leave (&s->lane);
   if (agreed && atomic_load (&s->ending) && !s->dead)
     answers_part (s);
+  else if (agreed && !s->dead)
+    stream_part (&s->stream);
   if (atomic_load (&s->stalled_out))
     direct_log (
         s,

@@ -21,6 +21,9 @@
 
 #define DOOR_DEADLINE_S 60 /* to end, whatever clients do */
 
+/* A file of shared keys: the doors need TLS.  NULL: they have none. */
+static const char *door_psk;
+
 struct door {
   struct sockaddr_un address;
   struct direct_server *server;
@@ -55,6 +58,11 @@ door_make (struct door *door, struct nbdm *volume, const char *path,
   assert (listen (door->listener, 16) == 0);
   assert (nbdm_server_open (volume, &door->listener, 1, limits, &door->server)
           == 0);
+  if (door_psk) {
+    const struct nbdm_tls files = { .psk = door_psk };
+
+    assert (nbdm_server_tls (door->server, 0, &files) == 0);
+  }
 }
 
 static inline void

@@ -29,6 +29,11 @@ struct client {
   bool may_end; /* the server may close the connection: calls return false */
 };
 
+/* Put TLS around a connected socket; returns the socket for the client.  NULL:
+ * the clients use none.
+ */
+static TEST_UNUSED int (*client_secure) (int fd);
+
 /* What came back for one request. */
 struct answer {
   uint64_t cookie;
@@ -97,6 +102,8 @@ client_assert_closed (const struct client *c)
 
 /* --- Handshake ------------------------------------------------------------ */
 
+static void client_start_tls (struct client *c);
+
 /* Connect and read the greeting; `flags` are the client's. */
 static TEST_UNUSED struct client
 client_connect (const char *socket_path, uint32_t flags)
@@ -116,6 +123,8 @@ client_connect (const char *socket_path, uint32_t flags)
   assert (greeting.option == htobe64 (NBD_OPTION));
   flags = htobe32 (flags);
   client_send (&c, &flags, sizeof flags);
+  if (client_secure)
+    client_start_tls (&c);
   return c;
 }
 
@@ -163,6 +172,17 @@ client_ask (const struct client *c, uint32_t option, const void *data,
     type = client_option_reply (c, option, ignored, &room);
   } while (type != NBD_REP_ACK && !(type & 0x80000000u));
   return type;
+}
+
+static TEST_UNUSED void
+client_start_tls (struct client *c)
+{
+  const struct timeval deadline = { .tv_sec = CLIENT_DEADLINE_S };
+
+  assert (client_ask (c, NBD_OPT_STARTTLS, NULL, 0) == NBD_REP_ACK);
+  c->fd = client_secure (c->fd);
+  setsockopt (c->fd, SOL_SOCKET, SO_RCVTIMEO, &deadline, sizeof deadline);
+  setsockopt (c->fd, SOL_SOCKET, SO_SNDTIMEO, &deadline, sizeof deadline);
 }
 
 static TEST_UNUSED void

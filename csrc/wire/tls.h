@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* TLS 1.3 around a stream.  See tls.c. */
+
+#ifndef NBDM_TLS_H
+#define NBDM_TLS_H
+
+#include <stdint.h>
+
+struct stream;
+struct tls_secrets;
+
+/* The handshake of a server on a plain stream, which then is a TLS stream; it
+ * blocks up to `until_ns`.  -errno with a message: the stream is plain, and the
+ * connection must end.  The secrets must live as long as the stream.
+ */
+int tls_accept (struct stream *stream, const struct tls_secrets *secrets,
+                uint64_t until_ns);
+
+#endif /* NBDM_TLS_H */

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What one side of TLS proves itself with, and how it checks the other.  See
+ * tls_secrets.c.
+ */
+
+#ifndef NBDM_TLS_SECRETS_H
+#define NBDM_TLS_SECRETS_H
+
+#include <stdbool.h>
+
+#include <gnutls/gnutls.h>
+
+struct nbdm_tls;
+
+/* Read-only once loaded: all sessions share it. */
+struct tls_secrets {
+  gnutls_psk_server_credentials_t psk;   /* or NULL */
+  gnutls_certificate_credentials_t x509; /* or NULL */
+  bool checks_client; /* its certificate; a PSK always proves the client */
+  gnutls_priority_t priority;
+};
+
+/* Load a server's.  -errno with a message that names the file. */
+int tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out);
+void tls_secrets_free (struct tls_secrets *secrets); /* or NULL */
+
+#endif /* NBDM_TLS_SECRETS_H */
