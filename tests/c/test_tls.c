@@ -25,7 +25,11 @@
  * on another thread.
  */
 #define MAX_THREADS 320
-#define MAX_GROWTH_KB (96 * 1024) /* with the sanitizer's own */
+#ifdef __SANITIZE_THREAD__ /* its own memory counts too */
+#define MAX_GROWTH_KB (320 * 1024)
+#else
+#define MAX_GROWTH_KB (96 * 1024)
+#endif
 
 static struct tls_options options;
 
