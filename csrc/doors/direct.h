@@ -60,6 +60,11 @@ struct budget {
   uint64_t pressed_ns;          /* under the clients' lock */
 };
 
+/* A client must move `due` bytes before a time is over, which began then. */
+struct pace {
+  uint64_t since_ns, moved, due;
+};
+
 /* All connections; see direct_clients.c. */
 struct clients {
   uint32_t max_admitted;
@@ -112,16 +117,16 @@ struct session {
   struct lane lane;   /* its thread's; other threads ring its box */
   atomic_bool ending; /* server or volume end: receive no more requests */
   atomic_bool shaking_hands;
-  atomic_bool asked;       /* the client has sent a request */
-  atomic_bool receiving;   /* a payload */
-  atomic_bool stalled_out; /* the client kept memory and moved nothing */
-  atomic_u64 moved;        /* bytes, to and from it */
+  atomic_bool asked;     /* the client has sent a request */
+  atomic_u64 receiving;  /* size of the buffer that a payload fills, or 0 */
+  atomic_u64 stalled_ns; /* the client moved too little for so long; or 0 */
+  atomic_u64 moved;      /* bytes of answers to it and of payloads from it */
 
   /* Under the clients' lock. */
   struct session *next;
   enum stage stage;
   uint64_t admitted_ns;
-  uint64_t judged_ns, judged_moved; /* see budget_press */
+  struct pace least, whole; /* see budget_press */
 
   /* Under the budget's. */
   struct session *next_waiting;

@@ -12,9 +12,16 @@
  * received or its data is read.  So requests need no more memory to end, and
  * give it back when they end.  Only a client can keep memory for ever: it does
  * not read its answers, or does not send a payload.  Sessions that wait look
- * for such clients (budget_press), and disconnect one that has moved next to
- * nothing for `stall_ns`.  No session starves: sessions are served in the order
- * they came, and the largest request fits the smallest budget.
+ * for such clients (budget_press), and disconnect one that moves too little:
+ *
+ *   in `stall_ns`                less than MOVED_BYTES;
+ *   in KEEP_STALLS times that    less than it kept when this time began.
+ *
+ * So each buffer that a client keeps is given back after twice the longer time
+ * at the latest, however the client spreads its bytes.  While others wait it
+ * gets no other buffer in its place: it queues behind them.  No session
+ * starves: sessions are served in the order they came, and the largest request
+ * fits the smallest budget.
  *
  * A session reserves in whole chunks, so small buffers that come and go cost
  * only a comparison.
@@ -33,9 +40,8 @@
 #define CHUNK (UINT64_C (1) << 20)
 #define PRESS_NS (200 * NS_PER_MS) /* between two checks */
 #define STALE_NS (3 * NS_PER_S)    /* since the last check: begin anew */
-#define MOVED_BYTES                                                            \
-  (256u << 10) /* in `stall_ns`: less is nothing                               \
-                */
+#define MOVED_BYTES (256u << 10)   /* in `stall_ns` */
+#define KEEP_STALLS 6u             /* times `stall_ns`, for all it keeps */
 
 void
 budget_init (struct budget *budget, uint64_t limit, uint64_t stall_ns)
@@ -253,25 +259,59 @@ budget_leave (struct session *s)
  * -------------------------------------------------
  */
 
-/* Has the client kept memory for so long, and moved next to nothing? */
+/* The bytes of buffers that wait for the client, and not for the volume. */
+static uint64_t
+kept_locked (const struct session *s)
+{
+  uint64_t kept = atomic_load_explicit (&s->receiving, memory_order_relaxed);
+
+  for (const struct op *op = s->first; op; op = op->next)
+    kept += op->room;
+  return kept;
+}
+
+static void
+begin_pace (struct pace *pace, uint64_t now, uint64_t moved, uint64_t due)
+{
+  *pace = (struct pace){ .since_ns = now, .moved = moved, .due = due };
+}
+
+/* True: the time is over, and not all that was due has moved.  Begins again
+ * once it has.
+ */
 static bool
-is_stalled (struct session *s, uint64_t now, bool anew, uint64_t stall_ns)
+is_late (struct pace *pace, uint64_t now, uint64_t moved, uint64_t due,
+         uint64_t limit_ns)
+{
+  if (moved - pace->moved >= pace->due)
+    begin_pace (pace, now, moved, due);
+  return now - pace->since_ns >= limit_ns;
+}
+
+/* For how long the client has moved too little of what it keeps, or 0. */
+static uint64_t
+stalled_ns (struct session *s, uint64_t now, bool anew, uint64_t stall_ns)
 {
   uint64_t moved = atomic_load_explicit (&s->moved, memory_order_relaxed);
+  uint64_t kept;
   bool keeps;
 
   pthread_mutex_lock (&s->lock);
   spare_free_locked (s);
+  kept = kept_locked (s);
   keeps = (s->charged > 0 || atomic_load (&s->granted) > 0)
-          && (s->first
-              || atomic_load_explicit (&s->receiving, memory_order_relaxed));
+          && (s->first || kept > 0);
   pthread_mutex_unlock (&s->lock);
-  if (anew || s->judged_ns == 0 || !keeps
-      || moved - s->judged_moved >= MOVED_BYTES) {
-    s->judged_ns = now;
-    s->judged_moved = moved;
+  if (anew || s->least.since_ns == 0 || !keeps) {
+    begin_pace (&s->least, now, moved, MOVED_BYTES);
+    begin_pace (&s->whole, now, moved, kept);
+    return 0;
   }
-  return keeps && now - s->judged_ns >= stall_ns;
+  if (is_late (&s->least, now, moved, MOVED_BYTES, stall_ns))
+    return stall_ns;
+  if (is_late (&s->whole, now, moved, kept, KEEP_STALLS * stall_ns))
+    return KEEP_STALLS * stall_ns;
+  return 0;
 }
 
 void
@@ -285,11 +325,14 @@ budget_press (struct clients *clients)
   if (now - budget->pressed_ns >= PRESS_NS) {
     anew = now - budget->pressed_ns > STALE_NS;
     budget->pressed_ns = now;
-    for (struct session *s = clients->first; s; s = s->next)
-      if (is_stalled (s, now, anew, budget->stall_ns)) {
-        atomic_store (&s->stalled_out, true);
+    for (struct session *s = clients->first; s; s = s->next) {
+      uint64_t stalled = stalled_ns (s, now, anew, budget->stall_ns);
+
+      if (stalled > 0) {
+        atomic_store (&s->stalled_ns, stalled);
         (void)shutdown (s->fd, SHUT_RDWR);
       }
+    }
   }
   pthread_mutex_unlock (&clients->lock);
   mailbox_ring_all ();

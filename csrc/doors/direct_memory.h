@@ -30,7 +30,7 @@ void budget_leave (struct session *session); /* at its end; no op is left */
 /* Does any session wait?  Then no buffer is kept for reuse. */
 bool budget_is_short (const struct session *session);
 /* Free the buffers kept for reuse, and end clients that keep memory and move
- * next to nothing.  No effect if another session just did that.
+ * too little of it.  No effect if another session just did that.
  */
 void budget_press (struct clients *clients);
 

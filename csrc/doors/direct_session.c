@@ -196,6 +196,16 @@ take_header (struct session *s)
   return op;
 }
 
+/* Only these received bytes count as moved: a header or a discarded payload
+ * brings no memory back.
+ */
+static void
+fill (struct session *s, size_t bytes)
+{
+  s->filled += bytes;
+  atomic_fetch_add_explicit (&s->moved, bytes, memory_order_relaxed);
+}
+
 /* The next request that has arrived completely; NULL: none has. */
 static struct op *
 take_request (struct session *s)
@@ -215,13 +225,13 @@ take_request (struct session *s)
     }
     s->filling = op;
     s->filled = 0;
-    atomic_store_explicit (&s->receiving, true, memory_order_relaxed);
+    atomic_store_explicit (&s->receiving, op->room, memory_order_relaxed);
   }
-  s->filled += take_bytes (s, op->buf + s->filled, op->length - s->filled);
+  fill (s, take_bytes (s, op->buf + s->filled, op->length - s->filled));
   if (s->filled < op->length)
     return NULL;
   s->filling = NULL;
-  atomic_store_explicit (&s->receiving, false, memory_order_relaxed);
+  atomic_store_explicit (&s->receiving, 0, memory_order_relaxed);
   return op;
 }
 
@@ -268,8 +278,8 @@ receive_once (struct session *s)
     s->no_more = true;
     return false;
   }
-  atomic_fetch_add_explicit (&s->moved, (uint64_t)n, memory_order_relaxed);
-  s->filled += (size_t)n < wanted ? (size_t)n : wanted;
+  if (wanted > 0)
+    fill (s, (size_t)n < wanted ? (size_t)n : wanted);
   s->end += (size_t)n < wanted ? 0 : (size_t)n - wanted;
   return true;
 }
@@ -391,12 +401,12 @@ session_run (struct session *s)
     answers_part (s);
   else if (agreed && !s->dead)
     stream_part (&s->stream);
-  if (atomic_load (&s->stalled_out))
+  if (atomic_load (&s->stalled_ns))
     direct_log (
         s,
-        "disconnected: it kept memory that others waited for, and moved "
-        "next to nothing for %u ms",
-        (unsigned)(s->clients->budget.stall_ns / NS_PER_MS));
+        "disconnected: it kept memory that others waited for, and moved too "
+        "little of it for %u ms",
+        (unsigned)(atomic_load (&s->stalled_ns) / NS_PER_MS));
   if (s->filling)
     op_drop (s->filling);
   ops_free (s);

@@ -174,6 +174,84 @@ test_slow_is_not_deaf (void)
   take_down ();
 }
 
+/* --- memory that is given back too slowly -----------------------------------
+ */
+
+#define HOGS ((64u << 20) / BIG) /* take the whole budget */
+#define TRICKLE (200u << 10)     /* bytes, */
+#define TRICKLE_MS 100 /* that often: twice what `stall_ns` asks for */
+
+/* Each hog sends a little of its payload at a time, until the other client has
+ * an answer, and before any of them has sent all.
+ */
+static void
+trickle_until_answered (const struct client *hogs, uint64_t payload,
+                        const struct client *other)
+{
+  struct pollfd fd = { .fd = other->fd, .events = POLLIN };
+  time_t until = time (NULL) + SITE_DEADLINE_S;
+
+  for (uint64_t sent = 0; fd.revents == 0; sent += TRICKLE) {
+    assert (time (NULL) < until && sent + TRICKLE < payload);
+    for (unsigned i = 0; i < HOGS; i++)
+      (void)client_send (&hogs[i], buf, TRICKLE);
+    (void)__real_poll (&fd, 1, TRICKLE_MS);
+  }
+}
+
+/* Hogs keep all the memory and move more than what shows that they are there,
+ * but too little to give it back soon: another client gets the memory.
+ */
+static void
+assert_hogs_give_way (struct client (*hog) (void), uint64_t payload)
+{
+  struct client hogs[HOGS], c;
+  struct answer answer;
+  bool simple;
+
+  bring_up_limited (100, STALL_MS);
+  for (unsigned i = 0; i < HOGS; i++) {
+    hogs[i] = hog ();
+    hogs[i].may_end = true;
+  }
+  c = client_open (door, false);
+  assert (client_request (&c, NBD_CMD_READ, 0, 1, 0, BIG, NULL));
+  trickle_until_answered (hogs, payload, &c);
+  assert (client_answer (&c, &answer, NULL, 0, &simple) && !answer.error);
+  assert (client_receive (&c, buf, BIG));
+  client_leave (&c);
+  for (unsigned i = 0; i < HOGS; i++)
+    client_close (&hogs[i]);
+  take_down ();
+}
+
+/* An answer that is not read, before a write that is refused: its payload is
+ * dropped as it comes, and gives no memory back.
+ */
+static struct client
+busy_deaf (void)
+{
+  struct client c = client_open (door, false);
+  struct nbd_request header
+      = client_header (NBD_CMD_WRITE, 0, 2, 0, UINT32_MAX);
+
+  assert (client_request (&c, NBD_CMD_READ, 0, 1, 0, BIG, NULL));
+  client_send (&c, &header, sizeof header);
+  return c;
+}
+
+static void
+test_slow_writers_give_way (void)
+{
+  assert_hogs_give_way (halting, BIG - 100);
+}
+
+static void
+test_busy_deafs_give_way (void)
+{
+  assert_hogs_give_way (busy_deaf, UINT32_MAX);
+}
+
 /* --- memory that is not counted
  * ------------------------------------------------
  */
@@ -570,6 +648,8 @@ main (void)
   RUN (test_memory_that_is_kept);
   RUN (test_small_requests_take_little);
   RUN (test_slow_is_not_deaf);
+  RUN (test_slow_writers_give_way);
+  RUN (test_busy_deafs_give_way);
   RUN (test_many_share_it);
   RUN (test_waited_in_vain);
   RUN (test_rings_before_the_disk);
