@@ -6,11 +6,16 @@ Each shown command is run by bash in the demonstration's own folder, and its out
 straight to the terminal. Every process is a session of its own, so Ctrl-C reaches only
 this program, which then ends everything in order: it unmounts a file system before it
 stops the server.
+
+A server outlives the command that has started it. The kernel gives its process to this
+program then, which asks for that ("subreaper"). So this program is the parent, or a
+parent's parent, of all that its commands have started, and of nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -29,6 +34,10 @@ from rich.console import Console
 from rich.text import Text
 
 __all__ = ["DemoError", "Stage", "interruptible"]
+
+
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+END_S = 10.0  # for killed processes to end; one that the kernel keeps is left
 
 
 class DemoError(Exception):
@@ -59,6 +68,7 @@ class Stage:
         self._console = Console(highlight=False)
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.folder = Path(tempfile.mkdtemp(prefix="nbdm-demo-"))
         self.folder.chmod(0o755)
         # The user's nbd-mirror command is the one of this checkout.
@@ -221,15 +231,23 @@ class Stage:
                 time.sleep(0.2)
 
     def _end_strays(self) -> None:
-        """Kill what still names our folder: a server that was just starting."""
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                pid = int(entry.parent.name)
-                if (
-                    os.fsencode(self.folder) in entry.read_bytes()
-                    and pid != os.getpid()
-                ):
+        """
+        Kill what our commands have left: a server that was just starting.
+
+        The children of a process that ends become ours, so none is left once there are
+        no children. A child keeps its number until it is waited for here.
+        """
+        deadline = time.monotonic() + END_S
+        while time.monotonic() < deadline:
+            for pid in _children():
+                with contextlib.suppress(OSError):  # a set-uid program may be another's
                     os.kill(pid, signal.SIGKILL)
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                return
+            time.sleep(0.01)
 
     def _remove_folder(self) -> None:
         self._end_strays()
@@ -238,6 +256,18 @@ class Stage:
             self.say(f"{self.folder} is left: something is still mounted in it")
             return
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _children() -> list[int]:
+    """Return the processes whose parent this one is."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            # A process gives itself a name of any bytes.
+            parent = entry.read_bytes().rpartition(b")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.append(int(entry.parent.name))
+    return found
 
 
 def mounted(path: Path) -> bool:
