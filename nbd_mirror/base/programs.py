@@ -12,10 +12,18 @@ import errno
 import os
 import shutil
 import subprocess
+from typing import NamedTuple
 
 from .errors import UnsupportedError
 
-__all__ = ["LIMIT_HINT", "cannot_start", "clean_environment", "find_program", "run"]
+__all__ = [
+    "LIMIT_HINT",
+    "Ended",
+    "cannot_start",
+    "clean_environment",
+    "find_program",
+    "run",
+]
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -80,7 +88,22 @@ def cannot_start(program: str, error: OSError) -> UnsupportedError:
     )
 
 
-def run(*command: str, timeout_s: float = 30.0, apart: bool = False) -> tuple[int, str]:
+class Ended(NamedTuple):
+    """
+    A program that has ended.
+
+    Attributes:
+        status: its exit status, negative for a signal; 124 if its time was over.
+        said: its output, standard error last, in one line.
+        pid: its process, as long as it ran.
+    """
+
+    status: int
+    said: str
+    pid: int
+
+
+def run(*command: str, timeout_s: float = 30.0, apart: bool = False) -> Ended:
     """
     Run a program to its end, without input.
 
@@ -89,27 +112,31 @@ def run(*command: str, timeout_s: float = 30.0, apart: bool = False) -> tuple[in
         timeout_s: it is killed when this time is over.
         apart: in a session of its own, so that the terminal's Ctrl-C and its end do
             not reach it.
-    Returns:
-        Its exit status (124 if it was killed when *timeout_s* was over), and its
-        output, standard error last, in one line.
     Raises:
         UnsupportedError: it cannot be started.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             env=clean_environment(),
-            timeout=timeout_s,
             start_new_session=apart,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        return 124, f"{command[0]} did not end within {timeout_s:g}s"
     except OSError as error:
         raise cannot_start(command[0], error) from None
-    said = " ".join(f"{done.stdout}\n{done.stderr}".split())
-    return done.returncode, said
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = f"{command[0]} did not end within {timeout_s:g}s"
+            return Ended(124, said, process.pid)
+        except BaseException:
+            process.kill()
+            raise
+    said = " ".join(f"{out}\n{err}".split())
+    return Ended(process.returncode, said, process.pid)

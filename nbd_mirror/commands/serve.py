@@ -193,10 +193,10 @@ def _check_python_plugin(nbdkit: str, config: VolumeConfig) -> None:
             "not UTF-8",
             "nbd-mirror serve CONFIG --door native, or --door direct",
         )
-    rc, said = run(nbdkit, "python", "--dump-plugin")
-    if rc:
+    done = run(nbdkit, "python", "--dump-plugin")
+    if done.status:
         raise UnsupportedError(
-            f"nbdkit has no Python plugin: {said}",
+            f"nbdkit has no Python plugin: {done.said}",
             "apt-get install nbdkit-plugin-python",
         )
 

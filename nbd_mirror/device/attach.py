@@ -27,28 +27,25 @@ import dataclasses
 import errno
 import math
 import os
-import re
 import time
 
 from ..base.errors import (
-    AccessError,
     BusyError,
     ConfigError,
     MirrorError,
     MirrorIOError,
     MissingError,
     NotRunningError,
-    UnsupportedError,
 )
-from ..base.hints import quote
 from ..base.interrupts import put_off
-from ..base.programs import find_program, run
+from ..base.programs import Ended, find_program, run
 from ..rules.content import Choice, Need, choose, need_of
 from ..volume.client import serving_pid
 from ..volume.config import STARVED_DEADLINES, VolumeConfig
 from . import attached, devices, netlink
 from .attached import Attached
 from .handshake import Connection
+from .kernel import again, check_kernel, check_root
 
 __all__ = [
     "attach",
@@ -144,19 +141,33 @@ def attach(
     # takes a second one for the same disk.
     with put_off():
         arguments = _arguments(config, name, choice.block, connections)
-        rc, said = run(client, *arguments, apart=True)
-        if rc:
-            raise MirrorIOError(f"nbd-client could not attach /dev/{name}: {said}")
+        done = run(client, *arguments, apart=True)
+        if done.status:
+            raise _failed(config, name, choice.block, client, done)
         devices.set_limits(name)
         _note(config, name, choice.block, asked=by_operator, connections=connections)
     _await_servers(name)
     return f"/dev/{name}", choice
 
 
-def _again(device: str, option: str = "") -> str:
-    """Return the command that attaches to the same device."""
-    return " ".join(
-        filter(None, ["nbd-mirror attach CONFIG", option, device and quote(device)])
+def _failed(
+    config: VolumeConfig, name: str, block: int, client: str, done: Ended
+) -> MirrorIOError:
+    """Return the error for nbd-client's failure; the kernel may have the device."""
+    words = f"nbd-client could not attach /dev/{name}: {done.said}"
+    if devices.is_free(name):
+        return MirrorIOError(words)
+    if devices.pid_of(name) != str(done.pid):
+        # Another command attached it first, or the kernel's numbers differ from ours.
+        return MirrorIOError(
+            f"{words}; it is attached now, perhaps by another program",
+            f"nbd-mirror detach /dev/{name}, if no other program has attached it",
+        )
+    if run(client, "-d", f"/dev/{name}").status == 0:
+        return MirrorIOError(words)
+    _note(config, name, block)  # or the next attach would take a second device
+    return MirrorIOError(
+        f"{words}; it is attached all the same", "nbd-mirror detach CONFIG"
     )
 
 
@@ -177,14 +188,14 @@ def _choose(
         if wanted is None:
             raise MirrorIOError(
                 f"{error.message}; the block size cannot be read from the content",
-                _again(device, "--block-size 512"),
+                again(device, "--block-size 512"),
             ) from None
     try:
         choice = choose(
             size, smallest, need, asked=wanted, before=before.block_size or None
         )
     except ValueError as error:
-        hint = _again(device, "--block-size auto") if wanted else ""
+        hint = again(device, "--block-size auto") if wanted else ""
         raise ConfigError(f"volume {config.name}: {error}", hint) from None
     return choice, wanted is not None
 
@@ -277,74 +288,6 @@ def _give(config: VolumeConfig, name: str, server: str) -> bool:
 # --- devices -------------------------------------------------------------
 
 
-def check_kernel(config: VolumeConfig, device: str = "") -> None:
-    """
-    Load the kernel's nbd driver if it is not there.
-
-    Args:
-        config: of the volume to attach.
-        device: to attach it as, or "".
-    Raises:
-        UnsupportedError: the kernel has none; the hint shows other ways.
-        AccessError: not root.
-    """
-    check_root("attach", _again(device))
-    if (devices.SYS_BLOCK / "nbd0").exists():
-        return
-    said = "modprobe is not installed"
-    with contextlib.suppress(UnsupportedError):
-        _, said = run(find_program("modprobe", "kmod"), "nbd")
-    if not (devices.SYS_BLOCK / "nbd0").exists():
-        raise UnsupportedError(
-            f"this kernel has no nbd driver ({said or 'modprobe nbd made no device'}); "
-            "the volume can be used without it",
-            other_ways(config),
-        )
-
-
-def check_root(verb: str, command: str) -> None:
-    """
-    Check that root runs the command.
-
-    Only root may look at what `attach` noted: to another user no volume is attached.
-
-    Raises:
-        AccessError: another user does.
-    """
-    if os.geteuid() != 0:
-        raise AccessError(f"only root may {verb} a device", f"sudo {command}")
-
-
-def other_ways(config: VolumeConfig) -> str:
-    """Return the commands that use a volume without the kernel's nbd."""
-    uri, folder = config.listen.uri, f"/run/nbd-mirror/{config.name}.fuse"
-    if config.listen.path is not None:
-        path = config.listen.path.replace(",", ",,")  # as QEMU parses it
-        server = f"server.type=unix,server.path={path}"
-    else:
-        server = (
-            f"server.type=inet,server.host={config.listen.client_host},"
-            f"server.port={config.listen.port}"
-        )
-    # QEMU requires a letter first.
-    node = re.sub(r"^(?![A-Za-z])", "v", re.sub(r"[^A-Za-z0-9-]", "-", config.name))
-    node = node[:31]
-    drive = f"file={uri},format=raw,if=virtio,cache=none"
-    blockdev = f"driver=nbd,node-name={node},{server}"
-    return "\n".join(
-        [
-            "with FUSE and a loop device (packages libnbd-bin, fuse3):",
-            f"  mkdir -p {folder}",
-            f"  nbdfuse {folder} {quote(uri)} &",
-            f"  until [ -e {folder}/nbd ]; do sleep 0.1; done",
-            f"  mount -o loop {folder}/nbd /mnt    # undo: umount /mnt {folder}",
-            "or give it to QEMU as a disk:",
-            f"  -drive {quote(drive)}",
-            f"  -blockdev {quote(blockdev)} -device virtio-blk-pci,drive={node}",
-        ]
-    )
-
-
 def _note(
     config: VolumeConfig,
     name: str,
@@ -415,9 +358,9 @@ def detach(config: VolumeConfig | None, device: str = "") -> str:
     user = devices.user_of(name)
     if user:
         raise BusyError(f"/dev/{name} is in use: {user}", "umount or release it first")
-    rc, said = run(find_program("nbd-client", "nbd-client"), "-d", f"/dev/{name}")
-    if rc:
-        raise MirrorIOError(f"nbd-client could not detach /dev/{name}: {said}")
+    done = run(find_program("nbd-client", "nbd-client"), "-d", f"/dev/{name}")
+    if done.status:
+        raise MirrorIOError(f"nbd-client could not detach /dev/{name}: {done.said}")
     if config is not None:
         noted = attached.load(config.state_dir)
         attached.save(config.state_dir, noted.detached())

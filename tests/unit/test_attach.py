@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import support
 
 from nbd_mirror.base.errors import (
     BusyError,
+    MirrorIOError,
     MissingError,
     NotRunningError,
     UnsupportedError,
@@ -318,6 +320,76 @@ def test_attach_that_is_interrupted_has_noted_its_device(
     finally:
         signal.signal(number, before)
     assert attach.attached_device(config) == "/dev/nbd2"
+
+
+FAILING_CLIENT = """#!/bin/sh
+if [ $1 = -d ]; then
+  echo detach >>{calls}
+  [ {detaches} = yes ] || exit 1
+  echo 0 >{block}/nbd2/size
+  exec rm {block}/nbd2/pid
+fi
+echo 8 >{block}/nbd2/size
+echo {pid} >{block}/nbd2/pid
+echo cannot >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def failing(
+    sys_block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], Path]:
+    """Give a nbd-client that fails after the kernel has attached, and its calls."""
+
+    def make(pid: str, detaches: str) -> Path:
+        client, calls = tmp_path / "nbd-client", tmp_path / "calls"
+        text = FAILING_CLIENT.format(
+            block=sys_block, pid=pid, detaches=detaches, calls=calls
+        )
+        client.write_text(text)
+        client.chmod(0o755)
+        monkeypatch.setattr(attach, "check_kernel", lambda *_: None)
+        monkeypatch.setattr(attach, "find_program", lambda *_: os.fspath(client))
+        monkeypatch.setattr(attach, "_choose", lambda *_: (Choice(4096, ""), False))
+        return calls
+
+    return make
+
+
+def test_attach_that_fails_leaves_no_device(
+    config: VolumeConfig, failing: Callable[[str, str], Path]
+) -> None:
+    """The kernel has attached it, and nbd-client fails after that."""
+    calls = failing("$$", "yes")
+    with pytest.raises(MirrorIOError, match=r"could not attach /dev/nbd2: cannot$"):
+        attach.attach(config, 1 << 30)
+    assert calls.read_text() == "detach\n"
+    assert devices.is_free("nbd2")
+    assert attach.attached_device(config) == ""
+
+
+def test_attach_that_fails_and_leaves_its_device_has_noted_it(
+    config: VolumeConfig, failing: Callable[[str, str], Path]
+) -> None:
+    """It cannot be detached now: the next attach takes no second one."""
+    failing("$$", "no")
+    with pytest.raises(MirrorIOError, match="it is attached all the same") as caught:
+        attach.attach(config, 1 << 30)
+    assert caught.value.hint == "nbd-mirror detach CONFIG"
+    assert attach.attached_device(config) == "/dev/nbd2"
+
+
+def test_attach_that_fails_leaves_a_strangers_device_alone(
+    config: VolumeConfig, failing: Callable[[str, str], Path]
+) -> None:
+    """Another command has attached it in the same moment."""
+    calls = failing("1", "yes")
+    with pytest.raises(MirrorIOError, match="perhaps by another program") as caught:
+        attach.attach(config, 1 << 30)
+    assert "nbd-mirror detach /dev/nbd2" in caught.value.hint
+    assert not calls.exists()
+    assert attach.attached_device(config) == ""
 
 
 def test_detach_of_a_device_with_holders_is_refused(sys_block: Path) -> None:
