@@ -184,6 +184,8 @@ open_disk (struct nbdm *v, void *opaque)
   int rc = local_open (&o->disk, o->path, &size);
 
   if (rc == 0)
+    rc = local_check_place (&o->disk, v->dirfd, o->path);
+  if (rc == 0)
     rc = identity_check_size (v, o->path, size);
   if (rc == 0 && !o->replaced)
     rc = identity_check_attached (v, &o->check, &o->disk, o->path);

@@ -8,7 +8,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <limits.h>
 #include <linux/fs.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -93,6 +95,42 @@ check_writable (const struct local_file *disk, const char *path)
       && read_only)
     return set_message (-EROFS, "the local disk %s is read-only", path);
   return 0;
+}
+
+/* The path of an open file as the kernel knows it, which asks no disk.  False:
+ * there is no /proc, or it is too long.
+ */
+static bool
+path_of (int fd, char *path, size_t size)
+{
+  char link[32];
+  ssize_t n;
+
+  snprintf (link, sizeof link, "/proc/self/fd/%d", fd);
+  n = readlink (link, path, size);
+  if (n < 0 || (size_t)n >= size)
+    return false;
+  path[n] = '\0';
+  return true;
+}
+
+int
+local_check_place (const struct local_file *disk, int state_fd,
+                   const char *path)
+{
+  char ours[PATH_MAX], state[PATH_MAX];
+  size_t n;
+
+  if (!path_of (disk->fd, ours, sizeof ours)
+      || !path_of (state_fd, state, sizeof state))
+    return 0;
+  n = strlen (state);
+  if (strncmp (ours, state, n) != 0 || ours[n] != '/')
+    return 0;
+  return set_message (-EINVAL,
+                      "the local disk %s lies in the state directory, from "
+                      "which no start takes a disk: it is not used",
+                      path);
 }
 
 int

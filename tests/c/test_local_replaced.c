@@ -423,7 +423,32 @@ flush_of_an_attached_disk_fails_in_a_stop (void)
   assert (read_at (200 * REGION) == 7);
 }
 
+/* A copy of the disk in the state directory, behind a link: every start would
+ * refuse it, so nothing is copied to it.
+ */
+static void
+disk_in_the_state (void)
+{
+  char command[600], link[200];
+
+  bring_up (1, 300);
+  assert (write_at (3 * REGION, 1) == 0); /* local fails */
+  snprintf (link, sizeof link, "%s/link", site.dir);
+  snprintf (command, sizeof command, "cp %s %s/disk && ln -s %s/disk %s",
+            site.local, site.state, site.state, link);
+  assert (system (command) == 0);
+  for (int replaced = 0; replaced < 2; replaced++) {
+    assert (nbdm_local_attach (site.volume, link, replaced) == -EINVAL);
+    assert (strstr (nbdm_last_error (), "lies in the state directory"));
+    assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == -ENODEV);
+  }
+  assert (unlink (link) == 0 && symlink (site.local, link) == 0);
+  assert (nbdm_local_attach (site.volume, link, 0) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
+}
+
 static const struct schedule schedules[] = {
+  { "disk_in_the_state", "local_write:1=error", disk_in_the_state },
   { "flush_of_an_attached_disk_fails_in_a_stop", "local_write:2=error",
     flush_of_an_attached_disk_fails_in_a_stop },
   { "flush_of_an_attached_disk_fails", "local_write:2=error",
