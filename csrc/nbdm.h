@@ -472,12 +472,18 @@ int nbdm_server_tls (struct direct_server *server, uint32_t listener,
 /* The limit of clients: lower than requested if descriptors are short. */
 uint32_t nbdm_server_max_clients (const struct direct_server *server);
 
+/* Start the threads for requests, before nbdm_server_run: so a start that fails
+ * is known before anything says that the volume is served.  -EAGAIN: no thread
+ * could start; then only nbdm_server_close may follow.
+ */
+int nbdm_server_start (struct direct_server *server);
+
 /* Accept and serve; blocks until nbdm_server_end, then until the requests that
  * were taken in are answered and the clients disconnected: bounded if the
  * volume is stopped, as a client that does not read its answers is dropped.
- * After that the sockets no longer listen.  -EAGAIN: no thread could start.
+ * After that the sockets no longer listen, and the threads have ended.
  */
-int nbdm_server_run (struct direct_server *server);
+void nbdm_server_run (struct direct_server *server);
 
 /* Make nbdm_server_run return; from any thread, any number of times. */
 void nbdm_server_end (struct direct_server *server);

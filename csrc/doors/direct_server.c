@@ -273,15 +273,21 @@ end_sessions (struct direct_server *server)
 }
 
 int
-nbdm_server_run (struct direct_server *server)
+nbdm_server_start (struct direct_server *server)
 {
   int rc = exports_start (&server->exports);
 
-  if (rc == 0)
-    accept_all (server);
+  if (rc < 0)
+    exports_end (&server->exports);
+  return rc;
+}
+
+void
+nbdm_server_run (struct direct_server *server)
+{
+  accept_all (server);
   end_sessions (server);
   exports_end (&server->exports);
-  return rc;
 }
 
 void

@@ -9,7 +9,7 @@ struct direct_server;
 struct exports;
 struct session;
 
-/* The server's exports; add to them before nbdm_server_run. */
+/* The server's exports; add to them before nbdm_server_start. */
 struct exports *direct_exports (struct direct_server *server);
 /* Write a log line about one client, as printf.  Lines beyond a rate are left
  * out.

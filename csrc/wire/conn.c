@@ -76,7 +76,7 @@ enum wake_reason {
  * thread sleeps is no error, and a thread that sleeps there for another reason
  * checks again.
  */
-#define MAX_TO_WAKE 64
+#define MAX_TO_WAKE 32
 static _Thread_local atomic_uint *to_wake[MAX_TO_WAKE];
 static _Thread_local unsigned nr_to_wake;
 

@@ -10,15 +10,14 @@ threads run out, waits, and starts the next turn.
 from __future__ import annotations
 
 import contextlib
-import errno
 import threading
 import time
 import traceback
 from collections.abc import Callable
 
-from .errors import MirrorError, from_errno
+from .errors import MirrorError, UnsupportedError
 
-__all__ = ["begin", "keep_going"]
+__all__ = ["begin", "keep_going", "no_thread"]
 
 REST_S = 1.0
 
@@ -62,8 +61,7 @@ def begin(thread: threading.Thread) -> None:
 
 def no_thread(name: str) -> MirrorError:
     """Return the error for a thread that cannot be made."""
-    return from_errno(
-        errno.EAGAIN,
+    return UnsupportedError(
         f"cannot start the thread {name}: the limit of processes or memory is reached",
         "raise `ulimit -u`, or TasksMax= of the unit",
     )

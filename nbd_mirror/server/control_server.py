@@ -67,6 +67,8 @@ class ControlServer:
         handler: called from several threads at once.
         timeout_s: for a client to send its request, and to receive the answer.
         log: gets a bug's traceback; the thread continues.
+        prepare: called on each thread before it waits for a client, so that what the
+            handler needs on each thread is allocated while there is memory.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class ControlServer:
         *,
         timeout_s: float = CLIENT_TIMEOUT_S,
         log: Callable[[str, str], object] = _ignore,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         self._path = Path(path)
         self._handler = handler
         self._timeout_s = timeout_s
         self._log = log
+        self._prepare = prepare
         self._lock = threading.Lock()  # guards the listener and the reserve
         self._listener: socket.socket | None = None
         self._workers = [
@@ -180,6 +184,7 @@ class ControlServer:
 
     def _work(self) -> None:
         """Serve clients until the end, also while memory or descriptors run out."""
+        self._prepare()
         keep_going(self._serve_one, lambda: self._closing, self._log, "control")
 
     def _serve_one(self) -> None:

@@ -39,8 +39,8 @@ def main(path: str) -> None:
     volume = or_exit(lambda: Volume.open(path, "direct", shutdown, drain))
     server = or_exit(lambda: _make_server(volume))
     ended.append(server)
-    or_exit(volume.serve)
-    or_exit(server.run)
+    or_exit(lambda: volume.serve(server.start))
+    server.run()
     clean = volume.stop()  # a late `end` may still come, so nothing is freed
     sys.exit(0 if clean else MetadataFailedError.exit_code)
 

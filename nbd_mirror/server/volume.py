@@ -78,7 +78,12 @@ class Volume:
         self._said: set[str] = set()  # texts logged once
         self._local = self._make_local_keeper()
         self._keepers = self._make_keepers()
-        self._control = ControlServer(control_path(config.state), self.handle, log=log)
+        self._control = ControlServer(
+            control_path(config.state),
+            self.handle,
+            log=log,
+            prepare=log_counts,  # CFFI has a variable for each thread that calls C
+        )
         self._ending = threading.Event()
         self._exit = End(config.name, config.stop_limit_s, GRACE_S)
         self._rest_s = 0.0  # before the next turn of maintenance
@@ -148,12 +153,14 @@ class Volume:
             for index, remote in enumerate(self._config.remotes)
         ]
 
-    def serve(self) -> None:
+    def serve(self, start_door: Callable[[], None] = lambda: None) -> None:
         """
         Start every thread and answer commands; from now on signals stop the volume.
 
         Must be called on the process's main thread, before it has others.
 
+        Args:
+            start_door: starts the threads that the door needs.
         Raises:
             MirrorError: a thread or the control socket could not be made.
         """
@@ -166,6 +173,7 @@ class Volume:
         for keeper in self._threads():
             keeper.start()
         begin(self._maintenance)
+        start_door()
         log("info", f"volume {self._config.name}: served, {self._door} door")
         # It waits for the door, so it needs a thread; no thread joins it at the end.
         begin(threading.Thread(target=self._take_back, name="device", daemon=True))

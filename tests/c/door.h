@@ -34,7 +34,7 @@ struct door {
 static inline void *
 door_run (void *server)
 {
-  assert (nbdm_server_run (server) == 0);
+  nbdm_server_run (server);
   return NULL;
 }
 
@@ -68,6 +68,7 @@ door_make (struct door *door, struct nbdm *volume, const char *path,
 static inline void
 door_start (struct door *door)
 {
+  assert (nbdm_server_start (door->server) == 0);
   assert (pthread_create (&door->thread, NULL, door_run, door->server) == 0);
 }
 

@@ -10,6 +10,7 @@
  */
 
 #include "api.h"
+#include "base/error.h"
 #include "base/file.h"
 #include "site.h"
 
@@ -205,6 +206,35 @@ test_resync_waits_for_memory (void)
   end ();
 }
 
+/* More threads than there are spares, one after the other. */
+#define NR_THREADS 100
+
+static void *
+fail (void *unused)
+{
+  (void)unused;
+  assert (strcmp (last_error (), "") == 0);
+  refuse = REFUSE_ENGINE;
+  assert (set_error (-ENOMEM, "a %s", "buffer") == -ENOMEM);
+  assert (strcmp (last_error (), "a buffer: Cannot allocate memory") == 0);
+  clear_error ();
+  assert (strcmp (last_error (), "") == 0);
+  refuse = REFUSE_NOBODY;
+  return NULL;
+}
+
+/* A thread whose first error is that there is no memory has its message. */
+static void
+test_error_has_its_message (void)
+{
+  for (unsigned i = 0; i < NR_THREADS; i++) {
+    pthread_t thread;
+
+    assert (pthread_create (&thread, NULL, fail, NULL) == 0);
+    pthread_join (thread, NULL);
+  }
+}
+
 int
 main (void)
 {
@@ -216,5 +246,6 @@ main (void)
   RUN (test_remote_is_lost_when_libnbd_gets_none);
   refused = 0;
   RUN (test_resync_waits_for_memory);
+  RUN (test_error_has_its_message);
   return 0;
 }

@@ -371,6 +371,47 @@ def test_start_that_fails_has_answered_no_command(site: Site) -> None:
     assert done.returncode not in (0, 1), done.stderr
 
 
+# A server whose door gets no thread for requests.
+DOOR_WITHOUT_A_THREAD = """
+import errno, sys
+from nbd_mirror.base.errors import WaitTimeoutError
+from nbd_mirror.server import direct
+from nbd_mirror.volume import config, control
+from nbd_mirror.volume.core import server as core
+
+lib = core.lib
+
+class Lib:
+    def __getattr__(self, name):
+        starts = name in ("nbdm_server_start", "nbdm_server_run")
+        return fail if starts else getattr(lib, name)
+
+def fail(server):
+    try:
+        control.call(config.load(sys.argv[1]).state, "ping", 2.0)
+    except WaitTimeoutError:
+        return -errno.EAGAIN
+    raise AssertionError("it has answered")
+
+core.lib = Lib()
+direct.main(sys.argv[1])
+"""
+
+
+def test_door_that_fails_to_start_has_answered_no_command(site: Site) -> None:
+    """Its own threads are the last ones that a start can miss."""
+    site.create()
+    done = site.processes.run(
+        [sys.executable, "-c", DOOR_WITHOUT_A_THREAD, str(site.config)],
+        env=site.environment(),
+        check=False,
+    )
+    assert "has answered" not in done.stderr
+    assert "nbd-mirror: cannot start the thread requests" in done.stderr
+    assert "try: raise `ulimit -u`" in done.stderr
+    assert done.returncode == 14, done.stderr
+
+
 # --- programs that the kernel does not start ---
 
 LIMITED = """

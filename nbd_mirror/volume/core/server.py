@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
+from ...base.threads import no_thread
 from .boundary import check, ffi, lib, whole_ms
 from .engine import Engine
 
@@ -44,14 +46,21 @@ class Server:
         """The limit of clients, as far as there are descriptors."""
         return int(lib.nbdm_server_max_clients(self._handle))
 
-    def run(self) -> None:
+    def start(self) -> None:
         """
-        Serve. Blocks until `end`, and then until requests under way are answered.
+        Start the threads for requests; `run` serves.
 
         Raises:
-            MirrorError: no thread could be made.
+            MirrorError: the system gives no thread.
         """
-        check(lib.nbdm_server_run(self._handle), "serve")
+        rc: int = lib.nbdm_server_start(self._handle)
+        if rc == -errno.EAGAIN:
+            raise no_thread("requests")
+        check(rc, "serve")
+
+    def run(self) -> None:
+        """Serve. Blocks until `end`, and then until requests under way are answered."""
+        lib.nbdm_server_run(self._handle)
 
     def end(self) -> None:
         """Make `run` return. May be called from any thread, any number of times."""
