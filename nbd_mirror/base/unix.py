@@ -68,9 +68,14 @@ def bind(path: Path, backlog: int) -> socket.socket:
     return sock
 
 
-def answers(path: Path) -> bool:
-    """Return whether a server accepts on *path*; raises OSError without access."""
-    with short_name(path) as name, strangers.closing(unix_socket()) as probe:
+def answers(path: Path, dir_fd: int | None = None) -> bool:
+    """
+    Return whether a server accepts on *path*; raises OSError without access.
+
+    Args:
+        dir_fd: the opened folder of *path*, in which alone its name is looked up.
+    """
+    with _named(path, dir_fd) as name, strangers.closing(unix_socket()) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(name)
@@ -79,3 +84,12 @@ def answers(path: Path) -> bool:
         except (TimeoutError, BlockingIOError):
             return True  # its queue is full, so a server has it open
         return True
+
+
+@contextlib.contextmanager
+def _named(path: Path, dir_fd: int | None) -> Iterator[str]:
+    if dir_fd is not None:
+        yield f"/proc/self/fd/{dir_fd}/{path.name}"
+        return
+    with short_name(path) as name:
+        yield name

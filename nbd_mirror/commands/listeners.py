@@ -65,8 +65,8 @@ def bind(listen: Listen) -> Listeners:
 
 def _bind_unix(path: Path) -> socket.socket:
     try:
-        with _locked_folder(path.parent):
-            _remove_in_the_way(path)
+        with _locked_folder(path.parent) as dir_fd:
+            _remove_in_the_way(path, dir_fd)
             return unix.bind(path, BACKLOG)
     except MirrorError:
         raise
@@ -76,17 +76,19 @@ def _bind_unix(path: Path) -> socket.socket:
         ) from None
 
 
-def _remove_in_the_way(path: Path) -> None:
+def _remove_in_the_way(path: Path, dir_fd: int) -> None:
     """Remove the socket file of a server that has ended, but nothing else."""
-    if not os.path.lexists(path):
+    try:
+        found = _lstat(path, dir_fd)
+    except FileNotFoundError:
         return
-    found = path.lstat()
     if not stat.S_ISSOCK(found.st_mode):
         raise BusyError(f"{path} exists and is no socket: choose another path")
     try:
-        if not _is_stale(path):
+        if not _is_stale(path, dir_fd):
             raise BusyError(f"socket in use: another server listens on {path}")
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=dir_fd)
     except PermissionError:
         if found.st_uid == os.geteuid():
             raise
@@ -98,10 +100,17 @@ def _remove_in_the_way(path: Path) -> None:
         ) from None
 
 
+def _lstat(path: Path, dir_fd: int) -> os.stat_result:
+    return os.stat(path.name, dir_fd=dir_fd, follow_symlinks=False)
+
+
 @contextlib.contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
+def _locked_folder(folder: Path) -> Iterator[int]:
     """
-    Let one process at a time check and replace a socket in *folder*.
+    Let one process at a time check and replace a socket in *folder*; yield it, opened.
+
+    Names are looked up in the opened folder alone. It may be another user's, who could
+    put a link in its place between a check and what root does then.
 
     Without the lock, two processes that start at once could both find the socket stale,
     and the second would remove the first one's. But any user who can read the folder
@@ -116,24 +125,24 @@ def _locked_folder(folder: Path) -> Iterator[None]:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.02)
-        yield
+        yield fd
     finally:
         os.close(fd)
 
 
-def _is_stale(path: Path) -> bool:
+def _is_stale(path: Path, dir_fd: int) -> bool:
     """
     Return whether no server answers on a socket's name.
 
     It checks again after a moment: another server may just have bound the socket and
     not listen yet.
     """
-    first = path.lstat()
+    first = _lstat(path, dir_fd)
     for _ in range(STALE_LOOKS):
-        if unix.answers(path):
+        if unix.answers(path, dir_fd):
             return False
         time.sleep(STALE_PAUSE_S)
-    last = path.lstat()
+    last = _lstat(path, dir_fd)
     return (first.st_dev, first.st_ino) == (last.st_dev, last.st_ino)
 
 
@@ -207,6 +216,6 @@ def _listen_on(
 
 def remove_stale(path: Path) -> None:
     """Remove a socket file whose server has ended; nbdkit leaves it behind."""
-    with contextlib.suppress(OSError), _locked_folder(path.parent):
-        if stat.S_ISSOCK(path.lstat().st_mode) and _is_stale(path):
-            path.unlink()
+    with contextlib.suppress(OSError), _locked_folder(path.parent) as dir_fd:
+        if stat.S_ISSOCK(_lstat(path, dir_fd).st_mode) and _is_stale(path, dir_fd):
+            os.unlink(path.name, dir_fd=dir_fd)

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
 from unit.volumes import make_file
 
+from nbd_mirror.base import unix
 from nbd_mirror.base.errors import (
     BusyError,
     ConfigError,
@@ -22,6 +24,7 @@ from nbd_mirror.base.errors import (
     NotRunningError,
 )
 from nbd_mirror.base.listen import Listen, parse_listen
+from nbd_mirror.commands import listeners
 from nbd_mirror.commands.listeners import Listeners, bind
 from nbd_mirror.device.handshake import Connection
 from nbd_mirror.volume.config import load
@@ -96,6 +99,54 @@ def test_bind_says_whose_socket_is_in_the_way(mode: int) -> None:
         assert f"cannot listen on {path}: a socket of user root is" in done.stdout
         assert "choose another path for `listen`" in done.stdout
         assert path.is_socket()
+
+
+def test_stale_socket_is_removed_only_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's owner puts a link to another one in its place, after the check."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for one in (folder, other):
+        one.mkdir()
+    bind(parse_listen(f"unix:{folder}/passwd")).close()
+    (other / "passwd").write_text("root")
+    check = listeners._is_stale
+
+    def check_and_swap(*args: Any) -> bool:
+        stale = check(*args)
+        folder.rename(tmp_path / "away")
+        folder.symlink_to(other)
+        return stale
+
+    monkeypatch.setattr(listeners, "_is_stale", check_and_swap)
+    listeners.remove_stale(folder / "passwd")
+    assert (other / "passwd").read_text() == "root"
+    assert not (tmp_path / "away" / "passwd").exists()
+
+
+def test_socket_of_a_living_server_is_asked_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is a link, which leads to a dead socket whenever that is asked."""
+    living, dead, link = tmp_path / "living", tmp_path / "dead", tmp_path / "link"
+    for one in (living, dead):
+        one.mkdir()
+    bind(parse_listen(f"unix:{dead}/s")).close()
+    link.symlink_to(living)
+    ask = unix.answers
+
+    def ask_elsewhere(*args: Any) -> bool:
+        link.unlink()
+        link.symlink_to(dead)
+        answered = ask(*args)
+        link.unlink()
+        link.symlink_to(living)
+        return answered
+
+    monkeypatch.setattr(unix, "answers", ask_elsewhere)
+    with bind(parse_listen(f"unix:{living}/s")):
+        listeners.remove_stale(link / "s")
+        assert (living / "s").is_socket()
 
 
 def test_bind_over_a_file_is_refused_and_leaves_it(tmp_path: Path) -> None:
