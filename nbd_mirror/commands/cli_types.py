@@ -10,6 +10,7 @@ import typer
 
 from ..base.units import parse_duration
 from ..rules.content import BLOCK_SIZES
+from ..volume.config import VolumeConfig
 
 __all__ = [
     "BlockSizeOption",
@@ -19,6 +20,7 @@ __all__ = [
     "PolicyArgument",
     "ReadsOption",
     "RemoteArgument",
+    "check_disk",
     "duration",
 ]
 
@@ -85,3 +87,9 @@ def duration(option: str, text: str) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text}: {error}", param_hint=option) from None
+
+
+def check_disk(volume: VolumeConfig, name: str | None) -> None:
+    """Check that a disk of the volume has this name, if one was given."""
+    if name not in (None, "local"):
+        volume.remote(name)  # raises if there is none

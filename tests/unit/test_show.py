@@ -11,7 +11,7 @@ from rich.console import Console
 from unit.answers import a_local, a_remote, a_status
 
 from nbd_mirror.base.errors import BusyError
-from nbd_mirror.commands import cli, watch
+from nbd_mirror.commands import cli_app, watch
 from nbd_mirror.commands.ending import report
 from nbd_mirror.commands.show import describe_resync, show_status
 from nbd_mirror.volume.status import Resync, Status
@@ -35,7 +35,7 @@ def test_words_of_a_server_command_no_terminal(
         watch._picture(Status.model_validate(status), "pg")
     )
     report(BusyError(words, words))
-    cli._say(f"policy {words}")
+    cli_app.say(f"policy {words}")
     said = capsys.readouterr()
     for shown in (_shown(status), out.getvalue(), said.err, said.out):
         assert "no?[2J ?2J? caf\xe9" in shown
