@@ -25,6 +25,7 @@ __all__ = [
     "is_there",
     "open_plain",
     "opened_folder",
+    "place_file",
     "read_plain",
     "replace_file",
     "user_name",
@@ -96,6 +97,38 @@ def replace_file(folder: Path, name: str, content: bytes, mode: int = 0o600) -> 
             with contextlib.suppress(OSError):
                 os.unlink(new, dir_fd=dir_fd)
             raise
+
+
+def place_file(
+    path: Path, content: bytes, *, mode: int = 0o600, force: bool = False
+) -> None:
+    """
+    Make a file that appears with all its content or not at all, and stays.
+
+    Args:
+        mode: of the file, whatever the umask is.
+        force: replace a file that is there.
+    Raises:
+        FileExistsError: there is one. OSError: it cannot be written.
+    """
+    new = f".{path.name}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with opened_folder(path.parent) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=folder)  # left by a process that was killed
+        try:
+            with open(open_plain(new, flags, folder), "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link fails if there is a file, also one that was made just now.
+            place = os.rename if force else os.link
+            place(new, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=folder)
+        os.fsync(folder)
 
 
 def is_there(path: str | Path) -> bool:

@@ -56,7 +56,7 @@ class Asked:
     The user's command, with each word quoted for a shell.
 
     Args:
-        config: the user's name of the volume.
+        config: the user's name of the volume, and of the node if there was one.
         anywhere: another name of it that means the same to any user.
         command: the user's, or "".
         options: those that the user gave, by their names, such as "--door".

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The address a volume listens on: the `listen` key, and its NBD URI.
+The addresses a volume listens on: the key `listen`, and the `address` of a node.
 
 An address is parsed once, into its parts, so that binding, attaching and printing
 cannot parse the text in different ways.
@@ -17,12 +17,23 @@ from pydantic import BaseModel, ConfigDict
 
 from .unix import MAX_UNIX_PATH
 
-__all__ = ["LISTEN_RULE", "Listen", "parse_listen"]
+__all__ = [
+    "ADDRESS_RULE",
+    "LISTEN_RULE",
+    "Address",
+    "Listen",
+    "parse_address",
+    "parse_listen",
+    "plain_host",
+]
 
 LISTEN_RULE = (
     '"unix:/absolute/path" (at most 107 bytes), "tcp:HOST:PORT" or "tcp::PORT"'
 )
-
+ADDRESS_RULE = (
+    '"HOST:PORT", where the other nodes reach this one: "10.0.0.1:10810" or '
+    '"[fd00::1]:10810", with a port from 1 to 65535'
+)
 
 _LABEL = r"[A-Za-z0-9_-]{1,63}"  # of a host's name
 
@@ -64,6 +75,63 @@ class Listen(BaseModel):
             if ":" in self.host
             else (f"tcp:{self.host}:{self.port}")
         )
+
+
+class Address(BaseModel):
+    """Where the other nodes reach a node: a TCP *host* and *port*."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str
+    port: int
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The same for two spellings of one address; names are not looked up."""
+        return plain_host(self.host), self.port
+
+    @property
+    def shown_host(self) -> str:
+        """The host as a URI or a program such as scp needs it: IPv6 in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    def __str__(self) -> str:
+        return f"{self.shown_host}:{self.port}"
+
+
+def plain_host(host: str) -> str:
+    """Return one spelling for all of a host's, without looking it up."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix(".")
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(address)
+
+
+def parse_address(value: object) -> Address:
+    """
+    Read the address of a node.
+
+    Args:
+        value: "HOST:PORT", IPv6 in brackets.
+    Raises:
+        ValueError: it is none, or stands for every address of a host.
+    """
+    if isinstance(value, Address):
+        return value
+    try:
+        if not isinstance(value, str) or value.startswith(":"):
+            raise ValueError
+        found = parse_listen(f"tcp:{value}")
+    except ValueError:
+        raise ValueError(f"must be {ADDRESS_RULE}") from None
+    if plain_host(found.host) in ("0.0.0.0", "::"):  # noqa: S104
+        raise ValueError(
+            "stands for every address of a host; name the one to connect to"
+        )
+    return Address(host=found.host, port=found.port)
 
 
 def parse_listen(value: object) -> Listen:

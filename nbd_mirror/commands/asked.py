@@ -14,12 +14,23 @@ from ..base.errors import MissingError
 from ..base.hints import Asked, quote
 from ..volume.config import CONFIG_DIR_ENV, find
 
-__all__ = ["asked_for", "name_volume"]
+__all__ = ["asked_for", "name_volume", "words_for"]
 
 
-def name_volume(hint: str, config: str) -> str:
-    """Replace CONFIG in a hint by the user's name of the volume."""
-    return _asked(config).name(hint)
+def name_volume(hint: str, asked: str | Asked) -> str:
+    """
+    Replace CONFIG in a hint by the user's name of the volume.
+
+    Args:
+        hint: the text.
+        asked: that name, or words_for().
+    """
+    return (_asked(asked) if isinstance(asked, str) else asked).name(hint)
+
+
+def words_for(config: str, node: str | None) -> Asked:
+    """Return the user's name of the volume, and of the node if there was one."""
+    return _asked(config, node=node)
 
 
 def asked_for(
@@ -36,13 +47,23 @@ def asked_for(
     if not isinstance(config, str):
         return None
     # A command that another one started repeats that one's command and options.
+    node = arguments.get("node")
+    options = dict(_options(function, arguments))
+    options.pop("--node", None)
     return Asked.load() or _asked(
-        config, function.__name__, dict(_options(function, arguments))
+        config,
+        function.__name__,
+        options,
+        node=node if isinstance(node, str) else None,
     )
 
 
 def _asked(
-    config: str, command: str = "", options: Mapping[str, str] | None = None
+    config: str,
+    command: str = "",
+    options: Mapping[str, str] | None = None,
+    *,
+    node: str | None = None,
 ) -> Asked:
     path = config
     try:
@@ -53,7 +74,9 @@ def _asked(
         pass  # relative to a folder that was removed
     if config.startswith("-"):
         config = path
-    return Asked(quote(config), quote(path), command, options)
+    # Every command of this volume needs it, and not only the user's own.
+    of_node = "" if node is None else f" --node {quote(node)}"
+    return Asked(quote(config) + of_node, quote(path) + of_node, command, options)
 
 
 def _options(

@@ -16,6 +16,7 @@ from ..base.errors import OutputError
 from ..base.interrupt import INTERRUPTED, end_at_once, raise_it
 from .cli_app import app, command
 from .cli_device import attach, detach
+from .cli_nodes import init, key, nodes
 from .cli_remote import invalidate, pause, resume
 from .cli_server import create, policy, serve, stop
 from .cli_show import inspect, status, wait, watch
@@ -26,6 +27,7 @@ __all__ = ["app", "main"]
 
 # In the order of the help and the manual.
 for _function in (
+    *(init, key, nodes),
     *(create, serve, stop),
     *(status, wait, watch),
     *(pause, resume, invalidate, policy),

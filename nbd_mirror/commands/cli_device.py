@@ -11,7 +11,7 @@ from ..device import attach as kernel
 from ..volume.client import ask_status
 from ..volume.config import load
 from .cli_app import say
-from .cli_types import BlockSizeOption, Config
+from .cli_types import BlockSizeOption, Config, NodeOption
 
 __all__ = ["attach", "detach"]
 
@@ -26,9 +26,10 @@ def attach(
         int, typer.Option(min=1, max=16, help="Kernel to server connections.")
     ] = 1,
     block_size: BlockSizeOption = "",
+    node: NodeOption = None,
 ) -> None:
     """Attach a served volume to the kernel, as /dev/nbdN."""
-    volume = load(config)
+    volume = load(config, node)
     kernel.check_kernel(volume, device or "")
     answer = ask_status(volume)
     name, choice = kernel.attach(
@@ -48,11 +49,12 @@ def detach(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG|/dev/nbdN", help="A volume or a device.")
     ],
+    node: NodeOption = None,
 ) -> None:
     """Detach a volume or a device from the kernel."""
     kernel.check_root("detach", "nbd-mirror detach CONFIG")
     if config.startswith("/dev/"):
         name = kernel.detach(None, config)
     else:
-        name = kernel.detach(load(config))
+        name = kernel.detach(load(config, node))
     say(f"{name} is detached")

@@ -11,27 +11,32 @@ from ..base.errors import ConfigError
 from ..volume.client import ask
 from ..volume.config import VolumeConfig, load
 from .cli_app import say
-from .cli_types import Config, RemoteArgument, check_disk
+from .cli_types import Config, NodeOption, RemoteArgument, check_disk
 
 __all__ = ["invalidate", "pause", "resume"]
 
 
-def pause(config: Config, remote: RemoteArgument = None) -> None:
+def pause(
+    config: Config, remote: RemoteArgument = None, node: NodeOption = None
+) -> None:
     """Pause resync of one remote or of all."""
-    _remote_command(load(config), "pause", remote)
+    _remote_command(load(config, node), "pause", remote)
 
 
-def resume(config: Config, remote: RemoteArgument = None) -> None:
+def resume(
+    config: Config, remote: RemoteArgument = None, node: NodeOption = None
+) -> None:
     """Resume resync, and check a failed disk again. "local" is the local disk."""
-    _remote_command(load(config), "resume", remote)
+    _remote_command(load(config, node), "resume", remote)
 
 
 def invalidate(
     config: Config,
     remote: Annotated[str, typer.Argument(metavar="REMOTE", help="Which remote.")],
+    node: NodeOption = None,
 ) -> None:
     """Overwrite a remote with a full copy. "local" is a replaced local disk."""
-    _remote_command(load(config), "invalidate", remote)
+    _remote_command(load(config, node), "invalidate", remote)
 
 
 def _remote_command(volume: VolumeConfig, command: str, remote: str | None) -> None:

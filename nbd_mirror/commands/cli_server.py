@@ -12,9 +12,9 @@ from ..base.units import format_size
 from ..volume import offline
 from ..volume.client import ask_policy
 from ..volume.config import load
-from .asked import asked_for, name_volume
+from .asked import asked_for, name_volume, words_for
 from .cli_app import say
-from .cli_types import Config, Door, PolicyArgument, ReadsOption
+from .cli_types import Config, Door, NodeOption, PolicyArgument, ReadsOption
 from .create import create_volume
 from .serve import exec_server, start
 from .show import describe_policy
@@ -35,9 +35,10 @@ def create(
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite an existing state.")
     ] = False,
+    node: NodeOption = None,
 ) -> None:
     """Format a volume's state. The local disk is not touched."""
-    volume = load(config)
+    volume = load(config, node)
     create_volume(volume, assume_in_sync or [], force=force)
     status = offline.stopped_status(volume)
     regions = -(-status.size // status.region_size)
@@ -50,7 +51,7 @@ def create(
         if remote.assumed:
             words = "assumed in sync on your word, until a full resync proves it"
         say(f"  {remote.name}: {words}")
-    say(name_volume("next: nbd-mirror serve CONFIG", config))
+    say(name_volume("next: nbd-mirror serve CONFIG", words_for(config, node)))
 
 
 def serve(
@@ -73,12 +74,13 @@ def serve(
             "--without-local", help="Give up the local disk: a remote in sync serves."
         ),
     ] = False,
+    node: NodeOption = None,
 ) -> None:
     """Serve a volume over NBD. Runs in the background unless --foreground is given."""
     asked = asked_for(serve, locals())
     if force and without_local:
         raise typer.BadParameter("--force and --without-local exclude each other")
-    volume = load(config)
+    volume = load(config, node)
     choice = "forced" if force else "lost" if without_local else ""
     if foreground:
         exec_server(volume, door.value, choice, asked)
@@ -86,9 +88,9 @@ def serve(
     say(f"volume {volume.name} is served at {volume.listen.uri} by process {pid}")
 
 
-def stop(config: Config) -> None:
+def stop(config: Config, node: NodeOption = None) -> None:
     """Stop the server cleanly. Drain, flush both sides, persist the logs."""
-    volume = load(config)
+    volume = load(config, node)
     stop_server(volume)
     status = offline.stopped_status(volume)
     if not status.clean_stop:
@@ -110,9 +112,10 @@ def policy(
     config: Config,
     policy: PolicyArgument = None,
     fenced_reads: ReadsOption = None,
+    node: NodeOption = None,
 ) -> None:
     """Show or switch the policy of a served volume. Lasts until the server ends."""
-    volume = load(config)
+    volume = load(config, node)
     answer = ask_policy(volume, policy=policy, fenced_reads=fenced_reads)
     for line in describe_policy(answer, volume):
         say(line)

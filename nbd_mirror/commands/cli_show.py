@@ -16,9 +16,9 @@ from ..rules.state import RemoteState
 from ..volume import offline
 from ..volume.config import load
 from ..volume.mapview import save_png
-from .asked import name_volume
+from .asked import name_volume, words_for
 from .cli_app import console, say
-from .cli_types import Config, JsonOption, check_disk, duration
+from .cli_types import Config, JsonOption, NodeOption, check_disk, duration
 from .show import map_json, show_map, show_status
 from .watch import status_of, wait_for
 from .watch import watch as watch_volume
@@ -29,16 +29,19 @@ __all__ = ["inspect", "status", "wait", "watch"]
 _LOCAL_STATES = (RemoteState.IN_SYNC, RemoteState.RESYNCING, RemoteState.FAILED)
 
 
-def status(config: Config, as_json: JsonOption = False) -> None:
+def status(
+    config: Config, as_json: JsonOption = False, node: NodeOption = None
+) -> None:
     """Show the state of a volume and of each disk, with the reason."""
-    answer = status_of(load(config))
+    answer = status_of(load(config, node))
+    words = words_for(config, node)
     if as_json:
         found = answer.dump()
         for about in (found, found["local"], *found["remotes"]):
-            about["hint"] = name_volume(about["hint"], config)
+            about["hint"] = name_volume(about["hint"], words)
         say(json.dumps(found, indent=2))
     else:
-        show_status(console(), answer, config)
+        show_status(console(), answer, words)
 
 
 def wait(
@@ -53,9 +56,10 @@ def wait(
             metavar="REMOTE", help='Only this remote, or "local". Default: all.'
         ),
     ] = None,
+    node: NodeOption = None,
 ) -> None:
     """Wait until the remotes are in a state. For in_sync, also the local disk."""
-    volume = load(config)
+    volume = load(config, node)
     check_disk(volume, remote)
     if remote == "local" and state not in _LOCAL_STATES:
         allowed = ", ".join(one.value for one in _LOCAL_STATES)
@@ -81,13 +85,14 @@ def watch(
         RemoteState | None,
         typer.Option(help="End when all remotes are in this state."),
     ] = None,
+    node: NodeOption = None,
 ) -> None:
     """Watch a volume live, with a progress bar while resyncing. Ctrl-C ends it."""
     try:
         watch_volume(
-            load(config),
+            load(config, node),
             console(),
-            config,
+            words_for(config, node),
             until and until.value,
         )
     except KeyboardInterrupt:
@@ -101,9 +106,10 @@ def inspect(
         Path | None, typer.Option(metavar="FILE", help="Save a picture of the maps.")
     ] = None,
     as_json: JsonOption = False,
+    node: NodeOption = None,
 ) -> None:
     """Show the dirty maps: counts, the longest runs, a picture."""
-    volume = load(config)
+    volume = load(config, node)
     found = offline.read_superblock(volume).volume
     with contextlib.ExitStack() as stack:
         maps = [

@@ -17,6 +17,7 @@ __all__ = [
     "Config",
     "Door",
     "JsonOption",
+    "NodeOption",
     "PolicyArgument",
     "ReadsOption",
     "RemoteArgument",
@@ -49,6 +50,14 @@ class FencedReads(StrEnum):
 
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or a volume's name.")
+]
+NodeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--node",
+        metavar="NODE",
+        help="The node that this host is. Default: by its name.",
+    ),
 ]
 RemoteArgument = Annotated[
     str | None, typer.Argument(metavar="REMOTE", help="Default: all of them.")

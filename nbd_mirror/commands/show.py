@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..base.hints import Asked
 from ..base.units import format_duration, format_size
 from ..volume.answers import Policy
 from ..volume.config import VolumeConfig
@@ -97,14 +98,14 @@ def describe_policy(answer: Policy, config: VolumeConfig) -> Iterator[str]:
             )
 
 
-def show_status(console: Console, status: Status, asked: str) -> None:
+def show_status(console: Console, status: Status, asked: str | Asked) -> None:
     """
     Print a volume's status.
 
     Args:
         console: for the output.
         status: the volume's.
-        asked: the user's name of the volume, for the hints.
+        asked: the user's name of the volume, for the hints; see name_volume().
     """
     facts = [format_size(status.size), f"policy {status.policy}"]
     if status.policy == "stop" and status.fenced_reads == "fail":
@@ -132,7 +133,7 @@ def show_status(console: Console, status: Status, asked: str) -> None:
         _show_remote(console, remote, asked, width)
 
 
-def _show_local(console: Console, local: Local, asked: str, width: int) -> None:
+def _show_local(console: Console, local: Local, asked: str | Asked, width: int) -> None:
     words = [local.path]
     if local.state != "ok":
         words.append(f"{format_size(local.dirty_bytes)} dirty")
@@ -156,7 +157,9 @@ def _show_local(console: Console, local: Local, asked: str, width: int) -> None:
         _line(console, f"    last error: {local.last_error}")
 
 
-def _show_remote(console: Console, remote: Remote, asked: str, width: int) -> None:
+def _show_remote(
+    console: Console, remote: Remote, asked: str | Asked, width: int
+) -> None:
     state = remote.state
     words = [remote.uri, f"{format_size(remote.dirty_bytes)} dirty"]
     if remote.late_bytes:
@@ -188,7 +191,7 @@ def _show_remote(console: Console, remote: Remote, asked: str, width: int) -> No
         _line(console, f"    last error: {error}")
 
 
-def _why(console: Console, about: Status | Disk, asked: str) -> None:
+def _why(console: Console, about: Status | Disk, asked: str | Asked) -> None:
     if about.reason:
         _line(console, f"    why: {about.reason}")
     if about.hint:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..base.errors import MetadataFailedError, NotRunningError, WaitTimeoutError
+from ..base.hints import Asked
 from ..base.units import format_duration, format_size
 from ..volume.client import ask_status
 from ..volume.config import VolumeConfig
@@ -142,7 +143,7 @@ def _not_reached(
 
 
 def watch(
-    config: VolumeConfig, console: Console, asked: str, until: str | None
+    config: VolumeConfig, console: Console, asked: str | Asked, until: str | None
 ) -> None:
     """
     Show the volume as it changes, until *until* is reached or forever.
@@ -200,7 +201,7 @@ def _disks(status: Status) -> Sequence[Disk]:
     return status.remotes if status.local.state == "ok" else status.disks
 
 
-def _picture(status: Status, asked: str) -> Group:
+def _picture(status: Status, asked: str | Asked) -> Group:
     head = Text.assemble(
         Text(f"{status.volume}  ", style="bold"),
         state_text(status.state),

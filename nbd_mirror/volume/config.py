@@ -10,15 +10,12 @@ checks each value. Values are kept in base units: bytes and seconds.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import json
 import os
-import stat
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -28,12 +25,17 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
 )
 
-from ..base.errors import AccessError, ConfigError, MissingError
-from ..base.files import is_there
-from ..base.listen import Listen, parse_listen
+from ..base.errors import ConfigError, UnsupportedError
+from ..base.listen import plain_host
+from . import config_tables as tables
 from . import config_values as values
+from .config_explain import explain, plain_line
+from .config_file import CONFIG_DIR_ENV, config_dir, find, read_text
+from .config_nodes import choose, complete
+from .config_tables import NodeConfig, RemoteConfig, TlsConfig
 from .model import Params, RemoteParams
 
 __all__ = [
@@ -43,19 +45,18 @@ __all__ = [
     "STATE_FILES",
     "RemoteConfig",
     "VolumeConfig",
+    "check",
     "check_links",
     "config_dir",
     "find",
     "load",
+    "read",
     "to_params",
 ]
 
-CONFIG_DIR_ENV = "NBD_MIRROR_CONFIG_DIR"
 # `serve` passes --force and --without-local in this variable, because the server's
 # command line may be nbdkit's.
 CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
-DEFAULT_CONFIG_DIR = Path("/etc/nbd-mirror")
-MAX_CONFIG_BYTES = 1 << 20
 # NBDM_STARVED_DEADLINES: the engine's limit for a command that starves while others are
 # answered.
 STARVED_DEADLINES = 8
@@ -72,40 +73,17 @@ STATE_FILES = (
     "attached",
     "serve.log*",
 )
-# The engine adds these to the name of a log: while it makes one, and when it sets aside
-# one that failed its check.
-_FILE_ENDS = (".new", ".bad")
 
 
-def _check_remotes(remotes: tuple[RemoteConfig, ...]) -> tuple[RemoteConfig, ...]:
-    if not 1 <= len(remotes) <= values.MAX_REMOTES:
+def _check_remotes(
+    remotes: tuple[RemoteConfig, ...], info: ValidationInfo
+) -> tuple[RemoteConfig, ...]:
+    # Wrong nodes are not in *info*, and are told by themselves.
+    least = 0 if info.data.get("nodes", True) else 1
+    if not least <= len(remotes) <= values.MAX_REMOTES:
         raise ValueError(f"must be {values.RULES['remote']}, not {len(remotes)}")
-    names = [remote.name for remote in remotes]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'two remotes are called "{name}"; names must differ')
-    for name in ("local", *names):
-        for end in _FILE_ENDS:
-            if name + end in names:
-                raise ValueError(
-                    f'no remote can be called "{name}{end}" beside "{name}": '
-                    f"dirty.{name}{end} is a file of either; give one of them "
-                    "another name, which makes it a new remote, all dirty"
-                )
+    tables.check_names([remote.name for remote in remotes], "remote")
     return remotes
-
-
-_AnyPath = Annotated[str, AfterValidator(values.check_path)]
-
-
-class RemoteConfig(BaseModel):
-    """One [[remote]] table: *name*, *uri*, and a command's *deadline* in seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: Annotated[str, AfterValidator(values.check_remote_name)]
-    uri: Annotated[str, AfterValidator(values.check_uri)]
-    deadline: Annotated[float, values.between("deadline", 0.1, 600)] = 5.0
 
 
 class VolumeConfig(BaseModel):
@@ -113,37 +91,53 @@ class VolumeConfig(BaseModel):
     A whole file: sizes in bytes, times in seconds, paths absolute.
 
     *size* is 0 for "adopt". *max_memory* is 0 for the smaller of 1 GiB and a quarter of
-    the machine's memory.
+    the machine's memory. With nodes, the keys have the values that they have on *node*.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Annotated[str, AfterValidator(values.check_name)]
     size: Annotated[int, BeforeValidator(values.parse_volume_size)]
-    local: _AnyPath
-    state: _AnyPath
-    listen: Annotated[Listen, BeforeValidator(parse_listen)]
+    local: tables.AnyPath
+    state: tables.AnyPath
+    listen: tables.WhereToListen
     region_size: Annotated[int, BeforeValidator(values.parse_region_size)] = 64 << 10
     policy: Literal["degrade", "stop"] = "degrade"
     fenced_reads: Literal["serve", "fail"] = "serve"
     hold: Annotated[float, values.between("hold", 0, 300)] = 2.0
-    local_deadline: Annotated[float, BeforeValidator(values.parse_local_deadline)] = 0.0
+    local_deadline: tables.LocalDeadline = 0.0
     late_write_window: Annotated[
         float, values.between("late_write_window", 0, 3600)
     ] = 30.0
-    max_clients: Annotated[int, AfterValidator(values.check_max_clients)] = 1024
-    max_memory: Annotated[int, BeforeValidator(values.parse_max_memory)] = 0
+    max_clients: tables.MaxClients = 1024
+    max_memory: tables.MaxMemory = 0
+    tls: Annotated[
+        TlsConfig | None,
+        BeforeValidator(tables.parse_tls),
+        AfterValidator(tables.check_tls_table),
+    ] = None
+    nodes: Annotated[
+        tuple[NodeConfig, ...],
+        Field(alias="node", strict=False),
+        AfterValidator(tables.check_nodes),
+    ] = ()
     remotes: Annotated[
         tuple[RemoteConfig, ...],
         Field(alias="remote", strict=False),
         AfterValidator(_check_remotes),
     ]
     _source: Path = PrivateAttr(default=Path())
+    _node: str = PrivateAttr(default="")
 
     @property
     def source(self) -> Path:
         """The file that this was read from, absolute."""
         return self._source
+
+    @property
+    def node(self) -> str:
+        """The name of the node that this host is, or "" for a volume without nodes."""
+        return self._node
 
     @property
     def state_dir(self) -> Path:
@@ -153,7 +147,7 @@ class VolumeConfig(BaseModel):
     @property
     def stop_limit_s(self) -> float:
         """The time after which the server ends even if its stop has not completed."""
-        deadline = max(remote.deadline for remote in self.remotes)
+        deadline = max((remote.deadline for remote in self.remotes), default=0.0)
         limit = STOP_S + STARVED_DEADLINES * deadline + self.hold
         return limit + self.local_deadline
 
@@ -171,94 +165,114 @@ class VolumeConfig(BaseModel):
         raise ConfigError(f'volume {self.name} has no remote "{name}"; it has: {names}')
 
 
-def config_dir() -> Path:
-    """Return the folder where volumes are looked up by name."""
-    return Path(os.environ.get(CONFIG_DIR_ENV) or DEFAULT_CONFIG_DIR)
-
-
-def find(path_or_name: str) -> Path:
+def load(path_or_name: str | os.PathLike[str], node: str | None = None) -> VolumeConfig:
     """
-    Return the file that a user means, absolute, even if it does not exist.
-
-    Args:
-        path_or_name: a path if it has a slash, ends in ".toml", or is "." or "..";
-            else a volume's name, looked up in config_dir().
-    Raises:
-        MissingError: it is relative to a folder that was removed.
-    """
-    is_folder = path_or_name in (".", "..")
-    is_path = is_folder or "/" in path_or_name or path_or_name.endswith(".toml")
-    path = Path(path_or_name) if is_path else config_dir() / f"{path_or_name}.toml"
-    try:
-        return path.absolute()
-    except FileNotFoundError:
-        raise MissingError(
-            f"there is no configuration {path}: the current folder was removed",
-            "the file's whole path, or cd to a folder that is there",
-        ) from None
-
-
-def load(path_or_name: str | os.PathLike[str]) -> VolumeConfig:
-    """
-    Read and check a volume's configuration.
+    Read and check the configuration of a volume, for a command or a server that acts.
 
     Args:
         path_or_name: a path, or a volume's name; see find().
+        node: the node that this host is, as the user says; see choose().
     Raises:
         MissingError: there is no such file. AccessError: it may not be read.
         ConfigError: it is wrong; one line for each mistake.
+        UnsupportedError: it has nodes. Only this function refuses them.
     """
-    source = find(os.fspath(path_or_name))
-    text = _read(source, os.fspath(path_or_name))
+    config = read(path_or_name, node)
+    if config.nodes:
+        raise UnsupportedError(
+            f"volume {config.name} has [[node]] tables, and this release does not "
+            "serve nodes yet; nothing was changed",
+            "nbd-mirror nodes CONFIG (shows what the file means on this host)",
+        )
+    return config
+
+
+def read(path_or_name: str | os.PathLike[str], node: str | None = None) -> VolumeConfig:
+    """Read and check any configuration; see load()."""
+    asked = os.fspath(path_or_name)
+    source = find(asked)
+    config = check(source, read_text(source, asked))
+    if config.nodes:
+        try:
+            mine = choose(config.nodes, node)
+        except ConfigError as error:
+            raise ConfigError(_line(source, error.message), error.hint) from None
+        config = _on(config, mine)
+    elif node is not None:
+        wrong = f"--node {node}: volume {config.name} has no [[node]] tables"
+        raise ConfigError(_line(source, wrong))
+    return config
+
+
+def check(source: Path, text: str) -> VolumeConfig:
+    """
+    Check the *text* of a file on all nodes at once.
+
+    Returns:
+        The volume, as if this host was no node of it.
+    Raises:
+        ConfigError: it is wrong; one line for each mistake.
+    """
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         raise ConfigError(f"{source.name}: not valid TOML: {error}") from None
+    whole = complete(data) if "node" in data else data
     try:
-        config = VolumeConfig.model_validate(data, context={"folder": source.parent})
+        config = VolumeConfig.model_validate(whole, context={"folder": source.parent})
     except ValidationError as error:
-        lines = _explain(data, error)
-        text = "\n".join(f"{source.name}: {_plain(line)}" for line in lines)
+        lines = explain(data, error, _MODELS)
+        text = "\n".join(_line(source, line) for line in lines)
         raise ConfigError(text) from None
     config._source = source
-    _check_paths(config, os.path.normpath)
+    wrong = _check_tables(config)
+    if wrong:
+        raise ConfigError(_line(source, wrong))
+    for node in config.nodes:
+        _check_paths(_on(config, node), os.path.normpath)
+    if not config.nodes:
+        _check_paths(config, os.path.normpath)
     return config
 
 
-def _read(source: Path, asked: str) -> str:
-    where = _plain(os.fspath(source))
-    try:
-        with open(source, "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{where} is no plain file, so no configuration")
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "create the file; the README shows one"
-        if asked != os.fspath(source) and is_there(f"{asked}.toml"):
-            hint = f"name the file with its folder: ./{asked}.toml"
-        raise MissingError(f"there is no configuration {where}", hint) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{where} is a folder, not a configuration file") from None
-    except PermissionError:
-        raise AccessError(f"{where} may not be read by this user") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{where} cannot be read: {why}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{source.name}: over 1MiB long, so no configuration file")
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{source.name}: is UTF-16 text", "save it as UTF-8")
-    try:
-        # editors of other systems may write a mark first
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{source.name}: line {line} is not UTF-8 text") from None
+_MODELS: dict[str, type[BaseModel]] = {
+    "": VolumeConfig,
+    "remote": RemoteConfig,
+    "node": NodeConfig,
+    "tls": TlsConfig,
+}
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file, and do not wait for the other end of a FIFO."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+def _on(config: VolumeConfig, node: NodeConfig) -> VolumeConfig:
+    """Return the configuration as it is on *node*."""
+    found = config.model_copy(update=node.own())
+    found._node = node.name
+    return found
+
+
+def _check_tables(config: VolumeConfig) -> str:
+    """Return what is wrong with the tables of a file together, or ""."""
+    if not config.nodes:
+        return "tls: is of use only with [[node]] tables" if config.tls else ""
+    if config.size == 0:
+        return 'size = "adopt": must be a size where there are [[node]] tables'
+    if config.tls is None:
+        return (
+            "tls: is missing; nodes need a [tls] table with the key that `nbd-mirror "
+            'key` makes, or tls = "off" before the first table'
+        )
+    for node in config.nodes:
+        listen, address = _on(config, node).listen, node.address
+        hosts = ("", "0.0.0.0", "::", plain_host(address.host))  # noqa: S104
+        if listen.port == address.port and plain_host(listen.host) in hosts:
+            return (
+                f'node "{node.name}": address and listen are the same, {node.address}'
+            )
+    return tables.check_copies(config.nodes, config.remotes)
+
+
+def _line(source: Path, text: str) -> str:
+    return f"{source.name}: {plain_line(text)}"
 
 
 def check_links(config: VolumeConfig, *, uses_local: bool = True) -> None:
@@ -292,83 +306,12 @@ def _check_paths(
     elif folder and Path(resolve(folder)) == state and _is_state_file(name):
         wrong = f'listen = "{config.listen}": that is the name of a file of the state'
     if wrong:
-        raise ConfigError(f"{config.source.name}: {_plain(wrong)}")
+        of_node = f'node "{config.node}": ' if config.node else ""
+        raise ConfigError(_line(config.source, of_node + wrong))
 
 
 def _is_state_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in STATE_FILES)
-
-
-def _explain(data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
-    """Turn pydantic's errors into lines: the key, the value, what is allowed."""
-    for item in error.errors(include_url=False):
-        *where, key = item["loc"]
-        table = data
-        prefix = ""
-        model: type[BaseModel] = VolumeConfig
-        if where or isinstance(key, int):
-            index = next(part for part in item["loc"] if isinstance(part, int))
-            entry = data["remote"][index]
-            name = entry.get("name") if isinstance(entry, dict) else None
-            prefix = f'remote "{name}": ' if name else f"remote {index + 1}: "
-            if isinstance(key, int):
-                yield f"{prefix}must be a [[remote]] table"
-                continue
-            table, model = entry, RemoteConfig
-        yield prefix + _explain_key(str(key), table, model, item)
-
-
-def _explain_key(
-    key: str, table: Mapping[str, Any], model: type[BaseModel], item: Any
-) -> str:
-    if item["type"] == "extra_forbidden":
-        fields = model.model_fields.items()
-        return _explain_unknown(key, [field.alias or name for name, field in fields])
-    if item["type"] == "missing":
-        return f"{key}: is missing; it must be {values.RULES[key]}"
-    cause = item.get("ctx", {}).get("error")
-    rule = (
-        str(cause) if item["type"] == "value_error" else f"must be {values.RULES[key]}"
-    )
-    value = table[key]
-    if isinstance(value, list | dict):
-        return f"{key}: {rule}"
-    return f"{key} = {_toml(value)}: {rule}"
-
-
-def _explain_unknown(key: str, allowed: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
-    if key == "deadline":
-        near = []  # a remote's key, no misspelt local_deadline
-    # A key of the other kind of table was most often put after [[remote]].
-    if near:
-        return f"{key}: unknown key; did you mean {near[0]}?"
-    if key in values.RULES:
-        place = (
-            "in a [[remote]] table"
-            if key in ("uri", "deadline")
-            else ("before the first [[remote]]")
-        )
-        return f"{key}: unknown key here; it stands {place}"
-    return f"{key}: unknown key; allowed are {', '.join(allowed)}"
-
-
-def _toml(value: object) -> str:
-    """Write a value as in the file, shortened."""
-    if isinstance(value, int) and value.bit_length() > 400:
-        return "a number of over 120 digits"  # Python prints no such number
-    known = isinstance(value, str | bool | int | float)
-    text = json.dumps(value, ensure_ascii=False) if known else str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _plain(line: str) -> str:
-    """Remove line breaks from quoted text, so that a line stays one line."""
-    line = line if len(line) <= 500 else f"{line[:497]}..."
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in line
-    )
 
 
 def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:

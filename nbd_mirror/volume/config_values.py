@@ -15,13 +15,14 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from pydantic import BeforeValidator, ValidationInfo
 
-from ..base.listen import LISTEN_RULE
+from ..base.listen import ADDRESS_RULE, LISTEN_RULE
 from ..base.units import parse_duration, parse_size
 from ..base.unix import MAX_UNIX_PATH
 
 MAX_SIZE = 1 << 50  # 1 PiB
 MIN_REGION, MAX_REGION = 4 << 10, 4 << 20
 MAX_REMOTES = 8  # NBDM_MAX_REMOTES
+MAX_NODES = MAX_REMOTES + 1  # with this one
 MAX_CLIENTS = 1 << 16
 MIN_MEMORY, MAX_MEMORY = 64 << 20, 1 << 40  # one of the largest requests must fit
 
@@ -58,6 +59,23 @@ RULES = {
     "remote": f"1 to {MAX_REMOTES} [[remote]] tables",
     "uri": _URI_RULE,
     "deadline": "a time from 100ms to 10min",
+    "node": f"2 to {MAX_NODES} [[node]] tables",
+    "address": ADDRESS_RULE,
+    "tls": '"off", or a [tls] table',
+    "key": "the path of the nodes' shared secret",
+    "certificate": "the path of this node's certificate",
+    "private_key": "the path of the certificate's private key",
+    "ca": "the path of the certificates that sign the nodes' certificates",
+}
+# Where a key stands that was put into another table.
+PLACES = {
+    "uri": "in a [[remote]] table",
+    "deadline": "in a [[remote]] table",
+    "address": "in a [[node]] table",
+    "key": "in the [tls] table",
+    "certificate": "in the [tls] table",
+    "private_key": "in the [tls] table",
+    "ca": "in the [tls] table",
 }
 
 
@@ -69,7 +87,7 @@ def check_name(value: str) -> str:
 
 
 def check_remote_name(value: str) -> str:
-    """Check a remote's name; "local" is the local disk's."""
+    """Check the name of a remote or a node; "local" is the local disk's."""
     if value == "local":
         raise ValueError('"local" is the local disk\'s name; choose another')
     return check_name(value)

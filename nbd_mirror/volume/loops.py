@@ -19,10 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 from ..base.errors import ConfigError
 from ..base.listen import Listen
 from .config import VolumeConfig
+from .config_tables import DEFAULT_PORT
 
 __all__ = ["check_remotes", "own_address"]
 
-DEFAULT_PORT = 10809
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 

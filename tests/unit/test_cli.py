@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import support
 from support import ROOT
+from unit.command_line import nbd_mirror
 from unit.volumes import make_file
 
 from nbd_mirror.base.errors import (
@@ -33,20 +34,6 @@ from nbd_mirror.base.errors import (
 def file(tmp_path: Path) -> Path:
     """Give the path of a volume's file; its state directory exists."""
     return make_file(tmp_path)
-
-
-def nbd_mirror(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nbd_mirror", *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ("Traceback" in done.stderr) is (environment.get("NBD_MIRROR_DEBUG") == "1")
-    return done
 
 
 # --- errors and exit codes ---

@@ -48,6 +48,7 @@ from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import config as config_module
 from nbd_mirror.volume import core
 from nbd_mirror.volume.answers import Answer, Flag, Unit
+from nbd_mirror.volume.config_tables import NodeConfig, RemoteConfig, TlsConfig
 from nbd_mirror.volume.status import Local, Persists, Remote, Resync, Status
 
 LAYOUT = ROOT / "csrc" / "logs" / "layout.h"
@@ -63,8 +64,15 @@ def commands() -> dict[str, Any]:
 
 
 def options_of(command: Any) -> set[str]:
-    """Return a command's own options."""
-    return {word for one in command.params for word in one.opts if word[:2] == "--"}
+    """Return a command's own options, without the one of every command with CONFIG."""
+    own = [one for one in command.params if one is not common_option(command)]
+    return {word for one in own for word in one.opts if word[:2] == "--"}
+
+
+def common_option(command: Any) -> Any:
+    """Return a command's `--node NODE`, or None."""
+    found = [one for one in command.params if one.metavar == "NODE"]
+    return found[0] if found else None
 
 
 def arguments_of(command: Any) -> list[str]:
@@ -101,6 +109,15 @@ def test_manual_commands_have_a_section_each() -> None:
         assert sorted(options_of(commands()[name])) == sorted(items)
 
 
+def test_every_command_of_a_volume_takes_the_node() -> None:
+    """The manual says once that each command with CONFIG has this option."""
+    for name, command in commands().items():
+        takes = any("CONFIG" in one for one in arguments_of(command))
+        assert takes == (common_option(command) is not None), name
+        assert not takes or common_option(command).opts == ["--node"]
+    assert "`--node NODE`" in section(MANUAL, "SYNOPSIS")
+
+
 def examples() -> list[tuple[str, list[str]]]:
     """Return every command line of nbd-mirror in shell blocks and unit files."""
     texts = [(page.name, text) for page in PAGES for text in blocks(page, "sh")]
@@ -134,16 +151,21 @@ def test_examples_are_valid_command_lines() -> None:
 # --- configuration -------------------------------------------------------
 
 
+REQUIRED = "required"
+
+
 def keys() -> dict[str, object]:
-    """Return every key there is with its default; None: it is required."""
+    """Return every key there is with its default; REQUIRED: it has none."""
     found: dict[str, object] = {}
     for prefix, model in (
         ("", config_module.VolumeConfig),
-        ("remote.", config_module.RemoteConfig),
+        ("remote.", RemoteConfig),
+        ("node.", NodeConfig),
+        ("tls.", TlsConfig),
     ):
         for name, field in model.model_fields.items():
             key = prefix + (field.alias or name)
-            found[key] = None if field.is_required() else field.default
+            found[key] = REQUIRED if field.is_required() else field.default
     return found
 
 
@@ -160,11 +182,11 @@ def value_of(key: str, text: str) -> object:
 def test_configuration_table_has_every_key_and_default() -> None:
     """The keys and defaults are those of config.py."""
     found = rows(section(MANUAL, "CONFIGURATION"))
-    table = {code_names(one[0])[0]: one[1] for one in found}
+    table = {key: one[1] for one in found for key in code_names(one[0])}
     assert set(keys()) == set(table)
     for key, default in keys().items():
-        if default is None:
-            assert table[key] == "required", key
+        if default in (REQUIRED, None, ()):
+            assert table[key] == (default or "none"), key
         else:
             assert default == value_of(key, code_names(table[key])[0]), key
 
@@ -177,7 +199,8 @@ def test_example_configurations_load(page: Path, tmp_path: Path) -> None:
     for text in found:
         file = tmp_path / "v.toml"
         file.write_text(text)
-        config_module.load(file)
+        # A volume with nodes is one of this host, which is not alpha.
+        config_module.read(file, "alpha" if "[[node]]" in text else None)
 
 
 # --- codes, states, status, files ----------------------------------------
