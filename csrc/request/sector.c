@@ -42,22 +42,26 @@ next_part (const struct nbdm *v, uint64_t count, uint64_t offset, uint64_t max)
   return count < max ? count - count % nbdm_min_block (v) : max;
 }
 
-/* Does a remote that gets the sector hold other bytes there? */
+/* Do all remotes that get the sector hold the same bytes there, for certain?
+ * One that is on hold, or has no room for the command yet, gets it later.
+ */
 static bool
-differs (const struct nbdm *v, const struct request *req)
+same_everywhere (const struct nbdm *v, const struct request *req)
 {
   const struct sector *s = req->sector;
+  uint64_t end = req->offset + req->length;
   uint8_t bytes[NBDM_SECTOR];
   bool same = true;
 
   for (uint32_t i = 0; i < v->nr_remotes && same; i++) {
     const struct leg *leg = &req->legs[i];
 
-    if (leg->active && leg->nr > 0
-        && conn_pread (leg->conn, bytes, req->length, req->offset) == 0)
-      same = memcmp (s->bytes, bytes, req->length) == 0;
+    if (leg->active && (leg->nr > 0 || leg->cursor < end))
+      same = leg->conn
+             && conn_pread (leg->conn, bytes, req->length, req->offset) == 0
+             && memcmp (s->bytes, bytes, req->length) == 0;
   }
-  return !same;
+  return same;
 }
 
 /* Local may have lost the bytes beside those that the client writes, and only a
@@ -69,18 +73,21 @@ static int
 read_sector (struct nbdm *v, const struct request *req)
 {
   const struct sector *s = req->sector;
-  bool believed = local_believed (v);
+  unsigned failures = v->local.failures;
+  bool replaced;
   int rc = source_pread (v, NULL, s->bytes, req->length, req->offset);
 
-  if (rc < 0 || !believed || !differs (v, req))
+  if (rc < 0 || same_everywhere (v, req))
     return rc;
-  if (flush_local_group (v) == 0)
-    return 0; /* local has lost nothing: the remote has */
+  rc = flush_local_group (v);
   pthread_mutex_lock (&v->lock);
-  rc = local_flush_failed_relock (v);
+  if (rc < 0)
+    rc = local_flush_failed_relock (v);
+  replaced = v->local.failures != failures; /* then no flush has proved it */
   pthread_mutex_unlock (&v->lock);
-  return rc < 0 ? rc
-                : source_pread (v, NULL, s->bytes, req->length, req->offset);
+  if (rc == 0 && replaced)
+    rc = source_pread (v, NULL, s->bytes, req->length, req->offset);
+  return rc;
 }
 
 int

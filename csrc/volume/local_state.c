@@ -406,10 +406,27 @@ local_flush_lost_relock (struct nbdm *v)
   return rc;
 }
 
+/* Is a remote on hold that may take local's place once it is back? */
+static bool
+successor_held_locked (const struct nbdm *v)
+{
+  if (v->failed || v->stopping || v->policy == NBDM_STOP
+      || v->local.state == NBDM_LOCAL_FAILED || successor_locked (v, NULL))
+    return false;
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (v->remotes[i].state == NBDM_HOLDING)
+      return true;
+  return false;
+}
+
 int
 local_flush_failed_relock (struct nbdm *v)
 {
   local_await_takeover_relock (v);
+  while (successor_held_locked (v)) {
+    pthread_cond_wait (&v->changed, &v->lock);
+    local_await_takeover_relock (v);
+  }
   return v->drained ? -EIO : local_flush_lost_relock (v);
 }
 

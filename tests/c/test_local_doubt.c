@@ -4,6 +4,8 @@
 
 #define _GNU_SOURCE
 #include "api.h"
+#include "base/lock.h"
+#include "volume/backlog.h"
 #include "volume/flush.h"
 #include "schedules.h"
 
@@ -245,19 +247,119 @@ loss_told_after_a_sample (void)
 /* A client writes a part of the lost sector: the rest of it, which local has in
  * its old state, is not sent to the remote.
  */
+static int
+do_write_a_part (struct job *job)
+{
+  (void)job;
+  return nbdm_pwrite (site.volume, "\10", 1, 5 * REGION + 9, 0);
+}
+
 static void
-loss_told_by_a_part_of_a_sector (void)
+assert_rest_is_there (void)
 {
   uint8_t found[SECTOR];
 
-  bring_up (1, 300);
-  write_and_lose (5 * REGION);
-  assert (nbdm_pwrite (site.volume, "\10", 1, 5 * REGION + 9, 0) == 0);
   assert (nbdm_flush (site.volume) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (nbdm_pread (site.volume, found, sizeof found, 5 * REGION) == 0);
   for (unsigned i = 0; i < sizeof found; i++)
     assert (found[i] == (i == 9 ? 8 : 7));
+}
+
+static void
+loss_told_by_a_part_of_a_sector (void)
+{
+  bring_up (1, 300);
+  write_and_lose (5 * REGION);
+  assert (do_write_a_part (NULL) == 0);
+  assert_rest_is_there ();
+}
+
+/* The same while local is copied back. */
+static void
+part_of_a_sector_beside_a_copy_back (void)
+{
+  bring_up (1, 300);
+  assert (read_at (200 * REGION) == 0); /* local cannot read it */
+  assert (local_status ().state == NBDM_LOCAL_RESYNCING);
+  write_and_lose (5 * REGION);
+  assert (do_write_a_part (NULL) == 0);
+  assert_rest_is_there ();
+}
+
+/* The remote is on hold, and gets the sector once it is back. */
+static void
+part_of_a_sector_beside_a_hold (void)
+{
+  struct job part = { 0 };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (remote_flush_alone (&site.volume->remotes[0]));
+  punch_local (5 * REGION);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  start (&part, do_write_a_part);
+  assert (!over_soon (&part));
+  site_connect (&site, 0);
+  assert (end (&part) == 0);
+  assert_rest_is_there ();
+}
+
+/* Local fails for another reason while it is flushed. */
+static void
+part_of_a_sector_beside_a_failure (void)
+{
+  struct job part = { 0 };
+
+  bring_up (1, 300);
+  write_and_lose (5 * REGION);
+  start (&part, do_write_a_part);
+  wait_at_gate ();
+  assert (write_at (200 * REGION, 1) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  open_gate ();
+  assert (end (&part) == 0);
+  assert_rest_is_there ();
+}
+
+static int
+do_write_a_region (struct job *job)
+{
+  static const uint8_t zeroes[REGION];
+
+  return nbdm_pwrite (site.volume, zeroes, REGION, job->offset, 0);
+}
+
+static bool
+is_full (const struct remote *r)
+{
+  LOCK_FOR_SCOPE (&site.volume->lock);
+  return backlog_room_locked (r, BACKLOG_DATA, SECTOR, false) == 0;
+}
+
+/* As much is unflushed on the remote as may be: it gets the sector later. */
+static void
+part_of_a_sector_without_room (void)
+{
+  struct job part = { 0 }, first = { .offset = 20 * REGION };
+  struct job second = { .offset = 21 * REGION };
+  struct remote *r;
+
+  bring_up (1, 300);
+  r = &site.volume->remotes[0];
+  write_and_lose (5 * REGION);
+  r->backlog.bound.bytes[BACKLOG_DATA] = REGION; /* it flushes slowly */
+  shut_flush_gate (true);
+  start (&first, do_write_a_region);
+  wait_for_flush ();
+  start (&second, do_write_a_region);
+  WAIT_FOR (is_full (r));
+  start (&part, do_write_a_part);
+  assert (!over_soon (&part));
+  shut_flush_gate (false);
+  assert (end (&part) == 0 && end (&first) == 0 && end (&second) == 0);
+  assert_rest_is_there ();
 }
 
 /* Another remote has the write and takes local's place.  The one that was
@@ -348,6 +450,16 @@ static const struct schedule schedules[] = {
     loss_told_after_a_sample },
   { "loss_told_by_a_part_of_a_sector", "local_flush:2=error",
     loss_told_by_a_part_of_a_sector },
+  { "part_of_a_sector_beside_a_copy_back",
+    "local_read:1=error,local_read:2=error,local_flush:2=error",
+    part_of_a_sector_beside_a_copy_back },
+  { "part_of_a_sector_beside_a_hold", "local_flush:2=error",
+    part_of_a_sector_beside_a_hold },
+  { "part_of_a_sector_beside_a_failure",
+    "local_flush:2=wait:gate,local_write:2=error",
+    part_of_a_sector_beside_a_failure },
+  { "part_of_a_sector_without_room", "local_flush:2=error",
+    part_of_a_sector_without_room },
   { "loss_told_after_a_copy", "local_flush:2=error", loss_told_after_a_copy },
   { "loss_told_after_a_copy_of_two", "local_flush:2=error",
     loss_told_after_a_copy_of_two },
