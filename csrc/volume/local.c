@@ -307,22 +307,22 @@ local_is_quick (const struct nbdm *v, bool writing)
                 < QUICK_NS;
 }
 
-/* Can these bytes be the gap of a file that was cut and that a write made
+/* Can these bytes be in the gap of a file that was cut and that a write made
  * longer again?  The gap ends where that write begins, at the end of a sector,
- * so it holds the last word of one.
+ * so it holds the last byte of one.  Writes to a volume that is no whole number
+ * of sectors begin anywhere.
  */
 static bool
-may_be_gap (const void *buf, uint64_t count)
+may_be_gap (const struct nbdm *v, const void *buf, uint64_t count)
 {
   const char *bytes = buf;
-  uint64_t word;
 
-  for (uint64_t end = NBDM_SECTOR; end <= count; end += NBDM_SECTOR) {
-    memcpy (&word, bytes + end - sizeof word, sizeof word);
-    if (word == 0)
+  if (v->size % NBDM_SECTOR != 0 || count % NBDM_SECTOR != 0)
+    return true;
+  for (uint64_t end = NBDM_SECTOR; end <= count; end += NBDM_SECTOR)
+    if (bytes[end - 1] == 0)
       return true;
-  }
-  return count % NBDM_SECTOR != 0;
+  return false;
 }
 
 static int
@@ -338,7 +338,7 @@ pread_here (struct nbdm *v, void *buf, uint64_t count, uint64_t offset)
   if (rc == 0)
     rc = full_pread (v->local.file.fd, buf, count, offset);
   if (rc == 0 && !v->local.file.is_block)
-    rc = may_be_gap (buf, count) ? check_size_here (v) : look_at_size (v);
+    rc = may_be_gap (v, buf, count) ? check_size_here (v) : look_at_size (v);
   watch_end (&v->local.asleep[false], &watch);
   /* A read past the end of a file that was cut is no bad sector. */
   if (rc < 0 && check_size_here (v) == 0)
