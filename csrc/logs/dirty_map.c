@@ -500,11 +500,13 @@ dirty_map_pay (struct dirty_map *dm, uint64_t region)
 void
 dirty_map_forgive (struct dirty_map *dm)
 {
-  uint64_t nr = dm->owed.nr_bits, region = 0;
+  uint64_t nr = dm->owed.nr_bits, region = 0, end;
 
-  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
-    bitmap_clear (&dm->map[MAP_UNFLUSHED0], region, 1);
-    bitmap_clear (&dm->map[MAP_UNFLUSHED1], region, 1);
+  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr;
+       region = end) {
+    end = bitmap_next_clear (&dm->owed, region, nr);
+    bitmap_clear (&dm->map[MAP_UNFLUSHED0], region, end - region);
+    bitmap_clear (&dm->map[MAP_UNFLUSHED1], region, end - region);
   }
   bitmap_clear_all (&dm->owed);
   bitmap_clear_all (&dm->owed_late);

@@ -224,6 +224,24 @@ miss_active_locked (struct nbdm *v)
   local_doubt_copies_locked (v);
 }
 
+/* In this order: after a kill between the two the next start makes the marks
+ * again, and would find no disk that has the region otherwise.
+ */
+static void
+take_back_run_locked (struct nbdm *v, uint64_t first, uint64_t end)
+{
+  bitmap_clear (&v->local.disk.dm.map[MAP_DIRTY], first, end - first);
+  atomic_signal_fence (memory_order_seq_cst);
+  fault_point ("takeover_taking_back");
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    struct dirty_map *dm = &v->remotes[i].disk.dm;
+    uint64_t region = first;
+
+    for (; (region = bitmap_next_set (&dm->owed, region, end)) < end; region++)
+      dirty_map_pay (dm, region);
+  }
+}
+
 /* No remote could take local's place.  Undo the marks of this takeover on
  * local, and give the remotes the marks that were deferred.  The remotes get no
  * other marks: a region that local cannot read would have no source.
@@ -232,17 +250,12 @@ static void
 take_back_locked (struct nbdm *v)
 {
   struct dirty_map *dm = &v->local.disk.dm;
-  uint64_t nr = v->nr_regions, region = 0;
+  uint64_t nr = v->nr_regions, region = 0, end;
 
-  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr; region++) {
-    /* In this order: after a kill between the two the next start makes the
-     * marks again, and would find no disk that has the region otherwise.
-     */
-    bitmap_clear (&dm->map[MAP_DIRTY], region, 1);
-    atomic_signal_fence (memory_order_seq_cst);
-    fault_point ("takeover_taking_back");
-    for (uint32_t i = 0; i < v->nr_remotes; i++)
-      dirty_map_pay (&v->remotes[i].disk.dm, region);
+  for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr;
+       region = end) {
+    end = bitmap_next_clear (&dm->owed, region, nr);
+    take_back_run_locked (v, region, end);
   }
   dm->changed = true;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
@@ -430,33 +443,92 @@ local_flush_failed_relock (struct nbdm *v)
   return v->drained ? -EIO : local_flush_lost_relock (v);
 }
 
-/* Is there a remote that has the region and may become its only source? */
+/* --- regions that local cannot read -------------------------------------- */
+
+/* A cut disk lacks all of a volume, which may have billions of regions, and the
+ * lock is held: so these functions look at runs of regions.
+ */
+
+/* May the remote become the only source of what it has? */
 static bool
-kept_locked (const struct nbdm *v, uint64_t region, const bool *durable)
+may_keep_locked (const struct remote *r)
 {
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
-    if (v->remotes[i].admitted && remote_has_locked (&v->remotes[i], region)
-        && (!durable || durable[i]))
-      return true;
-  return false;
+  return r->admitted && remote_used_locked (r);
 }
 
-/* Does local have the region, and could a remote become its only source? */
+/* Does local have a region of [first, end) that a remote has too? */
 static bool
-may_miss_locked (const struct nbdm *v, uint64_t region)
+may_miss_any_locked (const struct nbdm *v, uint64_t first, uint64_t end)
 {
-  return local_has_locked (v, region) && kept_locked (v, region, NULL);
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
+  bool found = false;
+
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    return false;
+  for (uint32_t i = 0; i < v->nr_remotes && !found; i++) {
+    const struct bitmap *dirty = &v->remotes[i].disk.dm.map[MAP_DIRTY];
+    uint64_t region = may_keep_locked (&v->remotes[i]) ? first : end;
+
+    while (region < end && !found) {
+      uint64_t has = bitmap_next_clear (missing, region, end);
+
+      region = bitmap_next_clear (dirty, has, end);
+      found = region == has && has < end;
+    }
+  }
+  return found;
 }
 
+static void
+miss_kept_locked (struct nbdm *v, uint64_t first, uint64_t end)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct bitmap *dirty = &v->remotes[i].disk.dm.map[MAP_DIRTY];
+    uint64_t region = may_keep_locked (&v->remotes[i]) ? first : end, stop;
+
+    for (; (region = bitmap_next_clear (dirty, region, end)) < end;
+         region = stop) {
+      stop = bitmap_next_set (dirty, region, end);
+      miss_locked (v, region, stop - region);
+    }
+  }
+}
+
+/* The end of the run at `region` that one of these remotes has. */
+static uint64_t
+kept_end_locked (const struct nbdm *v, const bool *durable, uint64_t region,
+                 uint64_t end)
+{
+  uint64_t longest = region;
+
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
+    const struct remote *r = &v->remotes[i];
+    uint64_t stop = region;
+
+    if (durable[i] && may_keep_locked (r))
+      stop = bitmap_next_set (&r->disk.dm.map[MAP_DIRTY], region, end);
+    longest = stop > longest ? stop : longest;
+  }
+  return longest;
+}
+
+/* Does one of these remotes have each region that the takeover has made local
+ * miss?
+ */
 static bool
 all_kept_locked (const struct nbdm *v, const bool *durable)
 {
   const struct bitmap *owed = &v->local.disk.dm.owed;
-  uint64_t nr = v->nr_regions, region = 0;
+  uint64_t nr = v->nr_regions, region = 0, end, kept;
 
-  for (; (region = bitmap_next_set (owed, region, nr)) < nr; region++)
-    if (!kept_locked (v, region, durable))
-      return false;
+  while ((region = bitmap_next_set (owed, region, nr)) < nr) {
+    end = bitmap_next_clear (owed, region, nr);
+    for (; region < end; region = kept) {
+      kept = kept_end_locked (v, durable, region, end);
+      if (kept == region)
+        return false;
+    }
+  }
   return true;
 }
 
@@ -466,9 +538,7 @@ miss_for_good_relock (struct nbdm *v, uint64_t first, uint64_t end)
   bool durable[NBDM_MAX_REMOTES], was_ok = v->local.state == NBDM_LOCAL_OK;
 
   v->local.taking_over = v->local.mending = true;
-  for (; first < end; first++)
-    if (may_miss_locked (v, first))
-      miss_locked (v, first, 1);
+  miss_kept_locked (v, first, end);
   volume_persist_locked (v);
   fault_point ("takeover_marked");
   flush_remotes_relock (v, durable);
@@ -486,15 +556,12 @@ miss_for_good_relock (struct nbdm *v, uint64_t first, uint64_t end)
 void
 local_miss_regions (struct nbdm *v, uint64_t first, uint64_t count)
 {
-  uint64_t end = first + count;
-
   LOCK_FOR_SCOPE (&v->lock);
   local_await_takeover_relock (v);
-  while (first < end && !may_miss_locked (v, first))
-    first++;
   /* Once drained, the maps are about to be closed and must not change. */
-  if (first < end && !v->failed && !v->drained)
-    miss_for_good_relock (v, first, end);
+  if (!v->failed && !v->drained
+      && may_miss_any_locked (v, first, first + count))
+    miss_for_good_relock (v, first, first + count);
 }
 
 void

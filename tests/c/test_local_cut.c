@@ -5,6 +5,7 @@
  */
 
 #include "api.h"
+#include "logs/bitmap.h"
 #include "schedules.h"
 
 static void
@@ -62,6 +63,39 @@ cut_and_write_and_read_at_once (void)
   assert (write_at (SIZE / 4 * 3 + SECTOR, 9) == 0);
   assert (read_at (SIZE / 2) == 7);
   assert_all_there ();
+}
+
+/* The cut goes through the last bytes of a sector. */
+static void
+cut_in_a_sector (void)
+{
+  bring_up (1, 300);
+  fill_regions ();
+  assert (write_at (SIZE / 2 - SECTOR, 7) == 0);
+  assert (read_at (0) == 7);
+  assert (truncate (site.local, SIZE / 2 - 3) == 0);
+  assert (write_at (SIZE / 4 * 3 + SECTOR, 9) == 0);
+  assert (read_at (SIZE / 2 - SECTOR) == 7);
+  assert_all_there ();
+}
+
+/* The volume is no whole number of sectors: the write that makes the file
+ * longer may begin in the middle of one.  No remote has the rest.
+ */
+static void
+cut_and_write_in_a_sector (void)
+{
+  uint8_t buf[SECTOR];
+
+  make_volume (SIZE, REGION, 1, 300);
+  site.params.size = SIZE - 100;
+  assert (nbdm_create (&site.params, 1) == 0);
+  site_open (&site);
+  fill_regions ();
+  assert (read_at (0) == 7);
+  assert (truncate (site.local, 0) == 0);
+  assert (write_at (SIZE / 2 + 100, 9) == 0);
+  assert (nbdm_pread (site.volume, buf, sizeof buf, SIZE / 2) == -EIO);
 }
 
 /* A write makes the file as long as before: its size alone proves nothing then.
@@ -126,7 +160,75 @@ cut_and_create (void)
   assert (nbdm_stop (site.volume) == 0);
 }
 
+/* --- a volume may have billions of regions ----------------------------------
+ */
+
+static atomic_uint nr_single; /* looks at a region, and marks taken away */
+
+bool __real_bitmap_test (const struct bitmap *map, uint64_t bit);
+bool __wrap_bitmap_test (const struct bitmap *map, uint64_t bit);
+uint64_t __real_bitmap_clear (struct bitmap *map, uint64_t first,
+                              uint64_t count);
+uint64_t __wrap_bitmap_clear (struct bitmap *map, uint64_t first,
+                              uint64_t count);
+
+bool
+__wrap_bitmap_test (const struct bitmap *map, uint64_t bit)
+{
+  nr_single++;
+  return __real_bitmap_test (map, bit);
+}
+
+uint64_t
+__wrap_bitmap_clear (struct bitmap *map, uint64_t first, uint64_t count)
+{
+  nr_single++;
+  return __real_bitmap_clear (map, first, count);
+}
+
+static void
+bring_up_cut (void)
+{
+  bring_up (1, 300);
+  fill_regions ();
+  assert (nbdm_set_policy (site.volume, NBDM_STOP, 0) == 0);
+  assert (truncate (site.local, SIZE / 2) == 0);
+  assert (read_at (SIZE / 2) == 7); /* finds the cut */
+  nr_single = 0;
+}
+
+/* Local misses all of it at once, under the lock: not region by region. */
+static void
+cut_of_many_regions (void)
+{
+  bring_up_cut ();
+  assert (write_at (0, 9) == -EIO);
+  assert (local_status ().dirty_regions == SIZE / REGION);
+  assert (nr_single < SIZE / REGION / 4);
+}
+
+/* The same if it gets all of it back, as the remote is lost. */
+static void
+cut_of_many_regions_taken_back (void)
+{
+  struct job write = { .offset = 0, .value = 9 };
+
+  bring_up_cut ();
+  peer_hold (site.peers[0], PEER_HOLD_FLUSHES);
+  start (&write, do_write);
+  WAIT_FOR (local_status ().dirty_regions == SIZE / REGION
+            && site_status (&site, 0).remote.outstanding > 0);
+  peer_cut (site.peers[0], false);
+  assert (end (&write) == -EIO);
+  assert (local_status ().dirty_regions == 0);
+  assert (nr_single < SIZE / REGION / 4);
+}
+
 static const struct schedule schedules[] = {
+  { "cut_of_many_regions", NULL, cut_of_many_regions },
+  { "cut_of_many_regions_taken_back", NULL, cut_of_many_regions_taken_back },
+  { "cut_in_a_sector", NULL, cut_in_a_sector },
+  { "cut_and_write_in_a_sector", NULL, cut_and_write_in_a_sector },
   { "cut_and_read", NULL, cut_and_read },
   { "cut_and_write", NULL, cut_and_write },
   { "cut_and_write_and_read_at_once", NULL, cut_and_write_and_read_at_once },

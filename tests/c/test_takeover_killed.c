@@ -40,14 +40,12 @@ static const struct takeover {
   { "write_failed_lost", WRITE, LOST_BEFORE,
     "local_write:11=error,lost_merged:4=kill" },
   { "write_failed_taking_back", WRITE, LOST_BEFORE,
-    "local_write:11=error,"
-    "takeover_taking_back:5=kill" },
+    "local_write:11=error,takeover_taking_back=kill" },
   { "write_failed_taken_back", WRITE, LOST_BEFORE,
     "local_write:11=error,takeover_done=kill" },
   { "flush_failed", FLUSH, KEPT, "local_flush:3=error,takeover_marked=kill" },
   { "flush_failed_taking_back", FLUSH, LOST_BEFORE,
-    "local_flush:3=error,"
-    "takeover_taking_back:5=kill" },
+    "local_flush:3=error,takeover_taking_back=kill" },
   { "flush_failed_taken_back", FLUSH, LOST_BEFORE,
     "local_flush:3=error,takeover_done=kill" },
   { "clients_flush_failed", CLIENTS_FLUSH, KEPT,
