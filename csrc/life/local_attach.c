@@ -241,6 +241,8 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   if (rc == 0) {
     identity_choose_locked (v, &o->check);
     v->local.nr_opening += !replaced;
+    if (!replaced) /* before its flush: a kill would take the report along */
+      volume_note (v, UNFLUSHED_FILE);
   }
   pthread_mutex_unlock (&v->lock);
   if (rc < 0)
@@ -283,6 +285,16 @@ take_opened_locked (struct nbdm *v, struct opening *o, int opened)
   return rc;
 }
 
+/* The disk's flush succeeded, or local misses all that a remote has.  A stop
+ * has marked that itself, and has perhaps not stored it yet.
+ */
+static void
+flush_known_locked (const struct nbdm *v, bool replaced)
+{
+  if (!replaced && v->local.nr_opening == 0 && !v->drained && !v->failed)
+    (void)volume_forget_note (v, UNFLUSHED_FILE);
+}
+
 /* With a deadline, this thread makes no call that may wait for the disk. */
 int
 nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
@@ -301,10 +313,12 @@ nbdm_local_attach (struct nbdm *v, const char *path, int replaced)
   if (rc == LOCAL_GIVEN_UP) { /* the carrier owns it now */
     if (!replaced && !v->drained)
       miss_all_locked (v);
+    flush_known_locked (v, replaced);
     pthread_mutex_unlock (&v->lock);
     return answered (rc);
   }
   rc = take_opened_locked (v, o, rc);
+  flush_known_locked (v, replaced);
   pthread_mutex_unlock (&v->lock);
   snprintf (words, sizeof words, "%s", last_error ());
   if (local_call (v, close_what_is_left, drop_opening, o) == 0)

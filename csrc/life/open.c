@@ -249,9 +249,9 @@ begin_session (struct nbdm *v)
   fault_point ("begin_superblock");
   if (rc == 0)
     rc = remove_left_out_maps (v, stored);
-  if (rc == 0 && unlinkat (v->dirfd, DISTRUST_FILE, 0) < 0 && errno != ENOENT)
-    rc = set_error (-errno, "cannot remove " DISTRUST_FILE);
-  return rc;
+  if (rc == 0)
+    rc = volume_forget_note (v, DISTRUST_FILE);
+  return rc == 0 ? volume_forget_note (v, UNFLUSHED_FILE) : rc;
 }
 
 static int
@@ -378,16 +378,22 @@ begin_states (struct nbdm *v)
 static int
 flush_what_was_left (struct nbdm *v)
 {
-  int rc = local_flush (v);
+  bool caught_up = v->local.state != NBDM_LOCAL_OK;
+  int rc;
 
+  if (caught_up) /* before a kill during the flush takes the report along */
+    volume_note (v, UNFLUSHED_FILE);
+  rc = local_flush (v);
   if (rc < 0)
-    volume_distrust (v);
-  else if (volume_distrusted (v))
+    volume_note (v, DISTRUST_FILE);
+  else if (volume_noted (v, DISTRUST_FILE))
     /* The kernel treats the pages that it could not write as clean.  Drop them
      * now: they disappear sooner or later, and reads would change by
      * themselves.
      */
     (void)posix_fadvise (v->local.file.fd, 0, 0, POSIX_FADV_DONTNEED);
+  if (rc == 0 && caught_up && !v->local.unflushed)
+    (void)volume_forget_note (v, UNFLUSHED_FILE);
   return rc;
 }
 
@@ -400,6 +406,8 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
   const char *path = params->local;
   int rc;
 
+  v->local.unflushed
+      = v->local.state != NBDM_LOCAL_OK && volume_noted (v, UNFLUSHED_FILE);
   if (v->local.state == NBDM_LOCAL_FAILED)
     return 0;
   if (params->local_choice == NBDM_LOCAL_LOST) {

@@ -255,7 +255,7 @@ replay_slot (void *opaque, const struct slot_view *slot)
 static bool
 same_page_cache (const struct nbdm *v)
 {
-  return !volume_distrusted (v) && !v->identity.cache_lost
+  return !volume_noted (v, DISTRUST_FILE) && !v->identity.cache_lost
          && memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0
          && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
 }
@@ -508,14 +508,16 @@ mark_extent (void *opaque, uint64_t extent)
   mark_remotes (v, offset, length, false);
 }
 
-/* The disk was in use before the stop and cannot be opened now: its answered
- * and unflushed writes may be lost, as in a takeover.
+/* The disk was in use before the stop and cannot be opened now, or its flush
+ * may have failed: its answered and unflushed writes may be lost, as in a
+ * takeover.
  */
 static bool
 local_lost_at_start (const struct nbdm *v)
 {
-  return v->local.state == NBDM_LOCAL_FAILED
-         && le32toh (v->sb.local_state) != NBDM_LOCAL_FAILED;
+  return v->local.unflushed
+         || (v->local.state == NBDM_LOCAL_FAILED
+             && le32toh (v->sb.local_state) != NBDM_LOCAL_FAILED);
 }
 
 /* After lost power the commands under way are not known, only that they were to
@@ -558,8 +560,10 @@ volume_recover (struct nbdm *v)
       make_all_late (v);
     }
   }
-  /* This start's flush of it: a disk that was being caught up (open.c). */
-  if (v->local.flush_error)
+  /* This start's flush of it, or an earlier one: a disk that was being caught
+   * up (open.c).
+   */
+  if (v->local.flush_error || v->local.unflushed)
     local_miss_all_locked (v);
   return 0;
 }

@@ -284,10 +284,11 @@ flush_local_once_relock (struct nbdm *v)
    * flush.
    */
   if (rc < 0 && rc != LOCAL_GIVEN_UP && v->local.flush_error == 0
-      && v->local.failures == failures) {
+      && v->local.failures == failures && !v->closed) {
     /* The kernel has dropped the pages that it could not write.  Another fsync
      * would succeed and prove nothing (rule 10).
      */
+    volume_note (v, DISTRUST_FILE); /* until a takeover is durable */
     v->local.flush_error = rc;
     local_note_error_locked (v, rc);
     atomic_store (&v->local.doubted, true);

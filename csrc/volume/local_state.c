@@ -394,7 +394,11 @@ local_takeover_relock (struct nbdm *v)
     take_back_locked (v);
   fault_point ("takeover_done");
   end_taking_over_locked (v);
-  return v->local.state == NBDM_LOCAL_FAILED && !v->failed ? 0 : -EIO;
+  if (v->local.state != NBDM_LOCAL_FAILED || v->failed)
+    return -EIO;
+  /* Local's state and map say all that a flush of it has told. */
+  (void)volume_forget_note (v, DISTRUST_FILE);
+  return 0;
 }
 
 void

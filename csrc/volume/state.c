@@ -286,24 +286,32 @@ distrust_page_cache (struct nbdm *v)
   /* The store that failed may be the one that was to set the flag. */
   v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
   superblock_store (v->sb_fd, &v->sb, &v->nodes);
-  volume_distrust (v);
+  volume_note (v, DISTRUST_FILE);
 }
 
-/* No fsync: lost power drops the page cache too. */
+/* No fsync: see state.h. */
 void
-volume_distrust (const struct nbdm *v)
+volume_note (const struct nbdm *v, const char *file)
 {
-  int fd
-      = openat (v->dirfd, DISTRUST_FILE, O_WRONLY | O_CREAT | PLAIN_FILE, 0600);
+  int fd = openat (v->dirfd, file, O_WRONLY | O_CREAT | PLAIN_FILE, 0600);
 
   if (fd >= 0)
     close (fd);
 }
 
 bool
-volume_distrusted (const struct nbdm *v)
+volume_noted (const struct nbdm *v, const char *file)
 {
-  return faccessat (v->dirfd, DISTRUST_FILE, F_OK, 0) == 0;
+  return faccessat (v->dirfd, file, F_OK, 0) == 0;
+}
+
+int
+volume_forget_note (const struct nbdm *v, const char *file)
+{
+  if (unlinkat (v->dirfd, file, 0) < 0 && errno != ENOENT)
+    return set_error (-errno, "cannot remove the file \"%s\" of the state",
+                      file);
+  return 0;
 }
 
 void

@@ -21,12 +21,13 @@ struct remote;
  */
 int volume_persist_locked (struct nbdm *v);
 void volume_fail_locked (struct nbdm *v, const char *why);
-/* The kernel may have dropped pages that it could not write.  Leave a mark for
- * the next start, which then recovers as after lost power. volume_distrusted:
- * does such a mark exist?
+/* Leave a note for the next start, look for one, remove it: an empty file in
+ * the state directory (volume.h).  It outlives this process, and not lost
+ * power, which drops the page cache too.
  */
-void volume_distrust (const struct nbdm *v);
-bool volume_distrusted (const struct nbdm *v);
+void volume_note (const struct nbdm *v, const char *file);
+bool volume_noted (const struct nbdm *v, const char *file);
+int volume_forget_note (const struct nbdm *v, const char *file);
 /* Set a new state and reason (printf) in memory; increments the serial. */
 void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
                         const char *fmt, ...)

@@ -79,7 +79,16 @@ struct local_io;
 #define EXTENT_SIZE (4u << 20) /* bytes an activity extent stands for */
 #define ACTIVITY_EXTENTS 1024u /* in the set: 4 GiB hot */
 #define RING_SLOTS 1024u
-#define DISTRUST_FILE "failed" /* in the state directory: see state.c */
+
+/* Notes in the state directory for the next start (volume_note).  The kernel
+ * may have dropped pages that it could not write: recover as after lost power.
+ */
+#define DISTRUST_FILE "failed"
+/* A flush of a local disk that was not ok, at a start or when an operator
+ * brought it back, was begun, and nothing says that it succeeded.  The kernel
+ * reports a page that it dropped once: local misses all that a remote has.
+ */
+#define UNFLUSHED_FILE "unflushed"
 
 /* A read, or a leg of a write, gives up after this many lost connections.  If a
  * request crashes the server each time, its client must not hang.
@@ -166,6 +175,7 @@ struct local {
   _Atomic uint32_t state; /* enum nbdm_local_state; written under the lock */
   bool attached;          /* failed, and open again */
   unsigned nr_opening;    /* commands that open it, whose flush may yet fail */
+  bool unflushed;         /* at the start: see UNFLUSHED_FILE */
   bool repairing;         /* was ok: it misses only regions it could not read */
   /* A takeover is under way: no request is answered.  Set under the lock. */
   atomic_bool taking_over;

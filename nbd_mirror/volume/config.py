@@ -69,6 +69,7 @@ STATE_FILES = (
     "dirty.*",
     "lock*",
     "failed",
+    "unflushed",
     "control",
     "attached",
     "serve.log*",

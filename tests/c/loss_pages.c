@@ -24,7 +24,7 @@
 /* What there may be, all but `lock`, which is no state. */
 static const char *const files[]
     = { "superblock", "activity",    "inflight", "dirty.dr0",
-        "dirty.dr1",  "dirty.local", "failed" };
+        "dirty.dr1",  "dirty.local", "failed",   "unflushed" };
 
 struct version {
   uint64_t stamp;

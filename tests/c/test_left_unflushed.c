@@ -18,6 +18,7 @@ static struct left created;
 
 static unsigned nr_local_syncs;
 static int local_sync_error; /* errno of the next ones; 0: none */
+static bool local_sync_kills;
 
 int __real_fdatasync (int fd);
 int __wrap_fdatasync (int fd);
@@ -30,6 +31,8 @@ __wrap_fdatasync (int fd)
   if (fstat (fd, &st) == 0 && stat (bench.local, &local) == 0
       && st.st_ino == local.st_ino && st.st_dev == local.st_dev) {
     nr_local_syncs++;
+    if (local_sync_kills)
+      raise (SIGKILL);
     if (local_sync_error) {
       errno = local_sync_error;
       return -1;
@@ -45,11 +48,8 @@ mends (void *opaque)
   bench_open_and_mend (&bench);
 }
 
-/* The kernel could not write what was answered and not flushed: the local disk
- * has what it had before, which is what counts from now on.
- */
 static void
-lose (unsigned region, uint8_t value)
+spoil (unsigned region, uint8_t value)
 {
   uint8_t buf[512];
   int fd = open (bench.local, O_RDWR | O_CLOEXEC);
@@ -58,6 +58,15 @@ lose (unsigned region, uint8_t value)
   assert (fd >= 0);
   assert (full_pwrite (fd, buf, sizeof buf, region * BENCH_REGION) == 0);
   close (fd);
+}
+
+/* The kernel could not write what was answered and not flushed: the local disk
+ * has what it had before, which is what counts from now on.
+ */
+static void
+lose (unsigned region, uint8_t value)
+{
+  spoil (region, value);
   bench.board->answered[region] = value;
 }
 
@@ -131,14 +140,14 @@ test_failed_flush_of_a_start_is_not_forgotten (void)
 }
 
 /* A disk that is being caught up has failed again, and no start has said so
- * yet.
+ * yet: nothing is read from it that a remote has, and so nothing is lost.
  */
 static void
 test_failed_flush_of_a_start_that_is_killed_is_not_forgotten (void)
 {
   bench_put (&bench, &created);
   bench_session ("local_write:1=error", copies_back);
-  lose (3, 1);
+  spoil (3, 1);
   assert (killed (
       in_child ("local_flush:1=error,open_local_flushed=kill", opens, NULL)));
   bench_session (NULL, mends);
@@ -179,6 +188,75 @@ test_disk_that_is_brought_back_is_flushed_first (void)
   bench_check_disks (&bench);
 }
 
+/* Some of what it missed is copied back when the server stops. */
+static void
+copies_some_back (void *opaque)
+{
+  struct nbdm_resync batch
+      = { .max_bytes = 5 * BENCH_REGION, .pace.copy_bytes = BENCH_REGION };
+
+  (void)opaque;
+  assert (bench_open (&bench) == 0);
+  bench_connect_all (&bench);
+  bench_write (&bench, 7, 1, 1);
+  bench_write (&bench, 3, 1, 1);
+  assert (nbdm_local_attach (bench.volume, bench.local, 0) == 0);
+  assert (nbdm_disk_admit (bench.volume, NBDM_LOCAL) == 0);
+  assert (nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch) == 0);
+  bench_stop (&bench);
+}
+
+/* The disk is away at the start, and so it has failed. */
+static void
+is_killed_as_it_brings_it_back (void *opaque)
+{
+  char away[100];
+
+  (void)opaque;
+  snprintf (away, sizeof away, "%s.away", bench.local);
+  assert (rename (bench.local, away) == 0);
+  assert (bench_open (&bench) == 0);
+  assert (bench.board->found.local_state == NBDM_LOCAL_FAILED);
+  assert (rename (away, bench.local) == 0);
+  bench_connect_all (&bench);
+  local_sync_kills = true;
+  (void)nbdm_local_attach (bench.volume, bench.local, 0);
+}
+
+/* Another program has written to the disk, and the kernel could not write some
+ * of that.  It said so to the flush of a command that was killed.
+ */
+static void
+test_flush_that_is_killed_is_not_forgotten (void)
+{
+  bench_put (&bench, &created);
+  bench_session ("local_write:1=error", copies_some_back);
+  assert (killed (in_child (NULL, is_killed_as_it_brings_it_back, NULL)));
+  spoil (3, 0);
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
+/* The same of a start. */
+static void
+is_killed_as_it_flushes (void *opaque)
+{
+  (void)opaque;
+  local_sync_kills = true;
+  (void)bench_open (&bench);
+}
+
+static void
+test_flush_of_a_start_that_is_killed_is_not_forgotten (void)
+{
+  bench_put (&bench, &created);
+  bench_session ("local_write:1=error", copies_some_back);
+  assert (killed (in_child (NULL, is_killed_as_it_flushes, NULL)));
+  spoil (3, 0);
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
 int
 main (void)
 {
@@ -188,6 +266,8 @@ main (void)
   RUN (test_failed_flush_of_a_start_is_not_forgotten);
   RUN (test_failed_flush_of_a_start_that_is_killed_is_not_forgotten);
   RUN (test_disk_that_is_brought_back_is_flushed_first);
+  RUN (test_flush_that_is_killed_is_not_forgotten);
+  RUN (test_flush_of_a_start_that_is_killed_is_not_forgotten);
   bench_free (&created);
   bench_remove (&bench);
   return 0;

@@ -10,7 +10,9 @@
 #include "volume/flush.h"
 #include "interrupted.h"
 
+#include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 
 #define CHILD_S 60 /* nothing here may hang */
@@ -182,6 +184,69 @@ test_beside_a_failed_remote (void)
   bench_remove (&bench);
 }
 
+/* --- no remote is connected --------------------------------------------- */
+
+static void *
+flush (void *opaque)
+{
+  (void)opaque;
+  nbdm_flush (bench.volume);
+  return NULL;
+}
+
+static bool
+every_remote_is_held (void)
+{
+  struct nbdm_disk_status s = { .state = NBDM_HOLDING };
+
+  for (uint32_t i = 0; i < BENCH_REMOTES && s.state == NBDM_HOLDING; i++)
+    assert (nbdm_get_disk_status (bench.volume, i + 1, &s) == 0);
+  return s.state == NBDM_HOLDING;
+}
+
+/* The remotes have flushed what local loses. */
+static void
+live_while_remotes_are_held (void *opaque)
+{
+  struct nbdm_disk_status local = { 0 };
+  pthread_t thread;
+
+  (void)opaque;
+  alarm (CHILD_S);
+  bench_must (bench_open (&bench));
+  bench_connect_all (&bench);
+  bench_write (&bench, 0, 6, 1);
+  bench_must (nbdm_flush (bench.volume));
+  bench_write (&bench, FIRST, NR, 2);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    assert (remote_flush_alone (&bench.volume->remotes[i]));
+  bench_servers (&bench, SERVERS_LOSE_CACHE); /* which is empty */
+  while (!every_remote_is_held ())
+    poll (NULL, 0, 1);
+  assert (pthread_create (&thread, NULL, flush, NULL) == 0);
+  while (local.local.errors == 0) {
+    assert (nbdm_get_disk_status (bench.volume, NBDM_LOCAL, &local) == 0);
+    poll (NULL, 0, 1);
+  }
+  raise (SIGKILL);
+}
+
+/* No remote could take local's place yet.  The next start knows that local may
+ * have lost what no flush has covered, and makes the remotes equal to it.
+ */
+static void
+test_while_remotes_are_held (void)
+{
+  bench_make (&bench);
+  assert (killed (
+      in_child ("local_flush:3=error", live_while_remotes_are_held, NULL)));
+  spoil_local (NR);
+  memset (&bench.board->answered[FIRST], 1, NR); /* and no flush was answered */
+  assert (passed (in_child (NULL, start, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 int
 main (int argc, char *argv[])
 {
@@ -190,5 +255,7 @@ main (int argc, char *argv[])
       run (&takeovers[i]);
   if (argc < 2 || strcmp (argv[1], "beside_a_failed_remote") == 0)
     RUN (test_beside_a_failed_remote);
+  if (argc < 2 || strcmp (argv[1], "while_remotes_are_held") == 0)
+    RUN (test_while_remotes_are_held);
   return 0;
 }

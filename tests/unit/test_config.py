@@ -205,7 +205,9 @@ def test_remotes_of_one_name_are_refused(file: Path) -> None:
     assert 'two remotes are called "dr"' in _line(file)
 
 
-@pytest.mark.parametrize("name", ["control", "failed", "lock", "dirty.dr", "serve.log"])
+@pytest.mark.parametrize(
+    "name", ["control", "failed", "unflushed", "lock", "dirty.dr", "serve.log"]
+)
 def test_listening_at_a_file_of_the_state_is_refused(file: Path, name: str) -> None:
     """A socket in its place would be taken for it."""
     state = "/var/lib/nbd-mirror/pg"
