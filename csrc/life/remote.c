@@ -25,6 +25,7 @@
 #include "logs/layout.h"
 #include "logs/rangelock.h"
 #include "volume/flush.h"
+#include "volume/flusher.h"
 #include "volume/local.h"
 #include "volume/local_state.h"
 #include "volume/state.h"
@@ -337,6 +338,7 @@ remote_admit_locked (struct remote *r)
   fault_point ("admitted");
   remote_update_state_locked (r);
   disk_changed_locked (&r->disk, false);
+  flusher_admitted_locked (r);
   return 0;
 }
 

@@ -532,6 +532,23 @@ dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed)
   }
 }
 
+void
+dirty_map_settle (struct dirty_map *dm, enum dirty_map_index unflushed)
+{
+  const struct bitmap *dirty = &dm->map[MAP_DIRTY];
+  struct bitmap *map = &dm->map[unflushed];
+  uint64_t nr = map->nr_bits, first = 0, end, stop;
+
+  for (; (first = bitmap_next_set (map, first, nr)) < nr; first = end) {
+    end = bitmap_next_clear (map, first, nr);
+    while ((first = bitmap_next_set (dirty, first, end)) < end) {
+      stop = bitmap_next_clear (dirty, first, end);
+      bitmap_clear (map, first, stop - first);
+      first = stop;
+    }
+  }
+}
+
 uint64_t
 dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
 {

@@ -97,11 +97,13 @@ void dirty_map_mark_lost (struct dirty_map *dm, uint64_t first, uint64_t count);
 void dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late);
 void dirty_map_pay (struct dirty_map *dm, uint64_t region);
 void dirty_map_forgive (struct dirty_map *dm);
-/* Empty an unflushed map: a flush has covered it, or its regions were marked.
- * Regions with a deferred mark stay in it: the remote lost them before any
- * flush that succeeds later, and after a kill no other record shows that.
+/* A flush has covered an unflushed map: empty it.  Regions with a deferred mark
+ * stay in it: the remote lost them before any flush that succeeds later, and
+ * after a kill no other record shows that.
  */
 void dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed);
+/* Take the dirty regions out of an unflushed map. */
+void dirty_map_settle (struct dirty_map *dm, enum dirty_map_index unflushed);
 /* The connection is lost: unflushed regions become dirty and lost, and the
  * copied map is cleared.
  */

@@ -103,13 +103,25 @@ flusher (void *opaque)
   return NULL;
 }
 
+static void
+wake_locked (struct remote *r)
+{
+  if (r->flusher_naps)
+    pthread_cond_signal (&r->flush_due);
+  r->flusher_naps = false;
+}
+
+void
+flusher_admitted_locked (struct remote *r)
+{
+  wake_locked (r);
+}
+
 void
 flusher_wake_locked (struct remote *r)
 {
-  if (r->flusher_naps && backlog_pressed_locked (r)) {
-    r->flusher_naps = false;
-    pthread_cond_signal (&r->flush_due);
-  }
+  if (r->flusher_naps && backlog_pressed_locked (r))
+    wake_locked (r);
 }
 
 void
@@ -127,10 +139,8 @@ unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length)
    * only if the set becomes large.
    */
   if (r->flusher_naps
-      && (first || enough_unflushed_locked (r) || backlog_pressed_locked (r))) {
-    r->flusher_naps = false;
-    pthread_cond_signal (&r->flush_due);
-  }
+      && (first || enough_unflushed_locked (r) || backlog_pressed_locked (r)))
+    wake_locked (r);
 }
 
 void

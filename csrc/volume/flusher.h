@@ -17,6 +17,10 @@ void flushers_init (struct nbdm *v, const struct nbdm_params *params);
 int flushers_start (struct nbdm *v);
 void flushers_join (struct nbdm *v); /* call it while the ticker runs */
 
+/* The remote was admitted: wake the flusher, as it may have unflushed regions
+ * of an earlier connection.
+ */
+void flusher_admitted_locked (struct remote *r);
 /* Wake the flusher if a flush has ended and another is due. */
 void flusher_wake_locked (struct remote *r);
 

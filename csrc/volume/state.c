@@ -145,6 +145,21 @@ mark_regions_locked (struct remote *r, uint64_t first, uint64_t count,
   }
 }
 
+/* What is still unflushed has no other source: its server may have it in its
+ * cache alone.  The flusher makes it durable once the remote is back.
+ */
+static void
+keep_unflushed_locked (struct remote *r)
+{
+  struct bitmap *map = &r->disk.dm.map[MAP_UNFLUSHED0 + r->filling];
+  struct bitmap *other = &r->disk.dm.map[MAP_UNFLUSHED0 + (r->filling ^ 1)];
+
+  bitmap_merge (map, other);
+  atomic_signal_fence (memory_order_seq_cst);
+  bitmap_clear_all (other);
+  r->unflushed_ns = 0;
+}
+
 void
 unflushed_lost_locked (struct remote *r)
 {
@@ -167,8 +182,9 @@ unflushed_lost_locked (struct remote *r)
     }
     atomic_signal_fence (memory_order_seq_cst);
     fault_point ("lost_merged");
-    dirty_map_empty (dm, i);
+    dirty_map_settle (dm, i);
   }
+  keep_unflushed_locked (r);
   bitmap_clear_all (&dm->copied);
   dm->changed = true;
 }

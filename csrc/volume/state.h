@@ -75,7 +75,7 @@ void mark_dirty_locked (struct remote *r, uint64_t offset, uint64_t length,
  */
 void remotes_pay_locked (struct nbdm *v);
 /* The connection is lost: make the unflushed regions dirty, with the exception
- * of mark_regions_locked.
+ * of mark_regions_locked.  Those stay unflushed.
  */
 void unflushed_lost_locked (struct remote *r);
 /* Lift the fence of policy stop once every remote is in sync. */

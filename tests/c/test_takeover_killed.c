@@ -204,6 +204,18 @@ every_remote_is_held (void)
   return s.state == NBDM_HOLDING;
 }
 
+static bool
+every_remote_is_lost (void)
+{
+  bool lost = true;
+
+  pthread_mutex_lock (&bench.volume->lock);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    lost = lost && bench.volume->remotes[i].conn == NULL;
+  pthread_mutex_unlock (&bench.volume->lock);
+  return lost;
+}
+
 /* The remotes have flushed what local loses. */
 static void
 live_while_remotes_are_held (void *opaque)
@@ -247,6 +259,58 @@ test_while_remotes_are_held (void)
   bench_remove (&bench);
 }
 
+/* --- the cache is lost after the start ----------------------------------- */
+
+static bool
+all_is_flushed (void)
+{
+  uint64_t nr = 0;
+
+  pthread_mutex_lock (&bench.volume->lock);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
+    const struct bitmap *map = bench.volume->remotes[i].disk.dm.map;
+
+    nr += map[MAP_UNFLUSHED0].nr_set + map[MAP_UNFLUSHED1].nr_set;
+  }
+  pthread_mutex_unlock (&bench.volume->lock);
+  return nr == 0;
+}
+
+static void
+start_and_lose_caches (void *opaque)
+{
+  (void)opaque;
+  alarm (CHILD_S);
+  bench.params.flush_ms = 10;
+  bench_must (bench_open (&bench));
+  bench_connect_all (&bench);
+  while (!all_is_flushed ())
+    poll (NULL, 0, 1);
+  bench_servers (&bench, SERVERS_LOSE_CACHE);
+  while (!every_remote_is_lost ())
+    poll (NULL, 0, 1);
+  bench_connect_all (&bench);
+  bench_check_reads (&bench);
+  bench_mend (&bench);
+}
+
+/* A remote has the only copy of what it answered and did not flush: the next
+ * start has it flushed, though no client asks for that.
+ */
+static void
+test_cache_lost_after_the_start (void)
+{
+  static const struct takeover flush_failed = { .failure = FLUSH };
+
+  bench_make (&bench);
+  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
+                            (void *)&flush_failed)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, start_and_lose_caches, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 int
 main (int argc, char *argv[])
 {
@@ -257,5 +321,7 @@ main (int argc, char *argv[])
     RUN (test_beside_a_failed_remote);
   if (argc < 2 || strcmp (argv[1], "while_remotes_are_held") == 0)
     RUN (test_while_remotes_are_held);
+  if (argc < 2 || strcmp (argv[1], "cache_lost_after_the_start") == 0)
+    RUN (test_cache_lost_after_the_start);
   return 0;
 }
