@@ -8,7 +8,8 @@
  * own lock, and may be called from any thread.
  *
  * A `disk` is a number: 0 is the local disk, and a remote's is 1 more than its
- * index, a `remote`, in struct nbdm_params.  -EINVAL: there is none.
+ * index in struct nbdm_params.  -EINVAL: there is no such disk, or it is the
+ * local one where only a remote is possible.
  */
 
 #define NBDM_MAX_REMOTES 8
@@ -363,46 +364,46 @@ uint64_t nbdm_disk_wait (struct nbdm *volume, uint32_t disk, uint64_t seen,
  * admitted.  At most one policy thread a remote calls these.  -ERANGE: too
  * small; -EROFS: read-only; -ETIMEDOUT, -ECONNREFUSED and so on.
  */
-int nbdm_remote_connect (struct nbdm *volume, uint32_t remote, const char *uri,
+int nbdm_remote_connect (struct nbdm *volume, uint32_t disk, const char *uri,
                          uint32_t timeout_ms);
 
 /* Compare a region on local with the connected remote, or the longest part of
  * it that no request holds; of a large one over a slow link what two seconds
- * allow: 0 same, 1 different, -EBUSY: requests hold all of
- * it (try another), -EAGAIN: it is dirty on either, or
- * local is not open, -ENODATA: local cannot read it.
+ * allow: 0 same, 1 different, -EBUSY: requests hold all of it (try another),
+ * -EAGAIN: it is dirty on either, or local is not open, -ENODATA: local cannot
+ * read it.
  */
-int nbdm_remote_compare (struct nbdm *volume, uint32_t remote, uint64_t region);
+int nbdm_remote_compare (struct nbdm *volume, uint32_t disk, uint64_t region);
 
 /* The first region from this one on that is dirty on neither side, so that
- * comparing it proves something; the number of regions if there is none, or
- * local is not open.
+ * comparing it proves something; the number of regions if there is none, local
+ * is not open, or the disk is no remote.
  */
-uint64_t nbdm_remote_comparable (struct nbdm *volume, uint32_t remote,
+uint64_t nbdm_remote_comparable (struct nbdm *volume, uint32_t disk,
                                  uint64_t region);
 
 /* Set the reason why a remote that is not connected is out of sync. */
-int nbdm_remote_explain (struct nbdm *volume, uint32_t remote,
+int nbdm_remote_explain (struct nbdm *volume, uint32_t disk,
                          const char *reason);
 
 /* Drop the remote and make it `failed`, durably: no thread connects it again
  * until nbdm_remote_reset or nbdm_remote_invalidate.
  */
-int nbdm_remote_fail (struct nbdm *volume, uint32_t remote, const char *reason);
+int nbdm_remote_fail (struct nbdm *volume, uint32_t disk, const char *reason);
 
 /* failed -> out_of_sync, durably, the dirty map kept.  No effect otherwise. */
-int nbdm_remote_reset (struct nbdm *volume, uint32_t remote);
+int nbdm_remote_reset (struct nbdm *volume, uint32_t disk);
 
 /* Set or lift an operator's pause of resync, durably. */
-int nbdm_remote_pause (struct nbdm *volume, uint32_t remote, int paused);
+int nbdm_remote_pause (struct nbdm *volume, uint32_t disk, int paused);
 
 /* Make every region dirty, durably; failed -> out_of_sync.  -EBUSY: the local
  * disk misses something, and the remote may be the only copy of it.
  */
-int nbdm_remote_invalidate (struct nbdm *volume, uint32_t remote);
+int nbdm_remote_invalidate (struct nbdm *volume, uint32_t disk);
 
 /* The late-write window is over: late regions are plain dirty ones now. */
-int nbdm_remote_release_late (struct nbdm *volume, uint32_t remote);
+int nbdm_remote_release_late (struct nbdm *volume, uint32_t disk);
 
 /* --- The local disk, after it failed ---------------------------------- */
 

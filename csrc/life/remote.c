@@ -42,15 +42,16 @@
 #define COMPARE_FIRST (64u << 10)  /* in the first: 2 s at 256 kbit/s */
 
 static struct remote *
-find (struct nbdm *v, uint32_t index)
+find (struct nbdm *v, uint32_t disk)
 {
-  return index < v->nr_remotes ? &v->remotes[index] : NULL;
+  return disk != NBDM_LOCAL && disk <= v->nr_remotes ? &v->remotes[disk - 1]
+                                                     : NULL;
 }
 
-#define FIND_OR_RETURN(r, v, index)                                            \
-  struct remote *r = find (v, index);                                          \
+#define FIND_OR_RETURN(r, v, disk)                                             \
+  struct remote *r = find (v, disk);                                           \
   if (r == NULL)                                                               \
-  return set_message (-EINVAL, "there is no remote %u", index)
+  return set_message (-EINVAL, "disk %u is no remote of this volume", disk)
 
 static void
 uuid_words (const struct nbdm *v, char words[2 * sizeof v->uuid + 1])
@@ -119,10 +120,10 @@ remote_heed_refusal (struct remote *r, const struct command *cmd)
 }
 
 int
-nbdm_remote_connect (struct nbdm *v, uint32_t index, const char *uri,
+nbdm_remote_connect (struct nbdm *v, uint32_t disk, const char *uri,
                      uint32_t timeout_ms)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   struct conn *conn;
   int rc = conn_open (uri, timeout_ms, &conn);
 
@@ -265,9 +266,9 @@ prove_difference (struct nbdm *v)
 }
 
 int
-nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
+nbdm_remote_compare (struct nbdm *v, uint32_t disk, uint64_t region)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   uint64_t offset = region * v->region_size;
   struct range range = { .offset = offset, .length = v->region_size };
   struct conn *conn = NULL;
@@ -299,9 +300,9 @@ nbdm_remote_compare (struct nbdm *v, uint32_t index, uint64_t region)
 }
 
 uint64_t
-nbdm_remote_comparable (struct nbdm *v, uint32_t index, uint64_t region)
+nbdm_remote_comparable (struct nbdm *v, uint32_t disk, uint64_t region)
 {
-  const struct remote *r = find (v, index);
+  const struct remote *r = find (v, disk);
   const struct bitmap *dirty;
 
   if (r == NULL)
@@ -343,9 +344,9 @@ remote_admit_locked (struct remote *r)
 }
 
 int
-nbdm_remote_explain (struct nbdm *v, uint32_t index, const char *reason)
+nbdm_remote_explain (struct nbdm *v, uint32_t disk, const char *reason)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
 
   LOCK_FOR_SCOPE (&v->lock);
   if (!r->admitted && r->state != NBDM_FAILED)
@@ -354,9 +355,9 @@ nbdm_remote_explain (struct nbdm *v, uint32_t index, const char *reason)
 }
 
 int
-nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
+nbdm_remote_fail (struct nbdm *v, uint32_t disk, const char *reason)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -374,9 +375,9 @@ nbdm_remote_fail (struct nbdm *v, uint32_t index, const char *reason)
 }
 
 int
-nbdm_remote_reset (struct nbdm *v, uint32_t index)
+nbdm_remote_reset (struct nbdm *v, uint32_t disk)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -389,9 +390,9 @@ nbdm_remote_reset (struct nbdm *v, uint32_t index)
 }
 
 int
-nbdm_remote_pause (struct nbdm *v, uint32_t index, int paused)
+nbdm_remote_pause (struct nbdm *v, uint32_t disk, int paused)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -430,9 +431,9 @@ invalidate_locked (struct remote *r)
 }
 
 int
-nbdm_remote_invalidate (struct nbdm *v, uint32_t index)
+nbdm_remote_invalidate (struct nbdm *v, uint32_t disk)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
@@ -443,9 +444,9 @@ nbdm_remote_invalidate (struct nbdm *v, uint32_t index)
 }
 
 int
-nbdm_remote_release_late (struct nbdm *v, uint32_t index)
+nbdm_remote_release_late (struct nbdm *v, uint32_t disk)
 {
-  FIND_OR_RETURN (r, v, index);
+  FIND_OR_RETURN (r, v, disk);
 
   LOCK_FOR_SCOPE (&v->lock);
   /* Not if the connection was lost in the meantime: then the late regions are

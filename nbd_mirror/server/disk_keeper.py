@@ -120,7 +120,7 @@ class DiskKeeper(ABC):
         if words != self._error and not self._ending:
             self._log("warning", f"{self._title}: {words}")
 
-    def _sample(self, remote: int, budget_s: float) -> Sample:
+    def _sample(self, remote: Disk, budget_s: float) -> Sample:
         """Compare clean regions of local and *remote*, for at most *budget_s*."""
         return take_sample(
             self._engine,

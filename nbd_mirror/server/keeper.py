@@ -28,7 +28,7 @@ from ..rules.state import (
     hold_retry_s,
     next_step,
 )
-from ..volume.model import RemoteStatus, disk_of
+from ..volume.model import Disk, RemoteStatus
 from ..volume.report import RemoteView
 from .disk_keeper import DiskKeeper, Log
 
@@ -64,7 +64,7 @@ class RemotePolicy:
 
 class Keeper(DiskKeeper):
     """
-    Keeps the remote of index *remote*.
+    Keeps a remote.
 
     Args:
         refuse: returns why a uri must not be connected to, or "".
@@ -75,7 +75,7 @@ class Keeper(DiskKeeper):
     def __init__(
         self,
         engine: Engine,
-        remote: int,
+        disk: Disk,
         policy: RemotePolicy,
         log: Log,
         *,
@@ -85,14 +85,13 @@ class Keeper(DiskKeeper):
     ) -> None:
         super().__init__(
             engine,
-            disk_of(remote),
+            disk,
             f"remote {policy.name}",
             f"keeper {policy.name}",
             log,
             clock=clock,
             random=random,
         )
-        self._remote = remote
         self._policy = policy
         self._refuse_uri = refuse
         # Only the thread uses these.
@@ -125,7 +124,7 @@ class Keeper(DiskKeeper):
 
     def view(self) -> RemoteView:
         """Report the remote as it is now. Does not block on I/O."""
-        status = self._engine.remote_status(self._remote)
+        status = self._engine.remote_status(self._disk)
         with self._lock:
             facts = self._facts(status)
             last_error = self._last_error or self._error
@@ -134,7 +133,7 @@ class Keeper(DiskKeeper):
     # --- the loop ---
 
     def _look_and_act(self) -> None:
-        status = self._engine.remote_status(self._remote)
+        status = self._engine.remote_status(self._disk)
         self._observe(status)
         with self._lock:
             facts = self._facts(status)
@@ -143,14 +142,14 @@ class Keeper(DiskKeeper):
     def _recover(self, words: str) -> None:
         self._note_failure(words)
         wait_s = max(self._retry_at - self._clock(), 0.0)
-        serial = self._engine.remote_status(self._remote).serial
+        serial = self._engine.remote_status(self._disk).serial
         self._engine.wait(self._disk, serial, wait_s)
 
     def _act(self, step: Step, status: RemoteStatus) -> None:
         if step.action is Action.CONNECT:
             self._connect(status)
         elif step.action is Action.RELEASE_LATE:
-            self._engine.release_late(self._remote)
+            self._engine.release_late(self._disk)
         elif step.action is Action.RESYNC:
             self._resync()
             return
@@ -241,7 +240,7 @@ class Keeper(DiskKeeper):
             self._retry_at = self._clock() + wait_s
 
     def _answered(self) -> Answered:
-        status = self._engine.remote_status(self._remote)
+        status = self._engine.remote_status(self._disk)
         zeroes = status.answered_zero_bytes
         return Answered(status.answered_bytes - zeroes, zeroes, status.answer_s)
 
@@ -252,7 +251,7 @@ class Keeper(DiskKeeper):
 
     def _note_failure(self, words: str) -> None:
         """Store why an attempt failed, and when the next may come."""
-        state = self._engine.remote_status(self._remote).state
+        state = self._engine.remote_status(self._disk).state
         if state is RemoteState.HOLDING:
             wait_s = hold_retry_s(self._random())
         else:
@@ -283,7 +282,7 @@ class Keeper(DiskKeeper):
             timeout_s = max(min(timeout_s, self._policy.hold_s), MIN_CONNECT_S)
             sample_s = self._policy.hold_s / 2
         try:
-            self._engine.connect(self._remote, uri, timeout_s)
+            self._engine.connect(self._disk, uri, timeout_s)
         except MirrorError as error:
             self._explain(f"{uri}: {error}")
             return
@@ -299,7 +298,7 @@ class Keeper(DiskKeeper):
             raise
 
     def _check_and_admit(self, uri: str, budget_s: float) -> None:
-        sample = self._sample(self._remote, budget_s)
+        sample = self._sample(self._disk, budget_s)
         if sample.differs is None:
             self._admit(uri, sample.same)
         else:
@@ -309,7 +308,7 @@ class Keeper(DiskKeeper):
         self._note_failure(words)
         if words != self._explained:
             self._explained = words
-            self._engine.explain(self._remote, words)
+            self._engine.explain(self._disk, words)
 
     def _refuse(self, uri: str, region: int) -> None:
         """Make the remote failed: one of the two disks has changed. Write nothing."""
@@ -319,7 +318,7 @@ class Keeper(DiskKeeper):
         words = f"this is not the same disk as before, or local is not: {where}: {uri}"
         with self._lock:
             self._error = self._last_error = words
-        self._engine.fail(self._remote, words)
+        self._engine.fail(self._disk, words)
         with self._lock:
             asked = self._asked
         if asked:
@@ -327,7 +326,7 @@ class Keeper(DiskKeeper):
             # perhaps at another address, so only an attempt that begins after that
             # counts. A command that comes after this check finds the remote failed, and
             # resets it.
-            self._engine.reset(self._remote)
+            self._engine.reset(self._disk)
             self._plan_retry(words, 0.0)
 
     def _admit(self, uri: str, same: int) -> None:
@@ -356,5 +355,5 @@ class Keeper(DiskKeeper):
         if batch.error is None:
             with self._lock:
                 self._retry_at = self._clock() + wait_s
-        elif self._engine.remote_status(self._remote).admitted:
+        elif self._engine.remote_status(self._disk).admitted:
             self._note_failure(str(batch.error))

@@ -69,7 +69,7 @@ class LocalKeeper(DiskKeeper):
         super().__init__(
             engine, LOCAL, "local", "keeper local", log, clock=clock, random=random
         )
-        self._nr_remotes = nr_remotes
+        self._remotes = [disk_of(index) for index in range(nr_remotes)]
         self._asked = asked
         self._command = threading.Lock()  # one operator's command at a time
         # Only the thread uses these.
@@ -181,7 +181,7 @@ class LocalKeeper(DiskKeeper):
 
     def _check_is_the_same(self, path: str) -> None:
         compared = False
-        for remote in range(self._nr_remotes):
+        for remote in self._remotes:
             if not self._engine.remote_status(remote).admitted:
                 continue
             compared = True
@@ -245,10 +245,10 @@ class LocalKeeper(DiskKeeper):
     def _wait_for_remote(self, words: str) -> None:
         """Wait until a lost remote is back, or for a while."""
         self._note(words)
-        for remote in range(self._nr_remotes):
+        for remote in self._remotes:
             status = self._engine.remote_status(remote)
             if not status.admitted:
-                self._engine.wait(disk_of(remote), status.serial, RETRY_S)
+                self._engine.wait(remote, status.serial, RETRY_S)
                 return
         self._wait(RETRY_S)
 
@@ -267,7 +267,7 @@ class LocalKeeper(DiskKeeper):
         """Collect the facts; the caller holds the lock."""
         local = volume.local
         dirty = volume.bytes_of(local.dirty_regions)
-        remotes = map(self._engine.remote_status, range(self._nr_remotes))
+        remotes = map(self._engine.remote_status, self._remotes)
         return LocalFacts(
             state=local.state,
             dirty_bytes=dirty,

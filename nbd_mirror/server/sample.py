@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base.errors import BusyError, MirrorError, MirrorIOError
-from ..volume.model import HOLE, Verdict, VolumeStatus, disk_of
+from ..volume.model import HOLE, Disk, Verdict, VolumeStatus
 
 if TYPE_CHECKING:
     from ..volume.core import Engine
@@ -53,7 +53,7 @@ class Sample:
 
 def take_sample(
     engine: Engine,
-    remote: int,
+    remote: Disk,
     *,
     random: Callable[[], float],
     clock: Callable[[], float],
@@ -103,7 +103,9 @@ def take_sample(
 class _Tally:
     """The results of the comparisons so far."""
 
-    def __init__(self, engine: Engine, remote: int, ending: Callable[[], bool]) -> None:
+    def __init__(
+        self, engine: Engine, remote: Disk, ending: Callable[[], bool]
+    ) -> None:
         self.engine, self.remote, self.ending = engine, remote, ending
         self.same = self.unreadable = 0
 
@@ -140,7 +142,7 @@ def _first_that_tells(
             )
         else:
             serial = engine.remote_status(tally.remote).serial
-            engine.wait(disk_of(tally.remote), serial, BUSY_S)
+            engine.wait(tally.remote, serial, BUSY_S)
             region, busy = 0, False
     if tally.unreadable:
         raise MirrorIOError(

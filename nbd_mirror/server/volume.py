@@ -28,7 +28,7 @@ from ..volume import config as _config
 from ..volume.control import control_path
 from ..volume.core import bound_log, log_counts, start_log
 from ..volume.loops import own_address
-from ..volume.model import VolumeStatus
+from ..volume.model import VolumeStatus, disk_of
 from ..volume.report import Server, report
 from ..volume.status import Status
 from .control_server import ControlServer
@@ -139,7 +139,7 @@ class Volume:
         return [
             Keeper(
                 self.engine,
-                index,
+                disk_of(index),
                 RemotePolicy(
                     name=remote.name,
                     uri=remote.uri,
@@ -345,15 +345,15 @@ class Volume:
             # The operator has seen the old reason; only new errors count.
             keeper = self._keepers[index]
             keeper.forget_error()
-            self.engine.invalidate(index)
+            self.engine.invalidate(disk_of(index))
             # An attempt that began since then may already have found a difference.
             keeper.forget_error()
-            self.engine.reset(index)
+            self.engine.reset(disk_of(index))
 
         return self._each(args, invalidate)
 
     def _pause(self, index: int) -> None:
-        self.engine.pause(index, paused=True)
+        self.engine.pause(disk_of(index), paused=True)
 
     def _resume(self, args: Mapping[str, Any]) -> object:
         """
@@ -371,8 +371,8 @@ class Volume:
         def resume(index: int) -> None:
             remote = self._config.remotes[index]
             self._keepers[index].retry_now(uris.get(remote.name, remote.uri))
-            self.engine.reset(index)
-            self.engine.pause(index, paused=False)  # also wakes the keeper
+            self.engine.reset(disk_of(index))
+            self.engine.pause(disk_of(index), paused=False)  # wakes the keeper
 
         return self._each(args, resume)
 

@@ -73,13 +73,13 @@ connect_once (uint32_t remote)
 
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s",
             lines[FIRST_REMOTE + remote]);
-  if (nbdm_remote_connect (volume, remote, uri, 1000) < 0) {
-    nbdm_remote_explain (volume, remote, nbdm_last_error ());
+  if (nbdm_remote_connect (volume, remote + 1, uri, 1000) < 0) {
+    nbdm_remote_explain (volume, remote + 1, nbdm_last_error ());
     pause_ms (50);
     return;
   }
   for (uint64_t region = 0; region < 4; region++)
-    nbdm_remote_compare (volume, remote, region); /* for its own sake */
+    nbdm_remote_compare (volume, remote + 1, region); /* with any result */
   if (nbdm_disk_admit (volume, remote + 1) < 0)
     nbdm_disk_drop (volume, remote + 1, "not admitted");
 }
@@ -97,7 +97,7 @@ resync_some (uint32_t remote)
       return;
     if (s.remote.late_regions > 0 && s.remote.late_regions == s.dirty_regions) {
       pause_ms (20);
-      nbdm_remote_release_late (volume, remote);
+      nbdm_remote_release_late (volume, remote + 1);
     }
     if (nbdm_disk_resync (volume, remote + 1, &batch) < 0)
       return;
@@ -114,7 +114,7 @@ keep (void *opaque)
     struct nbdm_disk_status s = status_of (remote);
 
     if (s.state == NBDM_FAILED)
-      nbdm_remote_reset (volume, remote);
+      nbdm_remote_reset (volume, remote + 1);
     if (!s.remote.connected)
       connect_once (remote);
     else
@@ -153,11 +153,11 @@ maintain (void *opaque)
     tell_in_sync ();
     nbdm_cool (volume, 100);
     if (turn % 64 == 20)
-      nbdm_remote_pause (volume, remote, 1);
+      nbdm_remote_pause (volume, remote + 1, 1);
     if (turn % 64 == 24)
-      nbdm_remote_pause (volume, remote, 0);
+      nbdm_remote_pause (volume, remote + 1, 0);
     if (turn % 64 == 40 && s.clients > 0)
-      nbdm_remote_invalidate (volume, remote);
+      nbdm_remote_invalidate (volume, remote + 1);
   }
   return NULL;
 }

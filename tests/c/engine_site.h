@@ -207,7 +207,7 @@ connect_remote (void)
 
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", path ("sock"));
   /* The old connection may not have been noticed dead yet. */
-  while (nbdm_remote_connect (volume, 0, uri, 2000) < 0) {
+  while (nbdm_remote_connect (volume, 1, uri, 2000) < 0) {
     assert (time (NULL) < until);
     pause_ms (10);
   }
@@ -226,7 +226,7 @@ resync_to_end (void)
 
     assert (time (NULL) < until);
     if (s.remote.late_regions == s.dirty_regions)
-      nbdm_remote_release_late (volume, 0);
+      nbdm_remote_release_late (volume, 1);
     assert (nbdm_disk_resync (volume, 1, &batch) == 0);
     batch.first_region = batch.next_region;
   }

@@ -178,7 +178,7 @@ place_start (const struct place *place)
             place_path (place, "sock"));
   assert (nbdm_open (&place->params, &v) == 0);
   assert (nbdm_start (v) == 0);
-  assert (nbdm_remote_connect (v, 0, uri, DEADLINE_S * 1000) == 0);
+  assert (nbdm_remote_connect (v, 1, uri, DEADLINE_S * 1000) == 0);
   assert (nbdm_disk_admit (v, 1) == 0);
   assert (nbdm_get_disk_status (v, 1, &s) == 0);
   assert (s.state == NBDM_IN_SYNC);

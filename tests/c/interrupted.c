@@ -335,8 +335,8 @@ bench_must (int rc)
 void
 bench_connect (struct bench *bench, uint32_t remote)
 {
-  bench_must (
-      nbdm_remote_connect (bench->volume, remote, bench->uri[remote], 10000));
+  bench_must (nbdm_remote_connect (bench->volume, remote + 1,
+                                   bench->uri[remote], 10000));
   bench_must (nbdm_disk_admit (bench->volume, remote + 1));
 }
 
@@ -448,7 +448,7 @@ bench_mend (struct bench *bench)
     (void)nbdm_disk_resync (bench->volume, NBDM_LOCAL, &batch);
     for (uint32_t i = 0; i < BENCH_REMOTES; i++) {
       batch.first_region = 0;
-      nbdm_remote_release_late (bench->volume, i);
+      nbdm_remote_release_late (bench->volume, i + 1);
       (void)nbdm_disk_resync (bench->volume, i + 1, &batch);
     }
   }

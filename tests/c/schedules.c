@@ -216,7 +216,7 @@ connect_at (uint32_t remote, uint32_t peer)
   char uri[160];
 
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", site.sockets[peer]);
-  return nbdm_remote_connect (site.volume, remote, uri, 10000);
+  return nbdm_remote_connect (site.volume, remote + 1, uri, 10000);
 }
 
 void

@@ -139,7 +139,7 @@ site_connect (struct site *site, uint32_t remote)
    */
   for (;;) {
     assert (time (NULL) < until);
-    if (nbdm_remote_connect (site->volume, remote, uri, 10000) == 0
+    if (nbdm_remote_connect (site->volume, remote + 1, uri, 10000) == 0
         && nbdm_disk_admit (site->volume, remote + 1) == 0)
       return;
     poll (NULL, 0, 1);
@@ -153,7 +153,7 @@ site_resync (struct site *site, uint32_t remote, struct nbdm_resync *batch)
   int rc;
 
   if (status.remote.late_regions == status.dirty_regions)
-    nbdm_remote_release_late (site->volume, remote);
+    nbdm_remote_release_late (site->volume, remote + 1);
   rc = nbdm_disk_resync (site->volume, remote + 1, batch);
   if (rc < 0)
     fprintf (stderr, "resync: %s; %s\n", nbdm_last_error (),

@@ -131,7 +131,7 @@ is_not_used_there (void *opaque)
   (void)opaque;
   assert (bench_open (&bench) == 0);
   for (uint32_t i = 0; i < 2; i++) {
-    assert (nbdm_remote_connect (bench.volume, i, bench.uri[i], 10000)
+    assert (nbdm_remote_connect (bench.volume, i + 1, bench.uri[i], 10000)
             == -EINVAL);
     ASSERT_SAYS ("the local disk is not ok");
     ASSERT_SAYS ("exchange the addresses back");
@@ -226,7 +226,7 @@ copies (void)
 {
   struct nbdm_resync batch = { .max_bytes = UINT64_MAX, .pace.depth = 4 };
 
-  bench_must (nbdm_remote_release_late (bench.volume, 0));
+  bench_must (nbdm_remote_release_late (bench.volume, 1));
   return nbdm_disk_resync (bench.volume, 1, &batch);
 }
 

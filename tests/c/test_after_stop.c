@@ -11,7 +11,7 @@ static struct left created;
 static int
 connects (void)
 {
-  return nbdm_remote_connect (bench.volume, 0, bench.uri[0], 1000);
+  return nbdm_remote_connect (bench.volume, 1, bench.uri[0], 1000);
 }
 
 static int
@@ -23,7 +23,7 @@ admits (void)
 static int
 compares (void)
 {
-  return nbdm_remote_compare (bench.volume, 0, 0);
+  return nbdm_remote_compare (bench.volume, 1, 0);
 }
 
 static int
@@ -36,37 +36,37 @@ drops (void)
 static int
 explains (void)
 {
-  return nbdm_remote_explain (bench.volume, 0, "too late");
+  return nbdm_remote_explain (bench.volume, 1, "too late");
 }
 
 static int
 fails (void)
 {
-  return nbdm_remote_fail (bench.volume, 0, "too late");
+  return nbdm_remote_fail (bench.volume, 1, "too late");
 }
 
 static int
 resets (void)
 {
-  return nbdm_remote_reset (bench.volume, 0);
+  return nbdm_remote_reset (bench.volume, 1);
 }
 
 static int
 pauses (void)
 {
-  return nbdm_remote_pause (bench.volume, 0, 1);
+  return nbdm_remote_pause (bench.volume, 1, 1);
 }
 
 static int
 invalidates (void)
 {
-  return nbdm_remote_invalidate (bench.volume, 0);
+  return nbdm_remote_invalidate (bench.volume, 1);
 }
 
 static int
 releases (void)
 {
-  return nbdm_remote_release_late (bench.volume, 0);
+  return nbdm_remote_release_late (bench.volume, 1);
 }
 
 static int
@@ -205,7 +205,7 @@ static void
 one_has_failed (void)
 {
   all_is_well ();
-  assert (nbdm_remote_fail (bench.volume, 0, "another disk") == 0);
+  assert (nbdm_remote_fail (bench.volume, 1, "another disk") == 0);
   bench_write (&bench, 3, 4, 3);
 }
 

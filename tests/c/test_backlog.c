@@ -360,7 +360,7 @@ test_quick_disk_becomes_slow (void)
       lost++;
       site_connect (&site, 0);
     }
-    nbdm_remote_release_late (site.volume, 0);
+    nbdm_remote_release_late (site.volume, 1);
     nbdm_disk_resync (site.volume, 1, &batch);
   }
   assert (lost > 0 && lost <= 4);

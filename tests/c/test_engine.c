@@ -44,7 +44,7 @@ test_resync_end_under_load_loses_nothing (void)
   resync_to_end ();
   start_load ();
   for (unsigned round = 0; round < 40; round++) {
-    assert (nbdm_remote_invalidate (volume, 0) == 0);
+    assert (nbdm_remote_invalidate (volume, 1) == 0);
     resync_to_end ();
   }
   stop_load ();
@@ -148,7 +148,7 @@ test_unadmitted_connection_dropped_keeps_the_hold (void)
   wait_state (NBDM_HOLDING);
   start_server ();
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", path ("sock"));
-  assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
+  assert (nbdm_remote_connect (volume, 1, uri, 5000) == 0);
   nbdm_disk_drop (volume, 1, "the sample could not be read");
   assert (status ().state == NBDM_HOLDING);
   connect_remote ();

@@ -182,7 +182,7 @@ test_refused_while_holding_and_stopping (void)
   assert (!begin (&x, BLOCK, 0, 0));
   start_server ();
   connect_remote ();
-  nbdm_remote_release_late (volume, 0);
+  nbdm_remote_release_late (volume, 1);
   resync_to_end ();
   assert (begin (&x, BLOCK, 0, 0));
   express_local (volume, &x);

@@ -167,9 +167,9 @@ into_sync (struct nbdm *volume, const char *uri)
 {
   struct nbdm_resync batch = { .max_bytes = 16u << 20, .pace.depth = 4 };
 
-  assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
+  assert (nbdm_remote_connect (volume, 1, uri, 5000) == 0);
   assert (nbdm_disk_admit (volume, 1) == 0);
-  assert (nbdm_remote_release_late (volume, 0) == 0);
+  assert (nbdm_remote_release_late (volume, 1) == 0);
   assert (nbdm_disk_resync (volume, 1, &batch) == 0);
   assert (status (volume).state == NBDM_IN_SYNC);
 }
@@ -232,7 +232,7 @@ compare_in_vain (void *opaque)
 {
   struct nbdm *volume = opaque;
 
-  assert (nbdm_remote_compare (volume, 0, 0) < 0);
+  assert (nbdm_remote_compare (volume, 1, 0) < 0);
   return NULL;
 }
 
@@ -252,7 +252,7 @@ compare_with_mute (struct nbdm_params *params, const char *uri)
   nbdm_close (volume);
   assert (nbdm_open (params, &volume) == 0 && nbdm_start (volume) == 0);
   server.mute = true;
-  assert (nbdm_remote_connect (volume, 0, uri, 5000) == 0);
+  assert (nbdm_remote_connect (volume, 1, uri, 5000) == 0);
   assert (pthread_create (&thread, NULL, compare_in_vain, volume) == 0);
   for (unsigned ms = 0; status (volume).remote.outstanding == 0; ms++) {
     assert (ms < PATIENCE_MS);
@@ -276,7 +276,7 @@ connect_again (void *uri)
 {
   while (!over) {
     if (!status (poisoned).remote.connected
-        && nbdm_remote_connect (poisoned, 0, uri, 5000) == 0)
+        && nbdm_remote_connect (poisoned, 1, uri, 5000) == 0)
       nbdm_disk_admit (poisoned, 1);
     poll (NULL, 0, 5);
   }
@@ -349,15 +349,15 @@ compare_slowly (struct nbdm_params *params, const char *uri)
   into_sync (volume, uri);
   server.slow_ms = 200; /* all of it would take 13 s */
   start = now_ns ();
-  assert (nbdm_remote_compare (volume, 0, 0) == 0);
+  assert (nbdm_remote_compare (volume, 1, 0) == 0);
   assert (now_ns () - start < 4000 * UINT64_C (1000000));
   server.slow_ms = 2000; /* 256 kbit/s */
   start = now_ns ();
-  assert (nbdm_remote_compare (volume, 0, 0) == 0);
+  assert (nbdm_remote_compare (volume, 1, 0) == 0);
   assert (now_ns () - start < 4000 * UINT64_C (1000000));
   server.slow_ms = 200;
   server.image[100000] ^= 1; /* it is in what is compared */
-  assert (nbdm_remote_compare (volume, 0, 0) == 1);
+  assert (nbdm_remote_compare (volume, 1, 0) == 1);
   server.image[100000] ^= 1;
   server.slow_ms = 0;
   assert (nbdm_stop (volume) == 0);

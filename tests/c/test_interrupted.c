@@ -149,19 +149,19 @@ operated (bool stop)
   struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
 
   begin_life ();
-  bench_must (nbdm_remote_pause (bench.volume, 1, 1));
+  bench_must (nbdm_remote_pause (bench.volume, 2, 1));
   nbdm_disk_drop (bench.volume, 2, "the test dropped it");
   bench_write (&bench, 3, 4, 2);
   bench_connect (&bench, 1);
-  bench_must (nbdm_remote_invalidate (bench.volume, 0));
-  bench_must (nbdm_remote_pause (bench.volume, 1, 0));
+  bench_must (nbdm_remote_invalidate (bench.volume, 1));
+  bench_must (nbdm_remote_pause (bench.volume, 2, 0));
   bench_must (nbdm_disk_resync (bench.volume, 2, &batch));
   bench_must (nbdm_set_policy (bench.volume, NBDM_STOP, 0));
   bench_must (nbdm_set_policy (bench.volume, NBDM_DEGRADE, 0));
-  bench_must (nbdm_remote_fail (bench.volume, 0, "another disk"));
+  bench_must (nbdm_remote_fail (bench.volume, 1, "another disk"));
   bench_must (nbdm_cool (bench.volume, 0));
   bench_write (&bench, 5, 4, 3);
-  bench_must (nbdm_remote_reset (bench.volume, 0));
+  bench_must (nbdm_remote_reset (bench.volume, 1));
   end_life (stop);
 }
 
@@ -255,8 +255,8 @@ go_through (void *opaque)
     _exit (1);
   }
   for (uint32_t i = 0; i < BENCH_REMOTES; i++) { /* an operator resumes them */
-    bench_must (nbdm_remote_reset (bench.volume, i));
-    bench_must (nbdm_remote_pause (bench.volume, i, 0));
+    bench_must (nbdm_remote_reset (bench.volume, i + 1));
+    bench_must (nbdm_remote_pause (bench.volume, i + 1, 0));
     bench_connect (&bench, i);
   }
   bench.local_went_away

@@ -144,7 +144,7 @@ is_paused (void *opaque)
 {
   (void)opaque;
   assert (bench_open (&bench) == 0);
-  assert (nbdm_remote_pause (bench.volume, 1, 1) == 0);
+  assert (nbdm_remote_pause (bench.volume, 2, 1) == 0);
   bench_stop (&bench);
 }
 

@@ -130,10 +130,10 @@ test_write_error_is_taken_over (void)
   assert_block (1, 2);
   assert_block (2, 4);
   assert_block (40, 5);
-  assert (nbdm_remote_invalidate (volume, 0) == -EBUSY);
+  assert (nbdm_remote_invalidate (volume, 1) == -EBUSY);
   assert (nbdm_disk_admit (volume, NBDM_LOCAL) == -ENODEV);
   assert (nbdm_local_attach (volume, params.local, 0) == 0);
-  assert (nbdm_remote_compare (volume, 0, 64) == 0);
+  assert (nbdm_remote_compare (volume, 1, 64) == 0);
   assert (nbdm_disk_admit (volume, NBDM_LOCAL) == 0);
   write_block (3, 6, 0);
   assert_block (2, 4);

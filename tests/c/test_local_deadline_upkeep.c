@@ -48,7 +48,7 @@ refused_while_a_call_is_kept (void)
 static int
 do_compare (struct job *job)
 {
-  return nbdm_remote_compare (site.volume, 0, job->offset / REGION);
+  return nbdm_remote_compare (site.volume, 1, job->offset / REGION);
 }
 
 /* Wait for another serial of the local disk than `offset`, for long. */
@@ -99,10 +99,10 @@ compared_disk_hangs (void)
   assert (end (&compare) == -ENODATA);
   assert (write_at (100 * REGION, 3) == 0);
   assert (local_status ().state == NBDM_LOCAL_OK);
-  assert (nbdm_remote_compare (site.volume, 0, 100) == -ENODATA);
+  assert (nbdm_remote_compare (site.volume, 1, 100) == -ENODATA);
   assert (local_status ().local.errors == 0);
   open_gate ();
-  WAIT_FOR (nbdm_remote_compare (site.volume, 0, 100) == 0);
+  WAIT_FOR (nbdm_remote_compare (site.volume, 1, 100) == 0);
 }
 
 /* The same while the disk keeps as many calls as may be under way, and no
@@ -128,7 +128,7 @@ compared_while_all_are_kept (void)
   open_gate ();
   for (unsigned i = 0; i < MAX_CALLS; i++)
     assert (end (&writes[i]) == 0);
-  assert (nbdm_remote_compare (site.volume, 0, 200) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 200) == 0);
 }
 
 /* The disk hangs while it is copied back to: it has failed again, and no

@@ -94,7 +94,7 @@ invalidate_beside_a_doubted_disk (void)
   start (&flush, do_flush);
   wait_for_flush ();
   WAIT_FOR (local_status ().local.errors > 0);
-  assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
+  assert (nbdm_remote_invalidate (site.volume, 1) == -EBUSY);
   shut_flush_gate (false);
   assert (end (&flush) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
@@ -115,7 +115,7 @@ invalidate_beside_a_cut_disk (void)
   assert (truncate (site.local, SIZE / 2) == 0);
   assert (read_at (200 * REGION) == 7);
   assert (local_status ().state == NBDM_LOCAL_OK);
-  assert (nbdm_remote_invalidate (site.volume, 0) == -EBUSY);
+  assert (nbdm_remote_invalidate (site.volume, 1) == -EBUSY);
   assert (read_at (200 * REGION) == 7);
 }
 
@@ -190,8 +190,8 @@ sample_of_a_doubted_disk (void)
   wait_for_flush ();
   WAIT_FOR (local_status ().local.errors > 0);
   assert (connect_at (1, 1) == 0);
-  assert (nbdm_remote_compare (site.volume, 1, 9) == 0);
-  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
+  assert (nbdm_remote_compare (site.volume, 2, 9) == 0);
+  assert (nbdm_remote_compare (site.volume, 2, 5) == -ENODATA);
   shut_flush_gate (false);
   assert (end (&flush) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
@@ -237,7 +237,7 @@ loss_told_after_a_sample (void)
   peer_cut (site.peers[0], false);
   site_wait_state (&site, 0, NBDM_HOLDING);
   assert (connect_at (0, 0) == 0);
-  assert (nbdm_remote_compare (site.volume, 0, 5) == -ENODATA);
+  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
   assert (nbdm_disk_admit (site.volume, 1) == 0);
   assert (nbdm_flush (site.volume) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);

@@ -413,7 +413,7 @@ read_after_a_kill (uint64_t offset)
   params.state_dir = state;
   assert (nbdm_open (&params, &v) == 0 && nbdm_start (v) == 0);
   snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", site.sockets[0]);
-  assert (nbdm_remote_connect (v, 0, uri, 10000) == 0);
+  assert (nbdm_remote_connect (v, 1, uri, 10000) == 0);
   assert (nbdm_disk_admit (v, 1) == 0);
   rc = nbdm_pread (v, buf, sizeof buf, offset);
   nbdm_close (v);
@@ -479,7 +479,7 @@ killed_beside_a_failed_remote (void)
   assert (write_at (EXTENT, 2) == 0);
   site_connect (&site, 0);
   assert (site_status (&site, 0).state == NBDM_RESYNCING);
-  assert (nbdm_remote_fail (site.volume, 1, "the test said so") == 0);
+  assert (nbdm_remote_fail (site.volume, 2, "the test said so") == 0);
   start (&writer, do_write);
   wait_at_gate ();
   assert (read_after_a_kill (0) == 1);
@@ -501,7 +501,7 @@ lost_power_beside_a_failed_remote (void)
   assert (write_at (EXTENT, 2) == 0); /* local fails */
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 0);
-  assert (nbdm_remote_fail (site.volume, 1, "the test said so") == 0);
+  assert (nbdm_remote_fail (site.volume, 2, "the test said so") == 0);
   assert (write_at (2 * SMALL_REGION, 3) == 0); /* on the first remote */
   nbdm_close (site.volume);
   distrust_page_cache ();

@@ -195,7 +195,7 @@ test_resync_waits_for_memory (void)
   uint64_t dirty;
 
   begin ();
-  assert (nbdm_remote_invalidate (site.volume, 0) == 0);
+  assert (nbdm_remote_invalidate (site.volume, 1) == 0);
   dirty = site_status (&site, 0).dirty_regions;
   refuse = REFUSE_ENGINE;
   assert (nbdm_disk_resync (site.volume, 1, &batch) == -ENOMEM);

@@ -185,7 +185,7 @@ trouble (void)
   uint32_t i = r & 1;
 
   if (r >> 1 & 1)
-    assert (nbdm_remote_invalidate (site.volume, i) == 0);
+    assert (nbdm_remote_invalidate (site.volume, i + 1) == 0);
   if (r >> 2 & 7)
     return;
   peer_cut (site.peers[i], r >> 5 & 1);
@@ -209,7 +209,7 @@ one_round (unsigned round)
     if (site_status (&site, i).state == NBDM_RESYNCING)
       assert (site_resync (&site, i, &batch[i]) == 0);
     else if (peer_random (&dice) % 2)
-      assert (nbdm_remote_invalidate (site.volume, i) == 0);
+      assert (nbdm_remote_invalidate (site.volume, i + 1) == 0);
     else
       poll (NULL, 0, 1);
   pthread_barrier_wait (&barrier);

@@ -47,7 +47,7 @@ flush_while_local_is_slow (void)
   /* What is copied needs a flush of the remote; only the resync's end needs one
    * of local.
    */
-  assert (nbdm_remote_invalidate (site.volume, 0) == 0);
+  assert (nbdm_remote_invalidate (site.volume, 1) == 0);
   assert (nbdm_disk_resync (site.volume, 1, &batch) == 0);
   assert (batch.copied_bytes > 0);
   assert (!slow.over);

@@ -231,9 +231,9 @@ step (void)
   else if (status.state == NBDM_RESYNCING && r % 4)
     resync_batch (i);
   else if (r % 32 == 4)
-    assert (nbdm_remote_invalidate (site.volume, i) == 0);
+    assert (nbdm_remote_invalidate (site.volume, i + 1) == 0);
   else if (r % 16 == 8)
-    assert (nbdm_remote_pause (site.volume, i, r >> 9 & 1) == 0);
+    assert (nbdm_remote_pause (site.volume, i + 1, r >> 9 & 1) == 0);
   else if (r % 4 == 0)
     lose_remote (i, r >> 16);
   if (r >> 24 & 1)

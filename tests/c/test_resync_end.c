@@ -155,7 +155,7 @@ begin_round (unsigned round)
   uint64_t r = peer_random (&dice);
 
   if (round % 64 != 63) {
-    assert (nbdm_remote_invalidate (site.volume, 0) == 0);
+    assert (nbdm_remote_invalidate (site.volume, 1) == 0);
     return;
   }
   if (r & 1)

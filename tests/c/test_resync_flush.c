@@ -176,7 +176,7 @@ test_a_region_marked_beside_a_flush_stays_dirty (void)
   peer_hold_flushes (site.peers[0], true);
   start_call (&c, 1);
   wait_all_copied ();
-  assert (nbdm_remote_invalidate (site.volume, 0) == 0);
+  assert (nbdm_remote_invalidate (site.volume, 1) == 0);
   peer_hold_flushes (site.peers[0], false);
   pthread_join (c.thread, NULL);
   assert (c.rc == 0 && c.batch.copied_bytes == 0);
@@ -202,11 +202,11 @@ test_a_pause_ends_the_call (void)
   assert (pthread_create (&c.thread, NULL, call, &c) == 0);
   while (site_status (&site, 0).remote.answered_bytes == 0)
     poll (NULL, 0, 1);
-  assert (nbdm_remote_pause (site.volume, 0, 1) == 0);
+  assert (nbdm_remote_pause (site.volume, 1, 1) == 0);
   pthread_join (c.thread, NULL);
   assert (c.rc == 0 && c.batch.next_region > 0);
   assert (site_status (&site, 0).dirty_regions > 0);
-  assert (nbdm_remote_pause (site.volume, 0, 0) == 0);
+  assert (nbdm_remote_pause (site.volume, 1, 0) == 0);
   /* Another pace ends a rest too.  The rest begins once a copy was answered. */
   answered = site_status (&site, 0).remote.answered_bytes;
   assert (pthread_create (&c.thread, NULL, call, &c) == 0);

@@ -158,7 +158,7 @@ live_beside_a_failed_remote (void *opaque)
   bench_must (nbdm_flush (bench.volume));
   bench_write (&bench, FIRST, NR, 2);
   assert (remote_flush_alone (&bench.volume->remotes[1]));
-  bench_must (nbdm_remote_fail (bench.volume, 1, "another disk"));
+  bench_must (nbdm_remote_fail (bench.volume, 2, "another disk"));
   nbdm_flush (bench.volume);
 }
 

@@ -250,7 +250,7 @@ class Machine(MachineSite):
         elif not self.up(self.servers[index]):
             self.serve(self.servers[index])
         if at_once and self.child:
-            self.child.call("resume", index)
+            self.child.call("resume", self.disk(index))
 
     # --- the primary ---
 
@@ -361,14 +361,14 @@ class Machine(MachineSite):
     def pause(self, remote: int) -> None:
         """Pause resync."""
         assert self.child
-        self.child.call("pause", remote % len(self.servers), paused=True)
+        self.child.call("pause", self.disk(remote), paused=True)
 
     @precondition(running)
     @rule(remote=REMOTE)
     def resume(self, remote: int) -> None:
         """Resume it, and connect at once."""
         assert self.child
-        self.child.call("resume", remote % len(self.servers))
+        self.child.call("resume", self.disk(remote))
 
     @precondition(running)
     @rule(remote=REMOTE)
@@ -376,7 +376,7 @@ class Machine(MachineSite):
         """Make everything dirty; refused while it may be the only copy."""
         assert self.child
         try:
-            self.child.call("invalidate", remote % len(self.servers))
+            self.child.call("invalidate", self.disk(remote))
         except EngineError as error:
             self.only_copy(error)
 
@@ -414,7 +414,7 @@ class Machine(MachineSite):
         assert not volume.failed, volume.reason
         type(self).local_failed += volume.local.state is LocalState.FAILED
         for i in range(len(self.servers)):
-            facts, status = self.child.call("view", i)
+            facts, status = self.child.call("view", self.disk(i))
             reason, _ = describe(facts)
             assert status.state is not RemoteState.FAILED, reason
             assert reason or (status.state is RemoteState.IN_SYNC and status.admitted)
@@ -450,9 +450,9 @@ class Machine(MachineSite):
             for i, server in enumerate(self.servers):
                 if not self.up(server):
                     self.serve(server)
-                status = child.call("remote_status", i)
+                status = child.call("remote_status", self.disk(i))
                 if status.state is not RemoteState.IN_SYNC or not status.admitted:
-                    child.call("resume", i)
+                    child.call("resume", self.disk(i))
                     return False
             return True
 

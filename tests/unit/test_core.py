@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 from support import Processes
-from unit.volumes import REGION, SIZE, Remote, make_params
+from unit.volumes import DR, REGION, SIZE, Remote, make_params
 
 from nbd_mirror._core import lib
 from nbd_mirror.base.errors import (
@@ -32,7 +32,7 @@ from nbd_mirror.rules.node_side import Role
 from nbd_mirror.rules.pace import Plan, quantile
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import config, config_values, core, model
-from nbd_mirror.volume.model import HOLE, Verdict, disk_of
+from nbd_mirror.volume.model import HOLE, LOCAL, Verdict, disk_of
 
 
 @pytest.fixture
@@ -249,11 +249,11 @@ class TestRequests:
 
     def test_requests_in_threads_do_not_hold_the_gil(self, engine: core.Engine) -> None:
         """Python goes on while a thread is inside the engine."""
-        serial = engine.remote_status(0).serial
+        serial = engine.remote_status(DR).serial
         done = threading.Event()
 
         def wait() -> None:
-            engine.wait(disk_of(0), serial, 30.0)
+            engine.wait(DR, serial, 30.0)
             done.set()
 
         thread = threading.Thread(target=wait)
@@ -273,32 +273,54 @@ class TestRemotes:
     ) -> None:
         """A refused or missing socket is a RemoteError or MissingError with words."""
         with pytest.raises((RemoteError, MissingError)) as caught:
-            engine.connect(0, f"nbd+unix:///?socket={run_dir}/none", 1.0)
+            engine.connect(DR, f"nbd+unix:///?socket={run_dir}/none", 1.0)
         assert str(caught.value)
+
+    @pytest.mark.parametrize("disk", [LOCAL, disk_of(1)])
+    def test_disk_that_is_no_remote_is_refused(
+        self, engine: core.Engine, remote: Remote, disk: model.Disk
+    ) -> None:
+        """The local disk has the number 0, and the only remote the number 1."""
+        for call in (
+            lambda: engine.connect(disk, remote.uri, 2.0),
+            lambda: engine.compare(disk, 3),
+            lambda: engine.explain(disk, "no remote"),
+            lambda: engine.fail(disk, "no remote"),
+            lambda: engine.reset(disk),
+            lambda: engine.pause(disk, paused=True),
+            lambda: engine.invalidate(disk),
+            lambda: engine.release_late(disk),
+        ):
+            with pytest.raises(ConfigError, match=f"disk {disk} is no remote"):
+                call()
+        assert engine.comparable(disk, 0) is None
+        with pytest.raises((ConfigError, ValueError)):
+            engine.remote_status(disk)
+        assert engine.remote_status(DR).state is RemoteState.OUT_OF_SYNC
 
     def test_connect_admit_resync_makes_in_sync(
         self, engine: core.Engine, remote: Remote, params: core.Params
     ) -> None:
         """The mechanism without a keeper: connect, admit, copy, equal."""
         engine.pwrite(os.urandom(REGION), 3 * REGION)
-        engine.connect(0, remote.uri, 2.0)
-        assert engine.compare(0, 3) == Verdict.DIRTY
-        engine.admit(disk_of(0))
-        assert engine.remote_status(0).state is RemoteState.RESYNCING
-        batch = engine.resync(disk_of(0), 0, 64 << 20, 0.0, Plan(8, 0))
+        engine.connect(DR, remote.uri, 2.0)
+        assert engine.compare(DR, 3) == Verdict.DIRTY
+        engine.admit(DR)
+        assert engine.remote_status(DR).state is RemoteState.RESYNCING
+        batch = engine.resync(DR, 0, 64 << 20, 0.0, Plan(8, 0))
         assert batch.error is None
         assert batch.copied_bytes == SIZE
-        status = engine.remote_status(0)
+        status = engine.remote_status(DR)
         assert status.state is RemoteState.IN_SYNC
         assert status.copied_bytes == SIZE
-        assert engine.compare(0, 3) == Verdict.SAME
+        assert engine.compare(DR, 3) == Verdict.SAME
         assert Path(params.local).read_bytes() == remote.image.read_bytes()
 
     def test_resync_of_a_remote_not_connected_reports_its_error(
         self, engine: core.Engine
     ) -> None:
         """Nothing copied, and why."""
-        batch = engine.resync(disk_of(0), 0, REGION, 0.0, Plan(1, 0))
+        batch = engine.resync(DR, 0, REGION, 0.0, Plan(1, 0))
         assert isinstance(batch.error, RemoteError)
         assert batch.copied_bytes == 0
 
@@ -306,29 +328,29 @@ class TestRemotes:
         self, engine: core.Engine
     ) -> None:
         """159 bytes are kept, and no half of an umlaut."""
-        engine.explain(0, "a" + "ü" * 200)
-        assert engine.remote_status(0).reason == "a" + "ü" * 79
+        engine.explain(DR, "a" + "ü" * 200)
+        assert engine.remote_status(DR).reason == "a" + "ü" * 79
 
     def test_reason_with_a_name_that_is_no_text_is_taken(
         self, engine: core.Engine
     ) -> None:
         """A path may have any bytes: what cannot be said becomes a '?'."""
-        engine.explain(0, "no \udcff.sock")
-        assert engine.remote_status(0).reason == "no ?.sock"
+        engine.explain(DR, "no \udcff.sock")
+        assert engine.remote_status(DR).reason == "no ?.sock"
 
     def test_event_after_a_change_is_not_missed(self, engine: core.Engine) -> None:
         """A change between looking and waiting ends the wait at once."""
-        seen = engine.remote_status(0).serial
-        engine.pause(0, paused=True)
-        assert engine.wait(disk_of(0), seen, None) > seen
-        assert engine.remote_status(0).state is RemoteState.PAUSED
+        seen = engine.remote_status(DR).serial
+        engine.pause(DR, paused=True)
+        assert engine.wait(DR, seen, None) > seen
+        assert engine.remote_status(DR).state is RemoteState.PAUSED
 
     def test_event_that_does_not_come_ends_with_the_time(
         self, engine: core.Engine
     ) -> None:
         """A timed wait returns the serial it was given."""
-        seen = engine.remote_status(0).serial
-        assert engine.wait(disk_of(0), seen, 0.01) == seen
+        seen = engine.remote_status(DR).serial
+        assert engine.wait(DR, seen, 0.01) == seen
 
     def test_latency_counts_each_request_in_the_bucket_of_its_time(
         self, engine: core.Engine

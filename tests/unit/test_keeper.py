@@ -12,7 +12,7 @@ import os
 import threading
 
 from support import wait_until
-from unit.volumes import REGION, Mirror, Remote, same_images
+from unit.volumes import DR, REGION, Mirror, Remote, same_images
 
 from nbd_mirror.rules.state import RemoteState
 
@@ -55,17 +55,17 @@ class TestCatchingUp:
         """Killed, written to, back: only the dirty regions travel."""
         remote.start()
         synced.keep()
-        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: synced.engine.remote_status(DR).admitted, "the connection")
         remote.kill()
         for region in (3, 7, 8):
             synced.engine.pwrite(os.urandom(REGION), region * REGION)
         assert synced.state() is RemoteState.OUT_OF_SYNC
-        before = synced.engine.remote_status(0).copied_bytes
+        before = synced.engine.remote_status(DR).copied_bytes
         remote.start()
         synced.wait_for(RemoteState.IN_SYNC)
         synced.engine.flush()
         assert same_images(synced, remote)
-        copied = synced.engine.remote_status(0).copied_bytes - before
+        copied = synced.engine.remote_status(DR).copied_bytes - before
         assert copied == 3 * REGION
 
     def test_outage_shorter_than_the_hold_loses_no_write(
@@ -74,7 +74,7 @@ class TestCatchingUp:
         """A write that waits is sent again on the new connection, and answered."""
         remote.start()
         synced.keep()
-        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: synced.engine.remote_status(DR).admitted, "the connection")
         remote.kill()
         data = os.urandom(REGION)
         writer = threading.Thread(target=synced.engine.pwrite, args=(data, REGION))
@@ -94,14 +94,14 @@ class TestPolicy:
         self, mirror: Mirror, remote: Remote
     ) -> None:
         """Paused: connected, nothing copied; resumed: copied."""
-        mirror.engine.pause(0, paused=True)
+        mirror.engine.pause(DR, paused=True)
         remote.start()
         mirror.keep()
-        wait_until(lambda: mirror.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: mirror.engine.remote_status(DR).admitted, "the connection")
         assert mirror.state() is RemoteState.PAUSED
         assert "paused by an operator; 16.0 MiB wait" in mirror.reason()
-        assert mirror.engine.remote_status(0).copied_bytes == 0
-        mirror.engine.pause(0, paused=False)
+        assert mirror.engine.remote_status(DR).copied_bytes == 0
+        mirror.engine.pause(DR, paused=False)
         mirror.wait_for(RemoteState.IN_SYNC)
 
     def test_remote_that_refuses_every_copy_is_not_hammered(
@@ -126,12 +126,12 @@ class TestPolicy:
         """A write cut off by a crash stays dirty for the window, and says why."""
         remote.start("--filter=delay", "wdelay=60")
         synced.keep(late_window_s=1.5)
-        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: synced.engine.remote_status(DR).admitted, "the connection")
         data = os.urandom(REGION)
         writer = threading.Thread(target=synced.engine.pwrite, args=(data, REGION))
         writer.start()
         wait_until(
-            lambda: synced.engine.remote_status(0).outstanding == 1, "the write sent"
+            lambda: synced.engine.remote_status(DR).outstanding == 1, "the write sent"
         )
         remote.kill()
         remote.start()
@@ -139,7 +139,7 @@ class TestPolicy:
         assert "until then writes of the lost connection" in synced.reason()
         writer.join(10.0)
         assert not writer.is_alive()
-        assert synced.engine.remote_status(0).late_regions == 1
+        assert synced.engine.remote_status(DR).late_regions == 1
         synced.wait_for(RemoteState.IN_SYNC)
         synced.engine.flush()
         assert same_images(synced, remote)

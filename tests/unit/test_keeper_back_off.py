@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from support import wait_until
-from unit.volumes import SIZE, Mirror, Remote, make_params
+from unit.volumes import DR, SIZE, Mirror, Remote, make_params
 
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import core
@@ -50,7 +50,7 @@ class TestBackOff:
 
         class Closing(core.Engine):
             def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
-                if self.remote_status(0).admitted:
+                if self.remote_status(DR).admitted:
                     self.drop(disk, "closed")
                 return super().wait(disk, seen, timeout_s)
 
@@ -75,13 +75,13 @@ class TestBackOff:
             drops = 4
             tried_held = 0
 
-            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
-                if self.remote_status(remote).state is RemoteState.HOLDING:
+            def connect(self, disk: Disk, uri: str, timeout_s: float) -> None:
+                if self.remote_status(disk).state is RemoteState.HOLDING:
                     self.tried_held += 1
-                super().connect(remote, uri, timeout_s)
+                super().connect(disk, uri, timeout_s)
 
             def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
-                if self.drops and self.remote_status(0).admitted:
+                if self.drops and self.remote_status(DR).admitted:
                     self.drops -= 1
                     self.drop(disk, "closed")
                 return super().wait(disk, seen, timeout_s)
@@ -95,7 +95,7 @@ class TestBackOff:
             remote.start()
             mirror.keep()
             wait_until(
-                lambda: not engine.drops and engine.remote_status(0).admitted,
+                lambda: not engine.drops and engine.remote_status(DR).admitted,
                 "the connection that is kept",
             )
             before = engine.tried_held
@@ -113,11 +113,11 @@ class TestBackOff:
         trying, go_on = threading.Event(), threading.Event()
 
         class Slow(core.Engine):
-            def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+            def connect(self, disk: Disk, uri: str, timeout_s: float) -> None:
                 if "nowhere" in uri:
                     trying.set()
                     assert go_on.wait(20)
-                super().connect(remote, uri, timeout_s)
+                super().connect(disk, uri, timeout_s)
 
         params = make_params(run_dir)
         core.create(params)
@@ -128,7 +128,7 @@ class TestBackOff:
             assert trying.wait(20)
             keeper._attempt = 30  # the back-off by now: half a minute
             keeper.retry_now(remote.uri)
-            mirror.engine.explain(0, "an operator resumed it")
+            mirror.engine.explain(DR, "an operator resumed it")
             go_on.set()
             wait_until(lambda: mirror.state() is RemoteState.IN_SYNC, "in_sync")
         finally:
@@ -158,7 +158,7 @@ class TestBackOff:
             assert lost.wait(20)
             keeper._attempt = 30  # the back-off by now: half a minute
             keeper.retry_now(remote.uri)
-            mirror.engine.pause(0, paused=False)
+            mirror.engine.pause(DR, paused=False)
             go_on.set()
             mirror.wait_for(RemoteState.IN_SYNC)
         finally:
@@ -173,10 +173,10 @@ class TestBackOff:
         failing, go_on = threading.Event(), threading.Event()
 
         class Failing(core.Engine):
-            def fail(self, remote: int, reason: str) -> None:
+            def fail(self, disk: Disk, reason: str) -> None:
                 failing.set()
                 assert go_on.wait(20)
-                super().fail(remote, reason)
+                super().fail(disk, reason)
 
         params = make_params(run_dir, assume=True)
         core.create(params)
@@ -190,8 +190,8 @@ class TestBackOff:
             remote.kill()
             remote.start()
             keeper.retry_now(remote.uri)
-            mirror.engine.reset(0)
-            mirror.engine.pause(0, paused=False)
+            mirror.engine.reset(DR)
+            mirror.engine.pause(DR, paused=False)
             go_on.set()
             mirror.wait_for(RemoteState.IN_SYNC)
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import wait_until
-from unit.volumes import REGION, SIZE, Mirror, Remote, make_params, same_images
+from unit.volumes import DR, REGION, SIZE, Mirror, Remote, make_params, same_images
 
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.server.sample import BUSY_S
@@ -55,7 +55,7 @@ class TestSample:
         backup.write_bytes(remote.image.read_bytes())
         remote.start()
         keeper = synced.keep(random=lambda: 0.0)
-        wait_until(lambda: synced.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: synced.engine.remote_status(DR).admitted, "the connection")
         synced.engine.pwrite(os.urandom(REGION), 8 << 20)
         synced.engine.flush()
         remote.kill()
@@ -67,7 +67,7 @@ class TestSample:
         remote.kill()
         remote.start()
         keeper.retry_now(remote.uri)
-        synced.engine.reset(0)
+        synced.engine.reset(DR)
         synced.wait_for(RemoteState.IN_SYNC)
         assert same_images(synced, remote)
 
@@ -80,7 +80,7 @@ class TestSample:
         keeper = synced.keep()
         synced.wait_for(RemoteState.FAILED)
         keeper.retry_now(remote.uri)
-        synced.engine.invalidate(0)
+        synced.engine.invalidate(DR)
         synced.wait_for(RemoteState.IN_SYNC)
         synced.engine.flush()
         assert same_images(synced, remote)
@@ -136,10 +136,10 @@ class TestProof:
         keeper.end()
         synced.engine.wake()
         assert keeper.join(15.0)
-        assert not synced.engine.remote_status(0).admitted
+        assert not synced.engine.remote_status(DR).admitted
         writer.join(10.0)
         assert not writer.is_alive()
-        assert synced.engine.comparable(0, 0) is None
+        assert synced.engine.comparable(DR, 0) is None
         assert remote.image.read_bytes() == content
 
     def test_stop_ends_a_sample_that_finds_every_region_held(
@@ -193,12 +193,12 @@ class TestProof:
             image.seek(clean * REGION + 100)
             image.write(b"another")
         wait_until(lambda: synced.state() is RemoteState.HOLDING, "the start")
-        synced.engine.fail(0, "so that all it misses is dirty")
-        synced.engine.reset(0)
+        synced.engine.fail(DR, "so that all it misses is dirty")
+        synced.engine.reset(DR)
         synced.engine.trim(clean * REGION, 0)
         synced.engine.trim(SIZE - (clean + 1) * REGION, (clean + 1) * REGION)
-        assert synced.engine.comparable(0, 0) == clean
-        assert synced.engine.comparable(0, clean + 1) is None
+        assert synced.engine.comparable(DR, 0) == clean
+        assert synced.engine.comparable(DR, clean + 1) is None
         remote.start()
         synced.keep(random=lambda: 0.0)
         synced.wait_for(RemoteState.FAILED)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from support import Processes, wait_until
-from unit.volumes import REGION, SIZE, Mirror, Remote, make_params, same_images
+from unit.volumes import DR, REGION, SIZE, Mirror, Remote, make_params, same_images
 
 from nbd_mirror.base.errors import (
     BusyError,
@@ -84,7 +84,7 @@ class LocalMirror(Mirror):
     def __init__(self, params: core.Params, remote: Remote) -> None:
         super().__init__(params, remote.uri, Watched)
         self.keep()
-        wait_until(lambda: self.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: self.engine.remote_status(DR).admitted, "the connection")
         self.local = LocalKeeper(self.engine, params.local, 1, self._note)
 
     def local_state(self) -> LocalState:
@@ -167,12 +167,12 @@ class TestCopyingBack:
         wait_until(lambda: mirror.state() is RemoteState.OUT_OF_SYNC, "the loss")
         mirror.engine.local_attach(mirror.params.local, replaced=False)
         mirror.engine.admit(LOCAL)
-        Watched.batches, events = 0, mirror.engine.remote_status(0).serial
+        Watched.batches, events = 0, mirror.engine.remote_status(DR).serial
         started = time.monotonic()
         mirror.local.start()
         wait_until(lambda: Watched.batches >= 4, "four attempts")
         seconds = time.monotonic() - started
-        events = mirror.engine.remote_status(0).serial - events
+        events = mirror.engine.remote_status(DR).serial - events
         # Each second, and at each of the remote's events, which it waits for.
         assert Watched.batches <= seconds / RETRY_S + events + 1
         facts = mirror.local.view().facts
@@ -269,7 +269,7 @@ class TestResume:
         """Without proof it is not used, until a remote is back."""
         mirror.fail_local()
         remote.kill()
-        wait_until(lambda: not mirror.engine.remote_status(0).admitted, "the loss")
+        wait_until(lambda: not mirror.engine.remote_status(DR).admitted, "the loss")
         path = mirror.params.local
         self.refused(mirror, path, RemoteError, "no remote is connected")
         remote.start()

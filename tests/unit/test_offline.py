@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import Processes, wait_until
-from unit.volumes import REGION, SIZE, Mirror, Remote, make_params
+from unit.volumes import DR, REGION, SIZE, Mirror, Remote, make_params
 
 from nbd_mirror.base import unix
 from nbd_mirror.base.errors import FormatError, MirrorError, MissingError
@@ -41,7 +41,7 @@ def configure(folder: Path, listen: str = "tcp:localhost:10809") -> VolumeConfig
 def started_dirty(folder: Path) -> int:
     """Start the volume and stop it; return what the start took as dirty, in bytes."""
     with core.Engine(make_params(folder)) as engine:
-        dirty = engine.remote_status(0).dirty_regions * REGION
+        dirty = engine.remote_status(DR).dirty_regions * REGION
         engine.start()
         engine.stop()
     return dirty
@@ -174,7 +174,7 @@ def test_log_that_is_lost_means_that_a_failed_local_disk_misses_all(
     mirror = Mirror(params, remote.uri)
     try:
         mirror.keep()
-        wait_until(lambda: mirror.engine.remote_status(0).admitted, "the connection")
+        wait_until(lambda: mirror.engine.remote_status(DR).admitted, "the connection")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
         try:

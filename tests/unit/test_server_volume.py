@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from support import Processes, wait_until
-from unit.volumes import SIZE, Remote, make_params
+from unit.volumes import DR, SIZE, Remote, make_params
 
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.server import opening
 from nbd_mirror.server.volume import Volume
 from nbd_mirror.volume import core
+from nbd_mirror.volume.model import Disk
 
 WAIT_S = 20.0
 
@@ -28,18 +29,18 @@ class Overtaken(core.Engine):
         self.failing = threading.Event()
         self.invalidated = threading.Event()
 
-    def invalidate(self, remote: int) -> None:
+    def invalidate(self, disk: Disk) -> None:
         """Wait until a difference was found."""
         self.asked.set()
         assert self.failing.wait(WAIT_S)
-        super().invalidate(remote)
+        super().invalidate(disk)
         self.invalidated.set()
 
-    def fail(self, remote: int, reason: str) -> None:
+    def fail(self, disk: Disk, reason: str) -> None:
         """Wait until the remote was invalidated."""
         self.failing.set()
         assert self.invalidated.wait(WAIT_S)
-        super().fail(remote, reason)
+        super().fail(disk, reason)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_difference_found_before_does_not_outdo_an_invalidate(
         keeper.start()
         command.join(WAIT_S)
         wait_until(
-            lambda: engine.remote_status(0).state is RemoteState.IN_SYNC, "in_sync"
+            lambda: engine.remote_status(DR).state is RemoteState.IN_SYNC, "in_sync"
         )
     finally:
         keeper.end()

@@ -12,7 +12,9 @@ from support import Processes, wait_listening, wait_until
 from nbd_mirror.rules.state import RemoteState, describe
 from nbd_mirror.server.keeper import Keeper, RemotePolicy
 from nbd_mirror.volume import core
+from nbd_mirror.volume.model import disk_of
 
+DR = disk_of(0)  # the only remote
 SIZE = 16 << 20  # bytes
 REGION = 64 << 10
 HOLD_MS = 1000
@@ -104,7 +106,7 @@ class Mirror:
             hold_s=hold_s,
             late_window_s=late_window_s,
         )
-        self.keeper = Keeper(self.engine, 0, policy, self._note, random=random)
+        self.keeper = Keeper(self.engine, DR, policy, self._note, random=random)
         self.keeper.start()
         return self.keeper
 
@@ -114,7 +116,7 @@ class Mirror:
 
     def state(self) -> RemoteState:
         """Ask the engine."""
-        return self.engine.remote_status(0).state
+        return self.engine.remote_status(DR).state
 
     def wait_for(self, state: RemoteState) -> None:
         """Wait until the remote is in *state*."""

@@ -17,7 +17,6 @@ from ..model import (
     RemoteStatus,
     Verdict,
     VolumeStatus,
-    disk_of,
     remote_status,
     volume_status,
 )
@@ -235,9 +234,9 @@ class Engine:
         timeout_ms = FOREVER_MS if timeout_s is None else whole_ms(timeout_s)
         return int(lib.nbdm_disk_wait(self.handle, disk, seen, timeout_ms))
 
-    # --- remotes, by their index in the configuration ---
+    # --- remotes alone: LOCAL is refused ---
 
-    def connect(self, remote: int, uri: str, timeout_s: float) -> None:
+    def connect(self, disk: Disk, uri: str, timeout_s: float) -> None:
         """
         Connect, and check size and flags. The connection is not used until admitted.
 
@@ -247,46 +246,46 @@ class Engine:
             MirrorError: of any class; the message has the remote's answer.
         """
         words = uri.encode()
-        rc = lib.nbdm_remote_connect(self.handle, remote, words, whole_ms(timeout_s))
+        rc = lib.nbdm_remote_connect(self.handle, disk, words, whole_ms(timeout_s))
         check(rc, f"connect to {uri}")
 
-    def compare(self, remote: int, region: int) -> int:
+    def compare(self, disk: Disk, region: int) -> int:
         """Compare a region on local and the connected remote: a `Verdict`. Blocks."""
-        rc = int(lib.nbdm_remote_compare(self.handle, remote, region))
+        rc = int(lib.nbdm_remote_compare(self.handle, disk, region))
         if rc in (Verdict.BUSY, Verdict.DIRTY, Verdict.UNREADABLE):
             return rc
         return check(rc, f"compare region {region}")
 
-    def comparable(self, remote: int, region: int) -> int | None:
+    def comparable(self, disk: Disk, region: int) -> int | None:
         """Return the first region from *region* on that is dirty on neither side."""
-        found = int(lib.nbdm_remote_comparable(self.handle, remote, region))
+        found = int(lib.nbdm_remote_comparable(self.handle, disk, region))
         status = self.status()
         return found if found < -(-status.size // status.region_size) else None
 
-    def explain(self, remote: int, reason: str) -> None:
+    def explain(self, disk: Disk, reason: str) -> None:
         """Set the reason of a remote that is not connected."""
-        rc = lib.nbdm_remote_explain(self.handle, remote, c_reason(reason))
+        rc = lib.nbdm_remote_explain(self.handle, disk, c_reason(reason))
         check(rc, "explain")
 
-    def fail(self, remote: int, reason: str) -> None:
+    def fail(self, disk: Disk, reason: str) -> None:
         """Make it failed, durably: no connection until it is reset or invalidated."""
-        check(lib.nbdm_remote_fail(self.handle, remote, c_reason(reason)), "fail")
+        check(lib.nbdm_remote_fail(self.handle, disk, c_reason(reason)), "fail")
 
-    def reset(self, remote: int) -> None:
+    def reset(self, disk: Disk) -> None:
         """End the failed state, durably, and keep the dirty map; else no effect."""
-        check(lib.nbdm_remote_reset(self.handle, remote), "reset")
+        check(lib.nbdm_remote_reset(self.handle, disk), "reset")
 
-    def pause(self, remote: int, *, paused: bool) -> None:
+    def pause(self, disk: Disk, *, paused: bool) -> None:
         """Set or lift the operator's pause of resync, durably."""
-        check(lib.nbdm_remote_pause(self.handle, remote, int(paused)), "pause")
+        check(lib.nbdm_remote_pause(self.handle, disk, int(paused)), "pause")
 
-    def invalidate(self, remote: int) -> None:
+    def invalidate(self, disk: Disk) -> None:
         """Make every region dirty, durably."""
-        check(lib.nbdm_remote_invalidate(self.handle, remote), "invalidate")
+        check(lib.nbdm_remote_invalidate(self.handle, disk), "invalidate")
 
-    def release_late(self, remote: int) -> None:
+    def release_late(self, disk: Disk) -> None:
         """End the late-write window: late regions become plain dirty ones."""
-        check(lib.nbdm_remote_release_late(self.handle, remote), "release late")
+        check(lib.nbdm_remote_release_late(self.handle, disk), "release late")
 
     def set_policy(self, policy: str, fenced_reads: str) -> None:
         """
@@ -343,9 +342,11 @@ class Engine:
         lib.nbdm_get_status(self.handle, status)
         return volume_status(status, self._disk_status(LOCAL), text_of)
 
-    def remote_status(self, remote: int) -> RemoteStatus:
-        """Report a remote, by its index in the configuration."""
-        return remote_status(self._disk_status(disk_of(remote)), text_of)
+    def remote_status(self, disk: Disk) -> RemoteStatus:
+        """Report a remote; raises ValueError for LOCAL, which `status` reports."""
+        if disk == LOCAL:
+            raise ValueError("the local disk is no remote")
+        return remote_status(self._disk_status(disk), text_of)
 
     def _disk_status(self, disk: Disk) -> Any:
         status = ffi.new("struct nbdm_disk_status *")

@@ -36,7 +36,9 @@ from nbd_mirror.volume import core
 from nbd_mirror.volume.mapview import open_map
 from nbd_mirror.volume.model import LOCAL, disk_of
 
-__all__ = ["EXTENT", "REGION", "SIZE", "Bench", "Failed"]
+__all__ = ["DR", "EXTENT", "REGION", "SIZE", "Bench", "Failed"]
+
+DR = disk_of(0)  # the only remote
 
 
 class Failed(Exception):  # noqa: N818  what an error test waits for
@@ -140,8 +142,8 @@ class Bench:
     def connect(self) -> None:
         """Connect the remote and use it."""
         assert self.child
-        self.child.call("connect", 0, self.server.uri, 10.0)
-        self.child.call("admit", disk_of(0))
+        self.child.call("connect", DR, self.server.uri, 10.0)
+        self.child.call("admit", DR)
 
     def write(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Write random bytes and remember them."""
@@ -180,7 +182,7 @@ class Bench:
         child = self.child
         assert child
         self.wait(
-            lambda: child.call("remote_status", 0).state is state, f"state {state}"
+            lambda: child.call("remote_status", DR).state is state, f"state {state}"
         )
 
     def catch_up(self) -> int:
@@ -189,10 +191,10 @@ class Bench:
         assert child
         copied: int = 0
         for _ in range(50):
-            child.call("release_late", 0)
-            batch = child.call("resync", disk_of(0), 0, 32 << 20, 0.0, Plan(16, 0))
+            child.call("release_late", DR)
+            batch = child.call("resync", DR, 0, 32 << 20, 0.0, Plan(16, 0))
             copied += batch.copied_bytes
-            status = child.call("remote_status", 0)
+            status = child.call("remote_status", DR)
             if status.state is RemoteState.IN_SYNC:
                 return copied
             assert status.reason or status.dirty_regions
@@ -288,10 +290,10 @@ class Bench:
         self.serve()
         child = self.open()
         self.connect()
-        assert child.call("remote_status", 0).state is not RemoteState.FAILED
+        assert child.call("remote_status", DR).state is not RemoteState.FAILED
         self.check_content(child.call("read", 0, SIZE))
         self.bring_local_back()
-        if child.call("remote_status", 0).state is not RemoteState.IN_SYNC:
+        if child.call("remote_status", DR).state is not RemoteState.IN_SYNC:
             self.catch_up()
         child.call("flush")
         assert self.differing() == set(), "in sync, and yet not equal"
@@ -321,17 +323,17 @@ class Bench:
         expect_late = self.may_come_late(owed)
         self.hold_ms = 10_000
         child = self.open()
-        if child.call("remote_status", 0).state is RemoteState.FAILED:
-            child.call("reset", 0)  # an operator's
+        if child.call("remote_status", DR).state is RemoteState.FAILED:
+            child.call("reset", DR)  # an operator's
         dirty, unflushed, late = self.maps()
         assert dirty == owed, f"dirty: {sorted(dirty)}, owed: {sorted(owed)}"
         assert not unflushed
         assert expect_late <= late, "what was under way may still arrive late"
         differing = self.differing()
         assert differing <= dirty, f"not dirty: {sorted(differing - dirty)}"
-        assert child.call("remote_status", 0).state is not RemoteState.IN_SYNC
+        assert child.call("remote_status", DR).state is not RemoteState.IN_SYNC
         self.connect()
-        in_sync = child.call("remote_status", 0).state is RemoteState.IN_SYNC
+        in_sync = child.call("remote_status", DR).state is RemoteState.IN_SYNC
         assert in_sync == (not dirty), "in sync with regions dirty, or not without"
         copied = 0 if in_sync else self.catch_up()
         assert copied == len(dirty) * REGION

@@ -30,6 +30,7 @@ import support
 from nbd_mirror.base.errors import MirrorError
 from nbd_mirror.server.keeper import Keeper, RemotePolicy
 from nbd_mirror.volume import core
+from nbd_mirror.volume.model import Disk, disk_of
 
 __all__ = ["Died", "EngineChild", "EngineError", "Nursery"]
 
@@ -186,11 +187,11 @@ class Servant:
         if name == "stop":
             return self._stop()
         if name == "view":
-            view = self.keepers[arguments[0]].view()
+            view = self._keeper(*arguments).view()
             return view.facts, view.status
         if name == "resume":
-            self.keepers[arguments[0]].forget_error()
-            return self.engine.pause(arguments[0], paused=False)
+            self._keeper(*arguments).forget_error()
+            return self.engine.pause(*arguments, paused=False)
         if name == "read":
             offset, length = arguments
             content = bytearray(length)
@@ -198,11 +199,14 @@ class Servant:
             return bytes(content)
         return getattr(self.engine, name)(*arguments, **options)
 
+    def _keeper(self, disk: Disk) -> Keeper:
+        return self.keepers[disk - 1]
+
     def _open(self, params: core.Params, policies: Sequence[RemotePolicy] = ()) -> None:
         self.engine = core.Engine(params)
         self.engine.start()
         self.keepers = [
-            Keeper(self.engine, i, policy, lambda _level, _line: None)
+            Keeper(self.engine, disk_of(i), policy, lambda _level, _line: None)
             for i, policy in enumerate(policies)
         ]
         for keeper in self.keepers:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import support
-from e2e.lib.bench import EXTENT, REGION, SIZE, Bench
+from e2e.lib.bench import DR, EXTENT, REGION, SIZE, Bench
 from e2e.lib.engine_child import Died, EngineError
 from e2e.lib.oracle import active_regions, lose_power, span
 
@@ -217,7 +217,7 @@ def invalidate(case: Case) -> None:
     case.open_in_sync()
     case.mark((0, SIZE))
     assert case.bench.child
-    case.bench.child.call("invalidate", 0)
+    case.bench.child.call("invalidate", DR)
 
 
 def fail_and_reset(case: Case) -> None:
@@ -226,8 +226,8 @@ def fail_and_reset(case: Case) -> None:
     case.bench.write(*BEFORE)
     case.mark()
     assert case.bench.child
-    case.bench.child.call("fail", 0, "it is another disk")
-    case.bench.child.call("reset", 0)
+    case.bench.child.call("fail", DR, "it is another disk")
+    case.bench.child.call("reset", DR)
 
 
 def local_fails(case: Case) -> None:

@@ -33,7 +33,7 @@ from nbd_mirror.rules.state import LocalState
 from nbd_mirror.server.keeper import RemotePolicy
 from nbd_mirror.volume import core
 from nbd_mirror.volume.mapview import open_map
-from nbd_mirror.volume.model import LOCAL
+from nbd_mirror.volume.model import LOCAL, Disk, disk_of
 
 HOLD_MS, DEADLINE_MS = 300, 1000
 LATE_S = 0.7
@@ -173,6 +173,10 @@ class MachineSite(RuleBasedStateMachine):
     def running(self) -> bool:
         """Tell whether the primary runs."""
         return running(self)
+
+    def disk(self, remote: int) -> Disk:
+        """Return a remote's disk number."""
+        return disk_of(remote % len(self.servers))
 
     def serve(self, server: Secondary) -> None:
         """Start a server that loses what was not flushed when it is killed."""
