@@ -240,18 +240,22 @@ init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
 /* Open the file and check its header; nothing is mapped yet. */
 static int
 open_file (struct dirty_map *dm, int dirfd, int access, const char *remote,
-           const struct disk_log_header *expect)
+           const uint8_t *uuid, uint64_t session, uint64_t nr_regions,
+           uint32_t region_size)
 {
+  struct disk_log_header expect;
   int r = file_name (dm->file, sizeof dm->file, remote);
 
   if (r < 0)
     return r;
-  dm->mapping_size
-      = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (le64toh (expect->entries));
+  log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
+                   region_size);
+  dm->mapping_size = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions);
   dm->fd = openat (dirfd, dm->file, access | PLAIN_FILE);
   if (dm->fd == -1)
     return set_error (-errno, "cannot open %s", dm->file);
-  r = log_header_load (dm->fd, dm->file, expect, dm->mapping_size, &dm->header);
+  r = log_header_load (dm->fd, dm->file, &expect, dm->mapping_size,
+                       &dm->header);
   if (r < 0)
     close (dm->fd);
   return r;
@@ -273,13 +277,10 @@ dirty_map_check (int dirfd, const char *remote, const uint8_t *uuid,
                  struct disk_log_header *header)
 {
   struct dirty_map map = { .fd = -1 };
-  struct disk_log_header expect;
   uint32_t crc = 0;
-  int r;
+  int r = open_file (&map, dirfd, O_RDONLY, remote, uuid, session, nr_regions,
+                     region_size);
 
-  log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
-                   region_size);
-  r = open_file (&map, dirfd, O_RDONLY, remote, &expect);
   if (r < 0)
     return r;
   if (le32toh (map.header.flags) & LOG_CLEAN)
@@ -299,13 +300,10 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
                 uint32_t region_size, bool *clean)
 {
   struct dirty_map map = { .fd = -1 };
-  struct disk_log_header expect;
   uint32_t crc = 0;
-  int r;
+  int r = open_file (&map, dirfd, O_RDWR, remote, uuid, session, nr_regions,
+                     region_size);
 
-  log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
-                   region_size);
-  r = open_file (&map, dirfd, O_RDWR, remote, &expect);
   if (r < 0)
     return r;
   r = map_file (&map, nr_regions);
