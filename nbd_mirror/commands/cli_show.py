@@ -15,10 +15,10 @@ from ..base.errors import from_errno
 from ..rules.state import RemoteState
 from ..volume import offline
 from ..volume.config import load
-from ..volume.mapview import save_png
 from .asked import name_volume, words_for
 from .cli_app import console, say
 from .cli_types import Config, JsonOption, NodeOption, check_disk, duration
+from .picture import save_png
 from .show import map_json, show_map, show_status
 from .watch import status_of, wait_for
 from .watch import watch as watch_volume

@@ -19,10 +19,11 @@ from ..base.hints import Asked
 from ..base.units import format_duration, format_size
 from ..volume.answers import Policy
 from ..volume.config import VolumeConfig
-from ..volume.mapview import DirtyMaps, picture
+from ..volume.mapview import DirtyMaps
 from ..volume.status import Disk, Local, Remote, Resync, Status
 from .asked import name_volume
 from .output import one_line
+from .picture import picture
 
 __all__ = [
     "NAME_WIDTH",

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nbd_mirror.base.errors import FormatError, MissingError, UnsupportedError
+from nbd_mirror.commands.picture import picture, save_png
 from nbd_mirror.volume import mapview
-from nbd_mirror.volume.mapview import Run, open_map, picture, save_png
+from nbd_mirror.volume.mapview import Run, open_map
 
 KIB64 = 1 << 16
 
@@ -147,7 +148,8 @@ def test_map_truncated_is_told(tmp_path: Path, size: int) -> None:
 LOOKS = ("dirty_regions", "unflushed_regions", "late_regions", "dirty")
 LOOK = """
 import os, sys
-from nbd_mirror.volume.mapview import open_map, picture
+from nbd_mirror.commands.picture import picture
+from nbd_mirror.volume.mapview import open_map
 path, look = sys.argv[1:]
 with open_map(path) as maps:
     os.truncate(path, 4096)
