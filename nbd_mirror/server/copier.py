@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..rules.pace import Answered, Latency, Pace, Plan
+from ..rules.pace import Latency, Pace, Plan
+from ..rules.window import Answered
 from ..volume.model import Batch
 
 __all__ = ["Copier", "Copying"]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import MirrorError
 from ..base.threads import begin, keep_going
-from ..rules.pace import Answered
 from ..rules.progress import Progress
+from ..rules.window import Answered
 from .copier import Copier, Copying
 from .sample import Sample, take_sample
 

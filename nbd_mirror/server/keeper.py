@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base.errors import MirrorError
-from ..rules.pace import Answered
+from ..rules.reasons import describe
 from ..rules.state import (
     Action,
     Facts,
     RemoteState,
     Step,
     backoff_s,
-    describe,
     hold_retry_s,
     next_step,
 )
+from ..rules.window import Answered
 from ..volume.model import Disk, RemoteStatus
 from ..volume.report import RemoteView
 from .disk_keeper import DiskKeeper, Log

@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..base.errors import BusyError, MirrorError, RemoteError, WrongDiskError
-from ..rules.pace import Answered
 from ..rules.progress import Progress
-from ..rules.state import LocalFacts, LocalState, describe_local
+from ..rules.reasons import describe_local
+from ..rules.state import LocalFacts, LocalState
+from ..rules.window import Answered
 from ..volume.model import LOCAL, LocalStatus, VolumeStatus, disk_of
 from ..volume.report import LocalView
 from .disk_keeper import DiskKeeper, Log

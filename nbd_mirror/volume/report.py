@@ -2,7 +2,7 @@
 """
 Build a volume's status from facts, in the same way with and without a server.
 
-This module only arranges the facts of the keepers or the logs; state.py judges them.
+This module only arranges the facts of the keepers or the logs; the rules judge them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ from dataclasses import dataclass
 
 from ..base.units import iso_time
 from ..rules.progress import Progress
-from ..rules.state import (
-    Facts,
-    LocalFacts,
-    LocalState,
-    RemoteState,
-    describe,
-    describe_local,
-    describe_stored,
-    volume_state,
-)
+from ..rules.reasons import describe, describe_local, describe_stored
+from ..rules.state import Facts, LocalFacts, LocalState, RemoteState, volume_state
 from .config import VolumeConfig
 from .model import LocalStatus, RemoteStatus, VolumeStatus
 from .status import Disk, Local, Persists, Remote, Resync, Status

@@ -52,7 +52,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from nbd_mirror.rules.state import LocalState, RemoteState, describe
+from nbd_mirror.rules.reasons import describe
+from nbd_mirror.rules.state import LocalState, RemoteState
 from nbd_mirror.volume import core
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("timed")]

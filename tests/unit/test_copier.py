@@ -6,7 +6,8 @@ from __future__ import annotations
 import threading
 import time
 
-from nbd_mirror.rules.pace import Answered, Latency, Plan, Window
+from nbd_mirror.rules.pace import Latency, Plan
+from nbd_mirror.rules.window import Answered, Window
 from nbd_mirror.server.copier import Copier, Copying
 from nbd_mirror.volume.model import Batch
 

@@ -12,16 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_mirror.rules.pace import (
-    KIB,
-    MIB,
-    Answered,
-    Latency,
-    Pace,
-    Plan,
-    Window,
-    quantile,
-)
+from nbd_mirror.rules.pace import Latency, Pace, Plan, quantile
+from nbd_mirror.rules.window import KIB, MIB, Answered, Window
 
 BUCKETS = 112
 TICK_S = 0.05

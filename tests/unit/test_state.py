@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbd_mirror.rules.reasons import describe, describe_local
 from nbd_mirror.rules.state import (
     BACKOFF_LAST_S,
     STALLED_S,
@@ -28,8 +29,6 @@ from nbd_mirror.rules.state import (
     RemoteState,
     Step,
     backoff_s,
-    describe,
-    describe_local,
     hold_retry_s,
     next_step,
     volume_state,

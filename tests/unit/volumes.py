@@ -9,7 +9,8 @@ from pathlib import Path
 
 from support import Processes, wait_listening, wait_until
 
-from nbd_mirror.rules.state import RemoteState, describe
+from nbd_mirror.rules.reasons import describe
+from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.server.keeper import Keeper, RemotePolicy
 from nbd_mirror.volume import core
 from nbd_mirror.volume.model import disk_of
