@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,22 +30,30 @@ __all__ = [
 ]
 
 MAX_LOG_BYTES = 1 << 20  # a start sets a longer serve.log aside as serve.log.1
-_SAID = "nbd-mirror: ", "  try: ", "       "  # the first characters of an error's lines
+_ERROR = "nbd-mirror: "  # the first characters of an error's lines
+_HINT = "  try: ", "       "  # of those that follow it
+_WARNING = re.compile(r"\S+Z warning volume (.*)")
 LOG_ROOM = 4096  # bytes that must be free in serve.log
 FALLOC_FL_KEEP_SIZE = 1  # <linux/falloc.h>
 
 
 def said_since(fd: int, begin: int) -> list[str]:
     """Return the lines written since *begin* into this file, even if it was renamed."""
-    return os.pread(fd, 64 << 10, begin).decode(errors="replace").splitlines()
+    # Not splitlines: a remote's words may hold what ends a line for Python alone.
+    lines = os.pread(fd, 64 << 10, begin).decode(errors="replace").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def pass_on_warnings(said: list[str]) -> None:
-    """Repeat on standard error the warnings of the start about the volume itself."""
+    """
+    Repeat on standard error the warnings of the start about the volume itself.
+
+    A remote's words stand in other lines, and may look like such a warning.
+    """
     for line in said:
-        _, _, warning = line.partition(" warning volume ")
-        if warning:
-            sys.stderr.write(f"nbd-mirror: warning: volume {warning}\n")
+        found = _WARNING.fullmatch(line)
+        if found:
+            sys.stderr.write(f"nbd-mirror: warning: volume {found[1]}\n")
 
 
 @contextlib.contextmanager
@@ -136,7 +145,17 @@ def _log_error(log: Path, error: OSError) -> MirrorError:
 
 
 def last_words(log: Path, said: list[str]) -> str:
-    """Return the server's last lines before it ended: our own, if there are any."""
-    ours = [line for line in said if line.startswith(_SAID)]
+    """
+    Return the server's last lines before it ended: its errors, if there are any.
+
+    A hint follows its error at once. Other such lines may be a remote's words, whose
+    lines are indented in the log.
+    """
+    ours: list[str] = []
+    follows = False
+    for line in said:
+        follows = line.startswith(_ERROR) or (follows and line.startswith(_HINT))
+        if follows:
+            ours.append(line)
     words = "\n".join(ours or said[-3:])
     return words or f"nbd-mirror: the server ended without a message; see {log}"

@@ -192,6 +192,13 @@ words (void *opaque)
             "2J\x9b"
             "2J\x7f caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x99\x82 "
             "\xe2\x82");
+  nbdm_log (NBDM_LOG_OWN, "info", /* other orders, ends of lines, long forms */
+            "b\xe2\x80\xae"
+            "c\xe2\x81\xa6"
+            "d\xe2\x80\xa8"
+            "e\xe0\x82\x9b"
+            "f\xed\xa0\x80"
+            "g\xf0\x80\x82\x9b \xe2\x80\x9c\xe2\x81\xaf\xed\x9f\xbf");
   nbdm_log_raw ("  a trace\x1b[2J\xc2\x9b\n\tcaf\xc3\xa9\n");
   assert (write (2, "nbdkit: \x1b[2J\0\xc2\x9b\xc3\xa9\xc3\n", 19) == 19);
   assert (write (2, "an assertion", 12) == 12);
@@ -200,6 +207,8 @@ words (void *opaque)
   assert (strstr (text, "Z info he said\n  2026 info ?[2Jno\n"));
   assert (strstr (text, "Z info a??2J?2J? caf\xc3\xa9 \xe2\x82\xac "
                         "\xf0\x9f\x99\x82 ??\n"));
+  assert (strstr (text, "Z info b???c???d???e???f???g???? "
+                        "\xe2\x80\x9c\xe2\x81\xaf\xed\x9f\xbf\n"));
   assert (strstr (text, "\n  a trace?[2J??\n\tcaf\xc3\xa9\n"));
   assert (strstr (text, "nbdkit: ?[2J???\xc3\xa9?\n"));
 }
