@@ -98,13 +98,21 @@ check_server (const struct nbdm *v, const struct conn_info *info)
   return 0;
 }
 
+/* Only the numbers of volumes: our clients get these words as ours. */
 static void
 keep_chain (struct remote *r, const char *description)
 {
   const char *chain = strstr (description, VOLUME_CHAIN);
+  size_t n = 0;
 
-  snprintf (r->chain, sizeof r->chain, "%.*s", (int)sizeof r->chain - 1,
-            chain ? chain + strlen (VOLUME_CHAIN) : "");
+  if (chain) {
+    chain += strlen (VOLUME_CHAIN);
+    n = strspn (chain, " 0123456789abcdef");
+  }
+  n = n < sizeof r->chain ? n : sizeof r->chain - 1;
+  if (n > 0)
+    memcpy (r->chain, chain, n);
+  r->chain[n] = '\0';
 }
 
 /* The error ends the connection, as any other error does, and resync on the

@@ -316,6 +316,17 @@ class TestRemotes:
         assert engine.compare(DR, 3) == Verdict.SAME
         assert Path(params.local).read_bytes() == remote.image.read_bytes()
 
+    def test_chain_of_a_remote_is_passed_on_without_other_words(
+        self, engine: core.Engine, remote: Remote
+    ) -> None:
+        """Our clients get it as the description of our own export."""
+        ours = engine.chain()
+        remote.kill()
+        described = "fixed:nbd_mirror volumes: 01ab cd\x1b[2J 02ef"
+        remote.start("--filter=exportname", f"exportdesc={described}")
+        engine.connect(DR, remote.uri, 2.0)
+        assert engine.chain() == f"{ours} 01ab cd"
+
     def test_resync_of_a_remote_not_connected_reports_its_error(
         self, engine: core.Engine
     ) -> None:
