@@ -297,6 +297,7 @@ int nbdm_trim (struct nbdm *volume, uint64_t count, uint64_t offset,
 int nbdm_zero (struct nbdm *volume, uint64_t count, uint64_t offset,
                uint32_t flags);
 int nbdm_flush (struct nbdm *volume);
+/* Advice to read ahead, which is left out if other requests do so already. */
 int nbdm_cache (struct nbdm *volume, uint64_t count, uint64_t offset);
 
 /* The local disk's runs of data and holes that cover the range from its

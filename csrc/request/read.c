@@ -318,17 +318,26 @@ nbdm_pread (struct nbdm *v, void *buf, uint32_t count, uint64_t offset)
   return rc;
 }
 
+/* One request of 28 bytes may ask for 4 GiB, and a client for many at once:
+ * they must keep neither all threads of a door nor all of the disk from the
+ * reads of other clients.
+ */
+#define MAX_ADVISING 4u
+
 int
 nbdm_cache (struct nbdm *v, uint64_t count, uint64_t offset)
 {
   int rc = check_range (v, count, offset);
 
-  /* It is only advice, so a failure is no error. */
-  if (rc == 0 && atomic_load (&v->local.state) != NBDM_LOCAL_FAILED) {
+  /* It is only advice, so one that is left out or fails is no error. */
+  if (atomic_fetch_add (&v->advising, 1) < MAX_ADVISING && rc == 0
+      && atomic_load (&v->local.state) != NBDM_LOCAL_FAILED) {
     local_use (v);
-    local_advise (v, count, offset);
+    local_advise (v, count < NBDM_MAX_REQUEST ? count : NBDM_MAX_REQUEST,
+                  offset);
     local_leave ();
   }
+  atomic_fetch_sub (&v->advising, 1);
   return rc;
 }
 

@@ -308,6 +308,7 @@ struct nbdm {
   uint64_t superblock_persists;
   uint32_t clients;
 
+  atomic_uint advising; /* threads that have local read ahead */
   atomic_u64 reads, write_ns;
   struct latency latency;
   atomic_bool fail_fenced_reads; /* without it reads take no lock */

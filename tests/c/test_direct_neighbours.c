@@ -11,6 +11,7 @@
 #include <sys/ioctl.h>
 
 #include "api.h"
+#include "doors/direct.h"
 #include "wire/protocol.h"
 #include "direct_site.h"
 
@@ -348,6 +349,60 @@ test_end_with_mute_client (void)
   site_remove (&site);
 }
 
+static atomic_bool hold_advice;
+static atomic_uint nr_advised;
+
+int __real_posix_fadvise (int fd, off_t offset, off_t length, int advice);
+int __wrap_posix_fadvise (int fd, off_t offset, off_t length, int advice);
+int
+__wrap_posix_fadvise (int fd, off_t offset, off_t length, int advice)
+{
+  (void)fd;
+  (void)offset;
+  (void)advice;
+  assert (length <= NBDM_MAX_REQUEST);
+  nr_advised++;
+  while (hold_advice)
+    poll (NULL, 0, 1);
+  return 0;
+}
+
+/* Clients have the disk read ahead, which takes long, as often as they may: the
+ * threads that read for others stay free.
+ */
+static void
+test_reading_ahead (void)
+{
+  uint8_t *buf = calloc (1, LARGEST);
+  struct client ahead[2], c;
+
+  bring_up (1, 1000);
+  hold_advice = true;
+  for (unsigned i = 0; i < 2; i++) {
+    ahead[i] = client_open (door, false);
+    for (unsigned k = 0; k < DIRECT_MAX_OPS; k++)
+      assert (client_request (&ahead[i], NBD_CMD_CACHE, 0, k, 0, SIZE, NULL));
+  }
+  WAIT_FOR (nr_advised > 0);
+  c = client_open (door, false);
+  assert (client_do (&c, NBD_CMD_READ, 0, 0, LARGEST, buf) == 0);
+  assert (nr_advised < DIRECT_MAX_OPS);
+  hold_advice = false;
+  for (unsigned i = 0; i < 2; i++) {
+    for (unsigned k = 0; k < DIRECT_MAX_OPS; k++) {
+      struct answer answer;
+      bool simple;
+
+      assert (client_answer (&ahead[i], &answer, NULL, 0, &simple));
+      assert (answer.error == 0);
+    }
+    client_leave (&ahead[i]);
+  }
+  client_leave (&c);
+  free (buf);
+  take_down ();
+}
+
 int
 main (void)
 {
@@ -357,6 +412,7 @@ main (void)
   RUN (test_held_writes);
   RUN (test_late_reader);
   RUN (test_flushes_of_the_deaf);
+  RUN (test_reading_ahead);
   RUN (test_end_with_mute_client);
   RUN (test_end_while_shaking_hands);
   return 0;
