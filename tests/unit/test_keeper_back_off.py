@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from support import wait_until
-from unit.volumes import DR, SIZE, Mirror, Remote, make_params
+from unit.volumes import DR, SIZE, Remote, make_params, mirrored
 
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import core
 from nbd_mirror.volume.model import Disk
+
+
+@contextlib.contextmanager
+def set_at_end(event: threading.Event) -> Iterator[None]:
+    """Set the event at the end, so that no thread waits for it any more."""
+    try:
+        yield
+    finally:
+        event.set()
 
 
 class TestBackOff:
@@ -22,7 +33,7 @@ class TestBackOff:
         self, run_dir: Path, remote: Remote
     ) -> None:
         """
-        The keeper never saw it admitted, and still reports each loss and waits after
+        The keeper never saw it admitted, but still reports each loss, and waits after
         it.
         """
 
@@ -31,22 +42,17 @@ class TestBackOff:
                 super().admit(disk)
                 self.drop(disk, "gone at once")
 
-        params = make_params(run_dir)
-        core.create(params)
-        mirror = Mirror(params, remote.uri, Dying)
-        try:
+        with mirrored(make_params(run_dir), remote.uri, Dying) as mirror:
             remote.start()
             mirror.keep()
             wait_until(lambda: sum("connect: nbd" in x for x in mirror.log) >= 3, "3")
-        finally:
-            mirror.close()
         events = [x.split()[2] for x in mirror.log if "connect: " in x]
         assert events[:5] == ["connect:", "disconnect:"] * 2 + ["connect:"]
 
     def test_connection_lost_soon_after_each_sample_is_backed_off(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """In sync for a moment, again and again, is no reason to try at once."""
+        """A remote that is in sync only for moments is not tried at once."""
 
         class Closing(core.Engine):
             def wait(self, disk: Disk, seen: int, timeout_s: float | None) -> int:
@@ -55,14 +61,10 @@ class TestBackOff:
                 return super().wait(disk, seen, timeout_s)
 
         params = make_params(run_dir, assume=True)
-        core.create(params)
-        mirror = Mirror(params, remote.uri, Closing)
-        try:
+        with mirrored(params, remote.uri, Closing) as mirror:
             remote.start()
             keeper = mirror.keep()
             wait_until(lambda: keeper.view().facts.retry_s > 0.75, "a wait near 0.8 s")
-        finally:
-            mirror.close()
         assert 3 <= sum(" connect: " in line for line in mirror.log) <= 5
         assert sum("-> in_sync" in line for line in mirror.log) >= 2
 
@@ -87,11 +89,9 @@ class TestBackOff:
                 return super().wait(disk, seen, timeout_s)
 
         params = make_params(run_dir, assume=True)
-        core.create(params)
-        mirror = Mirror(params, remote.uri, Flapping)
-        engine = mirror.engine
-        assert isinstance(engine, Flapping)
-        try:
+        with mirrored(params, remote.uri, Flapping) as mirror:
+            engine = mirror.engine
+            assert isinstance(engine, Flapping)
             remote.start()
             mirror.keep()
             wait_until(
@@ -103,13 +103,11 @@ class TestBackOff:
             mirror.wait_for(RemoteState.HOLDING)
             mirror.wait_for(RemoteState.OUT_OF_SYNC)
             assert engine.tried_held > before
-        finally:
-            mirror.close()
 
     def test_asked_during_an_attempt_tries_again_when_it_fails(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """An operator's resume amid an attempt is not lost to that one's back-off."""
+        """An operator's resume during an attempt counts, even if that attempt fails."""
         trying, go_on = threading.Event(), threading.Event()
 
         class Slow(core.Engine):
@@ -119,10 +117,8 @@ class TestBackOff:
                     assert go_on.wait(20)
                 super().connect(disk, uri, timeout_s)
 
-        params = make_params(run_dir)
-        core.create(params)
-        mirror = Mirror(params, "nbd+unix:///?socket=/nowhere", Slow)
-        try:
+        nowhere = "nbd+unix:///?socket=/nowhere"
+        with mirrored(make_params(run_dir), nowhere, Slow) as mirror, set_at_end(go_on):
             remote.start()
             keeper = mirror.keep()
             assert trying.wait(20)
@@ -130,15 +126,12 @@ class TestBackOff:
             keeper.retry_now(remote.uri)
             mirror.engine.explain(DR, "an operator resumed it")
             go_on.set()
-            wait_until(lambda: mirror.state() is RemoteState.IN_SYNC, "in_sync")
-        finally:
-            go_on.set()
-            mirror.close()
+            mirror.wait_for(RemoteState.IN_SYNC)
 
     def test_asked_after_a_loss_tries_again_at_once(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """A resume that comes before the keeper sees the loss outdoes the back-off."""
+        """A resume before the keeper notices the loss overrides the back-off."""
         lost, go_on = threading.Event(), threading.Event()
 
         class Losing(core.Engine):
@@ -150,9 +143,7 @@ class TestBackOff:
                     assert go_on.wait(20)
 
         params = make_params(run_dir)
-        core.create(params)
-        mirror = Mirror(params, remote.uri, Losing)
-        try:
+        with mirrored(params, remote.uri, Losing) as mirror, set_at_end(go_on):
             remote.start()
             keeper = mirror.keep()
             assert lost.wait(20)
@@ -161,15 +152,12 @@ class TestBackOff:
             mirror.engine.pause(DR, paused=False)
             go_on.set()
             mirror.wait_for(RemoteState.IN_SYNC)
-        finally:
-            go_on.set()
-            mirror.close()
         assert any("disconnect: lost at once" in line for line in mirror.log)
 
     def test_asked_while_a_difference_is_found_tries_again(
         self, run_dir: Path, remote: Remote
     ) -> None:
-        """A resume amid an attempt is not lost to the difference that one finds."""
+        """A resume during an attempt counts, even if it finds a difference."""
         failing, go_on = threading.Event(), threading.Event()
 
         class Failing(core.Engine):
@@ -179,11 +167,9 @@ class TestBackOff:
                 super().fail(disk, reason)
 
         params = make_params(run_dir, assume=True)
-        core.create(params)
         other = run_dir / "other.img"
         other.write_bytes(os.urandom(SIZE))
-        mirror = Mirror(params, remote.uri, Failing)
-        try:
+        with mirrored(params, remote.uri, Failing) as mirror, set_at_end(go_on):
             remote.start(image=other)
             keeper = mirror.keep()
             assert failing.wait(20)
@@ -194,6 +180,3 @@ class TestBackOff:
             mirror.engine.pause(DR, paused=False)
             go_on.set()
             mirror.wait_for(RemoteState.IN_SYNC)
-        finally:
-            go_on.set()
-            mirror.close()

@@ -6,7 +6,6 @@ proof.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,16 @@ from pathlib import Path
 
 import pytest
 from support import wait_until
-from unit.volumes import DR, REGION, SIZE, Mirror, Remote, make_params, same_images
+from unit.volumes import (
+    DR,
+    REGION,
+    SIZE,
+    Mirror,
+    Remote,
+    make_params,
+    mirrored,
+    same_images,
+)
 
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.server.sample import BUSY_S
@@ -115,11 +123,9 @@ class TestProof:
     @pytest.fixture
     def holding_long(self, run_dir: Path, remote: Remote) -> Iterator[Mirror]:
         """Give `synced` with a hold that a busy machine does not outlast."""
-        params = dataclasses.replace(make_params(run_dir, assume=True), hold_ms=4000)
-        core.create(params)
-        mirror = Mirror(params, remote.uri)
-        yield mirror
-        mirror.close()
+        params = make_params(run_dir, assume=True, hold_ms=4000)
+        with mirrored(params, remote.uri) as mirror:
+            yield mirror
 
     def test_requests_hold_every_region_and_the_disk_is_another(
         self, holding_long: Mirror, remote: Remote
@@ -154,7 +160,7 @@ class TestProof:
                     sampling.set()
                 return super().wait(disk, seen, timeout_s)
 
-        params = dataclasses.replace(make_params(run_dir, assume=True), hold_ms=20000)
+        params = make_params(run_dir, assume=True, hold_ms=20000)
         core.create(params)
         mirror = Mirror(params, remote.uri, Telling)
         remote.start()
@@ -171,18 +177,21 @@ class TestProof:
         assert not writer.is_alive()
 
     def test_requests_hold_a_part_of_each_region(
-        self, synced: Mirror, remote: Remote
+        self, run_dir: Path, remote: Remote
     ) -> None:
         """The bytes that no request holds are compared: another disk is found."""
         content = os.urandom(SIZE)
+        params = make_params(run_dir, assume=True, hold_ms=20000)
         remote.image.write_bytes(content)
-        remote.start()
-        writer = self.writer(synced, SIZE - 4096, 0)
-        synced.keep()
-        synced.wait_for(RemoteState.FAILED)
-        writer.join(10.0)
-        assert not writer.is_alive()
-        assert remote.image.read_bytes() == content
+        Path(params.local).write_bytes(os.urandom(SIZE))
+        with mirrored(params, remote.uri) as mirror:
+            remote.start()
+            writer = self.writer(mirror, SIZE - 4096, 0)
+            mirror.keep(hold_s=20.0)
+            mirror.wait_for(RemoteState.FAILED)
+            writer.join(10.0)
+            assert not writer.is_alive()
+            assert remote.image.read_bytes() == content
 
     def test_one_clean_region_among_many_is_found(
         self, synced: Mirror, remote: Remote

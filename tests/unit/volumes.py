@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from support import Processes, wait_listening, wait_until
@@ -22,7 +23,9 @@ HOLD_MS = 1000
 DEADLINE_MS = 2000
 
 
-def make_params(folder: Path, *, assume: bool = False) -> core.Params:
+def make_params(
+    folder: Path, *, assume: bool = False, hold_ms: int = HOLD_MS
+) -> core.Params:
     """Describe a volume with one remote, all of it below *folder*; make its files."""
     (folder / "state").mkdir(exist_ok=True)
     for name in ("local.img", "remote.img"):
@@ -35,7 +38,7 @@ def make_params(folder: Path, *, assume: bool = False) -> core.Params:
         size=SIZE,
         region_size=REGION,
         policy="degrade",
-        hold_ms=HOLD_MS,
+        hold_ms=hold_ms,
         remotes=(core.RemoteParams("dr", DEADLINE_MS, assume_in_sync=assume),),
     )
 
@@ -136,6 +139,19 @@ class Mirror:
             assert self.keeper.join(15.0)
         self.engine.stop()
         self.engine.close()
+
+
+@contextlib.contextmanager
+def mirrored(
+    params: core.Params, uri: str, engine: type[core.Engine] = core.Engine
+) -> Iterator[Mirror]:
+    """Create the volume and open it; close it at the end."""
+    core.create(params)
+    mirror = Mirror(params, uri, engine)
+    try:
+        yield mirror
+    finally:
+        mirror.close()
 
 
 def same_images(mirror: Mirror, remote: Remote) -> bool:
