@@ -220,6 +220,20 @@ connect_at (uint32_t remote, uint32_t peer)
 }
 
 void
+open_again (void)
+{
+  nbdm_close (site.volume);
+  site_open (&site);
+}
+
+void
+write_and_fail_local (uint64_t offset, uint8_t value)
+{
+  assert (write_at (offset, value) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+}
+
+void
 attach_and_admit (void)
 {
   assert (local_status ().state == NBDM_LOCAL_FAILED);

@@ -54,6 +54,12 @@ int read_at (uint64_t offset);
 void lose (uint32_t remote);
 /* Connect a remote at the address of another peer: what the engine returned. */
 int connect_at (uint32_t remote, uint32_t peer);
+/* Close the volume and open it again: a start after the end of the process. */
+void open_again (void);
+/* Write one sector full of `value`, on which local fails: a remote takes its
+ * place.
+ */
+void write_and_fail_local (uint64_t offset, uint8_t value);
 /* Attach and admit the local disk that has failed: the engine copies back to
  * it.
  */

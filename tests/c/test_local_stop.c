@@ -11,16 +11,9 @@
 /* --- a read ----------------------------------------------------------------
  */
 
-static void
-open_again (void)
-{
-  nbdm_close (site.volume);
-  site_open (&site);
-}
-
-/* The remote that is to take local's place is lost over a flush.  What the read
- * then does to the maps is done before the stop closes them: else the next
- * start would believe neither map, and be refused.
+/* The remote that is to take local's place is lost during a flush.  The read
+ * then changes the maps before the stop closes them: otherwise the next start
+ * would believe neither map, and be refused.
  */
 static void
 stop_while_a_read_mends (void)
@@ -44,7 +37,8 @@ stop_while_a_read_mends (void)
   assert (site_status (&site, 0).dirty_regions == 1);
 }
 
-/* A read that finds the sector after the last request of a stop mends nothing.
+/* A read that finds the sector after the last request of a stop repairs
+ * nothing.
  */
 static void
 read_after_the_last_request (void)
@@ -70,23 +64,34 @@ read_after_the_last_request (void)
 /* --- a copy back to local --------------------------------------------------
  */
 
-/* Local fails again while it is copied back, behind the last request of a stop:
- * its map is about to be closed, and a bit set later would make the next start
- * disbelieve it.
+/* Have a thread copy back to local, up to the gate of its first copy.  Returns
+ * the number of regions that local missed before one more write.
+ */
+static uint64_t
+copy_back_to_the_gate (struct job *back, int (*run) (struct job *job))
+{
+  uint64_t missing;
+
+  bring_up (1, 300);
+  write_and_fail_local (7 * REGION, 1);
+  attach_and_admit ();
+  missing = local_status ().dirty_regions;
+  assert (write_at (100 * REGION, 2) == 0);
+  start (back, run);
+  wait_at ("copy");
+  return missing;
+}
+
+/* Local fails again while it is copied back, after the last request of a stop:
+ * its map is about to be closed, and the next start would not believe a map in
+ * which a bit was set after that.
  */
 static void
 copy_back_behind_a_stop (void)
 {
   struct job back = { 0 }, stop = { 0 };
-  uint64_t missing;
+  uint64_t missing = copy_back_to_the_gate (&back, do_copy_back);
 
-  bring_up (1, 300);
-  assert (write_at (7 * REGION, 1) == 0);
-  attach_and_admit ();
-  missing = local_status ().dirty_regions;
-  assert (write_at (100 * REGION, 2) == 0);
-  start (&back, do_copy_back);
-  wait_at ("copy");
   start (&stop, do_stop);
   wait_at ("stopped");
   open_at ("copy");
@@ -95,8 +100,7 @@ copy_back_behind_a_stop (void)
   assert (end (&stop) == 0);
   open_gate ();
   end (&back);
-  nbdm_close (site.volume);
-  site_open (&site);
+  open_again ();
   assert (local_status ().state == NBDM_LOCAL_RESYNCING);
   assert (local_status ().dirty_regions == missing);
 }
@@ -129,22 +133,15 @@ do_copy_back_and_wake_late (struct job *job)
   return do_copy_back (job);
 }
 
-/* The same where the copy's thread waits for another takeover, and the stop
- * ends behind that before the thread goes on.
+/* The same if the copy's thread waits for another takeover, and the stop ends
+ * before the thread continues.
  */
 static void
 copy_back_waits_past_a_stop (void)
 {
   struct job back = { 0 }, stop = { 0 }, reader = { .offset = 100 * REGION };
-  uint64_t missing;
+  uint64_t missing = copy_back_to_the_gate (&back, do_copy_back_and_wake_late);
 
-  bring_up (1, 300);
-  assert (write_at (7 * REGION, 1) == 0);
-  attach_and_admit ();
-  missing = local_status ().dirty_regions;
-  assert (write_at (100 * REGION, 2) == 0);
-  start (&back, do_copy_back_and_wake_late);
-  wait_at ("copy");
   start (&reader, do_read);
   wait_at_gate ();
   open_at ("copy");
@@ -159,8 +156,7 @@ copy_back_waits_past_a_stop (void)
   assert (end (&stop) == 0);
   open_at ("late");
   end (&back);
-  nbdm_close (site.volume);
-  site_open (&site);
+  open_again ();
   assert (local_status ().state == NBDM_LOCAL_RESYNCING);
   assert (local_status ().dirty_regions == missing + 1);
 }

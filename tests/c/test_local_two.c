@@ -44,6 +44,19 @@ copy_back (void)
   assert (local_status ().state == NBDM_LOCAL_OK);
 }
 
+/* The kernel could not write a page of local, and has dropped it. */
+static void
+drop_page (uint64_t offset)
+{
+  const uint8_t old[SECTOR] = { 0 };
+  int fd = open (site.local, O_WRONLY | O_CLOEXEC);
+
+  assert (fd >= 0
+          && pwrite (fd, old, sizeof old, (off_t)offset)
+                 == (ssize_t)sizeof old);
+  close (fd);
+}
+
 static void
 end_equal (void)
 {
@@ -79,8 +92,9 @@ write_in_a_takeover (void)
   end_equal ();
 }
 
-/* The successor crashes while it is flushed, and is back within the hold: what
- * it answered is lost on it, whatever a flush of the new connection says.
+/* The remote that takes over crashes during its flush, and is back within the
+ * hold: it has lost the writes it answered, even if a flush on the new
+ * connection succeeds.
  */
 static void
 successor_crashes_in_a_takeover (void)
@@ -105,9 +119,9 @@ successor_crashes_in_a_takeover (void)
   end_equal ();
 }
 
-/* The second remote goes on after the first: then it may be the only disk that
- * has what it answered before the takeover, so the takeover makes that durable
- * on it too.
+/* The second remote serves after the first is lost: then it may be the only
+ * disk that has the writes it answered before the takeover, so the takeover
+ * makes them durable on it too.
  */
 static void
 second_remote_crashes (void)
@@ -130,16 +144,14 @@ second_remote_crashes (void)
   end_equal ();
 }
 
-/* What was copied back before local failed the second time is copied again: the
- * flush that was to make it durable has failed, and a second flush proves
+/* Regions that were copied back before local failed the second time are copied
+ * again: the flush of these copies has failed, and a second flush proves
  * nothing.
  */
 static void
 fails_while_copying_back (void)
 {
   struct nbdm_resync batch = { .max_bytes = 1u << 20 };
-  const uint8_t old[SECTOR] = { 0 };
-  int fd;
 
   bring_up_small (1, 1000);
   assert (write_at (0, 1) == 0);
@@ -148,10 +160,7 @@ fails_while_copying_back (void)
   attach_and_admit ();
   assert (nbdm_disk_resync (site.volume, NBDM_LOCAL, &batch) == -EIO);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
-  /* The pages that could not be written are gone. */
-  fd = open (site.local, O_WRONLY | O_CLOEXEC);
-  assert (fd >= 0 && pwrite (fd, old, sizeof old, 0) == (ssize_t)sizeof old);
-  close (fd);
+  drop_page (0);
   attach_and_admit ();
   copy_back ();
   assert (read_at (0) == 1);
@@ -159,8 +168,8 @@ fails_while_copying_back (void)
 }
 
 /* Local refuses a write to a region that was just copied back to it, and no
- * remote can take over: local misses the region as before, whatever the flush
- * of the copy says.
+ * remote can take over: local misses the region as before, even if the flush of
+ * the copy succeeds.
  */
 static void
 refuses_what_was_copied_back (void)
@@ -194,8 +203,7 @@ fails_at_the_start (void)
   assert (write_at (0, 1) == 0);
   attach_and_admit ();
   assert (nbdm_stop (site.volume) == 0);
-  nbdm_close (site.volume);
-  site_open (&site);
+  open_again ();
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   site_connect (&site, 0);
   assert (read_at (0) == 1);
@@ -204,28 +212,21 @@ fails_at_the_start (void)
   end_equal ();
 }
 
-/* The same, and the kernel has dropped a page that is in no active extent, as
- * another program wrote it.  The kernel says so once, and an operator brings
- * the disk back: nothing of it is believed.
+/* The same, and the kernel has dropped a page outside the active extents, which
+ * another program wrote.  The kernel reports this once; then an operator brings
+ * the disk back, and no byte of it is believed.
  */
 static void
 spoiled_at_the_start (void)
 {
-  const uint8_t old[SECTOR] = { 0 };
-  int fd;
-
   bring_up_small (1, 1000);
   assert (write_at (EXTENT, 5) == 0);
   assert (nbdm_cool (site.volume, 0) == 0);
-  assert (write_at (0, 1) == 0); /* local fails */
+  write_and_fail_local (0, 1);
   attach_and_admit ();
-  nbdm_close (site.volume);
-  site_open (&site);
+  open_again ();
   assert (local_status ().state == NBDM_LOCAL_FAILED);
-  fd = open (site.local, O_WRONLY | O_CLOEXEC);
-  assert (fd >= 0
-          && pwrite (fd, old, sizeof old, EXTENT) == (ssize_t)sizeof old);
-  close (fd);
+  drop_page (EXTENT);
   site_connect (&site, 0);
   attach_and_admit ();
   assert (read_at (EXTENT) == 5);
@@ -233,9 +234,8 @@ spoiled_at_the_start (void)
   end_equal ();
 }
 
-/* Every extent that the log has room for is in use, and with no disk left none
- * can go cold: a write to another extent is refused, and does not wait for
- * ever.
+/* The activity log is full, and without a disk no extent can go cold: a write
+ * to another extent is refused, and does not wait forever.
  */
 static void
 no_room_and_no_disk (void)
@@ -281,9 +281,9 @@ policy_stop_in_a_takeover (void)
   end_equal ();
 }
 
-/* Where local alone is left to take a write, the maps that say so are durable:
- * else after lost power the map of local could say that it misses a region that
- * was copied back, or the map of a remote could lack the write.
+/* If only local gets a write, the maps are made durable first: otherwise after
+ * lost power the map of local could say that it misses a region that was copied
+ * back, or the map of a remote could lack the write.
  */
 static void
 maps_are_durable_first (void)
@@ -374,8 +374,7 @@ refused_by_a_lost_remote (void)
   site_open (&site);
   site_connect (&site, 0);
   site_connect (&site, 1);
-  assert (write_at (0, 9) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  write_and_fail_local (0, 9);
   snprintf (map, sizeof map, "%s/dirty.dr1", site.state);
   snprintf (kept, sizeof kept, "%s/kept", site.dir);
   assert (!site.volume->remotes[1].disk.dm.changed);
@@ -420,9 +419,9 @@ read_after_a_kill (uint64_t offset)
   return rc < 0 ? rc : buf[0];
 }
 
-/* The process is killed when a write has its slot and nothing else.  The second
- * remote is away and out of sync, and has what is there so far: the first one
- * remains a source of it.
+/* The process is killed when a write has a slot but no mark yet.  The second
+ * remote is away and out of sync, but has the content before this write: the
+ * first remote remains a source of it.
  */
 static void
 killed_before_the_marks (void)
@@ -430,8 +429,7 @@ killed_before_the_marks (void)
   struct job writer = { .offset = 0, .value = 3 };
 
   bring_up_small (2, 1000);
-  assert (write_at (0, 1) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  write_and_fail_local (0, 1);
   nbdm_disk_drop (site.volume, 2, "the test said so");
   assert (write_at (EXTENT, 2) == 0);
   start (&writer, do_write);
@@ -441,8 +439,8 @@ killed_before_the_marks (void)
   assert (end (&writer) == 0 && read_at (0) == 3);
 }
 
-/* A remote that cannot read a region is asked once.  Another one, which is back
- * from a hold meanwhile, is asked whatever its place in the list.
+/* A remote that cannot read a region is asked once.  Another one, which comes
+ * back from a hold during that, is asked too, at any place in the list.
  */
 static void
 one_cannot_read_and_one_is_held (void)
@@ -451,8 +449,7 @@ one_cannot_read_and_one_is_held (void)
   uint64_t answered;
 
   bring_up_small (2, 1000 * SITE_DEADLINE_S);
-  assert (write_at (0, 1) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  write_and_fail_local (0, 1);
   peer_fail_reads (site.peers[1]);
   peer_cut (site.peers[0], false);
   site_wait_state (&site, 0, NBDM_HOLDING);
@@ -473,8 +470,7 @@ killed_beside_a_failed_remote (void)
   struct job writer = { .offset = 0, .value = 3 };
 
   bring_up_small (2, 1000);
-  assert (write_at (0, 1) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  write_and_fail_local (0, 1);
   nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (EXTENT, 2) == 0);
   site_connect (&site, 0);
@@ -498,8 +494,7 @@ lost_power_beside_a_failed_remote (void)
   nbdm_disk_drop (site.volume, 1, "the test said so");
   assert (write_at (0, 1) == 0);
   assert (nbdm_cool (site.volume, 0) == 0);
-  assert (write_at (EXTENT, 2) == 0); /* local fails */
-  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  write_and_fail_local (EXTENT, 2);
   site_connect (&site, 0);
   assert (nbdm_remote_fail (site.volume, 2, "the test said so") == 0);
   assert (write_at (2 * SMALL_REGION, 3) == 0); /* on the first remote */
