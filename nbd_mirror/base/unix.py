@@ -20,6 +20,7 @@ from . import strangers
 __all__ = ["MAX_UNIX_PATH", "answers", "bind", "short_name", "unix_socket"]
 
 MAX_UNIX_PATH = 107  # bytes; sun_path without its NUL
+FOLDERS = Path("/proc/self/fd")
 
 
 def unix_socket() -> socket.socket:
@@ -88,8 +89,10 @@ def answers(path: Path, dir_fd: int | None = None) -> bool:
 
 @contextlib.contextmanager
 def _named(path: Path, dir_fd: int | None) -> Iterator[str]:
-    if dir_fd is not None:
-        yield f"/proc/self/fd/{dir_fd}/{path.name}"
+    folder = FOLDERS / str(dir_fd)
+    # Without /proc the name would count as one on which no server answers.
+    if dir_fd is not None and folder.is_dir():
+        yield f"{folder}/{path.name}"
         return
     with short_name(path) as name:
         yield name

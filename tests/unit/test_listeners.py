@@ -149,6 +149,20 @@ def test_socket_of_a_living_server_is_asked_by_its_own_name(
         assert (living / "s").is_socket()
 
 
+def test_socket_of_a_living_server_is_left_without_proc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that cannot be looked up is no socket on which no server answers."""
+    monkeypatch.setattr(unix, "FOLDERS", tmp_path / "proc")
+    listen = parse_listen(f"unix:{tmp_path}/s")
+    with bind(listen):
+        with pytest.raises(BusyError, match="socket in use"):
+            bind(listen)
+        listeners.remove_stale(tmp_path / "s")
+        assert (tmp_path / "s").is_socket()
+    bind(listen).close()
+
+
 def test_bind_over_a_file_is_refused_and_leaves_it(tmp_path: Path) -> None:
     """A path that holds data is never removed."""
     (tmp_path / "s").write_text("precious")
