@@ -9,7 +9,7 @@
  *
  * States: all well; a remote behind; local failed, each remote the only source
  * of some regions; local resyncing, with it and a remote the only source of
- * some; a takeover that came to nothing. Each volume is stopped, or killed in
+ * some; a takeover that failed. Each volume is stopped, or killed in
  * the middle of a write, with or without a loss of power, of the remotes'
  * caches, and of a log.
  *
@@ -19,6 +19,7 @@
 
 #include "api.h"
 #include "interrupted.h"
+#include "lives.h"
 
 #include <inttypes.h>
 #include <time.h>
@@ -29,156 +30,6 @@
   20 /* for each part of what is chosen; with a seed all is done */
 
 static struct bench bench;
-
-/* --- lives -------------------------------------------------------------- */
-
-static void
-end_life (bool stop)
-{
-  if (!stop)
-    bench_write (&bench, 20, 1, 99); /* the fault kills it */
-  bench_must (nbdm_stop (bench.volume));
-  nbdm_close (bench.volume);
-}
-
-static void
-begin_life (void)
-{
-  bench_must (bench_open (&bench));
-  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
-    bench_connect (&bench, i);
-  bench_write (&bench, 0, 6, 1);
-  bench_must (nbdm_flush (bench.volume));
-}
-
-static void
-well (bool stop)
-{
-  begin_life ();
-  bench_write (&bench, 3, 8, 2);
-  end_life (stop);
-}
-
-static void
-behind (bool stop)
-{
-  begin_life ();
-  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
-  bench_write (&bench, 3, 8, 2);
-  end_life (stop);
-}
-
-/* The seventh write fails on local.  b misses what comes next; then a does. */
-static void
-local_failed (bool stop)
-{
-  begin_life ();
-  bench_write (&bench, 6, 1, 2);
-  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
-  bench_write (&bench, 4, 3, 3);
-  bench_connect (&bench, 1);
-  nbdm_disk_drop (bench.volume, 1, "the test dropped it");
-  bench_write (&bench, 8, 4, 4);
-  end_life (stop);
-}
-
-/* Some of local is copied back, the rest only a has; b is behind.  Then a is
- * lost too, and local alone gets a write.
- */
-static void
-local_resyncing (bool stop)
-{
-  struct nbdm_resync batch
-      = { .max_bytes = 5 * BENCH_REGION, .pace.copy_bytes = BENCH_REGION };
-
-  begin_life ();
-  bench_write (&bench, 6, 1, 2);
-  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
-  bench_write (&bench, 4, 3, 3);
-  bench_must (nbdm_local_attach (bench.volume, bench.local, 0));
-  bench_must (nbdm_disk_admit (bench.volume, NBDM_LOCAL));
-  bench_must (nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch));
-  bench_write (&bench, 6, 2, 5);
-  nbdm_disk_drop (bench.volume, 1, "the test dropped it");
-  bench_write (&bench, 1, 2, 6);
-  if (!stop) /* what a has alone cannot be written while it is away */
-    bench_connect (&bench, 0);
-  end_life (stop);
-}
-
-static atomic_bool write_over;
-
-static void *
-write_that_fails (void *opaque)
-{
-  uint8_t buf[512];
-
-  (void)opaque;
-  memset (buf, 3, sizeof buf);
-  bench.board->pending[8] = 3;
-  nbdm_pwrite (bench.volume, buf, sizeof buf, 8 * BENCH_REGION, 0);
-  write_over = true;
-  return NULL;
-}
-
-/* The twelfth write fails on local, and both remotes lose their caches before
- * they are flushed; then one is back.
- */
-static void
-takeover_lost (bool stop)
-{
-  pthread_t thread;
-
-  begin_life ();
-  bench_write (&bench, 4, 5, 2);
-  bench_servers (&bench, SERVERS_HOLD);
-  assert (pthread_create (&thread, NULL, write_that_fails, NULL) == 0);
-  bench_wait_outstanding (&bench, &write_over);
-  bench_servers (&bench, SERVERS_LOSE_CACHE);
-  pthread_join (thread, NULL);
-  bench_connect_all (&bench);
-  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
-  bench_write (&bench, 10, 2, 4);
-  end_life (stop);
-}
-
-/* An operator gives commands while a remote is lost and copied to. */
-static void
-operated (bool stop)
-{
-  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
-
-  begin_life ();
-  bench_must (nbdm_remote_pause (bench.volume, 2, 1));
-  nbdm_disk_drop (bench.volume, 2, "the test dropped it");
-  bench_write (&bench, 3, 4, 2);
-  bench_connect (&bench, 1);
-  bench_must (nbdm_remote_invalidate (bench.volume, 1));
-  bench_must (nbdm_remote_pause (bench.volume, 2, 0));
-  bench_must (nbdm_disk_resync (bench.volume, 2, &batch));
-  bench_must (nbdm_set_policy (bench.volume, NBDM_STOP, 0));
-  bench_must (nbdm_set_policy (bench.volume, NBDM_DEGRADE, 0));
-  bench_must (nbdm_remote_fail (bench.volume, 1, "another disk"));
-  bench_must (nbdm_cool (bench.volume, 0));
-  bench_write (&bench, 5, 4, 3);
-  bench_must (nbdm_remote_reset (bench.volume, 1));
-  end_life (stop);
-}
-
-static const struct life {
-  const char *name;
-  void (*live) (bool stop);
-  const char *fault;
-  bool local_ok;
-} lives[] = {
-  { "well", well, NULL, true },
-  { "a remote behind", behind, NULL, true },
-  { "operated", operated, NULL, true },
-  { "local failed", local_failed, "local_write:7=error", false },
-  { "local resyncing", local_resyncing, "local_write:7=error", false },
-  { "takeover lost", takeover_lost, "local_write:12=error", true },
-};
-#define NR_LIVES (sizeof lives / sizeof lives[0])
 
 /* --- harm ---------------------------------------------------------------- */
 
@@ -228,7 +79,7 @@ live (void *opaque)
 {
   (void)opaque;
   alarm (CHILD_S);
-  now.life->live (now.stopped);
+  now.life->live (&bench, now.stopped);
 }
 
 static void
