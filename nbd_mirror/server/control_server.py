@@ -92,6 +92,7 @@ class ControlServer:
             for _ in range(MAX_CLIENTS)
         ]
         self._closing = False
+        self._folder = -1  # opened, for what is removed: the path may lead elsewhere
         self._wake_r = self._wake_w = -1
         self._reserve = -1  # a descriptor to close when none is left
 
@@ -105,6 +106,11 @@ class ControlServer:
         """
         if self._listener is not None:
             raise RuntimeError("the control server is started already")
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._folder = os.open(self._path.parent, flags)
+        except OSError as error:
+            raise self._cannot_make(error) from None
         self._listener = self._bind()
         try:
             self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC)
@@ -143,13 +149,13 @@ class ControlServer:
         self._closing = True
         # Remove the name first, so that no client connects to a server that ends.
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            self._unlink()
         os.write(self._wake_w, b"x")
         for worker in self._workers:
             if worker.ident is not None and worker is not threading.current_thread():
                 worker.join()
         self._listener.close()
-        for fd in (self._wake_r, self._wake_w, self._reserve):
+        for fd in (self._wake_r, self._wake_w, self._reserve, self._folder):
             if fd >= 0:
                 os.close(fd)
 
@@ -162,12 +168,13 @@ class ControlServer:
 
     def _bind(self) -> socket.socket:
         try:
-            if unix.answers(self._path):
+            if unix.answers(self._path, self._folder):
                 raise BusyError(
                     f"another server answers on {self._path}: "
                     "the volume is served already"
                 )
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._unlink()
             sock = unix.bind(self._path, BACKLOG)
         except MirrorError:
             raise
@@ -175,6 +182,9 @@ class ControlServer:
             raise self._cannot_make(error) from None
         sock.setblocking(False)
         return sock
+
+    def _unlink(self) -> None:
+        os.unlink(self._path.name, dir_fd=self._folder)
 
     def _cannot_make(self, error: OSError) -> MirrorError:
         return from_errno(

@@ -36,6 +36,7 @@ from nbd_mirror.base.errors import (
     NotRunningError,
     WaitTimeoutError,
 )
+from nbd_mirror.server import control_server
 from nbd_mirror.server.control_server import MAX_REQUEST, ControlServer
 from nbd_mirror.volume import offline
 from nbd_mirror.volume.client import ask, serving_pid
@@ -342,6 +343,23 @@ def test_server_closed_leaves_no_socket_and_no_thread(tmp_path: Path) -> None:
     assert [None] == answers
     assert before == set(threading.enumerate())
     assert not control_path(tmp_path).exists()
+
+
+def test_server_closed_leaves_what_its_path_leads_to_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder was moved away, and another server's is there; or a link."""
+    monkeypatch.setattr(control_server, "LOOK_S", 60.0)  # it binds no name anew
+    path = control_path(tmp_path / "state")
+    path.parent.mkdir()
+    with ControlServer(path, _handler):
+        path.parent.rename(tmp_path / "away")
+        path.parent.mkdir()
+        with ControlServer(path, _handler):
+            pass
+        path.write_text("precious")
+    assert path.read_text() == "precious"
+    assert not (tmp_path / "away" / path.name).exists()
 
 
 def test_path_over_107_bytes_works_on_both_ends(tmp_path: Path) -> None:
