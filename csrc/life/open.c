@@ -112,8 +112,9 @@ state_dir_open (const char *path)
   return rc < 0 ? rc : fd;
 }
 
-/* Another start holds the lock for a moment to set serve.log aside, and a
- * server that ends may hold it a moment longer.  Neither is a reason to refuse.
+/* Another start holds the first lock for a moment to set serve.log aside, and a
+ * server that ends releases its locks one after the other: the first one, the
+ * superblock's, the local disk's.  Neither is a reason to refuse.
  */
 static int
 lock_patiently (int fd)
@@ -126,6 +127,22 @@ lock_patiently (int fd)
     sleep_ns (LOCK_RETRY_NS);
   }
   return 0;
+}
+
+/* For a start alone: no other thread waits for it. */
+static int
+open_patiently (struct local_file *disk, const char *path, uint64_t *size)
+{
+  uint64_t until = now_ns () + LOCK_PATIENCE_NS;
+  int rc;
+
+  while ((rc = local_open (disk, path, size)) == -EBUSY && now_ns () < until) {
+    if (disk->fd >= 0)
+      close (disk->fd);
+    disk->fd = -1;
+    sleep_ns (LOCK_RETRY_NS);
+  }
+  return rc;
 }
 
 int
@@ -165,10 +182,12 @@ state_lock (int dirfd, const char *state_dir, int *lock_fd)
 int
 superblock_lock (int fd, const char *state_dir)
 {
-  if (flock (fd, LOCK_EX | LOCK_NB) == 0)
+  int rc = lock_patiently (fd);
+
+  if (rc == 0)
     return 0;
-  if (errno != EWOULDBLOCK)
-    return set_error (-errno, "cannot lock the superblock in %s", state_dir);
+  if (rc != -EWOULDBLOCK)
+    return set_error (rc, "cannot lock the superblock in %s", state_dir);
   return set_message (-EBUSY,
                       "%s is in use by another process, though its file `lock` "
                       "was removed: stop that process first",
@@ -417,7 +436,7 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
     disk_explain_locked (&v->local.disk, "an operator gave it up");
     return 0;
   }
-  rc = local_open (&v->local.file, path, size);
+  rc = open_patiently (&v->local.file, path, size);
   if (rc == 0 && *size < v->size && v->local.state != NBDM_LOCAL_OK)
     rc = set_message (-ENOMEDIUM, "the local disk %s has become too small",
                       path);

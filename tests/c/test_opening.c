@@ -2,6 +2,8 @@
 
 /* A volume is opened by one process at a time, and with its own parameters. */
 
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <sys/file.h>
 
 #include "lone_volume.h"
@@ -20,9 +22,23 @@ test_volume_is_opened_once (void)
   end_volume ();
 }
 
-/* Another start holds the lock for a moment, to put serve.log aside. */
+/* Lock the file as a server does: its local disk as qemu does, else by flock. */
+static int
+lock_file (const char *name)
+{
+  struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+  int fd = openat (site.fd, name, O_RDWR | O_CLOEXEC);
+
+  return fd < 0 || strcmp (name, "disk") != 0
+             ? flock (fd, LOCK_EX | LOCK_NB)
+             : fcntl (fd, F_OFD_SETLK, &lock);
+}
+
+/* Another start holds the lock for a moment, to put serve.log aside.  A server
+ * that ends releases its locks one after the other.
+ */
 static void
-test_lock_of_a_moment_is_waited_for (void)
+lock_of_a_moment_is_waited_for (const char *name)
 {
   int ready[2], status;
   char byte;
@@ -32,21 +48,26 @@ test_lock_of_a_moment_is_waited_for (void)
   pid_t pid = fork ();
   assert (pid >= 0);
   if (pid == 0) {
-    int fd = openat (site.fd, "lock", O_RDWR);
-
-    if (fd < 0 || flock (fd, LOCK_EX | LOCK_NB) < 0
-        || write (ready[1], "", 1) != 1)
+    if (lock_file (name) < 0 || write (ready[1], "", 1) != 1)
       _exit (1);
     usleep (100000);
     _exit (0);
   }
+  close (ready[1]);
   assert (read (ready[0], &byte, 1) == 1);
   nbdm_close (open_volume ());
   waitpid (pid, &status, 0);
   assert (status == 0);
   close (ready[0]);
-  close (ready[1]);
   end_volume ();
+}
+
+static void
+test_locks_of_a_moment_are_waited_for (void)
+{
+  lock_of_a_moment_is_waited_for ("lock");
+  lock_of_a_moment_is_waited_for ("superblock");
+  lock_of_a_moment_is_waited_for ("disk");
 }
 
 /* While local has failed nothing locks it. */
@@ -93,7 +114,7 @@ main (void)
 {
   alarm (100); /* nothing here may hang */
   RUN (test_volume_is_opened_once);
-  RUN (test_lock_of_a_moment_is_waited_for);
+  RUN (test_locks_of_a_moment_are_waited_for);
   RUN (test_volume_whose_lock_was_removed_is_opened_once);
   RUN (test_other_parameters_are_refused);
   return 0;
