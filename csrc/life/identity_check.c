@@ -86,6 +86,14 @@ compare_sample (const struct nbdm *v, int fd, const struct disk_sample *sample,
   c->differ++;
 }
 
+static void
+compare_device (int fd, struct comparison *c)
+{
+  device_describe (fd, c->device, sizeof c->device);
+  c->same_device = c->left[0] == '\0' || c->device[0] == '\0'
+                   || strncmp (c->left, c->device, sizeof c->device) == 0;
+}
+
 static int
 compare (const struct nbdm *v, int fd, struct comparison *c)
 {
@@ -96,9 +104,7 @@ compare (const struct nbdm *v, int fd, struct comparison *c)
   for (uint32_t i = 0; i < c->nr; i++)
     compare_sample (v, fd, &c->samples[i], buf, c);
   free (buf);
-  device_describe (fd, c->device, sizeof c->device);
-  c->same_device = c->left[0] == '\0' || c->device[0] == '\0'
-                   || strncmp (c->left, c->device, sizeof c->device) == 0;
+  compare_device (fd, c);
   return 0;
 }
 
@@ -160,12 +166,19 @@ load_activity (struct nbdm *v)
   return rc == 0 && volume_check_log (v, "activity", &v->activity.header) == 0;
 }
 
-/* Were the samples maintained up to the last instant? */
+/* Are the identity's fields of the superblock's session? */
+static bool
+maintained (const struct nbdm *v)
+{
+  return (le64toh (v->sb.compatible) & FEATURE_IDENTITY)
+         && v->sb.identity_session == v->sb.session;
+}
+
+/* And were the samples maintained up to the last instant? */
 static bool
 believed (const struct nbdm *v)
 {
-  return (le64toh (v->sb.compatible) & FEATURE_IDENTITY)
-         && v->sb.identity_session == v->sb.session && !v->identity.doubted;
+  return maintained (v) && !v->identity.doubted;
 }
 
 void
@@ -228,6 +241,20 @@ note_instance (struct nbdm *v, const struct comparison *c)
         && memcmp (v->sb.local_instance, now, sizeof now) != 0;
 }
 
+/* The samples of a superblock that has lost a slot may be old, and so may the
+ * instance.  But an instance that is gone never comes back: if it is not the
+ * present one, the cache may be lost.
+ */
+static void
+note_doubted_instance (struct nbdm *v)
+{
+  struct comparison c = { 0 };
+
+  memcpy (c.left, v->sb.local_device, sizeof c.left);
+  compare_device (v->local.file.fd, &c);
+  note_instance (v, &c);
+}
+
 static int
 check_believed (struct nbdm *v, const struct nbdm_params *params,
                 uint64_t local_size)
@@ -275,8 +302,11 @@ identity_check_start (struct nbdm *v, const struct nbdm_params *params,
   bool active_known = load_activity (v);
   int rc = 0;
 
-  if (!believed (v))
+  if (!believed (v)) {
+    if (maintained (v) && v->local.state != NBDM_LOCAL_FAILED)
+      note_doubted_instance (v);
     identity_forget_locked (v);
+  }
   else if (!active_known) {
     /* Durably, before an empty log replaces the lost one: if this start ended
      * between the two, the next one would believe old samples.

@@ -247,7 +247,7 @@ struct request {
 
 /* Is the local disk the one of the last session?  Determined at the start. */
 struct identity {
-  bool doubted;    /* the superblock's samples may be old */
+  bool doubted;    /* the superblock's samples may be old: a slot is lost */
   bool given_up;   /* NBDM_LOCAL_LOST */
   bool forced;     /* NBDM_LOCAL_FORCED, and it is another disk */
   bool cache_lost; /* it was detached and is back, without a reboot */

@@ -2,6 +2,8 @@
 
 /* What a start believes when logs are lost, torn, or older copies. */
 
+#include <endian.h>
+
 #include "lone_volume.h"
 
 static void
@@ -178,10 +180,48 @@ test_one_torn_superblock_slot_goes_on (void)
   end_volume ();
 }
 
+/* The local disk's file system was mounted again since the last session.  Gives
+ * the place of the superblock's older slot.
+ */
+static off_t
+mount_again (void)
+{
+  struct disk_superblock sb;
+  struct disk_nodes nodes;
+  bool torn;
+  int fd = openat (site.fd, "superblock", O_RDWR);
+
+  assert (fd >= 0 && superblock_load (fd, &sb, &nodes, &torn) == 0);
+  sb.local_instance[0] ^= 1;
+  assert (superblock_store (fd, &sb, &nodes) == 0);
+  close (fd);
+  return le64toh (sb.sequence) % 2 == 0 ? 4096 : 0;
+}
+
+/* The cache of the local disk is lost, and so is a slot of the superblock,
+ * whose samples prove nothing then: the other slot still tells the mount.
+ */
+static void
+test_one_torn_superblock_slot_and_a_new_mount (void)
+{
+  off_t older;
+
+  for (int torn = 0; torn < 2; torn++) {
+    make_volume (SIZE, REGION);
+    killed_at ("after_log=kill", 2 * EXTENT);
+    older = mount_again ();
+    if (torn)
+      flip ("superblock", older + 300);
+    check_in_child (one_dirty_extent);
+    end_volume ();
+  }
+}
+
 int
 main (void)
 {
   alarm (100); /* nothing here may hang */
+  RUN (test_one_torn_superblock_slot_and_a_new_mount);
   RUN (test_lost_power_ignores_torn_slots);
   RUN (test_start_killed_after_renewing_a_log_is_still_all_dirty);
   RUN (test_lost_log_means_all_dirty);
