@@ -196,7 +196,8 @@ open_disk (struct nbdm *v, void *opaque)
                     o->path);
     o->flush_failed = true;
   }
-  return rc == -ETIMEDOUT ? -EIO : rc; /* not our time-out */
+  /* The disk's own error, and not that of a call that does not wait for it. */
+  return rc == -ETIMEDOUT || rc == LOCAL_GIVEN_UP ? -EIO : rc;
 }
 
 static void

@@ -227,17 +227,24 @@ look_at_size (struct nbdm *v)
   return check_size_here (v);
 }
 
-/* Map to error codes that survive the wire and keep their meaning there. */
+/* Map to error codes that survive the wire and keep their meaning there.  A
+ * file system in user space may answer with any code, also with one of the
+ * engine's own, such as LOCAL_GIVEN_UP.
+ */
 static int
-local_error (int err, const char *what, uint64_t offset)
+known_error (int err)
 {
   if (err == EDQUOT || err == EFBIG)
     err = ENOSPC;
-  if (err != ENOSPC && err != ENOMEM)
-    return set_message (-EIO, "the local disk failed to %s at %llu: %s", what,
-                        (unsigned long long)offset, strerror (err));
-  return set_error (-err, "the local disk failed to %s at %llu", what,
-                    (unsigned long long)offset);
+  return err == ENOSPC || err == ENOMEM ? -err : -EIO;
+}
+
+static int
+local_error (int err, const char *what, uint64_t offset)
+{
+  return set_message (known_error (err),
+                      "the local disk failed to %s at %llu: %s", what,
+                      (unsigned long long)offset, strerror (err));
 }
 
 /* A disk is slow if it blocks threads, not if a call takes long.  Work that
@@ -465,8 +472,10 @@ flush_here (struct nbdm *v)
   rc = fault_point ("local_flush");
   if (rc == 0 && fdatasync (v->local.file.fd) < 0)
     rc = -errno;
-  if (rc < 0)
+  if (rc < 0) {
     set_error (rc, "the local disk failed to flush");
+    rc = known_error (-rc);
+  }
   else
     rc = check_size_here (v);
   finish ();

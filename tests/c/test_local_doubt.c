@@ -438,6 +438,19 @@ cut_disk_leaves_the_remote_well (void)
   assert (read_at (200 * REGION) == 7 && read_at (9 * REGION) == 9);
 }
 
+/* A file system in user space may answer with any error, and also with the one
+ * by which the engine says that it no longer waits for the disk.
+ */
+static void
+flush_with_an_odd_error (void)
+{
+  bring_up (1, 300);
+  write_and_lose (5 * REGION);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (read_at (5 * REGION) == 7);
+}
+
 static const struct schedule schedules[] = {
   { "cut_disk_leaves_the_remote_well", NULL, cut_disk_leaves_the_remote_well },
   { "dead_disk_leaves_the_remote_well",
@@ -460,6 +473,8 @@ static const struct schedule schedules[] = {
     part_of_a_sector_beside_a_failure },
   { "part_of_a_sector_without_room", "local_flush:2=error",
     part_of_a_sector_without_room },
+  { "flush_with_an_odd_error", "local_flush:2=error:ECANCELED",
+    flush_with_an_odd_error },
   { "loss_told_after_a_copy", "local_flush:2=error", loss_told_after_a_copy },
   { "loss_told_after_a_copy_of_two", "local_flush:2=error",
     loss_told_after_a_copy_of_two },

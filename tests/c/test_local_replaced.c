@@ -356,8 +356,8 @@ disk_with_the_only_copy (void)
   assert (read_at (200 * REGION) == 5 && read_at (7 * REGION) == 1);
 }
 
-static atomic_bool fail_syncs; /* of the local disk */
-static atomic_bool hold_sync;  /* the next one that fails */
+static atomic_int fail_syncs; /* of the local disk; an errno, or 0 */
+static atomic_bool hold_sync; /* the next one that fails */
 
 int __real_fdatasync (int fd);
 int __wrap_fdatasync (int fd);
@@ -371,7 +371,7 @@ __wrap_fdatasync (int fd)
     return __real_fdatasync (fd);
   if (atomic_exchange (&hold_sync, false))
     stand_at ("gate");
-  errno = EIO;
+  errno = fail_syncs;
   return -1;
 }
 
@@ -387,10 +387,10 @@ flush_of_an_attached_disk_fails (void)
   assert (nbdm_cool (site.volume, 0) == 0);
   assert (write_at (3 * REGION, 1) == 0); /* local fails */
   assert (local_status ().state == NBDM_LOCAL_FAILED);
-  fail_syncs = true;
+  fail_syncs = ECANCELED; /* as a file system in user space may answer */
   assert (nbdm_local_attach (site.volume, site.local, 0) == -EIO);
   punch_local (200 * REGION);
-  fail_syncs = false;
+  fail_syncs = 0;
   attach_and_admit ();
   assert (read_at (200 * REGION) == 7);
   assert (do_copy_back (NULL) == 0);
@@ -408,7 +408,8 @@ flush_of_an_attached_disk_fails_in_a_stop (void)
   assert (write_at (200 * REGION, 7) == 0);
   assert (nbdm_cool (site.volume, 0) == 0);
   assert (write_at (3 * REGION, 1) == 0); /* local fails */
-  fail_syncs = hold_sync = true;
+  fail_syncs = EIO;
+  hold_sync = true;
   start (&attach, do_attach);
   wait_at_gate ();
   assert (nbdm_stop (site.volume) == 0);
@@ -416,7 +417,7 @@ flush_of_an_attached_disk_fails_in_a_stop (void)
   assert (end (&attach) < 0);
   nbdm_close (site.volume);
   punch_local (200 * REGION);
-  fail_syncs = false;
+  fail_syncs = 0;
   site_open (&site);
   site_connect (&site, 0);
   attach_and_admit ();

@@ -22,16 +22,16 @@ test_volume_is_opened_once (void)
   end_volume ();
 }
 
-/* Lock the file as a server does: its local disk as qemu does, else by flock. */
+/* Lock the file as a server does: its local disk as qemu does, else by flock.
+ */
 static int
 lock_file (const char *name)
 {
   struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
   int fd = openat (site.fd, name, O_RDWR | O_CLOEXEC);
 
-  return fd < 0 || strcmp (name, "disk") != 0
-             ? flock (fd, LOCK_EX | LOCK_NB)
-             : fcntl (fd, F_OFD_SETLK, &lock);
+  return fd < 0 || strcmp (name, "disk") != 0 ? flock (fd, LOCK_EX | LOCK_NB)
+                                              : fcntl (fd, F_OFD_SETLK, &lock);
 }
 
 /* Another start holds the lock for a moment, to put serve.log aside.  A server
