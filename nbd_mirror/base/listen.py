@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 LISTEN_RULE = (
-    '"unix:/absolute/path" (at most 107 bytes), "tcp:HOST:PORT" or "tcp::PORT"'
+    '"unix:/absolute/path" (at most 107 bytes), "tcp:HOST:PORT", "tcp::PORT", or '
+    '"tls:HOST:PORT" for TCP with TLS'
 )
 ADDRESS_RULE = (
     '"HOST:PORT", where the other nodes reach this one: "10.0.0.1:10810" or '
@@ -42,7 +43,7 @@ class Listen(BaseModel):
     """
     Where the server listens: a unix socket's *path*, or *host* and *port*.
 
-    An empty *host* stands for every address of this host.
+    An empty *host* stands for every address of this host. *tls*: clients need TLS.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +51,7 @@ class Listen(BaseModel):
     path: str | None = None
     host: str = ""
     port: int = 0
+    tls: bool = False
 
     @property
     def uri(self) -> str:
@@ -59,7 +61,7 @@ class Listen(BaseModel):
                 {"socket": self.path}, safe="/", quote_via=quote
             )
         host = f"[{self.client_host}]" if ":" in self.host else self.client_host
-        return f"nbd://{host}:{self.port}"
+        return f"{'nbds' if self.tls else 'nbd'}://{host}:{self.port}"
 
     @property
     def client_host(self) -> str:
@@ -70,11 +72,8 @@ class Listen(BaseModel):
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix:{self.path}"
-        return (
-            f"tcp:[{self.host}]:{self.port}"
-            if ":" in self.host
-            else (f"tcp:{self.host}:{self.port}")
-        )
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}:{host}:{self.port}"
 
 
 class Address(BaseModel):
@@ -140,7 +139,7 @@ def parse_listen(value: object) -> Listen:
 
     Args:
         value: "unix:/absolute/path" or "tcp:HOST:PORT", IPv6 in brackets, or
-            "tcp::PORT".
+            "tcp::PORT"; "tls:" instead of "tcp:" for TLS.
     Raises:
         ValueError: it is neither; the text says what is allowed.
     """
@@ -155,11 +154,11 @@ def parse_listen(value: object) -> Listen:
             )
         return Listen(path=os.path.normpath(rest))
     host, _, port = rest.rpartition(":")
-    if kind == "tcp" and ":" in rest and port.isascii() and port.isdigit():
+    if kind in ("tcp", "tls") and ":" in rest and port.isascii() and port.isdigit():
         if len(port) > 5 or not 1 <= int(port) <= 65535:
             shown = port if len(port) <= 5 else f"{port[:5]}..."
             raise ValueError(f"port {shown} is not from 1 to 65535")
-        return Listen(host=_parse_host(host), port=int(port))
+        return Listen(host=_parse_host(host), port=int(port), tls=kind == "tls")
     raise ValueError(f"must be {LISTEN_RULE}")
 
 

@@ -40,6 +40,7 @@ from ..volume.client import serving_pid
 from ..volume.config import CHOICE_VARIABLE, VolumeConfig, check_links
 from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
+from ..volume.tls_files import check_tls
 from .listeners import Listeners, bind
 from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_since
 
@@ -80,9 +81,11 @@ def check_startable(config: VolumeConfig) -> None:
         MissingError: the volume was not created. FormatError: its superblock is
         garbled, or of another volume. BusyError: it is served. ConfigError: the volume
         would be its own remote, or one of its logs is a link to its disk. SpaceError:
-        the process's limit of a file's size is too low.
+        the process's limit of a file's size is too low. And as check_tls.
     """
     check_private(config.state_dir, "serve")
+    if config.listen.tls:
+        check_tls(config)
     local = read_superblock(config).volume.local
     # A failed local disk may hang, and the start does not touch it.
     uses_local = local.state is not LocalState.FAILED
@@ -172,6 +175,11 @@ def _hand_on(listeners: Listeners) -> None:
 def _command(config: VolumeConfig, door: str) -> list[str]:
     if door == "direct":
         return [*PYTHON, "nbd_mirror.server", os.fspath(config.source)]
+    if config.listen.tls:
+        raise UnsupportedError(
+            f'the {door} door has no TLS, and listen = "{config.listen}" needs it',
+            "nbd-mirror serve CONFIG --door direct",
+        )
     nbdkit = find_program("nbdkit", "nbdkit")
     if door == "native":
         if not NATIVE_PLUGIN.exists():

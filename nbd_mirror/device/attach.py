@@ -36,6 +36,7 @@ from ..base.errors import (
     MirrorIOError,
     MissingError,
     NotRunningError,
+    UnsupportedError,
 )
 from ..base.interrupts import put_off
 from ..base.programs import Ended, find_program, run
@@ -118,12 +119,14 @@ def attach(
     Returns:
         The device, as /dev/nbdN, and its block size.
     Raises:
-        UnsupportedError: the kernel has no nbd, or nbd-client is missing.
+        UnsupportedError: the kernel has no nbd, nbd-client is missing, or the server
+        needs TLS.
         BusyError: the device is in use, none is free, or the volume is attached
         in another way.
         MissingError: no such device. ConfigError: *asked* cannot be used.
         MirrorIOError: nbd-client failed.
     """
+    _check_plain(config)
     check_kernel(config, device)
     client = find_program("nbd-client", "nbd-client")
     already = attached_device(config)
@@ -169,6 +172,14 @@ def _failed(
     return MirrorIOError(
         f"{words}; it is attached all the same", "nbd-mirror detach CONFIG"
     )
+
+
+def _check_plain(config: VolumeConfig) -> None:
+    if config.listen.tls:
+        raise UnsupportedError(
+            f'listen = "{config.listen}": the kernel\'s client has no TLS',
+            'listen = "unix:/absolute/path", for a device on this host',
+        )
 
 
 def _choose(

@@ -13,7 +13,9 @@ import os
 import sys
 
 from ..base.errors import MetadataFailedError
+from ..volume.config import VolumeConfig
 from ..volume.core import Server, start_log
+from ..volume.model import TlsFiles
 from .process import log, or_exit
 from .volume import Volume
 
@@ -45,14 +47,24 @@ def main(path: str) -> None:
     sys.exit(0 if clean else MetadataFailedError.exit_code)
 
 
+def _tls_files(config: VolumeConfig) -> TlsFiles:
+    tls = config.tls
+    assert tls is not None
+    return TlsFiles(tls.key, tls.certificate, tls.private_key, tls.ca)
+
+
 def _make_server(volume: Volume) -> Server:
     config = volume.config
+    listeners = int(os.environ.get("LISTEN_FDS", "1"))
     server = Server(
         volume.engine,
-        range(_LISTEN_FD, _LISTEN_FD + int(os.environ.get("LISTEN_FDS", "1"))),
+        range(_LISTEN_FD, _LISTEN_FD + listeners),
         max_clients=config.max_clients,
         max_memory=config.max_memory,
     )
+    if config.listen.tls:
+        for listener in range(listeners):
+            server.require_tls(listener, _tls_files(config))
     volume.max_clients = server.max_clients
     if server.max_clients < config.max_clients:
         log(

@@ -251,10 +251,24 @@ def _on(config: VolumeConfig, node: NodeConfig) -> VolumeConfig:
     return found
 
 
+def _check_listen_tls(config: VolumeConfig) -> str:
+    """Return what is wrong with `listen` and the [tls] table together, or ""."""
+    listens = [_on(config, node).listen for node in config.nodes] or [config.listen]
+    secure = [listen for listen in listens if listen.tls]
+    if secure and not (config.tls and config.tls.on):
+        return f'listen = "{secure[0]}": needs a [tls] table with a key or certificates'
+    if not secure and not config.nodes and config.tls:
+        return (
+            'tls: is of use only with [[node]] tables, or with listen = "tls:HOST:PORT"'
+        )
+    return ""
+
+
 def _check_tables(config: VolumeConfig) -> str:
     """Return what is wrong with the tables of a file together, or ""."""
-    if not config.nodes:
-        return "tls: is of use only with [[node]] tables" if config.tls else ""
+    wrong = _check_listen_tls(config)
+    if wrong or not config.nodes:
+        return wrong
     if config.size == 0:
         return 'size = "adopt": must be a size where there are [[node]] tables'
     if config.tls is None:

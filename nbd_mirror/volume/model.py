@@ -28,6 +28,7 @@ __all__ = [
     "Peek",
     "RemoteParams",
     "RemoteStatus",
+    "TlsFiles",
     "Verdict",
     "VolumeStatus",
     "disk_of",
@@ -60,6 +61,20 @@ class RemoteParams:
     deadline_ms: int
     assume_in_sync: bool = False
     is_node: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """
+    The paths of the files with which a server proves itself, and checks its clients.
+
+    Either *psk*, a file of shared keys, or the other three, of X.509.
+    """
+
+    psk: str | None = None
+    certificate: str | None = None
+    private_key: str | None = None
+    ca: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,9 +113,9 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         ('"/srv/pg.img"', '""', 'local = "": must be the path of a file'),
         ('"unix:/run', '"unix:run', 'must be "unix:/absolute/path"'),
         ("unix:/run/nbd-mirror/pg.sock", "tcp:::1:10809", "stands in brackets"),
-        ("unix:/run/nbd-mirror/pg.sock", "tcp:a..b:1", 'or "tcp::PORT"'),
-        ("unix:/run/nbd-mirror/pg.sock", "tcp:.:1", 'or "tcp::PORT"'),
-        ("unix:/run/nbd-mirror/pg.sock", f"tcp:{'x' * 64}:1", 'or "tcp::PORT"'),
+        ("unix:/run/nbd-mirror/pg.sock", "tcp:a..b:1", '"tcp::PORT", or'),
+        ("unix:/run/nbd-mirror/pg.sock", "tcp:.:1", '"tcp::PORT", or'),
+        ("unix:/run/nbd-mirror/pg.sock", f"tcp:{'x' * 64}:1", '"tcp::PORT", or'),
         ("unix:/run/nbd-mirror/pg.sock", "tcp:[fe80::1%é]:1", "is no IPv6 address"),
         (
             "unix:/run/nbd-mirror/pg.sock",
@@ -203,6 +203,31 @@ def test_remotes_of_one_name_are_refused(file: Path) -> None:
     """Two remotes cannot share a dirty map's name."""
     file.write_text(GOOD + '[[remote]]\nname = "dr"\nuri = "nbd://b"\n')
     assert 'two remotes are called "dr"' in _line(file)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("", "needs a [tls] table with a key or certificates"),
+        ('tls = "off"\n', "needs a [tls] table with a key or certificates"),
+        ('tls.key = "pg.key"\n', ""),
+        ('tls.certificate = "c"\ntls.private_key = "k"\ntls.ca = "a"\n', ""),
+        ('tls.certificate = "c"\ntls.private_key = "k"\n', "tls: must have either key"),
+    ],
+)
+def test_listening_with_tls_needs_the_files_for_it(
+    file: Path, table: str, words: str
+) -> None:
+    """A server that could prove nothing does not begin."""
+    listen = 'listen = "tls:127.0.0.1:10809"\n'
+    _replace(file, 'listen = "unix:/run/nbd-mirror/pg.sock"\n', listen + table)
+    if words:
+        assert words in _line(file)
+        return
+    config = load(file)
+    assert config.tls is not None
+    assert config.listen.tls
+    assert config.tls.on
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,21 @@ def test_uri_of_a_path_with_a_space_is_one_clients_take() -> None:
     assert listen.uri == "nbd+unix:///?socket=/run/my%20disk.sock"
 
 
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("tls:10.0.0.1:10809", "nbds://10.0.0.1:10809"),
+        ("tls:[::1]:10809", "nbds://[::1]:10809"),
+        ("tls::10809", "nbds://localhost:10809"),
+    ],
+)
+def test_tls_is_tcp_with_another_uri(text: str, uri: str) -> None:
+    """An address with TLS is written as one without, and clients need nbds://."""
+    listen = parse_listen(text)
+    assert (listen.tls, listen.uri, str(listen)) == (True, uri, text)
+    assert parse_listen(text.replace("tls:", "tcp:", 1)).tls is False
+
+
 def test_bind_to_a_socket_in_use_is_refused_and_leaves_it(tmp_path: Path) -> None:
     """A living server keeps its socket."""
     listen = parse_listen(f"unix:{tmp_path}/s")

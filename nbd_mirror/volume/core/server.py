@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 
 from ...base.threads import no_thread
+from ..model import TlsFiles
 from .boundary import check, ffi, lib, whole_ms
 from .engine import Engine
 
@@ -40,6 +42,25 @@ class Server:
         rc = lib.nbdm_server_open(engine.handle, fds, len(fds), limits, server)
         check(rc, "serve")
         self._handle = server[0]
+
+    def require_tls(self, listener: int, files: TlsFiles) -> None:
+        """
+        Let clients of a listening socket in only with TLS; before `run`.
+
+        Args:
+            listener: the socket's index in *listen_fds*.
+            files: that prove this server, and check its clients.
+        Raises:
+            MirrorError: a file is missing or wrong, or others may read a secret.
+        """
+        paths = (files.psk, files.certificate, files.private_key, files.ca)
+        texts = [
+            ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
+            for path in paths
+        ]
+        tls = ffi.new("struct nbdm_tls *")
+        tls.psk, tls.certificate, tls.private_key, tls.ca = texts
+        check(lib.nbdm_server_tls(self._handle, listener, tls), "TLS")
 
     @property
     def max_clients(self) -> int:
