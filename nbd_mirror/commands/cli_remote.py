@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from ..base.errors import ConfigError
+from ..volume.answers import Disks, read
 from ..volume.client import ask
 from ..volume.config import VolumeConfig, load
 from .cli_app import say
 from .cli_types import Config, NodeOption, RemoteArgument, check_disk
+from .output import one_line
 
 __all__ = ["invalidate", "pause", "resume"]
 
@@ -44,7 +46,7 @@ def _remote_command(volume: VolumeConfig, command: str, remote: str | None) -> N
         raise ConfigError("what the local disk misses is copied back without a pause")
     check_disk(volume, remote)
     arguments = {} if remote is None else {"remote": remote}
-    ask(volume, command, 30.0, **arguments)
+    answer = read(Disks, ask(volume, command, 30.0, **arguments))
     done = {"pause": "paused", "resume": "resumed", "invalidate": "all dirty"}[command]
-    names = [remote] if remote else [one.name for one in volume.remotes]
-    say(f"{', '.join(names)}: {done}")
+    # The file may have other remotes by now than the server.
+    say(one_line(f"{', '.join(answer.remotes)}: {done}"))

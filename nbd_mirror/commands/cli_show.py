@@ -18,6 +18,7 @@ from ..volume.config import load
 from .asked import name_volume, words_for
 from .cli_app import console, say
 from .cli_types import Config, JsonOption, NodeOption, check_disk, duration
+from .output import one_line
 from .picture import save_png
 from .show import map_json, show_map, show_status
 from .watch import status_of, wait_for
@@ -68,15 +69,15 @@ def wait(
             param_hint="--for",
         )
     timeout_s = duration("--timeout", timeout)
-    wait_for(
+    served = wait_for(
         volume,
         state.value,
         timeout_s,
         remote,
         lambda text: typer.echo(f"nbd-mirror: {text}", err=True),
     )
-    names = remote or ", ".join(one.name for one in volume.remotes)
-    say(f"{names}: {state.value}")
+    names = remote or ", ".join(served)
+    say(one_line(f"{names}: {state.value}"))
 
 
 def watch(

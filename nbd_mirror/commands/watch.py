@@ -18,7 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..base.errors import MetadataFailedError, NotRunningError, WaitTimeoutError
+from ..base.errors import (
+    ConfigError,
+    MetadataFailedError,
+    NotRunningError,
+    WaitTimeoutError,
+)
 from ..base.hints import Asked
 from ..base.units import format_duration, format_size
 from ..volume.client import ask_status
@@ -84,13 +89,16 @@ def wait_for(
     timeout_s: float,
     remote: str | None,
     tell: Callable[[str], None],
-) -> None:
+) -> list[str]:
     """
     Wait until the remote, or without a name each of them, is in *state*.
 
     Also waits for a server that does not answer yet.
 
+    Returns:
+        The names of the server's remotes.
     Raises:
+        ConfigError: the server does not know a remote that is waited for.
         WaitTimeoutError: the time is over; the message has the present state and
         the reason, or says that the server still does not answer.
         NotRunningError: no server answered by then. MetadataFailedError: the
@@ -110,8 +118,9 @@ def wait_for(
                 tell("no server answers yet; waiting for it")
             told = True
         else:
+            _check_served(config, status, remote)
             if reached(status, state, remote):
-                return
+                return [disk.name for disk in status.remotes]
             if _metadata_failed(status):
                 raise MetadataFailedError(
                     f"volume {config.name} is failed: {status.reason}",
@@ -120,6 +129,23 @@ def wait_for(
             if time.monotonic() >= deadline:
                 raise _not_reached(status, state, timeout_s, remote)
         time.sleep(min(WAIT_POLL_S, max(deadline - time.monotonic(), 0)))
+
+
+def _check_served(config: VolumeConfig, status: Status, remote: str | None) -> None:
+    """
+    Check that the server has the remotes that are waited for.
+
+    It has those of the configuration that it was started with.
+    """
+    wanted = [remote] if remote else [one.name for one in config.remotes]
+    served = [one.name for one in status.remotes]
+    missing = [name for name in wanted if name not in ("local", *served)]
+    if missing:
+        raise ConfigError(
+            f"the server of volume {config.name} does not mirror to {missing[0]}: the "
+            f"configuration was changed since its start; it has: {', '.join(served)}",
+            "nbd-mirror stop CONFIG, then nbd-mirror serve CONFIG",
+        )
 
 
 def _metadata_failed(status: Status) -> bool:
@@ -174,8 +200,10 @@ def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
     while True:
         status = status_of(config)
         yield status
-        if until is not None and reached(status, until, None):
-            return
+        if until is not None and status.pid is not None:
+            _check_served(config, status, None)
+            if reached(status, until, None):
+                return
         time.sleep(WATCH_POLL_S)
 
 

@@ -19,6 +19,7 @@ from ..base.errors import FormatError
 
 __all__ = [
     "Answer",
+    "Disks",
     "Flag",
     "Number",
     "Ping",
@@ -58,6 +59,12 @@ class Ping(Answer):
 
     volume: Text
     pid: Annotated[int, Field(strict=True, gt=0, lt=1 << 31)]
+
+
+class Disks(Answer):
+    """The disks that a command was about, by name."""
+
+    remotes: tuple[Text, ...]
 
 
 class Policy(Answer):

@@ -191,6 +191,22 @@ def test_command_unknown_remote_is_refused(behind: Site) -> None:
         site.refused(3, "nowhere", "dr", commands=[what, str(site.config), "nowhere"])
 
 
+def test_command_speaks_of_the_remotes_that_the_server_has(behind: Site) -> None:
+    """A remote that the file got since its start is neither paused nor in sync."""
+    file, before = str(behind.config), behind.config.read_text()
+    behind.config.write_text(before.replace('name = "dr"', 'name = "new"'))
+    try:
+        assert behind.cli("pause", file).stdout == "dr: paused\n"
+        assert behind.cli("resume", file).stdout == "dr: resumed\n"
+        words = "does not mirror to new", "it has: dr", "nbd-mirror stop"
+        wait = ["wait", file, "--for", "in_sync"]
+        for options in ([], ["--remote", "new"]):
+            behind.refused(3, *words, commands=[*wait, *options])
+        behind.refused(3, *words, commands=["watch", file, "--until", "in_sync"])
+    finally:
+        behind.config.write_text(before)
+
+
 def test_command_without_server_is_said(site: Site) -> None:
     """Commands to a volume without a server end with that cause."""
     site.create()

@@ -17,6 +17,7 @@ from unit.answers import a_local, a_remote, a_status
 from unit.volumes import make_file
 
 from nbd_mirror.base.errors import (
+    ConfigError,
     FormatError,
     MetadataFailedError,
     NotRunningError,
@@ -86,6 +87,18 @@ def test_wait_for_the_local_disk_alone(config: VolumeConfig) -> None:
         _wait(config, 10, "dr")
         with pytest.raises(WaitTimeoutError, match="local is failed: EIO"):
             _wait(config, 0.2, "local")
+
+
+@pytest.mark.parametrize("remote", [None, "dr"])
+def test_wait_for_a_remote_that_the_server_does_not_know_is_refused(
+    config: VolumeConfig, remote: str | None
+) -> None:
+    """The file was changed under the server: what it lacks is in no state at all."""
+    with (
+        _served(config, a_status(a_remote(name="b"))),
+        pytest.raises(ConfigError, match=r"does not mirror to dr: .* it has: b"),
+    ):
+        _wait(config, 10, remote)
 
 
 def test_wait_over_its_time_says_state_reason_and_hint(config: VolumeConfig) -> None:
