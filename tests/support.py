@@ -2,9 +2,9 @@
 """
 What all tests share: skipping with a reason, waiting, processes that surely end.
 
-Every process of a test session carries a variable in its environment, whoever
-started it and however it went into the background, so what is left over can be
-found and is certainly ours. pytest makes itself their subreaper, so that they can
+Every process of a test session carries a variable in its environment, whatever started
+it and however it went into the background. So a leftover process can be found, and is
+certainly ours. pytest makes itself their subreaper, so that they can
 be reaped too.
 """
 

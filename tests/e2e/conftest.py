@@ -33,11 +33,11 @@ def site(new_site: Callable[..., Site]) -> Site:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
-    Run what takes a door through the direct one, and through one of nbdkit's two.
+    Run a test that takes a door with the direct one, and with one of nbdkit's two.
 
-    Which of the two is by the test's name: it is the same engine behind them, so each
-    test through each would show little more, and take a third longer. The requests
-    themselves go through all three in test_requests.py.
+    The test's name decides which of the two. The engine behind them is the same, so
+    each test with each door would show little more and take a third longer. The
+    requests themselves go through all three doors in test_requests.py.
     """
     chosen_there = any(
         "door" in mark.args[0]

@@ -2,8 +2,8 @@
 """
 A remote that hangs somewhere, or comes back as another than it was.
 
-Neither may hang a client: each command to a remote has a deadline, whatever it waits
-for. And what came back too small or read-only is refused, before a byte is written.
+Neither may hang a client: each command to a remote has a deadline for any wait. A
+remote that comes back too small or read-only is refused before a byte is written.
 """
 
 from __future__ import annotations

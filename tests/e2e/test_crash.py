@@ -32,7 +32,7 @@ RESYNC_POINTS = ("resync_after_read", "resync_before_flush", "resync_before_clea
 
 
 def test_primary_killed_under_load_recovers_little(site: Site, door: str) -> None:
-    """Only what was under way or unflushed is copied; every answered write is there."""
+    """Only regions under way or unflushed are copied; all answered writes are there."""
     site.fill(site.local, site.size)
     site.bring_up(door)
     load = site.load(threads=4, flush_every=10)

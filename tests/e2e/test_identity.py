@@ -2,8 +2,8 @@
 """
 The disk at `local` is not the one that the state belongs to.
 
-Whatever way it came there, it is refused before a byte of it is served or written; and
-the right disk is never refused, however the server ended.
+In every such case it is refused before a byte of it is served or written; and the right
+disk is never refused, in whatever way the server ended.
 """
 
 from __future__ import annotations

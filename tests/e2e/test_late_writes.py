@@ -2,10 +2,11 @@
 """
 Late writes: the far server carries out a dead connection's command afterwards.
 
-It may do so after a newer write to the same blocks, and no protocol tells of it. So
-what was unanswered stays dirty for `late_write_window` and is copied again: once the
-remote is shown in sync the disks are equal, and stay so. The faulty server keeps a
-command, loses the connection, and carries it out when the test says so.
+It may do so after a newer write to the same blocks, and the protocol does not report
+that. So regions with an unanswered command stay dirty for `late_write_window` and are
+copied again: once the remote is shown in sync the disks are equal, and stay so. The
+faulty server keeps a command, loses the connection, and carries it out when the test
+says so.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """
 The server is killed, or the power is lost, while the local disk has failed.
 
-What was answered then is on a remote alone, so nothing may make that remote anything
-but the source: not a kill at any step of the takeover or of copying back, not lost
-power, and not an operator who mistakes one disk for another.
+Only a remote has the writes that were answered then, so it must stay the source: after
+a kill at any step of the takeover or of copying back, after lost power, and when an
+operator confuses two disks.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The local disk hangs, and `local_deadline` is set: clients go on by a remote.
 
 The hang is real: a file system that is frozen keeps a write in the kernel, where no
 signal ends it; a file of nbdfuse's keeps reads and flushes too. What the disk was told
-before is carried out when it lets go, and must be seen by nobody.
+before is carried out when it lets go, and no client may see that.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def assert_local_covered(site: Site) -> set[int]:
     ],
 )
 def test_takeover_is_not_seen_by_clients(site: Site, door: str, kind: str) -> None:
-    """EIO of a write or a flush: the remote serves, and what local misses goes back."""
+    """EIO of a write or a flush: the remote serves, and local is copied back to."""
     disk = FuseDisk(site)
     site.fill(site.local, 24 * MIB, offset=8 * MIB)
     site.bring_up(door)

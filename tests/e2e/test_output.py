@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Output never matters: whatever becomes of a log, the volume is served and kept.
+Output never matters: the volume is served and kept with any state of its log.
 
 A command that cannot say what it did says that, with an exit code of its own.
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What can happen to two or three nodes next: the transitions of nodes_model.py's state.
+The transitions of nodes_model.py's state: all that can happen to two or three nodes.
 
 The nodes decide by the product's own rules (nbd_mirror/rules). `Rules` holds these
 functions, so that a test can leave one out and see that the exploration finds it. Each
-durable step is a transition of its own, so every order of steps and failures is met:
-kills, power loss, cut links, and an operator who promotes, demotes, hands the role
-over, forces and resolves.
+durable step is a transition of its own, so the exploration meets every order of steps
+and failures: kills, power loss, cut links, and operators that promote, demote, hand the
+role over, force and resolve.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Machine(Meetings):
                 yield from self._hand_over(state, index, at)
 
     def _resumes(self, state: State, index: int) -> bool:
-        """Tell whether the last primary has met all others, none promoted since."""
+        """Tell whether the last primary has met all others, and none was promoted."""
         node = state.nodes[index]
         if node.demoted or node.behind or node.inconsistent:
             return False
@@ -185,7 +185,7 @@ class Machine(Meetings):
         return self._read(state, index)
 
     def _read(self, state: State, index: int) -> State:
-        """Count on what a promoted node holds: its clients may read it at once."""
+        """Require that a promoted node's data stay: clients may read them at once."""
         node = state.nodes[index]
         stories = list(state.stories)
         story = stories[node.story]
@@ -194,7 +194,7 @@ class Machine(Meetings):
         return state._replace(stories=tuple(stories))
 
     def _counts(self, state: State, index: int) -> State:
-        """Let what is in doubt count as this node has it: clients will read it."""
+        """Let this node's content of doubtful regions count: clients will read it."""
         node = state.nodes[index]
         doubted = [NAMES[at] for at, bits in enumerate(node.doubts) if bits]
         if not self.rules.counts_doubts or not doubted:

@@ -49,7 +49,7 @@ class Meetings(Writes):
             yield from self._resync(state, pair, session)
 
     def _may_meet(self, state: State, pair: tuple[int, int]) -> bool:
-        """Both are up, and neither follows a primary that the other is not."""
+        """Whether both are up, and neither follows a third node as its primary."""
         if pair not in state.links or not all(state.nodes[at].up for at in pair):
             return False
         for one, other in (pair, pair[::-1]):

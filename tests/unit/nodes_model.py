@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Two or three nodes of a volume at one instant, and what they promise.
+Two or three nodes of a volume at one instant, and the promises that they keep.
 
-What is modelled: disks of a few regions with a volatile cache, the durable maps, the
-activity log, one write under way a primary, and sessions. nodes_machine.py has the
-transitions. `faults` says what a state breaks:
+The model has disks of a few regions with a volatile cache, the durable maps, the
+activity log, one write under way per primary, and sessions. nodes_machine.py has the
+transitions. `faults` returns the promise that a state breaks:
 
-- Two nodes in sync hold the same data, but for the write under way.
-- A primary that nobody forced holds each answered write. One that was answered and not
-  flushed may go only when every node of that generation lost it by power loss.
+- Two nodes in sync hold the same data, except for the write under way.
+- A primary that no operator forced holds each answered write. An answered write that
+  was not flushed may be lost only if every node of that generation lost power.
 - Two nodes serve clients at once only if an operator forced one of them.
 - All data of a volume go back to one first generation.
-- No decision but an operator's discards a write that the target answered after the two
+- Only an operator's decision discards a write that the target answered after the two
   histories parted.
 
-What is left out: delays within a session. A session ends for both sides at once, and
-nothing of it arrives later; that is what claims have to keep (their own model).
+The model has no delays within a session. A session ends for both sides at once, and no
+message of it arrives later. Claims ensure that, and have a model of their own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Node(NamedTuple):
     up: bool = True
     primary: bool = False
     flight: Flight | None = None
-    # A promotion that waits: its epoch, whether it is forced, who has to consent.
+    # A promotion that waits: its epoch, whether it is forced, the nodes to consent.
     asks: tuple[int, bool, frozenset[int]] | None = None
     forgets: frozenset[int] = frozenset()  # active and flushed everywhere
     story: int = 0  # which of the parted histories its data belongs to
@@ -194,7 +194,7 @@ def _kinship_fault(state: State) -> str:
 
 
 def judged(state: State, source: int, target: int, *, by_operator: bool) -> State:
-    """Note a decision that copies from no image, or discards answered writes alone."""
+    """Note a wrong decision: it copies from no image, or discards answered writes."""
     giver, taker = state.nodes[source], state.nodes[target]
     if giver.inconsistent:
         return state._replace(fault="a source is of no instant")
@@ -207,7 +207,7 @@ def judged(state: State, source: int, target: int, *, by_operator: bool) -> Stat
 
 
 def forgotten(state: State, index: int) -> State:
-    """After power loss: an unflushed write may be gone from all nodes that had it."""
+    """Allow, after power loss, that all nodes have lost an unflushed write."""
     generation = state.nodes[index].line.generation
     if generation == NO_DATA:
         return state
@@ -229,7 +229,7 @@ def forgotten(state: State, index: int) -> State:
 
 
 def renewed(state: State) -> State:
-    """Promise all again, once an operator's orders of force have been healed."""
+    """Restore all promises once the forced orders of an operator are healed."""
     serving = [at for at, node in enumerate(state.nodes) if node.primary]
     if not state.forced or len(serving) != 1:
         return state
@@ -246,7 +246,7 @@ def renewed(state: State) -> State:
 
 
 def replaced(state: State, index: int) -> State | None:
-    """Give a node a new disk and no state; None: it holds what no other one has."""
+    """Give a node a new disk and no state; None: it has the only copy of some data."""
     node = state.nodes[index]
     story = state.stories[node.story]
     for at in others(state, index):
@@ -291,7 +291,7 @@ def term(node: Node) -> tuple[int, int]:
 
 
 def token(node: Node) -> tuple[int, int, int]:
-    """Give what a token of the node is good for."""
+    """Return the generation and term for which a token of the node is good."""
     return node.line.generation, *term(node)
 
 
@@ -353,7 +353,7 @@ def connected(state: State, one: int, other: int) -> bool:
 
 
 def side_of(state: State, index: int, other: int) -> Side:
-    """Show a node as it shows itself to another one."""
+    """Return a node's state as it shows it to another one."""
     node = state.nodes[index]
     return Side(
         volume="v",
@@ -374,7 +374,7 @@ def side_of(state: State, index: int, other: int) -> Side:
 
 
 def standing_of(state: State, index: int) -> Standing:
-    """Show a node as `promote` judges it."""
+    """Return a node's state as `may_promote` judges it."""
     node = state.nodes[index]
     contacts = []
     for at in others(state, index):

@@ -70,7 +70,7 @@ class Sessions:
         return self._end_all(state, index)
 
     def _start(self, state: State, index: int) -> State:
-        """Doubt, towards all others, what was active when the node ended."""
+        """Doubt, towards all others, the regions that were active at the node's end."""
         node = state.nodes[index]
         doubts = all_doubt(node, index, node.active)
         crash = node.crash if any(doubts) else Crash.NONE
@@ -92,7 +92,7 @@ class Sessions:
         return state
 
     def _end(self, state: State, pair: tuple[int, int]) -> State:
-        """End a session; doubt what a secondary had under way."""
+        """End a session; a secondary doubts the regions that it had under way."""
         sessions = tuple(item for item in state.sessions if item[0] != pair)
         state = state._replace(sessions=sessions)
         for index, other in (pair, pair[::-1]):
@@ -199,7 +199,7 @@ class Sessions:
         return tuple(doubts)
 
     def _told_apart(self, state: State, nodes: list[int]) -> State:
-        """Begin a story by an order of force: what the node holds counts."""
+        """Begin a story by a forced order: the node's data count from now on."""
         first = state.nodes[nodes[0]]
         for at in nodes:
             state = put(state, at, state.nodes[at]._replace(story=len(state.stories)))

@@ -41,7 +41,7 @@ class Writes(Sessions):
     def _answering(
         self, state: State, index: int, flight: Flight
     ) -> Iterator[tuple[str, State]]:
-        """Give what brings a write nearer to its answer."""
+        """Give the steps that bring a write nearer to its answer."""
         name, node = NAMES[index], state.nodes[index]
         missing = self._missing(state, index, flight)
         names = [NAMES[at] for at in missing]
@@ -171,7 +171,7 @@ class Writes(Sessions):
         return state._replace(stories=tuple(stories))
 
     def _forget(self, state: State, index: int) -> State:
-        """Let the activity log forget what is flushed everywhere."""
+        """Let the activity log forget the regions that are flushed everywhere."""
         node = state.nodes[index]
         active = node.active - node.forgets
         return put(state, index, node._replace(active=active, forgets=frozenset()))

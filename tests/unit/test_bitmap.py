@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The bitmap against a Python set: whatever is done, both hold the same bits.
+The bitmap against a Python set: after any operation both hold the same bits.
 
 Sizes are *not* multiples of 8, 64 or a page's bits, and go past one page, for
 that is where a word-wise bitmap goes wrong.  After every step the bytes and
@@ -184,7 +184,7 @@ TestBitmapModel = BitmapMachine.TestCase
 @given(data=st.data())
 @settings(max_examples=10)
 def test_any_memory_is_counted(size: int, data: st.DataObject) -> None:
-    """Whatever lies in the memory is counted, and bits past the end are cleared."""
+    """All bits in the memory are counted, and bits past the end are cleared."""
     nr_bytes = lib.bitmap_bytes(size)
     # The ends and edges matter, not 4096 bytes of entropy.
     pattern = data.draw(st.binary(min_size=1, max_size=40))

@@ -2,9 +2,9 @@
 """
 Claims: one at a time, and in a machine of two primaries and one node, in every order.
 
-The machine has what a claim is for: a network that delays what it has taken, a node
+The machine has the cases that claims are for: a network that delays requests, a node
 that notices a lost connection late or never, requests that are under way at the disk
-when their connection ends, and a primary that goes on after another was promoted.
+when their connection ends, and a primary that continues after another was promoted.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_judgement(case: str) -> None:
 def test_a_node_that_was_promoted_refuses_what_came_before(
     in_force: Claim | None,
 ) -> None:
-    """It is secondary again, and nobody has claimed its disk since."""
+    """It is secondary again, and no primary has claimed its disk since."""
     claim = replace(CLAIM, session=4)
     for term, expected in (
         ((7, "alpha"), Judgement.FENCE),

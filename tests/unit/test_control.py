@@ -409,7 +409,7 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
 def test_command_that_takes_long_is_none_of_a_server_that_hangs(
     tmp_path: Path,
 ) -> None:
-    """It answers all others, so nobody is told to kill it."""
+    """It answers all others, so no message says to kill it."""
     done = threading.Event()
 
     def handle(command: str, _: dict[str, Any]) -> object:
@@ -453,7 +453,7 @@ def test_lock_of_another_file_with_its_number_does_not_count(
 def test_ping_of_a_hostile_server_is_one_clear_error(
     tmp_path: Path, result: object
 ) -> None:
-    """Root may ask another user's server: whatever it says is no bug of ours."""
+    """Root may ask another user's server: no answer of it is a bug of ours."""
     config = SimpleNamespace(state_dir=tmp_path, state=str(tmp_path), name="pg")
     with (
         ControlServer(control_path(tmp_path), lambda *_: result),

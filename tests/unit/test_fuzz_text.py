@@ -173,7 +173,7 @@ def read(content: bytes) -> VolumeConfig | None:
 @example(GOOD.replace(b'"/srv/pg.img"', b'"/var/lib/nbd-mirror/pg/\\n"'))
 @example(GOOD.replace(b"nbd://dr.example.net/pg", b"nbd+unix:///?socket=/a%00b"))
 def test_config_any_bytes_are_read_or_refused_in_lines(content: bytes) -> None:
-    """Whatever stands in the file, it is a configuration or one error."""
+    """Any bytes in the file give a configuration or one error."""
     config = read(content)
     if config is not None:
         params = to_params(config)
@@ -326,7 +326,7 @@ answers = st.one_of(
 @example(b"[" * 60000)
 @example(b'{"ok": false, "error": {"class": [], "message": {}, "hint": 1}}')
 def test_control_any_answer_is_believed_or_an_error(answer: bytes) -> None:
-    """A client meets whatever listens there with a result or a MirrorError."""
+    """Any program that listens there gives a client a result or a MirrorError."""
     with tempfile.TemporaryDirectory() as folder:
         thread = answer_with(Path(folder), answer.replace(b"\n", b" ") + b"\n")
         error = None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-What a write passes costs no more on a large volume, or among many writes.
+No part of a write costs more on a large volume, or among many writes.
 
 callgrind counts the instructions of instructions.c, which is linked with the engine's
 own objects. A count is the same on every run of one build, however busy the machine

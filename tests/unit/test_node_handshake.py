@@ -2,8 +2,8 @@
 """
 The handshake of nodes, one decision at a time.
 
-Rows of `REPORTED` are DRBD's troubles of 2020 to 2026, each as the state of two nodes
-that it began with. nodes_model.py shows what the rules keep over time.
+Rows of `REPORTED` are faults that DRBD had from 2020 to 2026, each as the state of two
+nodes at its beginning. nodes_model.py shows that the rules hold over time.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def test_row(row: str) -> None:
         assert (plan.action is Action.STOP) == bool(plan.reason)
 
 
-# By what was reported: the state it began with, and what must not happen to it.
+# By the report: the state at its beginning, and the outcome that must not happen.
 REPORTED = {
     "1 a flag said no resync, 16 bits were dropped (LINBIT/drbd#145)": (
         replace(A, dirty=16),
@@ -283,7 +283,7 @@ REPORTED = {
 
 @pytest.mark.parametrize("report", REPORTED)
 def test_reported(report: str) -> None:
-    """States of which others made silent divergence or a retry for ever."""
+    """In these states other programs diverged silently, or retried forever."""
     mine, other, expected = REPORTED[report]
     assert in_direction(decide(mine, other)) == expected
     assert in_direction(decide(other, mine)) == expected
@@ -336,7 +336,7 @@ def sides(node: str) -> Iterator[Side]:
 
 @pytest.mark.slow
 def test_every_combination() -> None:
-    """Both sides agree; nothing that is marked is in sync; no veto is passed over."""
+    """Both sides agree; no marked region is in sync; no veto is ignored."""
     others = list(sides("b"))
     for mine in sides("a"):
         for other in others:
@@ -346,7 +346,7 @@ def test_every_combination() -> None:
 
 
 def check(plan: Plan, mine: Side, other: Side) -> None:
-    """Whatever a plan may never do, for any two nodes."""
+    """Check the rules that a plan may never break, for any two nodes."""
     by_name = {side.node: side for side in (mine, other)}
     if plan.action is Action.STOP:
         assert plan.reason
@@ -423,7 +423,7 @@ def test_resolve_never_copies_from_an_inconsistent_image() -> None:
 
 
 def test_the_last_primary_resumes() -> None:
-    """Only if no node was promoted since, and only with all the data."""
+    """A node may resume only if none was promoted since, and only with all data."""
     crashed = replace(A, doubts=2, crash=Crash.PROCESS)
     assert may_resume(A, B)
     assert may_resume(replace(A, dirty=1), B)  # the other one waits for its data
@@ -436,7 +436,7 @@ def test_the_last_primary_resumes() -> None:
 
 
 def test_only_the_last_primary_hands_over() -> None:
-    """The token needs nobody's consent, so that only one may exist."""
+    """The token needs no other node's consent, so only one token may exist."""
     assert may_hand_over(A, B)
     assert not may_hand_over(B, A)
     assert not may_hand_over(replace(A, handed="c"), B)
@@ -460,7 +460,7 @@ def test_only_the_last_primary_hands_over() -> None:
     ],
 )
 def test_a_stop_names_what_is_wrong(other: Side, words: str) -> None:
-    """An operator is told the reason that has to go first."""
+    """The operator is told the reason that must be resolved first."""
     serving = replace(A, role=Role.PRIMARY, generation=2, history=(1,), bases=(3,))
     if other.leader == "c":
         serving = replace(serving, bases=())

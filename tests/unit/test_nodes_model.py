@@ -2,7 +2,7 @@
 """
 The rules of two and three nodes keep their promises in every state of the model.
 
-Each rule is then left out once: the exploration has to find what it is for.
+Each rule is then left out once, and the exploration must find the promise it keeps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_every_state(nodes: int, regions: int, budget: Budget) -> None:
 
 @pytest.mark.parametrize("nodes", [2, 3])
 def test_every_state_from_no_data(nodes: int) -> None:
-    """The first promotion says whose data counts, whoever else is asked meanwhile."""
+    """The first promotion decides whose data counts, even if another one is asked."""
     few = 1 if nodes == 2 else 0
     budget = Budget(writes=1, cuts=few, crashes=few, orders=2, forces=0)
     found, states = explore(Machine(), fresh(nodes, 1, budget), limit=400_000)
@@ -60,7 +60,7 @@ def test_every_state_from_no_data(nodes: int) -> None:
 def test_random_walks_heal(
     nodes: int, forces: int, begins: Callable[[int, int, Budget], State]
 ) -> None:
-    """Far beyond the bound; and whatever happened, nodes that are left alone settle."""
+    """Far beyond the bound: nodes that no failure disturbs any more always settle."""
     seed = random.SystemRandom().getrandbits(32)
     rng = random.Random(seed)
     budget = Budget(writes=5, cuts=4, crashes=4, orders=3, forces=forces)
@@ -196,7 +196,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("rule", LEFT_OUT)
 def test_without_a_rule(rule: str) -> None:
-    """What the rule is for: the shortest way to a broken promise without it."""
+    """Without the rule a promise breaks; the steps are the shortest way there."""
     nodes, budget, rules = LEFT_OUT[rule]
     found, states = explore(Machine(rules), start(nodes, 1, budget), limit=400_000)
     assert found is not None, f"{states} states, and nothing was found"
@@ -264,7 +264,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("rule", RECORDED)
 def test_without_a_rule_as_recorded(rule: str) -> None:
-    """What the rule is for; with it, one of the steps cannot be taken."""
+    """These steps break a promise without the rule; with it, one is impossible."""
     nodes, rules, steps, fault = RECORDED[rule]
     assert _replay(Machine(rules), nodes, steps) == fault
     assert _replay(Machine(), nodes, steps) != fault

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the logs say without a server is no better than what a start makes of them."""
+"""Without a server the logs never look better than a start would find them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_map_that_a_start_does_not_believe_means_all_dirty(
 def test_log_that_a_start_does_not_believe_means_all_dirty(
     tmp_path: Path, log: str, harm: str
 ) -> None:
-    """The maps say nothing of what a log that is lost has covered."""
+    """The maps do not have the regions that a lost log covered."""
     config = make_volume(tmp_path / "v", assume=True)
     path = config.state_dir / log
     old = path.read_bytes()

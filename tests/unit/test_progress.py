@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Resync's figures are honest whatever is counted."""
+"""Resync's figures are honest for any counts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestProgress:
         assert (50, 550) == (progress.done_bytes, progress.total_bytes)
 
     def test_time_left_without_movement_is_unknown(self) -> None:
-        """When what does not move is done is not known."""
+        """A resync that does not move has no known end."""
         progress = Progress(0.0, 100, 0)
         progress.update(5.0, 100, 0)
         assert progress.eta_s is None

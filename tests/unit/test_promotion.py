@@ -58,7 +58,7 @@ def test_promotion(case: str) -> None:
 
 
 def test_a_reason_names_the_loss() -> None:
-    """Whoever forces is told what may be gone."""
+    """An operator that forces is told what may be lost."""
     away = (Contact("b"),)
     for node, words in (
         (Standing(lost_power=True, others=away), "not flushed"),
@@ -73,7 +73,7 @@ def test_a_reason_names_the_loss() -> None:
 
 @pytest.mark.parametrize("others", [1, 2])
 def test_every_standing(others: int) -> None:
-    """What no order of the table's lines may change."""
+    """Check the rules that hold for any order of the table's lines."""
     flags = list(itertools.product((False, True), repeat=6))
     contacts = [
         Contact("b", connected, role, has_data)

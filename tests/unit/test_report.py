@@ -135,7 +135,7 @@ def parts(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("value", NASTY, ids=lambda value: repr(value)[:20])
 def test_any_value_of_a_key_is_shown_or_is_one_clear_error(value: object) -> None:
-    """Whatever another user's server says for a key, no command ends as a bug."""
+    """Any value from another user's server is an error of a command, and no bug."""
     whole = json.dumps(made(SERVER).dump())
     keys = [(i, key) for i, one in enumerate(parts(json.loads(whole))) for key in one]
     for i, key in keys:

@@ -208,7 +208,7 @@ def test_status_that_is_none_is_one_clear_error(
 
 
 def test_status_of_an_earlier_versions_server_is_shown(config: VolumeConfig) -> None:
-    """A server goes on as it was begun when a newer version is installed."""
+    """A running server stays as it is when a newer version is installed."""
     remote, local = a_remote(), {"path": "/d.img", "state": "ok"}
     del remote["flush_bound_bytes"]
     status = a_status(remote, local=local)
@@ -220,7 +220,7 @@ def test_status_of_an_earlier_versions_server_is_shown(config: VolumeConfig) -> 
         _wait(config, 10)
     assert "in_sync" in out.getvalue()
     assert "/d.img" in out.getvalue()
-    # Programs find every key, with what it would say if nothing had happened.
+    # Programs find every key; an unknown one has the value from before any event.
     found = answer.dump()
     assert (found["fenced_reads"], found["persists"]) == ("serve", None)
     assert (found["local"]["dirty_bytes"], found["local"]["reason"]) == (0, "")

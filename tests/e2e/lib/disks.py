@@ -136,7 +136,8 @@ class FrozenDisk:
     """
     The local disk of *site*: a file of an ext4 of its own, on a loop device.
 
-    While it is frozen the kernel keeps whoever writes, and no signal ends that.
+    While it is frozen, the kernel keeps any thread that writes, and no signal ends
+    that.
     """
 
     def __init__(self, site: Site) -> None:

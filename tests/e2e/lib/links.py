@@ -3,8 +3,8 @@
 A site whose secondary is behind a link of its own, as slow as a test wants it.
 
 Two network namespaces with a pair of interfaces between them: the mirror's server runs
-in the one, nbdkit in the other, tc shapes what the mirror sends and gets. Images,
-state and control socket are in the folder as ever.
+in the one, nbdkit in the other, and tc shapes the traffic of the mirror. Images, state
+and control socket are in the folder as usual.
 """
 
 from __future__ import annotations

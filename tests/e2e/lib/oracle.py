@@ -2,8 +2,8 @@
 """
 What a volume's files say, read from their bytes as FORMAT.md describes them.
 
-Not a line of the engine is used, for this is what its recovery is judged by. Sizes are
-those of the volumes of these tests.
+It uses no line of the engine, because it judges the engine's recovery. Sizes are those
+of the volumes of these tests.
 """
 
 from __future__ import annotations
