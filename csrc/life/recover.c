@@ -2,7 +2,7 @@
 
 /* Load the logs and find out what may differ.
  *
- * What a start may believe (design, section 4):
+ * What a start may believe:
  *
  *   superblock says          the logs are            and what may differ is
  *   clean                    empty                   what dirty.* says

@@ -7,7 +7,7 @@
  *   here       issue remote, then local, in parallel; wait; outcome
  *   state.c    what an outcome does to a remote's state
  *
- * Outcomes (design, section 5):
+ * Outcomes:
  *
  *   local  remote            answer  and
  *   ok     ok                ok      retire
