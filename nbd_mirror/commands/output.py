@@ -26,6 +26,7 @@ __all__ = [
     "keep_descriptors",
     "one_line",
     "plain",
+    "reader_ended",
 ]
 
 
@@ -138,3 +139,10 @@ def finish_output() -> None:
     sys.stdout.flush()
     with contextlib.suppress(ValueError):
         sys.stderr.flush()
+
+
+def reader_ended(seconds: float) -> bool:
+    """Wait; return early, and true, once standard output is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(what & select.POLLERR for _, what in poll.poll(seconds * 1000))

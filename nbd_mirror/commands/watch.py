@@ -22,16 +22,18 @@ from ..base.errors import (
     ConfigError,
     MetadataFailedError,
     NotRunningError,
+    OutputError,
     WaitTimeoutError,
 )
 from ..base.hints import Asked
+from ..base.interrupts import put_off
 from ..base.units import format_duration, format_size
 from ..volume.client import ask_status
 from ..volume.config import VolumeConfig
 from ..volume.offline import stopped_status
 from ..volume.status import Disk, Status
 from .asked import name_volume
-from .output import one_line
+from .output import one_line, reader_ended
 from .show import NAME_WIDTH, describe_resync, state_text
 
 __all__ = ["reached", "status_of", "wait_for", "watch"]
@@ -41,6 +43,8 @@ WATCH_POLL_S = 0.25
 ASK_S = 10.0  # a server that needs longer hangs
 LAST_ASK_S = 1.0
 STATE_WIDTH = len("out_of_sync")
+
+_Facts = tuple[str | int, ...]
 
 
 def status_of(config: VolumeConfig) -> Status:
@@ -180,20 +184,31 @@ def watch(
         KeyboardInterrupt: the user ended it.
     """
     if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
+        # Live hides the cursor: no signal ends the command before it is shown again.
+        with (
+            put_off() as signals,
+            Live(console=console, auto_refresh=False) as live,
+            signals.let_through(),
+        ):
             for status in _statuses(config, until):
                 live.update(_picture(status, asked), refresh=True)
         return
-    last: list[str] = []
+    last: dict[_Facts, str] = {}
     for status in _statuses(config, until):
-        lines = list(_lines(status))
-        for line in lines:
-            if line not in last:
-                console.print(
-                    Text(f"{time.strftime('%H:%M:%S')} {one_line(line)}"),
-                    soft_wrap=True,
-                )
+        lines = dict(_lines(status))
+        for facts, line in lines.items():
+            if facts not in last:
+                _print(console, f"{time.strftime('%H:%M:%S')} {line}", until)
         last = lines
+
+
+def _print(console: Console, line: str, until: str | None) -> None:
+    """Print a line. With *until*, the end of the reader does not end the wait."""
+    try:
+        console.print(Text(one_line(line)), soft_wrap=True)
+    except OutputError as error:
+        if until is None or not error.quiet:
+            raise
 
 
 def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
@@ -204,24 +219,32 @@ def _statuses(config: VolumeConfig, until: str | None) -> Iterator[Status]:
             _check_served(config, status, None)
             if reached(status, until, None):
                 return
-        time.sleep(WATCH_POLL_S)
+        if reader_ended(WATCH_POLL_S) and until is None:
+            return
 
 
-def _lines(status: Status) -> Iterator[str]:
-    """Yield a line per remote, with the values whose change is worth a new line."""
+def _lines(status: Status) -> Iterator[tuple[_Facts, str]]:
+    """
+    Yield a line per disk, and the facts whose change is worth a new line.
+
+    Bytes change all the time, and a log of them would be endless: a new line is worth
+    twice as many dirty bytes, or half as many, and a tenth of a resync.
+    """
     if status.pid is None:
-        yield f"{status.volume}: {status.reason}"
+        text = f"{status.volume}: {status.reason}"
+        yield (text,), text
         return
     for disk in _disks(status):
-        words = [f"{disk.name}: {disk.state}"]
-        if disk.dirty_bytes:
-            words.append(f"{format_size(disk.dirty_bytes)} dirty")
+        head = f"{disk.name}: {disk.state}"
         total = disk.resync.total_bytes if disk.resync else 0
         if disk.resync and total:
-            # In steps of a tenth, because a log of it would be endless.
-            tenths = 10 * disk.resync.done_bytes // total
-            words = [words[0], f"{tenths * 10}% of {format_size(total)}"]
-        yield ", ".join(words)
+            percent = 10 * disk.resync.done_bytes // total * 10
+            yield (head, "done", percent), f"{head}, {percent}% of {format_size(total)}"
+        elif disk.dirty_bytes:
+            facts = (head, "dirty", disk.dirty_bytes.bit_length())
+            yield facts, f"{head}, {format_size(disk.dirty_bytes)} dirty"
+        else:
+            yield (head,), head
 
 
 def _disks(status: Status) -> Sequence[Disk]:

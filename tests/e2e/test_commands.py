@@ -8,11 +8,14 @@ images, never with another of their own figures.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -145,6 +148,42 @@ def test_watch_without_terminal_prints_changes(behind: Site) -> None:
     assert "dr: in_sync" in lines[-1]
     assert "\x1b" not in out.read_text()
     assert len(lines) == len(set(lines))
+
+
+def test_watch_ends_with_its_reader(behind: Site) -> None:
+    """`watch | head -n 1` ends, though nothing changes that could be written."""
+    command = [*behind.command(), "watch", str(behind.config)]
+    environment = os.environ | behind.environment()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_watch_leaves_the_terminal_with_its_cursor(
+    behind: Site, number: signal.Signals
+) -> None:
+    """Whatever signal ends it: also that of `timeout 10 nbd-mirror watch`."""
+    ours, theirs = os.openpty()
+    command = [*behind.command(), "watch", str(behind.config)]
+    environment = os.environ | behind.environment() | {"TERM": "xterm"}
+    shown = b""
+    with subprocess.Popen(
+        command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while part := os.read(ours, 4096):
+                if b"out_of_sync" in part and b"out_of_sync" not in shown:
+                    process.send_signal(number)
+                shown += part
+        os.close(ours)
+        assert process.wait(20) == (0 if number is signal.SIGINT else -number)
+    hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
+    assert hidden in shown
+    assert shown.rindex(visible) > shown.rindex(hidden)
 
 
 def test_inspect_counts_as_the_file_has_it(behind: Site) -> None:

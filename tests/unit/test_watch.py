@@ -21,6 +21,7 @@ from nbd_mirror.base.errors import (
     FormatError,
     MetadataFailedError,
     NotRunningError,
+    OutputError,
     WaitTimeoutError,
 )
 from nbd_mirror.commands import watch
@@ -28,6 +29,7 @@ from nbd_mirror.commands.show import show_status
 from nbd_mirror.server.control_server import ControlServer
 from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.control import control_path
+from nbd_mirror.volume.status import Status
 
 
 @pytest.fixture
@@ -260,6 +262,53 @@ def test_watch_off_a_terminal_prints_a_line_a_change(config: VolumeConfig) -> No
         "dr: resyncing, 50% of 1MiB",
         "dr: in_sync",
     ]
+
+
+def test_watch_off_a_terminal_does_not_count_every_byte(config: VolumeConfig) -> None:
+    """While clients write, a line a poll would make the log of it endless."""
+    dirty = [
+        a_remote(state="out_of_sync", dirty_bytes=kib << 10) for kib in range(64, 512)
+    ]
+    resync = {"done_bytes": 0, "bytes_per_s": 1, "eta_s": None}
+    growing = [
+        a_remote(state="resyncing", resync={**resync, "total_bytes": kib << 10})
+        for kib in range(512, 600)
+    ]
+    out = io.StringIO()
+    statuses = [Status.model_validate(a_status(one)) for one in (*dirty, *growing)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "_statuses", lambda *_: iter(statuses))
+        watch.watch(config, Console(file=out, width=100), "v", None)
+    lines = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "dr: out_of_sync, 64KiB dirty",
+        "dr: out_of_sync, 128KiB dirty",
+        "dr: out_of_sync, 256KiB dirty",
+        "dr: resyncing, 0% of 512KiB",
+    ]
+
+
+class _Gone(io.StringIO):
+    def write(self, _: str) -> int:
+        raise OutputError("no reader", quiet=True)
+
+
+def test_watch_until_a_state_outlives_the_reader_of_its_output(
+    config: VolumeConfig,
+) -> None:
+    """Its end, with exit status 0, says that the state is reached."""
+    answers = [a_status(a_remote(state=one)) for one in ("out_of_sync", "in_sync")]
+    asked = []
+
+    def handler(*_: object) -> object:
+        asked.append(1)
+        return answers[min(len(asked), 3) // 3]
+
+    with ControlServer(control_path(config.state_dir), handler):
+        watch.watch(config, Console(file=_Gone()), "v", "in_sync")
+        assert len(asked) == 3
+        with pytest.raises(OutputError):
+            watch.watch(config, Console(file=_Gone()), "v", None)
 
 
 def test_watch_shows_the_local_disk_until_it_is_ok(config: VolumeConfig) -> None:
