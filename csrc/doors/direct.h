@@ -113,6 +113,7 @@ struct session {
   struct stream stream;              /* over fd */
   const struct tls_secrets *secrets; /* NULL: without TLS */
   uint64_t number;                   /* of the connection, for the log */
+  uint64_t origin; /* its host, or its user on this host; see clients_add */
   struct agreed agreed;
   struct lane lane;   /* its thread's; other threads ring its box */
   atomic_bool ending; /* server or volume end: receive no more requests */

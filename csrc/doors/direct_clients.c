@@ -5,10 +5,11 @@
  * A connection is first in the handshake, where a silent one may belong to any
  * stranger.  Then it is a client, which may be silent: the kernel's client may
  * send nothing for hours.  So the two are counted apart.  A new connection
- * always gets into the handshake, if necessary in the place of the oldest one
- * there.  A client is admitted at the end of the handshake, or is told that
- * there are too many.  When all places are taken, a client that never sent a
- * request loses its place: a client in use begins with a read.
+ * always gets into the handshake, if necessary in the place of another one
+ * there, of the host that has most of them: see in_the_way_locked.  A client is
+ * admitted at the end of the handshake, or is told that there are too many.
+ * When all places are taken, a client that never sent a request loses its
+ * place: a client in use begins with a read.
  */
 
 #define _GNU_SOURCE
@@ -109,16 +110,69 @@ put_out_locked (struct clients *clients, struct session *s)
   (void)shutdown (s->fd, SHUT_RDWR);
 }
 
-/* New sessions are at the front. */
-static struct session *
-oldest_shaking_locked (const struct clients *clients)
+/* A number for the host that the client is on, or for its user on this host.
+ * A host with IPv6 has a network of addresses to itself, so only that counts.
+ */
+static uint64_t
+origin_of (int fd)
 {
-  struct session *oldest = NULL;
+  union {
+    struct sockaddr any;
+    struct sockaddr_in in;
+    struct sockaddr_in6 in6;
+  } peer = { .any.sa_family = AF_UNSPEC };
+  socklen_t size = sizeof peer, cred_size;
+  struct ucred cred = { .uid = 0 };
+  uint64_t network = 0;
 
-  for (struct session *s = clients->first; s; s = s->next)
-    if (s->stage == SHAKING_HANDS)
-      oldest = s;
-  return oldest;
+  if (getpeername (fd, &peer.any, &size) < 0)
+    return 0;
+  switch (peer.any.sa_family) {
+  case AF_INET:
+    return peer.in.sin_addr.s_addr;
+  case AF_INET6:
+    if (IN6_IS_ADDR_V4MAPPED (&peer.in6.sin6_addr))
+      return peer.in6.sin6_addr.s6_addr32[3];
+    memcpy (&network, &peer.in6.sin6_addr, sizeof network);
+    return network;
+  default:
+    cred_size = sizeof cred;
+    (void)getsockopt (fd, SOL_SOCKET, SO_PEERCRED, &cred, &cred_size);
+    return cred.uid;
+  }
+}
+
+static uint32_t
+nr_shaking_from_locked (const struct clients *clients, uint64_t origin)
+{
+  uint32_t nr = 0;
+
+  for (const struct session *s = clients->first; s; s = s->next)
+    nr += s->stage == SHAKING_HANDS && s->origin == origin;
+  return nr;
+}
+
+/* The handshake that gives way: the oldest one from where most of them come. So
+ * a host that connects again and again puts out its own.  New sessions are at
+ * the front.
+ */
+static struct session *
+in_the_way_locked (const struct clients *clients)
+{
+  struct session *found = NULL;
+  uint32_t most = 0;
+
+  for (struct session *s = clients->first; s; s = s->next) {
+    uint32_t nr = s->stage == SHAKING_HANDS
+                      ? nr_shaking_from_locked (clients, s->origin)
+                      : 0;
+
+    if (nr > 0 && nr >= most) {
+      found = s;
+      most = nr;
+    }
+  }
+  return found;
 }
 
 static struct session *
@@ -150,10 +204,11 @@ await_ends_locked (struct clients *clients)
 void
 clients_add (struct clients *clients, struct session *s)
 {
+  s->origin = origin_of (s->fd);
   LOCK_FOR_SCOPE (&clients->lock);
   await_ends_locked (clients);
   if (clients->nr_shaking >= MAX_SHAKING)
-    put_out_locked (clients, oldest_shaking_locked (clients));
+    put_out_locked (clients, in_the_way_locked (clients));
   clients->nr_shaking++;
   s->stage = SHAKING_HANDS;
   s->clients = clients;
@@ -165,13 +220,13 @@ clients_add (struct clients *clients, struct session *s)
 bool
 clients_make_room (struct clients *clients)
 {
-  struct session *oldest;
+  struct session *found;
 
   LOCK_FOR_SCOPE (&clients->lock);
-  oldest = oldest_shaking_locked (clients);
-  if (oldest)
-    put_out_locked (clients, oldest);
-  return oldest != NULL;
+  found = in_the_way_locked (clients);
+  if (found)
+    put_out_locked (clients, found);
+  return found != NULL;
 }
 
 void

@@ -14,12 +14,12 @@ struct session;
 
 void clients_init (struct clients *clients, const struct nbdm_limits *limits);
 void clients_destroy (struct clients *clients);
-/* Add a session in the handshake, if necessary in the place of the oldest
- * handshake.
+/* Add a session in the handshake, if necessary in the place of another one: the
+ * oldest from where most of them come.
  */
 void clients_add (struct clients *clients, struct session *session);
-/* No descriptor, memory or thread is left for a client: end the oldest
- * handshake.  False: no connection is in the handshake.
+/* No descriptor, memory or thread is left for a client: end a handshake, as
+ * above.  False: no connection is in the handshake.
  */
 bool clients_make_room (struct clients *clients);
 /* Admit a session after its handshake: 0; -EUSERS: too many clients;

@@ -153,7 +153,7 @@ begin_session (struct direct_server *server, int fd,
   return rc;
 }
 
-/* False: no descriptor, memory or thread is left for a client.  The oldest
+/* False: no descriptor, memory or thread is left for a client.  A
  * handshake gives its own back; otherwise connections that send nothing would
  * keep all clients out.
  */

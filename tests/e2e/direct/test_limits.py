@@ -70,6 +70,24 @@ def test_silent_connections_keep_no_client_out(new_site: Sites) -> None:
         site.stop()
 
 
+def test_host_that_connects_again_and_again_puts_out_its_own(new_site: Sites) -> None:
+    """A client of another host, which shakes hands slowly, is the oldest there."""
+    port = free_port()
+    site = new_site(listen=f"tcp:127.0.0.1:{port}")
+    site.bring_up("direct")
+    address = ("127.0.0.1", port)
+    with ExitStack() as open_ones:
+        slow = open_ones.enter_context(RawClient(address, timeout_s=DEADLINE_S))
+        slow.hello()
+        for _ in range(300):
+            many = socket.create_connection(address, source_address=("127.0.0.2", 0))
+            open_ones.enter_context(many)
+            assert many.recv(8) == b"NBDMAGIC"  # it is in the handshake
+        assert slow.go().size == site.size
+        slow.write(0, b"s" * 512)
+        site.stop()
+
+
 def test_clients_share_the_memory(new_site: Sites) -> None:
     """Clients that read nothing hold no more than max_memory, all together."""
     site = new_site(max_memory="128MiB", size=32 * MIB)
