@@ -172,4 +172,15 @@ round_trip (const struct client *c, uint8_t value)
   assert (client_do (c, NBD_CMD_WRITE, 0, SIZE - SECTOR, SECTOR, buf) == 0);
 }
 
+/* A client that asks for many reads and receives no answer. */
+static TEST_UNUSED struct client
+client_deaf (uint32_t length)
+{
+  struct client c = client_open (door, false);
+
+  for (uint64_t i = 0; i < 20; i++)
+    assert (client_request (&c, NBD_CMD_READ, 0, i, 0, length, NULL));
+  return c;
+}
+
 #endif /* NBDM_DIRECT_SITE_H */
