@@ -89,7 +89,7 @@ def _call(
         return control.exchange(config.state_dir, command, timeout_s, args)
     except (NotRunningError, WaitTimeoutError) as error:
         raise type(error)(
-            *(silent_server(config.state_dir) or (error.message, error.hint))
+            *(silent_server(config) or (error.message, error.hint))
         ) from None
 
 

@@ -102,39 +102,67 @@ def _has_open(pid: int, lock: os.stat_result) -> bool:
     It may hold a lock on a file with the same number in another file system.
     """
     try:
-        # After its first thread has ended, that has no files, though another may hang.
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        return any(_thread_has_open(task, lock) for task in tasks)
+        return (lock.st_dev, lock.st_ino) in _open_locks(pid)
     except PermissionError:
         return True  # another user's, which this user cannot kill either
     except OSError:
         return False  # it has ended
 
 
-def _thread_has_open(task: Path, lock: os.stat_result) -> bool:
+def _open_locks(pid: int) -> set[tuple[int, int]]:
+    """Return device and number of each file `lock` that the process has open."""
+    # After its first thread has ended, that has no files, though another may hang.
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    return {found for task in tasks for found in _open_locks_of(task)}
+
+
+def _open_locks_of(task: Path) -> Iterator[tuple[int, int]]:
     fds: list[Path] = []
     with contextlib.suppress(FileNotFoundError):  # it may just end
         fds = list((task / "fd").iterdir())
     for fd in fds:
         with contextlib.suppress(FileNotFoundError):  # it may just be closed
             # Do not look at other files: a disk may hang.
-            if fd.readlink().name == "lock":
+            if fd.readlink().name.removesuffix(" (deleted)") == "lock":
                 found = fd.stat()
-                if (found.st_dev, found.st_ino) == (lock.st_dev, lock.st_ino):
-                    return True
-    return False
+                yield found.st_dev, found.st_ino
 
 
-def silent_server(state_dir: Path) -> tuple[str, str] | None:
-    """Return why a server that holds the volume may not answer, and what helps."""
-    pid = lock_holder(state_dir)
+def silent_server(config: VolumeConfig) -> tuple[str, str] | None:
+    """Return why a server that has the volume may not answer, and what helps."""
+    pid = lock_holder(config.state_dir)
     if pid is None:
-        return None
+        return _server_of_another_state(config)
     return (
-        f"process {pid} holds the volume, but does not answer on {state_dir}/control: "
-        "it starts or ends just now, hangs, or the socket was removed",
+        f"process {pid} holds the volume, but does not answer on {config.state}/"
+        "control: it starts or ends just now, hangs, or the socket was removed",
         f"wait a moment; if it stays so, kill -TERM {pid} (a clean stop), then "
         "nbd-mirror serve CONFIG",
+    )
+
+
+def _server_of_another_state(config: VolumeConfig) -> tuple[str, str] | None:
+    """Return the same for a server whose state directory was replaced or removed."""
+    # A TCP socket does not tell its process.
+    pid = _listening(config.listen) if config.listen.path is not None else None
+    if not pid:
+        return None
+    ours = None
+    with contextlib.suppress(OSError):
+        lock = (config.state_dir / "lock").lstat()
+        ours = lock.st_dev, lock.st_ino
+    try:
+        locks = _open_locks(pid)
+    except OSError:
+        return None
+    if not locks or ours in locks:
+        return None  # it starts, or ends
+    return (
+        f"process {pid} listens on {config.listen}, but has another state directory "
+        f"than {config.state}: if it is the volume's server, the directory was "
+        "replaced or removed under it, and only this process knows what the disks miss",
+        "if so, put back the directory that it was started with\n"
+        f"or, if it is lost, {_make_anew(config, f'kill -TERM {pid}', ' --force')}",
     )
 
 
@@ -199,11 +227,18 @@ def check_not_served(config: VolumeConfig) -> None:
         f"volume {config.name} has no state in {config.state}, but {who} listens on "
         f"{config.listen}: if it is the volume's server, the state was removed under "
         "it, and no start will know what the remotes miss, nor what `local` misses",
-        f"if so, and `local` had not failed: {kill}, then nbd-mirror create CONFIG "
+        f"if so, {_make_anew(config, kill)}",
+    )
+
+
+def _make_anew(config: VolumeConfig, kill: str, option: str = "") -> str:
+    """Return how to make a volume anew whose server knows more than its state."""
+    return (
+        f"and `local` had not failed: {kill}, then nbd-mirror create CONFIG{option} "
         "(copies all of `local`)\n"
         "or, if it had, or to be sure: unmount, copy the volume to a new disk while it "
         f"is served (nbdcopy {quote(config.listen.uri)} NEW), then {kill}, set `local` "
-        "to NEW, and nbd-mirror create CONFIG",
+        f"to NEW, and nbd-mirror create CONFIG{option}"
     )
 
 
@@ -236,7 +271,7 @@ def stopped_status(config: VolumeConfig) -> Status:
     volume = dataclasses.replace(
         peek.volume, policy=config.policy, fenced_reads=config.fenced_reads
     )
-    state, silent = "no_answer", silent_server(config.state_dir)
+    state, silent = "no_answer", silent_server(config)
     if silent is None:
         state, reason = "stopped", "no server runs for this volume"
         if not volume.clean:

@@ -33,6 +33,30 @@ def test_no_command_makes_a_new_state_beside_the_server(site: Site) -> None:
     site.cli("create", file)
 
 
+def test_state_that_was_replaced_is_not_taken_for_that_of_a_stopped_volume(
+    site: Site,
+) -> None:
+    """A copy in its place knows nothing of the server: none is said to be stopped."""
+    site.bring_up()
+    file, kept = str(site.config), site.folder / "kept"
+    site.state.rename(kept)
+    shutil.copytree(kept, site.state, ignore=shutil.ignore_patterns("control"))
+    words = f"process {site.pid} listens", "put back the directory", "--force"
+    shown = site.cli("status", file).stdout
+    assert "no_answer" in shown
+    assert "no server runs" not in shown
+    assert all(word in shown for word in words)
+    for command in ("stop", "pause"):
+        site.refused(10, *words, commands=[command, file])
+    shutil.rmtree(site.state)
+    for command in ("stop", "pause"):
+        site.refused(10, *words, commands=[command, file])
+    kept.rename(site.state)
+    assert "in_sync" in site.cli("status", file).stdout
+    site.stop()
+    assert "no server runs" in site.cli("status", file).stdout
+
+
 @pytest.mark.slow
 def test_data_that_only_a_remote_has_are_kept(site: Site) -> None:
     """The local disk had failed: the steps of the hint give a volume with all data."""
