@@ -19,6 +19,7 @@
 #include "volume/volume.h"
 
 #define MAX_WORKERS 128u        /* of a pool, for ios that have not begun */
+#define MAX_ZEROERS 32u         /* they leave extents to the writers */
 #define IDLE_NS (10 * NS_PER_S) /* and a worker ends */
 #define STACK_BYTES (512u << 10)
 
@@ -119,10 +120,17 @@ run_flushes (struct nbdm *v, struct ios *ios)
 static struct pool *
 pool_of (struct executor *ex, const struct io *io)
 {
-  bool reads
-      = io->kind == IO_READ || io->kind == IO_CACHE || io->kind == IO_EXTENTS;
-
-  return &ex->pools[reads ? READERS : WRITERS];
+  switch (io->kind) {
+  case IO_READ:
+  case IO_CACHE:
+  case IO_EXTENTS:
+    return &ex->pools[READERS];
+  case IO_TRIM:
+  case IO_ZERO:
+    return &ex->pools[ZEROERS];
+  default:
+    return &ex->pools[WRITERS];
+  }
 }
 
 /* Wait for an io; NULL: this worker must end. */
@@ -278,7 +286,7 @@ executor_queue (struct executor *ex, struct io *io)
   enqueue_locked (pool, io);
   ticket = io->ticket;
   missing = nr_queued_locked (pool) > pool->nr_idle
-            && (begun || pool->nr_workers < MAX_WORKERS);
+            && (begun || pool->nr_workers < pool->max_workers);
   if (missing) {
     pool->nr_workers++;
     pool->nr_starting++;
@@ -302,6 +310,7 @@ executor_init (struct executor *ex, struct nbdm *v)
   TAILQ_INIT (&ex->flushes);
   for (int i = 0; i < NR_POOLS; i++) {
     ex->pools[i].executor = ex;
+    ex->pools[i].max_workers = i == ZEROERS ? MAX_ZEROERS : MAX_WORKERS;
     TAILQ_INIT (&ex->pools[i].queue);
     cond_init (&ex->pools[i].work);
   }

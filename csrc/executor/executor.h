@@ -81,14 +81,15 @@ struct pool {
   pthread_cond_t work; /* an io, or the end */
   struct ios queue;
   uint64_t tickets; /* given to ios so far */
-  uint32_t nr_workers, nr_idle;
+  uint32_t nr_workers, nr_idle, max_workers;
   uint32_t nr_starting; /* of the workers, those whose thread may not start */
 };
 
-/* Two pools: all writers may wait long for a remote, while reads come from
- * local.
+/* Three pools: all writers may wait long for a remote, while reads come from
+ * local; and a trim or zeroes of 4 GiB take long on some disks, but no more
+ * bytes of a client than a small one, so it may have many under way.
  */
-enum { READERS, WRITERS, NR_POOLS };
+enum { READERS, WRITERS, ZEROERS, NR_POOLS };
 
 struct executor {
   struct nbdm *volume;

@@ -403,6 +403,58 @@ test_reading_ahead (void)
   take_down ();
 }
 
+static atomic_bool hold_zeroes;
+static atomic_uint nr_zeroing;
+
+int __real_fallocate (int fd, int mode, off_t offset, off_t length);
+int __wrap_fallocate (int fd, int mode, off_t offset, off_t length);
+int
+__wrap_fallocate (int fd, int mode, off_t offset, off_t length)
+{
+  nr_zeroing += hold_zeroes;
+  while (hold_zeroes)
+    poll (NULL, 0, 1);
+  return __real_fallocate (fd, mode, offset, length);
+}
+
+/* A client zeroes as much as it may, on a disk that takes long for it: the
+ * threads that write and flush for others stay free.
+ */
+static void
+test_long_zeroes (void)
+{
+  uint8_t *buf = calloc (1, LARGEST);
+  struct client zeroing[2], c;
+
+  bring_up (1, 1000);
+  hold_zeroes = true;
+  for (unsigned i = 0; i < 2; i++) {
+    zeroing[i] = client_open (door, false);
+    for (unsigned k = 0; k < DIRECT_MAX_OPS; k++)
+      assert (client_request (&zeroing[i], NBD_CMD_WRITE_ZEROES, 0, k,
+                              k % 64 * SECTOR, SECTOR, NULL));
+  }
+  WAIT_FOR (nr_zeroing > 0);
+  c = client_open (door, false);
+  assert (client_do (&c, NBD_CMD_WRITE, 0, SHARED - LARGEST, LARGEST, buf)
+          == 0);
+  assert (client_do (&c, NBD_CMD_FLUSH, 0, 0, 0, NULL) == 0);
+  hold_zeroes = false;
+  for (unsigned i = 0; i < 2; i++) {
+    for (unsigned k = 0; k < DIRECT_MAX_OPS; k++) {
+      struct answer answer;
+      bool simple;
+
+      assert (client_answer (&zeroing[i], &answer, NULL, 0, &simple));
+      assert (answer.error == 0);
+    }
+    client_leave (&zeroing[i]);
+  }
+  client_leave (&c);
+  free (buf);
+  take_down ();
+}
+
 int
 main (void)
 {
@@ -413,6 +465,7 @@ main (void)
   RUN (test_late_reader);
   RUN (test_flushes_of_the_deaf);
   RUN (test_reading_ahead);
+  RUN (test_long_zeroes);
   RUN (test_end_with_mute_client);
   RUN (test_end_while_shaking_hands);
   return 0;
