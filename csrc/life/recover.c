@@ -276,8 +276,8 @@ open_inflight (struct nbdm *v)
     /* The slots were never made durable: they may be torn, and the active
      * extents cover all of them.
      */
-    inflight_close (&v->inflight);
-    return make_inflight (v);
+    inflight_forget (&v->inflight);
+    return 0;
   }
   if (rc == 0) {
     rc = inflight_replay (&v->inflight, v->size, replay_slot, v);

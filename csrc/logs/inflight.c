@@ -217,6 +217,14 @@ inflight_recent (const struct inflight *log, uint64_t *offsets, uint32_t max)
   return nr;
 }
 
+void
+inflight_forget (struct inflight *log)
+{
+  memset (log->slots, 0, log->nr_slots * sizeof *log->slots);
+  log->nr_open = log->next = 0;
+  log->sequence = 0;
+}
+
 int
 inflight_begin (struct inflight *log, uint64_t session)
 {

@@ -54,6 +54,8 @@ uint32_t inflight_recent (const struct inflight *log, uint64_t *offsets,
 void inflight_issued (struct inflight *log, int slot, uint32_t legs);
 void inflight_done (struct inflight *log, int slot, uint32_t legs);
 void inflight_retire (struct inflight *log, int slot);
+/* Empty all slots, whatever they hold, in place: that needs no room. */
+void inflight_forget (struct inflight *log);
 /* Call `visit` for every open slot, then free all of them.  -EUCLEAN before any
  * visit if a slot is garbled (bad CRC, kind, or a range past `size`).
  */
