@@ -158,7 +158,8 @@ any_remote_durable (const struct nbdm *v, uint64_t region)
   return false;
 }
 
-/* The process was killed in a takeover, and local is not to be doubted.  The
+/* The process was killed in a takeover, and local is not to be doubted: not by
+ * that takeover, nor by a flush of a start that was killed since.  The
  * remotes' unflushed regions become dirty as at any start after a kill, once
  * local has them: so after a kill in between the next start finds the same.
  */
@@ -185,7 +186,7 @@ local_map_recover (struct nbdm *v)
 {
   if (v->local.disk.map_lost)
     miss_where_remote_is_clean (v);
-  if (v->local.state == NBDM_LOCAL_RESYNCING
+  if (v->local.state == NBDM_LOCAL_RESYNCING && !v->local.unflushed
       && le32toh (v->sb.flags) & SUPERBLOCK_UNDECIDED)
     take_back (v);
   else if (!v->local.disk.map_lost)

@@ -144,6 +144,27 @@ run (const struct takeover *takeover)
   bench_remove (&bench);
 }
 
+/* The next start is killed too, and local has lost what it could not flush:
+ * what no remote has durably is not read from local then.
+ */
+static void
+test_flush_of_the_next_start (void)
+{
+  static const char *const faults[]
+      = { "local_flush:1=error,open_local_flushed=kill", "local_flush:1=kill" };
+
+  for (unsigned i = 0; i < sizeof faults / sizeof faults[0]; i++) {
+    bench_make (&bench);
+    assert (killed (
+        in_child (takeovers[0].fault, live, (void *)(uintptr_t)&takeovers[0])));
+    assert (killed (in_child (faults[i], start, NULL)));
+    spoil_local (NR);
+    assert (passed (in_child (NULL, start, NULL)));
+    bench_check_disks (&bench);
+    bench_remove (&bench);
+  }
+}
+
 /* --- a remote that has failed ------------------------------------------- */
 
 /* It has flushed what the other one, which takes local's place, has not. */
@@ -317,6 +338,8 @@ main (int argc, char *argv[])
   for (unsigned i = 0; i < sizeof takeovers / sizeof takeovers[0]; i++)
     if (argc < 2 || strcmp (argv[1], takeovers[i].name) == 0)
       run (&takeovers[i]);
+  if (argc < 2 || strcmp (argv[1], "flush_of_the_next_start") == 0)
+    RUN (test_flush_of_the_next_start);
   if (argc < 2 || strcmp (argv[1], "beside_a_failed_remote") == 0)
     RUN (test_beside_a_failed_remote);
   if (argc < 2 || strcmp (argv[1], "while_remotes_are_held") == 0)
