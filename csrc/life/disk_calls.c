@@ -7,18 +7,33 @@
 #include "base/lock.h"
 #include "life/local_attach.h"
 #include "life/remote.h"
+#include "volume/local_state.h"
 #include "volume/state.h"
 #include "volume/volume.h"
+
+/* A flush of local may have failed while no remote could take its place, and
+ * perhaps no client waits for one.
+ */
+static int
+admit_remote (struct remote *r)
+{
+  struct nbdm *v = r->disk.volume;
+  int rc;
+
+  LOCK_FOR_SCOPE (&v->lock);
+  rc = remote_admit_locked (r);
+  if (rc == 0)
+    local_replace_doubted_relock (v);
+  return rc;
+}
 
 int
 nbdm_disk_admit (struct nbdm *v, uint32_t disk)
 {
   if (volume_disk (v, disk) == NULL)
     return no_such_disk (disk);
-  if (disk == NBDM_LOCAL)
-    return local_admit (v);
-  LOCK_FOR_SCOPE (&v->lock);
-  return remote_admit_locked (&v->remotes[disk - 1]);
+  return disk == NBDM_LOCAL ? local_admit (v)
+                            : admit_remote (&v->remotes[disk - 1]);
 }
 
 int

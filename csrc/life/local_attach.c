@@ -243,7 +243,7 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
     identity_choose_locked (v, &o->check);
     v->local.nr_opening += !replaced;
     if (!replaced) /* before its flush: a kill would take the report along */
-      volume_note (v, UNFLUSHED_FILE);
+      (void)volume_note (v, UNFLUSHED_FILE);
   }
   pthread_mutex_unlock (&v->lock);
   if (rc < 0)

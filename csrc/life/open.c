@@ -401,11 +401,9 @@ flush_what_was_left (struct nbdm *v)
   int rc;
 
   if (caught_up) /* before a kill during the flush takes the report along */
-    volume_note (v, UNFLUSHED_FILE);
+    (void)volume_note (v, UNFLUSHED_FILE);
   rc = local_flush (v);
-  if (rc < 0)
-    volume_note (v, DISTRUST_FILE);
-  else if (volume_noted (v, DISTRUST_FILE))
+  if (rc == 0 && volume_noted (v, DISTRUST_FILE))
     /* The kernel treats the pages that it could not write as clean.  Drop them
      * now: they disappear sooner or later, and reads would change by
      * themselves.
@@ -416,9 +414,42 @@ flush_what_was_left (struct nbdm *v)
   return rc;
 }
 
-/* A failed local disk is not opened until an operator attaches one.  A disk
- * that was resyncing and cannot be opened now has failed again.
+/* The flush above has failed.  There may be no room for notes, but there is for
+ * the superblock, which changes in nothing else: the next start must not treat
+ * the disk's page cache as exact, nor use a disk that has failed by that.
  */
+static void
+remember_failed_flush (struct nbdm *v)
+{
+  char why[NBDM_REASON_LEN];
+
+  snprintf (why, sizeof why, "%s", last_error ());
+  (void)volume_note (v, DISTRUST_FILE);
+  if (v->identity.doubted) /* this store replaces the lost slot */
+    identity_forget_locked (v);
+  memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
+  if (v->local.state == NBDM_LOCAL_FAILED) {
+    v->sb.local_state = htole32 (NBDM_LOCAL_FAILED);
+    v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.disk.since);
+    snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s", why);
+  }
+  (void)superblock_store (v->sb_fd, &v->sb, &v->nodes);
+  set_message (0, "%s", why);
+}
+
+/* A disk that was resyncing and cannot be used now has failed again. */
+static void
+fail_again (struct nbdm *v)
+{
+  if (v->local.file.fd >= 0)
+    close (v->local.file.fd);
+  v->local.file.fd = -1;
+  v->local.state = NBDM_LOCAL_FAILED;
+  v->local.disk.since = (int64_t)time (NULL);
+  disk_explain_locked (&v->local.disk, "%s", last_error ());
+}
+
+/* A failed local disk is not opened until an operator attaches one. */
 static int
 open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
 {
@@ -442,14 +473,13 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
                       path);
   if (rc == 0)
     rc = v->local.flush_error = flush_what_was_left (v);
-  if (rc == 0 || rc == -EBUSY || v->local.state == NBDM_LOCAL_OK)
-    return rc;
-  if (v->local.file.fd >= 0)
-    close (v->local.file.fd);
-  v->local.file.fd = -1;
-  v->local.state = NBDM_LOCAL_FAILED;
-  disk_explain_locked (&v->local.disk, "%s", last_error ());
-  return 0;
+  if (rc < 0 && rc != -EBUSY && v->local.state != NBDM_LOCAL_OK) {
+    fail_again (v);
+    rc = 0;
+  }
+  if (v->local.flush_error)
+    remember_failed_flush (v);
+  return rc;
 }
 
 /* Recover, then begin: from here on the files are changed. */

@@ -265,9 +265,8 @@ prove_difference (struct nbdm *v)
                  || flush_local_group (v) == 0;
 
   LOCK_FOR_SCOPE (&v->lock);
-  if (!flushed && !v->drained && !v->local.taking_over
-      && local_may_be_replaced_locked (v))
-    local_takeover_relock (v); /* and wait for no other thread's */
+  if (!flushed)
+    local_replace_doubted_relock (v);
   if (flushed && !local_doubted (v) && local_is_open_locked (v))
     return 1;
   return set_message (-ENODATA, "the local disk may have lost writes");

@@ -288,7 +288,7 @@ flush_local_once_relock (struct nbdm *v)
     /* The kernel has dropped the pages that it could not write.  Another fsync
      * would succeed and prove nothing (rule 10).
      */
-    volume_note (v, DISTRUST_FILE); /* until a takeover is durable */
+    volume_distrust_locked (v); /* until a takeover is durable */
     v->local.flush_error = rc;
     local_note_error_locked (v, rc);
     atomic_store (&v->local.doubted, true);

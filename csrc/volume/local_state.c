@@ -319,7 +319,10 @@ end_taking_over_locked (struct nbdm *v)
   remotes_pay_locked (v);
   FOR_EACH_DISK (d, v)
     dirty_map_forgive (&d->dm);
-  volume_persist_locked (v);
+  if (v->local.state == NBDM_LOCAL_FAILED)
+    volume_trust_locked (v);
+  else
+    volume_persist_locked (v);
   /* Resync may have copied back all other missing regions during the takeover.
    */
   local_update_state_locked (v);
@@ -394,11 +397,15 @@ local_takeover_relock (struct nbdm *v)
     take_back_locked (v);
   fault_point ("takeover_done");
   end_taking_over_locked (v);
-  if (v->local.state != NBDM_LOCAL_FAILED || v->failed)
-    return -EIO;
-  /* Local's state and map say all that a flush of it has told. */
-  (void)volume_forget_note (v, DISTRUST_FILE);
-  return 0;
+  return v->local.state == NBDM_LOCAL_FAILED && !v->failed ? 0 : -EIO;
+}
+
+void
+local_replace_doubted_relock (struct nbdm *v)
+{
+  if (v->local.flush_error && !v->local.taking_over && !v->drained
+      && local_may_be_replaced_locked (v))
+    local_takeover_relock (v);
 }
 
 void

@@ -38,6 +38,11 @@ int local_flush_lost_relock (struct nbdm *v);
  * failed, or it is drained: then the stop flushes too, and finds the error.
  */
 int local_flush_failed_relock (struct nbdm *v);
+/* For a policy thread: if a flush of local has failed and a remote can replace
+ * it, let it do so at once.  Does not wait for a takeover that another thread
+ * has begun.
+ */
+void local_replace_doubted_relock (struct nbdm *v);
 /* Local may have lost writes unnoticed, and copies to a remote may have read
  * the old bytes.  Make dirty all regions that may have been copied in this way.
  */

@@ -302,17 +302,35 @@ distrust_page_cache (struct nbdm *v)
   /* The store that failed may be the one that was to set the flag. */
   v->sb.flags &= htole32 (~(uint32_t)SUPERBLOCK_CLEAN);
   superblock_store (v->sb_fd, &v->sb, &v->nodes);
-  volume_note (v, DISTRUST_FILE);
+  (void)volume_note (v, DISTRUST_FILE);
 }
 
 /* No fsync: see state.h. */
-void
+bool
 volume_note (const struct nbdm *v, const char *file)
 {
   int fd = openat (v->dirfd, file, O_WRONLY | O_CREAT | PLAIN_FILE, 0600);
 
   if (fd >= 0)
     close (fd);
+  return fd >= 0;
+}
+
+void
+volume_distrust_locked (struct nbdm *v)
+{
+  if (volume_note (v, DISTRUST_FILE))
+    return;
+  memset (v->sb.boot_id, 0, sizeof v->sb.boot_id);
+  (void)superblock_store (v->sb_fd, &v->sb, &v->nodes);
+}
+
+void
+volume_trust_locked (struct nbdm *v)
+{
+  memcpy (v->sb.boot_id, v->boot_id, sizeof v->sb.boot_id);
+  if (volume_persist_locked (v) == 0)
+    (void)volume_forget_note (v, DISTRUST_FILE);
 }
 
 bool

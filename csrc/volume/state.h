@@ -25,9 +25,15 @@ void volume_fail_locked (struct nbdm *v, const char *why);
  * the state directory (volume.h).  It outlives this process, and not lost
  * power, which drops the page cache too.
  */
-void volume_note (const struct nbdm *v, const char *file);
+bool volume_note (const struct nbdm *v, const char *file); /* false: no room */
 bool volume_noted (const struct nbdm *v, const char *file);
 int volume_forget_note (const struct nbdm *v, const char *file);
+/* A flush of local has failed: note it, without room for a file in the
+ * superblock, which has room.  volume_trust_locked: local's state and map say
+ * all that a flush of it has told; persists, and takes the note back.
+ */
+void volume_distrust_locked (struct nbdm *v);
+void volume_trust_locked (struct nbdm *v);
 /* Set a new state and reason (printf) in memory; increments the serial. */
 void remote_set_locked (struct remote *r, enum nbdm_remote_state state,
                         const char *fmt, ...)

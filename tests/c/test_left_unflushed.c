@@ -13,6 +13,8 @@
 #include "volume/flush.h"
 #include "interrupted.h"
 
+#include <stdarg.h>
+
 static struct bench bench;
 static struct left created;
 
@@ -39,6 +41,27 @@ __wrap_fdatasync (int fd)
     }
   }
   return __real_fdatasync (fd);
+}
+
+static bool no_room; /* in the state directory, for one more file */
+
+int __real_openat (int dirfd, const char *name, int flags, ...);
+int __wrap_openat (int dirfd, const char *name, int flags, ...);
+
+int
+__wrap_openat (int dirfd, const char *name, int flags, ...)
+{
+  va_list args;
+  mode_t mode;
+
+  va_start (args, flags);
+  mode = flags & O_CREAT ? va_arg (args, mode_t) : 0;
+  va_end (args);
+  if (no_room && flags & O_CREAT && strcmp (name, "lock") != 0) {
+    errno = ENOSPC;
+    return -1;
+  }
+  return __real_openat (dirfd, name, flags, mode);
 }
 
 static void
@@ -139,19 +162,58 @@ test_failed_flush_of_a_start_is_not_forgotten (void)
   bench_check_disks (&bench);
 }
 
-/* A disk that is being caught up has failed again, and no start has said so
- * yet: nothing is read from it that a remote has, and so nothing is lost.
+static void
+is_refused_without_room (void *opaque)
+{
+  no_room = true;
+  is_refused (opaque);
+}
+
+static void
+test_failed_flush_without_room_is_not_forgotten (void)
+{
+  bench_put (&bench, &created);
+  bench_session (NULL, writes);
+  lose (3, 1);
+  bench_session ("local_flush:1=error", is_refused_without_room);
+  bench_session (NULL, mends);
+  bench_check_disks (&bench);
+}
+
+static void
+opens_without_room (void *opaque)
+{
+  no_room = true;
+  opens (opaque);
+}
+
+/* A disk that is being caught up has failed again, and the start is killed
+ * before it has said so: nothing is read from it that a remote has, and so
+ * nothing is lost.
  */
+static void
+failed_flush_of_a_start_that_is_killed_is_not_forgotten (void (*body) (void *))
+{
+  static const char *const faults[]
+      = { "local_flush:1=error,open_local_flushed=kill",
+          "local_flush:1=error,maps_unsealed=kill",
+          "local_flush:1=error,begin_maps=kill" };
+
+  for (unsigned i = 0; i < sizeof faults / sizeof faults[0]; i++) {
+    bench_put (&bench, &created);
+    bench_session ("local_write:1=error", copies_back);
+    spoil (3, 1);
+    assert (killed (in_child (faults[i], body, NULL)));
+    bench_session (NULL, mends);
+    bench_check_disks (&bench);
+  }
+}
+
 static void
 test_failed_flush_of_a_start_that_is_killed_is_not_forgotten (void)
 {
-  bench_put (&bench, &created);
-  bench_session ("local_write:1=error", copies_back);
-  spoil (3, 1);
-  assert (killed (
-      in_child ("local_flush:1=error,open_local_flushed=kill", opens, NULL)));
-  bench_session (NULL, mends);
-  bench_check_disks (&bench);
+  failed_flush_of_a_start_that_is_killed_is_not_forgotten (opens);
+  failed_flush_of_a_start_that_is_killed_is_not_forgotten (opens_without_room);
 }
 
 /* --- when it is brought back ---------------------------------------------- */
@@ -264,6 +326,7 @@ main (void)
   bench_make (&bench);
   bench_take (&bench, &created);
   RUN (test_failed_flush_of_a_start_is_not_forgotten);
+  RUN (test_failed_flush_without_room_is_not_forgotten);
   RUN (test_failed_flush_of_a_start_that_is_killed_is_not_forgotten);
   RUN (test_disk_that_is_brought_back_is_flushed_first);
   RUN (test_flush_that_is_killed_is_not_forgotten);

@@ -9,6 +9,8 @@
 #include "volume/flush.h"
 #include "schedules.h"
 
+#include <stdarg.h>
+
 /* A flush of local has failed, and its page cache has lost a write.  Local now
  * has a hole there, but neither the copy to a remote nor the answer to a client
  * treats the range as a hole.
@@ -244,6 +246,90 @@ loss_told_after_a_sample (void)
   assert (read_at (5 * REGION) == 7);
 }
 
+/* The connection is lost, and the sample of the next one finds that local has
+ * lost a write: no remote is in sync then.
+ */
+static void
+lose_before_a_sample (void)
+{
+  write_and_lose (5 * REGION);
+  assert (remote_flush_alone (&site.volume->remotes[0]));
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  assert (connect_at (0, 0) == 0);
+  assert (nbdm_remote_compare (site.volume, 1, 5) == -ENODATA);
+}
+
+/* The remote is in sync once it is admitted: it takes local's place at once,
+ * and not when a client flushes.
+ */
+static void
+loss_told_before_an_admission (void)
+{
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  lose_before_a_sample ();
+  assert (nbdm_disk_admit (site.volume, 1) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (read_at (5 * REGION) == 7);
+}
+
+static atomic_bool no_room; /* in the state directory, for one more file */
+
+int __real_openat (int dirfd, const char *name, int flags, ...);
+int __wrap_openat (int dirfd, const char *name, int flags, ...);
+
+int
+__wrap_openat (int dirfd, const char *name, int flags, ...)
+{
+  va_list args;
+  mode_t mode;
+
+  va_start (args, flags);
+  mode = flags & O_CREAT ? va_arg (args, mode_t) : 0;
+  va_end (args);
+  if (no_room && flags & O_CREAT && strcmp (name, DISTRUST_FILE) == 0) {
+    errno = ENOSPC;
+    return -1;
+  }
+  return __real_openat (dirfd, name, flags, mode);
+}
+
+/* The server is killed before a remote takes local's place, and has no room for
+ * a note: the next start does not count the remote, which has other bytes, as
+ * in sync.
+ */
+static void
+loss_told_before_a_kill_without_room (void)
+{
+  bring_up (1, 1000 * SITE_DEADLINE_S);
+  assert (nbdm_flush (site.volume) == 0);
+  no_room = true;
+  lose_before_a_sample ();
+  nbdm_close (site.volume);
+  site_open (&site);
+  site_connect (&site, 0);
+  site_resync_to_end (&site, 0);
+  assert (read_at (5 * REGION) == 0);
+  assert (memcmp (site.image, peer_image (site.peers[0]), SIZE) == 0);
+}
+
+/* Once a remote has taken local's place, a start after a kill takes the page
+ * cache for exact again.
+ */
+static void
+loss_without_room_is_over (void)
+{
+  const struct nbdm *v;
+
+  bring_up (1, 300);
+  no_room = true;
+  write_and_lose (5 * REGION);
+  assert (nbdm_flush (site.volume) == 0);
+  assert (local_status ().state == NBDM_LOCAL_FAILED);
+  v = site.volume;
+  assert (memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) == 0);
+}
+
 /* A client writes a part of the lost sector: the rest of it, which local has in
  * its old state, is not sent to the remote.
  */
@@ -461,6 +547,12 @@ static const struct schedule schedules[] = {
     loss_told_beside_a_copy },
   { "loss_told_after_a_sample", "local_flush:2=error",
     loss_told_after_a_sample },
+  { "loss_told_before_an_admission", "local_flush:2=error",
+    loss_told_before_an_admission },
+  { "loss_told_before_a_kill_without_room", "local_flush:3=error",
+    loss_told_before_a_kill_without_room },
+  { "loss_without_room_is_over", "local_flush:2=error",
+    loss_without_room_is_over },
   { "loss_told_by_a_part_of_a_sector", "local_flush:2=error",
     loss_told_by_a_part_of_a_sector },
   { "part_of_a_sector_beside_a_copy_back",
