@@ -121,14 +121,15 @@ class LinkSite(Site):
         self.processes = InNamespace(processes, self.link.near)  # type: ignore[assignment]
         self._far = InNamespace(processes, self.link.far)
 
-    def serve_far(self) -> None:
-        """Start the secondary."""
+    def serve_far(self) -> subprocess.Popen[bytes]:
+        """Start the secondary, and return it once it listens."""
         words: list[str | Path] = ["nbdkit", "-f", "-i", FAR, "-p", str(PORT)]
         words += ["file", self.dr.image]
-        self._far.start(words)
+        process = self._far.start(words)
         probe = f"nbdinfo --size nbd://{FAR}:{PORT} >/dev/null 2>&1"
         inside = ["ip", "netns", "exec", self.link.near, "sh", "-c", probe]
         support.wait_until(
             lambda: subprocess.run(inside, check=False, timeout=30).returncode == 0,
             "the secondary to listen",
         )
+        return process
