@@ -20,7 +20,7 @@ __all__ = ["NewVolume", "write_config"]
 @dataclass(frozen=True)
 class NewVolume:
     """
-    What a user wants of `init`; all but the name is text for the file.
+    The user's choices for `init`; all except the name are text for the file.
 
     Args:
         nodes: name and address of each.
@@ -67,35 +67,29 @@ def write_config(volume: NewVolume) -> VolumeConfig:
     return config
 
 
+_ABOUT = (
+    ("name", "The volume's name, fixed when it is created."),
+    ("size", "The size of the disk that clients see, fixed when it is created."),
+    (
+        "local",
+        "The disk of this volume on each node: a file or a block device of that",
+        "size or more. A node with another path has a local of its own.",
+    ),
+    (
+        "state",
+        "The directory for the logs, which `nbd-mirror create` makes. It must not",
+        "be on the disk local.",
+    ),
+    ("listen", "Where clients connect. Only the primary serves them."),
+)
+
+
 def _lines(volume: NewVolume, key: str) -> Iterator[str]:
     yield f"# Volume {volume.name}, mirrored between its nodes."
     yield "# Every node has the same file; a node's table has what differs there."
-    for name, value, *about in (
-        ("name", volume.name, "The volume's name, fixed when it is created."),
-        (
-            "size",
-            volume.size,
-            "The size of the disk that clients see, fixed when it is created.",
-        ),
-        (
-            "local",
-            volume.local,
-            "The disk of this volume on each node: a file or a block device of that",
-            "size or more. A node with another path has a local of its own.",
-        ),
-        (
-            "state",
-            volume.state,
-            "The directory for the logs, which `nbd-mirror create` makes. It must not",
-            "be on the disk local.",
-        ),
-        (
-            "listen",
-            volume.listen,
-            "Where clients connect. Only the primary serves them.",
-        ),
-    ):
-        yield from ("", *(f"# {line}" for line in about), f"{name} = {_toml(value)}")
+    for name, *about in _ABOUT:
+        value = _toml(getattr(volume, name))
+        yield from ("", *(f"# {line}" for line in about), f"{name} = {value}")
     for name, address in volume.nodes:
         yield from (
             "",
