@@ -152,9 +152,9 @@ nr_shaking_from_locked (const struct clients *clients, uint64_t origin)
   return nr;
 }
 
-/* The handshake that gives way: the oldest one from where most of them come. So
- * a host that connects again and again puts out its own.  New sessions are at
- * the front.
+/* The handshake that gives way: the oldest one of the host with most of them.
+ * So a host that connects again and again only ends its own.  New sessions are
+ * at the front.
  */
 static struct session *
 in_the_way_locked (const struct clients *clients)

@@ -8,8 +8,8 @@
  * itself makes two for each), and files that a hostile side sends along are
  * found in TLS too (receive.c).
  *
- * What has been sent.  The caller must know which of its bytes have left: an
- * answer to a command that has not left is a lie (transport_plain.c), and a
+ * What has been sent.  The caller must know which of its bytes have left: no
+ * honest server answers a command before that (transport_plain.c), and a
  * buffer stays in use until its bytes are gone.  So `send` seals some bytes
  * into records, notes for each record how many bytes it holds and where it
  * ends in `out`, and returns only bytes of records that the socket took wholly.

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* What one side of TLS proves itself with, and how it checks the other.  See
+/* How one side of TLS proves its identity, and how it checks the other.  See
  * tls_secrets.c.
  */
 

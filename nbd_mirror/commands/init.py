@@ -86,7 +86,7 @@ _ABOUT = (
 
 def _lines(volume: NewVolume, key: str) -> Iterator[str]:
     yield f"# Volume {volume.name}, mirrored between its nodes."
-    yield "# Every node has the same file; a node's table has what differs there."
+    yield "# Every node has the same file; a node's table has the keys that differ."
     for name, *about in _ABOUT:
         value = _toml(getattr(volume, name))
         yield from ("", *(f"# {line}" for line in about), f"{name} = {value}")

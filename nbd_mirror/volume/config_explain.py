@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Turn what pydantic finds wrong with a configuration into lines for its reader."""
+"""Turn pydantic's errors about a configuration into lines for its reader."""
 
 from __future__ import annotations
 

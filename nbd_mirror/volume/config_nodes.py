@@ -65,7 +65,7 @@ def choose(nodes: Sequence[NodeConfig], asked: str | None) -> NodeConfig:
             if node.name.lower() == word:
                 return node
     raise ConfigError(
-        f'this host is called "{host}", as no node is; there are: {names}', _NAME_IT
+        f'this host is called "{host}", but no node is; there are: {names}', _NAME_IT
     )
 
 

@@ -2,9 +2,9 @@
 """
 The files by which the nodes of a volume know each other: a shared key, or certificates.
 
-The key is a file as GnuTLS' psktool writes it: one line, NAME:HEX, of which NAME is the
-volume's. A key with which anybody may pass for a node is refused, and so is a file with
-two keys, because a server accepts each of them.
+The key is a file as GnuTLS' psktool writes it: one line, NAME:HEX, where NAME is the
+volume's. A key that other users can read or guess is refused, and so is a file with two
+keys, because a server accepts each of them.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _fingerprint(key: bytes) -> str:
 
 
 def _check_certificates(certificate: str, private_key: str, ca: str) -> None:
-    """Check that TLS can use the files; who signed what is a peer's question."""
+    """Check that TLS can use the files; a peer checks who signed them."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -120,7 +120,7 @@ def test_host_that_is_no_node_is_told_the_names(file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read(file)
     assert caught.value.message == (
-        'pg.toml: this host is called "elsewhere", as no node is; there are: '
+        'pg.toml: this host is called "elsewhere", but no node is; there are: '
         "alpha, beta"
     )
     assert "--node" in caught.value.hint
