@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "api.h"
 #include "base/error.h"
@@ -52,10 +53,11 @@ check_secret (const char *path)
     return rc;
   if (stat (path, &st) < 0)
     return set_error (-errno, "TLS: %s", path);
-  if (st.st_mode & (S_IRWXG | S_IRWXO))
+  if (st.st_mode & (S_IRWXG | S_IRWXO)
+      || (st.st_uid != 0 && st.st_uid != geteuid ()))
     return set_message (-EACCES,
                         "TLS: %s: other users may read this secret, or change "
-                        "it; chmod 600 it",
+                        "it; chown it to this user, and chmod 600 it",
                         path);
   return 0;
 }

@@ -24,7 +24,7 @@ from ..base.errors import (
     MissingError,
     from_errno,
 )
-from ..base.files import place_file
+from ..base.files import place_file, user_name
 from ..base.hints import quote
 from .config import VolumeConfig
 
@@ -66,6 +66,7 @@ _COPY_KEY = (
 
 
 def _read(name: str, path: str, *, secret: bool, hint: str = "") -> str:
+    us = user_name(os.geteuid()).removeprefix("#")
     try:
         # A FIFO is opened without waiting for its other end, and then refused.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -73,6 +74,13 @@ def _read(name: str, path: str, *, secret: bool, hint: str = "") -> str:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{name} = {path}: is no plain file")
+            if secret and status.st_uid not in (0, os.geteuid()):
+                raise AccessError(
+                    f"{name} = {path}: user {user_name(status.st_uid)} has it, and may "
+                    "read and change it, so it is no secret",
+                    f"chown {us} {quote(path)}, and a new one on all nodes if that "
+                    "user is not to have it",
+                )
             if secret and status.st_mode & 0o077:
                 raise AccessError(
                     f"{name} = {path}: other users may read or change it, so it is no "

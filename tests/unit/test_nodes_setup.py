@@ -35,6 +35,8 @@ from nbd_mirror.commands.init import NewVolume, write_config
 from nbd_mirror.volume.config import read
 from nbd_mirror.volume.tls_files import check_tls, make_key
 
+NOBODY = 65534
+
 NODES = ("--node", "alpha=10.0.0.1:10810", "--node", "beta=[fd00::2]:10810")
 
 
@@ -337,6 +339,16 @@ def test_key_that_others_can_read_is_refused(
     with pytest.raises(AccessError, match="other users may read or change") as caught:
         check_tls(read(file))
     assert "chmod 600" in caught.value.hint
+
+
+def test_key_of_another_user_is_refused(file: Path, folder: Path) -> None:
+    """That user can read it, whatever its mode; root's is taken by all."""
+    support.requires(os.geteuid() == 0, "only root can give a file away")
+    make_key(read(file), force=False)
+    os.chown(folder / "pg.key", NOBODY, -1)
+    with pytest.raises(AccessError, match="may read and change it") as caught:
+        check_tls(read(file))
+    assert f"chown root {folder / 'pg.key'}" in caught.value.hint
 
 
 def test_key_that_is_missing_is_refused(file: Path, folder: Path) -> None:
