@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nbd_mirror.rules.generation import NO_DATA
+from nbd_mirror.rules.node_identity import strangers
 from nbd_mirror.rules.node_side import (
     Action,
     Crash,
@@ -49,6 +50,8 @@ def decide(mine: Side, other: Side) -> Plan:
         row  the two sides             result
         ---  ------------------------  ---------------------------------------------
         1    another volume or size    stop
+             a node was replaced, and  stop, until an operator announces it; unless
+             not announced             neither has data
         2    one has no data           it is the target, of everything
              neither has data          new, if both disks are proven zero; else stop
         3    same generation, nothing  in sync; of two primaries the later one stays
@@ -77,6 +80,9 @@ def decide(mine: Side, other: Side) -> Plan:
     """
     if mine.volume != other.volume or mine.size != other.size:
         return _other_volume(mine, other)
+    replaced = strangers(mine.node, mine.identities, other.node, other.identities)
+    if replaced and (mine.generation, other.generation) != (NO_DATA, NO_DATA):
+        return _unannounced(mine, other, replaced[0])
     plan = _by_generation(mine, other)
     if plan.action is Action.STOP and not plan.split:
         return plan  # an operator cannot choose a side here: it stays the result
@@ -183,6 +189,22 @@ def _other_volume(mine: Side, other: Side) -> Plan:
         f" {second.node}; nothing was changed"
     )
     return Plan(Action.STOP, "1 other size", reason=reason)
+
+
+def _unannounced(mine: Side, other: Side, name: str) -> Plan:
+    """Stop for a node that has another id than before."""
+    by_name = sorted((mine, other), key=lambda side: side.node)
+    one, two = (side.node for side in by_name)
+    reason = f"{one} and {two} know different nodes by the name {name}"
+    if name in (one, two):
+        reason = f"{name} is not the node that {two if name == one else one} knows"
+    return Plan(
+        Action.STOP,
+        "1 another node",
+        reason=f"{reason}: it lost its state or was replaced; nothing was changed",
+        hint=f"nbd-mirror replace CONFIG {name} announces a new host; what only the"
+        " earlier one held is given up",
+    )
 
 
 def _by_generation(mine: Side, other: Side) -> Plan:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nbd_mirror.rules.generation import NO_DATA
+from nbd_mirror.rules.node_identity import Known
 
 __all__ = [
     "Action",
@@ -61,6 +62,7 @@ class Side:
         epoch: the latest promotion that it knows.
         leader: the node that was primary in *epoch*, or "".
         handed: the node to which this one gave the token of its role, or "".
+        identities: what it knows of the identity of each node, of its own too.
     """
 
     volume: str
@@ -79,6 +81,7 @@ class Side:
     epoch: int = 0
     leader: str = ""
     handed: str = ""
+    identities: tuple[Known, ...] = ()
 
     @property
     def term(self) -> tuple[int, str]:

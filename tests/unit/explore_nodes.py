@@ -74,7 +74,7 @@ def walk(machine: Machine, first: State, rng: random.Random) -> Found | None:
     if found:
         return found
     steps.append("heals")
-    state = state._replace(budget=Budget(0, 0, 0, 0, 0))
+    state = state._replace(budget=Budget(0, 0, 0, 0, 0, 0))
     for _ in range(RESOLVED):
         found, state = _wander(machine, state, rng, HEALED, steps)
         if found:
@@ -91,12 +91,12 @@ def walk(machine: Machine, first: State, rng: random.Random) -> Found | None:
 
 
 def _choices(machine: Machine, state: State) -> list[tuple[str, State]]:
-    """Give what an operator may do about a split brain."""
+    """Give what an operator may do about nodes that do not connect."""
     asked = state._replace(budget=state.budget._replace(forces=1))
     return [
         (name, reached._replace(budget=state.budget))
         for name, reached in machine.steps(asked)
-        if name.startswith("keep ")
+        if name.startswith(("keep ", "announce "))
     ]
 
 
@@ -163,7 +163,7 @@ def main() -> None:
         "--seed", type=int, default=random.SystemRandom().getrandbits(32)
     )
     options = parser.parse_args()
-    budget = Budget(writes=5, cuts=4, crashes=4, orders=3, forces=options.forces)
+    budget = Budget(5, 4, 4, 3, options.forces, losses=2)
     begins = fresh if options.fresh else start
     first = begins(options.nodes, options.regions, budget)
     rng = random.Random(options.seed)

@@ -6,7 +6,7 @@ The nodes decide by the product's own rules (nbd_mirror/rules). `Rules` holds th
 functions, so that a test can leave one out and see that the exploration finds it. Each
 durable step is a transition of its own, so the exploration meets every order of steps
 and failures: kills, power loss, cut links, and operators that promote, demote, hand the
-role over, force and resolve.
+role over, force, resolve and announce replacements.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from unit.nodes_model import (
     term,
     token,
 )
+from unit.nodes_replaced import announcements, first_chosen, renamed
 
 from nbd_mirror.rules.generation import NO_DATA, create
 from nbd_mirror.rules.promotion import Answer
@@ -42,7 +43,7 @@ class Machine(Meetings):
     def steps(self, state: State) -> Iterator[tuple[str, State]]:
         """Give every transition: its name, and the state it leads to."""
         for name, reached in self._steps(state):
-            yield name, renewed(reached)
+            yield name, renamed(renewed(reached))
 
     def _steps(self, state: State) -> Iterator[tuple[str, State]]:
         for index, node in enumerate(state.nodes):
@@ -59,6 +60,9 @@ class Machine(Meetings):
             if node.forgets:
                 yield f"{NAMES[index]} forgets", self._forget(state, index)
             yield from self._operator(state, index)
+            yield from announcements(state, index)
+            if state.budget.losses:
+                yield from self._losses(state, index)
             if state.budget.crashes:
                 yield from self._crashes(state, index)
         for pair in pairs(state):
@@ -169,7 +173,8 @@ class Machine(Meetings):
         node = self._follower(state.nodes[index], (epoch, index))
         if node.line.generation == NO_DATA:
             line = create(node.line, state.fresh + 1)
-            state = state._replace(fresh=state.fresh + 1)
+            state = first_chosen(state, index)._replace(fresh=state.fresh + 1)
+            node = node._replace(ghost=())
         else:
             line = self.rules.share(node.line)
         state = put(state, index, node._replace(line=line))

@@ -85,6 +85,10 @@ class Meetings(Writes):
             plan = self.rules.resolve(mine, theirs)
         if plan.action is Action.STOP:
             return None
+        for at, shown in ((one, theirs), (other, mine)):
+            node = state.nodes[at]
+            ids = self.rules.learn(NAMES[at], node.ids, shown.node, shown.identities)
+            state = put(state, at, node._replace(ids=ids))
         for at in pair:  # a claim of a later primary ends the sessions of earlier ones
             if not state.nodes[at].primary:
                 for leader in self._leaders(state, at):
@@ -171,6 +175,7 @@ class Meetings(Writes):
             epoch=giver.epoch,
             leader=giver.leader,
             doubts=self._inherit(giver, taker, source, target, todo),
+            ghost=(),
         )
         state = self._end_all(put(state, target, taker), target)
         state = with_session(state, pair, Session(source, target, todo))

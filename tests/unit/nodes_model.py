@@ -12,7 +12,7 @@ transitions. `faults` returns the promise that a state breaks:
 - Two nodes serve clients at once only if an operator forced one of them.
 - All data of a volume go back to one first generation.
 - Only an operator's decision discards a write that the target answered after the two
-  histories parted.
+  histories parted. A node that lost its state still has them on its disk.
 
 The model has no delays within a session. A session ends for both sides at once, and no
 message of it arrives later. Claims ensure that, and have a model of their own.
@@ -21,10 +21,10 @@ message of it arrives later. Claims ensure that, and have a model of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import ge
 from typing import NamedTuple
 
 from nbd_mirror.rules.generation import NO_DATA, Lineage, Peer
+from nbd_mirror.rules.node_identity import NO_ID, Known
 from nbd_mirror.rules.node_side import Crash, Role, Side
 from nbd_mirror.rules.promotion import Contact, Standing
 
@@ -72,6 +72,7 @@ class Node(NamedTuple):
     demoted: bool = False
     token: tuple[int, int, int] | None = None  # the generation and term it is good for
     handed: int = -1  # the node that has this one's token
+    ids: tuple[Known, ...] = ()  # what it knows of each node's identity, and its own
     up: bool = True
     primary: bool = False
     flight: Flight | None = None
@@ -79,6 +80,7 @@ class Node(NamedTuple):
     asks: tuple[int, bool, frozenset[int]] | None = None
     forgets: frozenset[int] = frozenset()  # active and flushed everywhere
     story: int = 0  # which of the parted histories its data belongs to
+    ghost: tuple[int, ...] = ()  # generations that its disk holds, and no state tells
 
 
 class Story(NamedTuple):
@@ -97,7 +99,8 @@ class Budget(NamedTuple):
     cuts: int = 1
     crashes: int = 1
     orders: int = 1  # promote, demote, hand over without force
-    forces: int = 1  # forced promotions and resolved split brains
+    forces: int = 1  # forced promotions, resolved split brains, data given up
+    losses: int = 0  # of a node's state
 
 
 class State(NamedTuple):
@@ -110,6 +113,7 @@ class State(NamedTuple):
     budget: Budget
     last: int = 0  # the latest value written
     fresh: int = 1  # the latest generation
+    hosts: int = 0  # the latest id of a node
     forced: bool = False
     fault: str = ""
 
@@ -125,7 +129,8 @@ def start(nodes: int, regions: int, budget: Budget) -> State:
         )
         line = Lineage(1, (), peers)
         node = Node(line, empty, empty, frozenset(), zero, zero, primary=index == 0)
-        made.append(node)
+        ids = tuple(Known(NAMES[at], at + 1) for at in range(nodes))
+        made.append(node._replace(ids=ids))
     pairs = [(i, j) for i in range(nodes) for j in range(i + 1, nodes)]
     return State(
         tuple(made),
@@ -133,6 +138,7 @@ def start(nodes: int, regions: int, budget: Budget) -> State:
         tuple((pair, SYNC) for pair in pairs if pair[0] == 0),
         (Story(zero, zero),),
         budget,
+        hosts=nodes,
     )
 
 
@@ -140,15 +146,22 @@ def fresh(nodes: int, regions: int, budget: Budget) -> State:
     """No node has data, and none was ever primary."""
     state = start(nodes, regions, budget)
     for index in range(nodes):
-        state = put(state, index, _empty(state, index))
+        state = empty(state, index)
     return state._replace(sessions=())
 
 
-def _empty(state: State, index: int) -> Node:
+def empty(state: State, index: int) -> State:
+    """Give a node a new disk and a new state, and so a new id."""
     node = state.nodes[index]
-    zero, empty = (0,) * len(node.disk), (frozenset[int](),) * len(state.nodes)
+    zero, none = (0,) * len(node.disk), (frozenset[int](),) * len(state.nodes)
     line = Lineage(peers=tuple(Peer(peer.node) for peer in node.line.peers))
-    return Node(line, empty, empty, frozenset(), zero, zero, epoch=0, leader=-1)
+    host = state.hosts + 1
+    ids = tuple(
+        Known(name, host if at == index else NO_ID)
+        for at, name in enumerate(NAMES[: len(state.nodes)])
+    )
+    new = Node(line, none, none, frozenset(), zero, zero, epoch=0, leader=-1, ids=ids)
+    return put(state, index, new)._replace(hosts=host)
 
 
 def faults(state: State) -> str:
@@ -245,26 +258,9 @@ def renewed(state: State) -> State:
     return state._replace(nodes=nodes, stories=(story,), forced=False)
 
 
-def replaced(state: State, index: int) -> State | None:
-    """Give a node a new disk and no state; None: it has the only copy of some data."""
-    node = state.nodes[index]
-    story = state.stories[node.story]
-    for at in others(state, index):
-        there = state.nodes[at]
-        whole = there.story == node.story and holds(there, node.line.generation)
-        whole = whole and not (there.behind or there.inconsistent)
-        whole = whole and all(map(ge, there.disk, story.need))
-        if whole and all(map(ge, there.safe, story.kept)):
-            break
-    else:
-        return None
-    new = _empty(state, index)._replace(up=False, story=node.story)
-    return put(state, index, new)
-
-
 def holds(node: Node, generation: int) -> bool:
     """Tell whether the data of a node are of *generation*, or later."""
-    return generation in (node.line.generation, *node.line.history)
+    return generation in (node.line.generation, *node.line.history, *node.ghost)
 
 
 def all_doubt(
@@ -370,6 +366,7 @@ def side_of(state: State, index: int, other: int) -> Side:
         epoch=node.epoch,
         leader=NAMES[node.leader] if node.leader >= 0 else "",
         handed=NAMES[node.handed] if node.handed >= 0 else "",
+        identities=node.ids,
     )
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbd_mirror.rules import generation, node_handshake, promotion
+from nbd_mirror.rules import generation, node_handshake, node_identity, promotion
 from nbd_mirror.rules.generation import Lineage
+from nbd_mirror.rules.node_identity import Known
 from nbd_mirror.rules.node_side import Plan, Side
 from nbd_mirror.rules.promotion import Standing, Verdict
 
@@ -26,6 +27,7 @@ class Rules:
     resolve: Callable[[Side, Side], Plan] = node_handshake.resolve
     may_resume: Callable[[Side, Side], bool] = promotion.may_resume
     may_hand_over: Callable[[Side, Side], bool] = promotion.may_hand_over
+    learn: Callable[..., tuple[Known, ...]] = node_identity.learn
     marked: Callable[..., set[int]] = node_handshake.marked
     inherited: Callable[..., set[int]] = node_handshake.inherited
     may_promote: Callable[[Standing], Verdict] = promotion.may_promote

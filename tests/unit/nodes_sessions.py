@@ -18,13 +18,13 @@ from unit.nodes_model import (
     holds,
     others,
     put,
-    replaced,
     session_of,
     subsets,
     term,
     with_session,
     with_value,
 )
+from unit.nodes_replaced import replaced, without_state
 from unit.nodes_rules import Rules
 
 from nbd_mirror.rules.generation import NO_DATA
@@ -53,6 +53,11 @@ class Sessions:
         after = self._down(state, index, node, Crash.PROCESS)
         if (new := replaced(after, index)) is not None:
             yield f"replace {name}", new
+
+    def _losses(self, state: State, index: int) -> Iterator[tuple[str, State]]:
+        after = self._down(state, index, state.nodes[index], Crash.PROCESS)
+        if (new := without_state(after, index)) is not None:
+            yield f"lose {NAMES[index]}", new
 
     def _down(self, state: State, index: int, node: Node, crash: Crash) -> State:
         crash = max(node.crash, crash, key=lambda crash: crash.value)
