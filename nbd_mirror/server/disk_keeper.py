@@ -115,7 +115,7 @@ class DiskKeeper(ABC):
     def _recover(self, words: str) -> None:
         """Wait after a failure that no step handles."""
 
-    def _say_failure(self, words: str) -> None:
+    def _log_failure(self, words: str) -> None:
         """Log once why it does not work."""
         if words != self._error and not self._ending:
             self._log("warning", f"{self._title}: {words}")

@@ -257,7 +257,7 @@ class Keeper(DiskKeeper):
         else:
             self._attempt += 1
             wait_s = backoff_s(self._attempt, self._random())
-        self._say_failure(words)
+        self._log_failure(words)
         self._plan_retry(words, wait_s)
 
     # --- connecting ---

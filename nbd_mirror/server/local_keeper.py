@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalKeeper"]
 
 RETRY_S = 1.0  # until the next batch, if no event shows that it would work
-SAID_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
+LOG_EVERY_S = 10.0  # progress, and repairs: a dying disk has many
 SAMPLE_S = 5.0
 COMMAND_S = 5.0  # how long an operator's command waits for another one
 _REPLACED = (
@@ -77,9 +77,9 @@ class LocalKeeper(DiskKeeper):
         self._seen: LocalStatus | None = None  # at the last turn
         self._repairing = False  # it was ok: a sector is rewritten, not a whole disk
         self._admitted = False  # by an operator, and not ok since
-        self._say_progress_at = 0.0  # when to log the progress again
-        self._say_repairs_at = 0.0
-        self._repairs_said = 0
+        self._log_progress_at = 0.0  # when to log the progress again
+        self._log_repairs_at = 0.0
+        self._repairs_logged = 0
         self._path = path  # guarded by the lock
 
     def view(self) -> LocalView:
@@ -260,7 +260,7 @@ class LocalKeeper(DiskKeeper):
 
     def _note(self, words: str) -> None:
         """Store why copying does not work, and log it once."""
-        self._say_failure(words)
+        self._log_failure(words)
         with self._lock:
             self._error = words
 
@@ -311,9 +311,9 @@ class LocalKeeper(DiskKeeper):
         """Log the progress of a resync from time to time."""
         if self._progress is None:
             return
-        if went_on and self._clock() < self._say_progress_at:
+        if went_on and self._clock() < self._log_progress_at:
             return
-        self._say_progress_at = self._clock() + SAID_EVERY_S
+        self._log_progress_at = self._clock() + LOG_EVERY_S
         if went_on:
             rate = f"{self._progress.bytes_per_s:.0f}/s"
             self._log(
@@ -334,10 +334,10 @@ class LocalKeeper(DiskKeeper):
             super()._say_resync(text)
 
     def _say_repairs(self, local: LocalStatus) -> None:
-        new = local.repaired - self._repairs_said
-        if new > 0 and self._clock() >= self._say_repairs_at:
-            self._say_repairs_at = self._clock() + SAID_EVERY_S
-            self._repairs_said = local.repaired
+        new = local.repaired - self._repairs_logged
+        if new > 0 and self._clock() >= self._log_repairs_at:
+            self._log_repairs_at = self._clock() + LOG_EVERY_S
+            self._repairs_logged = local.repaired
             self._log(
                 "warning",
                 f"local: bad sectors: {new} regions could not be read, and were "

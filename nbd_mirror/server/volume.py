@@ -46,7 +46,7 @@ SAMPLE_S = 60.0  # between two checks that a start could identify local
 SAMPLES = 32  # that a start can compare, of 64
 JOIN_S = 10.0  # in addition to two deadlines
 GRACE_S = 2.0  # for clients to disconnect once everything is stopped
-MAX_SAID = 100  # texts that maintenance remembers as logged
+MAX_LOGGED = 100  # texts that maintenance remembers as logged
 LOCAL = "local"  # the local disk's name in place of a remote's
 
 
@@ -75,7 +75,7 @@ class Volume:
         self._drain = drain
         self.max_clients: int | None = None  # of the direct door
         self.engine = open_engine(config)
-        self._said: set[str] = set()  # texts logged once
+        self._logged: set[str] = set()  # texts logged once
         self._local = self._make_local_keeper()
         self._keepers = self._make_keepers()
         self._control = ControlServer(
@@ -135,7 +135,7 @@ class Volume:
         return keeper
 
     def _make_keepers(self) -> list[Keeper]:
-        self._tell(self.engine.status())
+        self._log_status(self.engine.status())
         return [
             Keeper(
                 self.engine,
@@ -259,7 +259,7 @@ class Volume:
         keep_going(
             self._look_after,
             self._nap,
-            self._say_once,
+            self._log_once,
             "maintenance",
         )
 
@@ -271,29 +271,29 @@ class Volume:
     def _look_after(self) -> None:
         try:
             status = self.engine.status()
-            self._tell(status)
+            self._log_status(status)
             if not status.failed:
                 self.engine.cool(COOL_S)
             if time.monotonic() >= self._sample_at:
                 self._sample_at = time.monotonic() + SAMPLE_S
                 self.engine.local_sample(SAMPLES)
         except MirrorError as error:
-            self._say_once("warning", f"volume {self._config.name}: {error}")
+            self._log_once("warning", f"volume {self._config.name}: {error}")
 
-    def _tell(self, status: VolumeStatus) -> None:
+    def _log_status(self, status: VolumeStatus) -> None:
         name = self._config.name
         if status.failed:
             text = f"volume {name}: failed: {status.reason}"
-            self._say_once("error", f"{text}; writes get EIO until it is served again")
+            self._log_once("error", f"{text}; writes get EIO until it is served again")
         elif status.reason:
             # The status shows it only until the server ends; the log keeps it.
-            self._say_once("warning", f"volume {name}: {status.reason}")
+            self._log_once("warning", f"volume {name}: {status.reason}")
 
-    def _say_once(self, level: str, text: str) -> None:
-        if text not in self._said:
-            if len(self._said) >= MAX_SAID:
-                self._said.clear()
-            self._said.add(text)
+    def _log_once(self, level: str, text: str) -> None:
+        if text not in self._logged:
+            if len(self._logged) >= MAX_LOGGED:
+                self._logged.clear()
+            self._logged.add(text)
             log(level, text)
 
     # --- commands ---
