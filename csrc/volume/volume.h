@@ -18,6 +18,7 @@
  *   2. libnbd's own lock  inside the handle, held while libnbd calls us back
  *   3. conn->lock         the connection's outstanding commands
  *   4. io->lock           of local_io.c, then users_lock of local.c
+ *   5. tls->lock          of wire/tls.c, over one call of GnuTLS
  *
  * What a thread may wait for (defined only here).  A thread that holds an item
  * of this list, or that must finish it, waits only for items below it:

@@ -39,8 +39,11 @@
 #include "base/lock.h"
 #include "wire/conn.h"
 #include "wire/mailbox.h"
+#include "wire/nbd_uri.h"
 #include "wire/receive.h"
+#include "wire/secure_connect.h"
 #include "wire/silence.h"
+#include "wire/tls_secrets.h"
 #include "wire/transport.h"
 #include "wire/transport_libnbd.h"
 #include "wire/transport_plain.h"
@@ -186,6 +189,8 @@ static void
 conn_free (struct conn *conn)
 {
   conn->transport->close (conn);
+  stream_end (&conn->stream);
+  tls_secrets_free (conn->secrets);
   if (conn->fd >= 0)
     close_socket (conn->fd);
   if (conn->kick >= 0)
@@ -193,6 +198,19 @@ conn_free (struct conn *conn)
   silence_free (conn);
   pthread_mutex_destroy (&conn->lock);
   free (conn);
+}
+
+static int
+make_connection (struct conn *conn, const char *uri, uint64_t until_ns,
+                 uint32_t timeout_ms)
+{
+  bool secure = nbd_uri_is_secure (uri) && plain_can_secure ();
+  int rc = (secure ? secure_connect : libnbd_connect) (conn, uri, until_ns,
+                                                       timeout_ms);
+
+  if (rc < 0)
+    return rc;
+  return secure ? plain_begin (conn) : plain_take_over (conn);
 }
 
 int
@@ -205,14 +223,13 @@ conn_open (const char *uri, uint32_t timeout_ms, struct conn **out)
   if (conn == NULL)
     return set_error (-ENOMEM, "connect");
   conn->fd = conn->kick = -1;
+  conn->stream = stream_plain (-1);
   conn->transport = &libnbd_transport;
   TAILQ_INIT (&conn->commands);
   TAILQ_INIT (&conn->watchers);
   atomic_init (&conn->users, 1);
   pthread_mutex_init (&conn->lock, NULL);
-  rc = libnbd_connect (conn, uri, until_ns, timeout_ms);
-  if (rc == 0)
-    rc = plain_take_over (conn);
+  rc = make_connection (conn, uri, until_ns, timeout_ms);
   if (rc >= 0)
     rc = silence_init (conn);
   if (rc < 0) {

@@ -121,6 +121,8 @@ plain_describe_loss (int err, char *why, size_t max)
     snprintf (why, max, "the server closed the connection");
   else if (err == EBADMSG)
     snprintf (why, max, "it sent open files with its answers");
+  else if (err == EPROTO)
+    snprintf (why, max, "TLS failed: the bytes that came are not the server's");
   else
     snprintf (why, max, "the connection broke: %s", strerror (err));
 }
@@ -172,7 +174,7 @@ push_relock (struct conn *conn)
     gather_locked (plain, &msg);
     plain->sending = true;
     pthread_mutex_unlock (&conn->lock);
-    n = conn_sendmsg (conn->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+    n = stream_send (&conn->stream, &msg, MSG_DONTWAIT);
     err = errno;
     pthread_mutex_lock (&conn->lock);
     plain->sending = false;

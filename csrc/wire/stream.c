@@ -7,6 +7,7 @@
 
 #include "wire/receive.h"
 #include "wire/stream.h"
+#include "wire/transport_plain.h"
 
 static ssize_t
 plain_receive (struct stream *stream, struct iovec *iov, size_t nr, int flags)
@@ -17,7 +18,7 @@ plain_receive (struct stream *stream, struct iovec *iov, size_t nr, int flags)
 static ssize_t
 plain_send (struct stream *stream, const struct msghdr *msg, int flags)
 {
-  return sendmsg (stream->fd, msg, flags | MSG_NOSIGNAL);
+  return conn_sendmsg (stream->fd, msg, flags | MSG_NOSIGNAL);
 }
 
 static bool

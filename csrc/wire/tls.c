@@ -28,27 +28,24 @@
  *
  * The end.  A stream that ends without close_notify was cut: the connection is
  * lost (ECONNRESET).  TLS 1.3 has no renegotiation; tickets, early data and
- * late client certificates are off.
+ * late client certificates are off.  tls_handshake.c has the handshake.
  */
 
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
 #include <gnutls/gnutls.h>
-#include <gnutls/x509.h>
 
-#include "base/clock.h"
 #include "base/error.h"
 #include "base/lock.h"
 #include "wire/receive.h"
 #include "wire/stream.h"
 #include "wire/tls.h"
-#include "wire/tls_secrets.h"
+#include "wire/tls_stream.h"
 
 #define RECORD_BYTES 16384u /* at most, in a record */
 #define RECORD_ROOM (RECORD_BYTES + 512u)
@@ -77,8 +74,9 @@ struct tls {
 
   /* The receiving thread's. */
   size_t in_start, in_end;
-  bool over;     /* close_notify, or an error: nothing more is opened */
-  int over_with; /* 0 or an errno */
+  bool over;           /* close_notify, or an error: nothing more is opened */
+  int over_with;       /* 0 or an errno */
+  const char *trouble; /* GnuTLS's words for the error; or NULL */
 
   uint8_t in[IN_ROOM], out[OUT_ROOM];
 };
@@ -181,6 +179,26 @@ next_bytes (struct tls *t, const struct msghdr *msg, struct place at,
   return size;
 }
 
+/* Seal one record.  Returns how many bytes it holds; 0: there is no room; -1:
+ * GnuTLS refuses.
+ */
+static ssize_t
+seal_one (struct tls *t, const uint8_t *bytes, size_t size)
+{
+  ssize_t n;
+
+  LOCK_FOR_SCOPE (&t->lock);
+  if (t->nr_sealed == MAX_SEALED
+      || OUT_ROOM - t->out_end < RECORD_ROOM + SPARE_ROOM)
+    return 0;
+  n = gnutls_record_send (t->session, bytes, size);
+  if (n <= 0)
+    return -1;
+  t->sealed[t->nr_sealed++]
+      = (struct sealed){ .bytes = (size_t)n, .end = t->out_end };
+  return n;
+}
+
 /* Seal the first bytes of the message, as many as `out` has room for.  False:
  * GnuTLS refuses.
  */
@@ -192,16 +210,11 @@ seal (struct tls *t, const struct msghdr *msg)
   size_t size;
 
   advance (msg, &at, 0); /* past empty pieces */
-  LOCK_FOR_SCOPE (&t->lock);
-  while (t->nr_sealed < MAX_SEALED
-         && OUT_ROOM - t->out_end >= RECORD_ROOM + SPARE_ROOM
-         && (size = next_bytes (t, msg, at, &bytes)) > 0) {
-    ssize_t n = gnutls_record_send (t->session, bytes, size);
+  while ((size = next_bytes (t, msg, at, &bytes)) > 0) {
+    ssize_t n = seal_one (t, bytes, size);
 
     if (n <= 0)
-      return false;
-    t->sealed[t->nr_sealed++]
-        = (struct sealed){ .bytes = (size_t)n, .end = t->out_end };
+      return n == 0;
     advance (msg, &at, (size_t)n);
   }
   return true;
@@ -333,8 +346,12 @@ take_opened (struct tls *t, struct iovec *iov, size_t nr, size_t skip)
   if (!t->over)
     opened = open_all (t, iov, nr, skip);
   t->over = t->over || (opened.last <= 0 && opened.last != GNUTLS_E_AGAIN);
-  if (opened.last < 0 && opened.last != GNUTLS_E_AGAIN)
+  if (opened.last < 0 && opened.last != GNUTLS_E_AGAIN) {
     t->over_with = EPROTO;
+    t->trouble = opened.last == GNUTLS_E_FATAL_ALERT_RECEIVED
+                     ? gnutls_alert_get_name (gnutls_alert_get (t->session))
+                     : gnutls_strerror ((int)opened.last);
+  }
   return opened.bytes;
 }
 
@@ -415,115 +432,6 @@ static const struct stream_kind tls_stream = {
   .end = tls_end,
 };
 
-/* --- The handshake ---------------------------------------------------------
- */
-
-/* The peer's certificate was refused: GnuTLS's words for it. */
-static int
-explain_certificate (gnutls_session_t session)
-{
-  unsigned status = gnutls_session_get_verify_cert_status (session);
-  gnutls_datum_t words = { NULL, 0 };
-  int rc;
-
-  if (gnutls_certificate_verification_status_print (status, GNUTLS_CRT_X509,
-                                                    &words, 0)
-      < 0)
-    return set_message (-EACCES, "TLS: the other side's certificate is wrong");
-  rc = set_message (-EACCES, "TLS: the other side's certificate: %s",
-                    (const char *)words.data);
-  gnutls_free (words.data);
-  return rc;
-}
-
-static int
-explain (gnutls_session_t session, int rc)
-{
-  switch (rc) {
-  case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
-    return explain_certificate (session);
-  case GNUTLS_E_FATAL_ALERT_RECEIVED:
-    return set_message (-EACCES, "TLS: the other side refuses: %s",
-                        gnutls_alert_get_name (gnutls_alert_get (session)));
-  case GNUTLS_E_CERTIFICATE_REQUIRED:
-  case GNUTLS_E_NO_CERTIFICATE_FOUND:
-    return set_message (-EACCES, "TLS: the other side has no certificate");
-  case GNUTLS_E_DECRYPTION_FAILED:
-  case GNUTLS_E_RECEIVED_ILLEGAL_PARAMETER:
-    return set_message (-EACCES,
-                        "TLS: the other side has another key, or none (%s)",
-                        gnutls_strerror (rc));
-  default:
-    return set_message (-EACCES, "TLS: %s", gnutls_strerror (rc));
-  }
-}
-
-/* Wait for the socket until a time.  -ETIMEDOUT. */
-static int
-await (int fd, short events, uint64_t until_ns)
-{
-  struct pollfd pfd = { .fd = fd, .events = events };
-  uint64_t now = now_ns ();
-  int n = 0;
-
-  if (now < until_ns)
-    n = poll (&pfd, 1, (int)((until_ns - now) / NS_PER_MS) + 1);
-  if (n < 0 && errno != EINTR)
-    return set_error (-errno, "TLS: the handshake");
-  return now < until_ns ? 0
-                        : set_message (-ETIMEDOUT, "TLS: the handshake took "
-                                                   "too long");
-}
-
-static int
-drain_all (struct stream *stream, uint64_t until_ns)
-{
-  int rc = 0;
-
-  while (rc == 0 && drain (stream, MSG_DONTWAIT) < 0) {
-    if (errno != EAGAIN && errno != EINTR)
-      return set_error (-errno, "TLS: the handshake");
-    rc = await (stream->fd, POLLOUT, until_ns);
-  }
-  return rc;
-}
-
-static int
-fill_some (struct stream *stream, uint64_t until_ns)
-{
-  int rc = await (stream->fd, POLLIN, until_ns);
-  ssize_t n;
-
-  if (rc < 0)
-    return rc;
-  n = fill (stream, MSG_DONTWAIT);
-  if (n == 0)
-    return set_message (-ECONNRESET, "TLS: the other side left during the "
-                                     "handshake");
-  if (n < 0 && errno != EAGAIN && errno != EINTR)
-    return set_error (-errno, "TLS: the handshake");
-  return 0;
-}
-
-static int
-shake_hands (struct stream *stream, uint64_t until_ns)
-{
-  struct tls *t = stream->tls;
-  int rc, found;
-
-  do {
-    found = gnutls_handshake (t->session);
-    if (found < 0 && gnutls_error_is_fatal (found))
-      (void)gnutls_alert_send_appropriate (t->session, found);
-    rc = drain_all (stream, until_ns);
-    if (found < 0 && gnutls_error_is_fatal (found))
-      return explain (t->session, found);
-    if (rc == 0 && found < 0 && t->in_start == t->in_end)
-      rc = fill_some (stream, until_ns);
-  } while (rc == 0 && found < 0);
-  return rc;
-}
-
 static struct tls *
 tls_new (unsigned flags)
 {
@@ -536,6 +444,7 @@ tls_new (unsigned flags)
   t->in_start = t->in_end = 0;
   t->over = false;
   t->over_with = 0;
+  t->trouble = NULL;
   pthread_mutex_init (&t->lock, NULL);
   if (gnutls_init (&t->session, flags | GNUTLS_NONBLOCK | GNUTLS_NO_TICKETS)
       < 0) {
@@ -550,37 +459,46 @@ tls_new (unsigned flags)
   return t;
 }
 
-static int
-use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
-{
-  int rc = gnutls_priority_set (session, secrets->priority);
-
-  if (rc == 0 && secrets->psk)
-    rc = gnutls_credentials_set (session, GNUTLS_CRD_PSK, secrets->psk);
-  if (rc == 0 && secrets->x509)
-    rc = gnutls_credentials_set (session, GNUTLS_CRD_CERTIFICATE,
-                                 secrets->x509);
-  if (secrets->checks_client) {
-    gnutls_certificate_server_set_request (session, GNUTLS_CERT_REQUIRE);
-    gnutls_session_set_verify_cert (session, NULL, 0);
-  }
-  return rc < 0 ? set_message (-EINVAL, "TLS: %s", gnutls_strerror (rc)) : 0;
-}
+/* --- For the handshake -----------------------------------------------------
+ */
 
 int
-tls_accept (struct stream *stream, const struct tls_secrets *secrets,
-            uint64_t until_ns)
+tls_begin (struct stream *stream, unsigned flags)
 {
-  struct tls *t = tls_new (GNUTLS_SERVER);
-  int rc;
+  struct tls *t = tls_new (flags);
 
   if (t == NULL)
     return set_error (-ENOMEM, "TLS");
   *stream = (struct stream){ .kind = &tls_stream, .fd = stream->fd, .tls = t };
-  rc = use_secrets (t->session, secrets);
-  if (rc == 0)
-    rc = shake_hands (stream, until_ns);
-  if (rc < 0)
-    tls_end (stream);
-  return rc;
+  return 0;
+}
+
+gnutls_session_t
+tls_session (const struct stream *stream)
+{
+  return stream->tls->session;
+}
+
+bool
+tls_has_received (const struct stream *stream)
+{
+  return stream->tls->in_end > stream->tls->in_start;
+}
+
+ssize_t
+tls_fill (struct stream *stream)
+{
+  return fill (stream, MSG_DONTWAIT);
+}
+
+ssize_t
+tls_drain (struct stream *stream)
+{
+  return drain (stream, MSG_DONTWAIT);
+}
+
+const char *
+tls_trouble (const struct stream *stream)
+{
+  return stream->tls ? stream->tls->trouble : NULL;
 }

@@ -17,4 +17,12 @@ struct tls_secrets;
 int tls_accept (struct stream *stream, const struct tls_secrets *secrets,
                 uint64_t until_ns);
 
+/* The handshake of a client, as above.  The server's certificate must be that
+ * of `host`; NULL: of any host.
+ */
+int tls_connect (struct stream *stream, const struct tls_secrets *secrets,
+                 const char *host, uint64_t until_ns);
+/* After EPROTO from a stream: what went wrong, or NULL. */
+const char *tls_trouble (const struct stream *stream);
+
 #endif /* NBDM_TLS_H */

@@ -11,14 +11,18 @@
  * restart; connections that are open stay open.
  */
 
+#define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "api.h"
 #include "base/error.h"
+#include "wire/nbd_uri.h"
 #include "wire/tls_secrets.h"
 
 #define TLS13 "NORMAL:-VERS-ALL:+VERS-TLS1.3"
@@ -76,36 +80,34 @@ load_psk (struct tls_secrets *secrets, const char *path)
 }
 
 static int
-load_own (struct tls_secrets *secrets, const struct nbdm_tls *files)
+load_own (struct tls_secrets *secrets, const char *certificate, const char *key)
 {
-  int rc = check_readable (files->certificate);
+  int rc = check_readable (certificate);
 
   if (rc == 0)
-    rc = check_secret (files->private_key);
+    rc = check_secret (key);
   if (rc < 0)
     return rc;
-  rc = gnutls_certificate_set_x509_key_file (secrets->x509, files->certificate,
-                                             files->private_key,
+  rc = gnutls_certificate_set_x509_key_file (secrets->x509, certificate, key,
                                              GNUTLS_X509_FMT_PEM);
   if (rc < 0)
-    return set_message (-EINVAL, "TLS: %s and %s: %s", files->certificate,
-                        files->private_key, gnutls_strerror (rc));
+    return set_message (-EINVAL, "TLS: %s and %s: %s", certificate, key,
+                        gnutls_strerror (rc));
   return 0;
 }
 
 static int
-load_trust (struct tls_secrets *secrets, const struct nbdm_tls *files)
+load_trust (struct tls_secrets *secrets, const char *ca)
 {
-  int rc = check_readable (files->ca);
+  int rc = check_readable (ca);
 
   if (rc < 0)
     return rc;
-  rc = gnutls_certificate_set_x509_trust_file (secrets->x509, files->ca,
+  rc = gnutls_certificate_set_x509_trust_file (secrets->x509, ca,
                                                GNUTLS_X509_FMT_PEM);
   if (rc <= 0)
-    return bad_file (files->ca,
+    return bad_file (ca,
                      rc < 0 ? gnutls_strerror (rc) : "it holds no certificate");
-  secrets->checks_client = true;
   return 0;
 }
 
@@ -118,32 +120,181 @@ load_x509 (struct tls_secrets *secrets, const struct nbdm_tls *files)
     return set_message (-EINVAL, "TLS needs a certificate and its key");
   if (gnutls_certificate_allocate_credentials (&secrets->x509) < 0)
     return set_error (-ENOMEM, "TLS");
-  rc = load_own (secrets, files);
-  return rc == 0 && files->ca ? load_trust (secrets, files) : rc;
+  rc = load_own (secrets, files->certificate, files->private_key);
+  secrets->checks_client = files->ca != NULL;
+  return rc == 0 && files->ca ? load_trust (secrets, files->ca) : rc;
 }
 
-int
-tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out)
+/* `psk`: shared keys alone. */
+static int
+secrets_new (bool psk, struct tls_secrets **out)
 {
   struct tls_secrets *secrets = calloc (1, sizeof *secrets);
   int rc;
 
   if (secrets == NULL)
     return set_error (-ENOMEM, "TLS");
-  rc = gnutls_priority_init (&secrets->priority, files->psk ? TLS13_PSK : TLS13,
-                             NULL);
-  if (rc < 0)
-    rc = set_message (-EOPNOTSUPP, "TLS 1.3: GnuTLS here has none: %s",
-                      gnutls_strerror (rc));
-  else
-    rc = files->psk ? load_psk (secrets, files->psk)
-                    : load_x509 (secrets, files);
+  rc = gnutls_priority_init (&secrets->priority, psk ? TLS13_PSK : TLS13, NULL);
   if (rc < 0) {
     tls_secrets_free (secrets);
-    return rc;
+    return set_message (-EOPNOTSUPP, "TLS 1.3: GnuTLS here has none: %s",
+                        gnutls_strerror (rc));
   }
   *out = secrets;
   return 0;
+}
+
+int
+tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out)
+{
+  struct tls_secrets *secrets;
+  int rc = secrets_new (files->psk != NULL, &secrets);
+
+  if (rc < 0)
+    return rc;
+  rc = files->psk ? load_psk (secrets, files->psk) : load_x509 (secrets, files);
+  if (rc < 0)
+    tls_secrets_free (secrets);
+  else
+    *out = secrets;
+  return rc;
+}
+
+/* --- A client's ------------------------------------------------------------
+ */
+
+/* The line of the user, or the first line without one.  Cuts it after the name;
+ * returns the key, or NULL.
+ */
+static char *
+find_key (FILE *file, const char *user, char **line)
+{
+  size_t room = 0;
+
+  while (getline (line, &room, file) > 0) {
+    char *key = strchr (*line, ':');
+
+    if (key == NULL)
+      continue;
+    *key++ = '\0';
+    key[strcspn (key, "\r\n")] = '\0';
+    if (user == NULL || strcmp (*line, user) == 0)
+      return key;
+  }
+  return NULL;
+}
+
+static int
+use_key (struct tls_secrets *secrets, const char *path, const char *user,
+         const char *hex)
+{
+  const gnutls_datum_t key
+      = { (unsigned char *)(uintptr_t)hex, (unsigned)strlen (hex) };
+  int rc = gnutls_psk_allocate_client_credentials (&secrets->own_psk);
+
+  if (rc < 0)
+    return set_error (-ENOMEM, "TLS");
+  rc = gnutls_psk_set_client_credentials (secrets->own_psk, user, &key,
+                                          GNUTLS_PSK_KEY_HEX);
+  return rc < 0 ? bad_file (path, gnutls_strerror (rc)) : 0;
+}
+
+static int
+load_own_psk (struct tls_secrets *secrets, const char *path, const char *user)
+{
+  int rc = check_secret (path);
+  char *line = NULL, *key;
+  FILE *file;
+
+  if (rc < 0)
+    return rc;
+  file = fopen (path, "re");
+  if (file == NULL)
+    return set_error (-errno, "TLS: %s", path);
+  key = find_key (file, user, &line);
+  fclose (file);
+  if (key)
+    rc = use_key (secrets, path, line, key);
+  else if (user)
+    rc = set_message (-EINVAL, "TLS: %s: it has no key of %s", path, user);
+  else
+    rc = bad_file (path, "it has no line NAME:KEY");
+  free (line); /* it holds a secret, as the file does */
+  return rc;
+}
+
+/* The folder has the files that libnbd's and nbdkit's have. */
+static int
+load_folder (struct tls_secrets *secrets, const char *folder)
+{
+  char ca[PATH_MAX], certificate[PATH_MAX], key[PATH_MAX];
+  int rc;
+
+  snprintf (ca, sizeof ca, "%s/ca-cert.pem", folder);
+  snprintf (certificate, sizeof certificate, "%s/client-cert.pem", folder);
+  snprintf (key, sizeof key, "%s/client-key.pem", folder);
+  rc = load_trust (secrets, ca);
+  if (rc == 0 && access (certificate, F_OK) == 0)
+    rc = load_own (secrets, certificate, key);
+  return rc;
+}
+
+/* Where libnbd looks.  False: there is none. */
+static bool
+usual_folder (char *folder, size_t size)
+{
+  static const char *const places[]
+      = { "%s/.pki/libnbd", "%s/.config/pki/libnbd" };
+  const char *home = getenv ("HOME");
+  char ca[PATH_MAX + 16];
+
+  for (size_t i = 0; i < 3; i++) {
+    if (geteuid () != 0 && home && i < 2)
+      snprintf (folder, size, places[i], home);
+    else
+      snprintf (folder, size, "/etc/pki/libnbd");
+    snprintf (ca, sizeof ca, "%s/ca-cert.pem", folder);
+    if (access (ca, F_OK) == 0)
+      return true;
+  }
+  return false;
+}
+
+static int
+load_own_x509 (struct tls_secrets *secrets, const char *folder)
+{
+  char usual[PATH_MAX];
+  int rc = gnutls_certificate_allocate_credentials (&secrets->x509);
+
+  if (rc < 0)
+    return set_error (-ENOMEM, "TLS");
+  if (folder)
+    return load_folder (secrets, folder);
+  if (usual_folder (usual, sizeof usual))
+    return load_folder (secrets, usual);
+  rc = gnutls_certificate_set_x509_system_trust (secrets->x509);
+  return rc < 0 ? set_message (-ENOENT,
+                               "TLS: this host trusts no certificates, "
+                               "and the URI names none: %s",
+                               gnutls_strerror (rc))
+                : 0;
+}
+
+int
+tls_secrets_of_uri (const struct nbd_uri *uri, struct tls_secrets **out)
+{
+  struct tls_secrets *secrets;
+  int rc = secrets_new (uri->psk_file != NULL, &secrets);
+
+  if (rc < 0)
+    return rc;
+  rc = uri->psk_file ? load_own_psk (secrets, uri->psk_file, uri->user)
+                     : load_own_x509 (secrets, uri->certificates);
+  if (rc < 0)
+    tls_secrets_free (secrets);
+  else
+    *out = secrets;
+  return rc;
 }
 
 void
@@ -153,6 +304,8 @@ tls_secrets_free (struct tls_secrets *secrets)
     return;
   if (secrets->psk)
     gnutls_psk_free_server_credentials (secrets->psk);
+  if (secrets->own_psk)
+    gnutls_psk_free_client_credentials (secrets->own_psk);
   if (secrets->x509)
     gnutls_certificate_free_credentials (secrets->x509);
   if (secrets->priority)

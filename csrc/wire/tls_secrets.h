@@ -11,18 +11,22 @@
 
 #include <gnutls/gnutls.h>
 
+struct nbd_uri;
 struct nbdm_tls;
 
 /* Read-only once loaded: all sessions share it. */
 struct tls_secrets {
-  gnutls_psk_server_credentials_t psk;   /* or NULL */
-  gnutls_certificate_credentials_t x509; /* or NULL */
+  gnutls_psk_server_credentials_t psk;     /* a server's, or NULL */
+  gnutls_psk_client_credentials_t own_psk; /* a client's, or NULL */
+  gnutls_certificate_credentials_t x509;   /* or NULL */
   bool checks_client; /* its certificate; a PSK always proves the client */
   gnutls_priority_t priority;
 };
 
 /* Load a server's.  -errno with a message that names the file. */
 int tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out);
+/* Load those that a URI names for a client, or libnbd's usual ones. */
+int tls_secrets_of_uri (const struct nbd_uri *uri, struct tls_secrets **out);
 void tls_secrets_free (struct tls_secrets *secrets); /* or NULL */
 
 #endif /* NBDM_TLS_SECRETS_H */

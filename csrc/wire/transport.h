@@ -3,9 +3,10 @@
 /* The interface between conn.c and the two transports.
  *
  * conn.c records which thread waits for which command, and which thread
- * receives the answers; a transport moves the bytes.  libnbd's transport
- * carries everything, also TLS.  The plain one takes over an unencrypted socket
- * after libnbd's handshake (transport_plain.c says why).
+ * receives the answers; a transport moves the bytes.  The plain one takes over
+ * a connection after its handshake, with TLS or without (transport_plain.c says
+ * why).  libnbd's transport carries the rest: structured replies, and what
+ * tests ask for.
  */
 
 #ifndef NBDM_TRANSPORT_H
@@ -20,9 +21,11 @@
 #include "api.h"
 #include "base/atomics.h"
 #include "wire/conn.h"
+#include "wire/stream.h"
 
 struct nbd_handle;
 struct plain;
+struct tls_secrets;
 
 struct transport {
   /* Send the command now or with the next `push`; conn->lock is not held.
@@ -80,6 +83,8 @@ struct conn {
   struct nbd_handle *nbd; /* of libnbd's transport, and of every handshake */
   int kick;               /* its eventfd: makes the poller look again; or -1 */
   struct plain *plain;    /* the plain transport's */
+  struct stream stream;   /* the plain transport's, over fd */
+  struct tls_secrets *secrets; /* of the stream; NULL: without TLS */
 
   pthread_mutex_t lock; /* protects all below */
   bool dead;

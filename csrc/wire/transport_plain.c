@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* NBD's transmission phase on a plain socket, after libnbd's handshake.
+/* NBD's transmission phase on a stream, plain or with TLS, after the handshake.
  *
  * libnbd sends a header and its payload with a system call each, reads each
  * answer with one, polls before both and serialises all of it under a lock that
@@ -37,6 +37,9 @@
  * answered it, and the connection ends.  So no answered command is left to
  * send.
  *
+ * In TLS a command has left when its record has wholly (tls.c), and in one turn
+ * no more leaves than one record buffer holds.
+ *
  * The end: conn_kill shuts the socket down, both calls return, and the poller,
  * once no sendmsg is under way, ends all outstanding commands.
  */
@@ -62,8 +65,8 @@
 #include "wire/conn.h"
 #include "wire/plain.h"
 #include "wire/protocol.h"
-#include "wire/receive.h"
 #include "wire/silence.h"
+#include "wire/stream.h"
 #include "wire/transport.h"
 #include "wire/transport_plain.h"
 
@@ -220,12 +223,12 @@ receive_some (struct conn *conn, int flags)
 {
   struct plain *plain = conn->plain;
   struct command *cmd = plain->filling;
+  struct iovec iov = { plain->inbox + plain->end, INBOX_SIZE - plain->end };
 
   if (cmd) /* then the inbox is empty */
-    return receive (conn->fd, (char *)cmd->buf + plain->filled,
-                    cmd->length - plain->filled, flags);
-  return receive (conn->fd, plain->inbox + plain->end, INBOX_SIZE - plain->end,
-                  flags);
+    iov = (struct iovec){ (char *)cmd->buf + plain->filled,
+                          cmd->length - plain->filled };
+  return stream_receive (&conn->stream, &iov, 1, flags);
 }
 
 /* The poller waits here while the socket is full.  The thread that waits for
@@ -247,7 +250,7 @@ await_either (struct conn *conn)
 }
 
 static bool
-step (struct conn *conn, bool wait)
+step_once (struct conn *conn, bool wait)
 {
   struct plain *plain = conn->plain;
   /* Kept answers become valid when a sendmsg returns, which wakes no recv; it
@@ -291,6 +294,19 @@ step (struct conn *conn, bool wait)
   return n > 0 && !wrong;
 }
 
+/* Poll on the socket does not report what the stream has received, so none of
+ * it is left.
+ */
+static bool
+step (struct conn *conn, bool wait)
+{
+  bool some = step_once (conn, wait), more = some;
+
+  while (more && stream_has_input (&conn->stream))
+    more = step_once (conn, false);
+  return some;
+}
+
 /* --- Coming and going ------------------------------------------------- */
 
 /* The end of the stream makes a recv return. */
@@ -305,11 +321,14 @@ goodbye (struct conn *conn)
 {
   struct nbd_request request = { .magic = htobe32 (NBD_REQUEST_MAGIC),
                                  .type = htobe16 (NBD_CMD_DISC) };
+  struct iovec iov = { &request, sizeof request };
+  const struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
 
   LOCK_FOR_SCOPE (&conn->lock);
-  if (conn->plain->unsent == NULL) /* not into the middle of a request */
-    (void)send (conn->fd, &request, sizeof request,
-                MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (conn->plain->unsent) /* not into the middle of a request */
+    return;
+  (void)stream_send (&conn->stream, &msg, MSG_DONTWAIT);
+  stream_part (&conn->stream);
 }
 
 static void
@@ -338,10 +357,26 @@ tests_force_libnbd (void)
   return name && strcmp (name, "libnbd") == 0;
 }
 
+bool
+plain_can_secure (void)
+{
+  return !tests_force_libnbd ();
+}
+
+int
+plain_begin (struct conn *conn)
+{
+  conn->plain = calloc (1, sizeof *conn->plain);
+  if (conn->plain == NULL)
+    return set_error (-ENOMEM, "connect");
+  conn->transport = &plain_transport;
+  return 0;
+}
+
 int
 plain_take_over (struct conn *conn)
 {
-  int flags;
+  int flags, rc;
 
   if (tests_force_libnbd () || nbd_get_tls_negotiated (conn->nbd) != 0
       || nbd_get_structured_replies_negotiated (conn->nbd) != 0)
@@ -349,14 +384,14 @@ plain_take_over (struct conn *conn)
   flags = fcntl (conn->fd, F_GETFL);
   if (flags < 0 || fcntl (conn->fd, F_SETFL, flags & ~O_NONBLOCK) < 0)
     return set_error (-errno, "connect: the socket");
-  conn->plain = calloc (1, sizeof *conn->plain);
-  if (conn->plain == NULL)
-    return set_error (-ENOMEM, "connect");
+  rc = plain_begin (conn);
+  if (rc < 0)
+    return rc;
+  conn->stream = stream_plain (conn->fd);
   /* Our socket is a dup, which stays open. */
   nbd_close (conn->nbd);
   conn->nbd = NULL;
   close (conn->kick);
   conn->kick = -1;
-  conn->transport = &plain_transport;
   return 0;
 }

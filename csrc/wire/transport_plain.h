@@ -5,11 +5,18 @@
 #ifndef NBDM_TRANSPORT_PLAIN_H
 #define NBDM_TRANSPORT_PLAIN_H
 
+#include <stdbool.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 
 struct conn;
 
+/* May this transport carry TLS?  Only tests say no. */
+bool plain_can_secure (void);
+/* Carry the connection; conn->stream and conn->info are set.  -ENOMEM with a
+ * message.
+ */
+int plain_begin (struct conn *conn);
 /* Take over the socket of conn->nbd, and close conn->nbd: 0.  1: this transport
  * cannot carry the connection.  -errno with a message.
  */

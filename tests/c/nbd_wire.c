@@ -14,6 +14,7 @@
 #define OPT_REPLY_MAGIC UINT64_C (0x3e889045565a9)
 #define HANDSHAKE_FLAGS 3 /* fixed newstyle, no zeroes */
 #define OPT_ABORT 2
+#define OPT_STARTTLS 5
 #define OPT_INFO 6
 #define OPT_GO 7
 #define REP_ACK 1
@@ -114,6 +115,8 @@ skip (int fd, uint32_t length)
   return true;
 }
 
+void (*wire_secure) (int fd);
+
 bool
 wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
 {
@@ -139,6 +142,12 @@ wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
     uint32_t number = be32toh (option.option);
     bool wanted = number == OPT_GO || number == OPT_INFO;
 
+    if (number == OPT_STARTTLS && wire_secure) {
+      if (!option_reply (fd, number, REP_ACK, NULL, 0))
+        return false;
+      wire_secure (fd);
+      continue;
+    }
     if (wanted && !option_reply (fd, number, REP_INFO, &info, sizeof info))
       return false;
     if (!option_reply (

@@ -32,6 +32,10 @@ struct __attribute__ ((packed)) wire_reply {
 /* Both move all `size` bytes, or return false when the connection is over. */
 bool wire_receive (int fd, void *buf, size_t count);
 bool wire_transmit (int fd, const void *buf, size_t count);
+/* Put TLS around the socket after an ACK of STARTTLS; the descriptor stays the
+ * same.  NULL: the servers have none.
+ */
+extern void (*wire_secure) (int fd);
 /* Up to the transmission phase; false: the client wants none. */
 bool wire_handshake (int fd, uint64_t size, bool no_fua);
 /* The same of a server that may know no zeroes either. */

@@ -7,6 +7,7 @@
 #include "api.h"
 #include "site.h"
 #include "local_deadline.h"
+#include "tls_relay.h"
 
 #include <inttypes.h>
 #include <poll.h>
@@ -131,9 +132,9 @@ void
 site_connect (struct site *site, uint32_t remote)
 {
   time_t until = time (NULL) + SITE_DEADLINE_S;
-  char uri[160];
+  char uri[256];
 
-  snprintf (uri, sizeof uri, "nbd+unix:///?socket=%s", site->sockets[remote]);
+  peer_uri (uri, sizeof uri, site->sockets[remote]);
   /* The old connection may not have been noticed dead yet, and a new one may
    * be cut before it is admitted.
    */

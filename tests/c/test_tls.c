@@ -14,6 +14,7 @@
 #include <sys/resource.h>
 
 #include "api.h"
+#include "wire/conn.h"
 #include "wire/protocol.h"
 #include "direct_site.h"
 
@@ -39,11 +40,14 @@ secure_with_options (int fd)
   return tls_relay_with (fd, &options);
 }
 
+/* Its remote has TLS too. */
 static void
 bring_up_secured (void)
 {
-  secure_all ();
+  setenv ("NBDM_TEST_TLS", "1", 1);
   bring_up (1, 1000);
+  /* Else a worker would have to wait for each write. */
+  assert (conn_watchable (site.volume->remotes[0].conn));
 }
 
 /* A client that has not asked for TLS yet. */
@@ -419,8 +423,7 @@ test_files (void)
   struct direct_server *server;
   int fd;
 
-  secure_all ();
-  bring_up (1, 1000);
+  bring_up_secured ();
   assert (nbdm_server_open (site.volume, &served.listener, 1, &usual, &server)
           == 0);
   snprintf (path, sizeof path, "%s/psk", folder.path);

@@ -16,6 +16,7 @@
 #include <gnutls/gnutls.h>
 
 #include "test.h"
+#include "nbd_wire.h"
 #include "tls_relay.h"
 
 #define CARRIED 16384u
@@ -31,6 +32,7 @@ struct relay {
   int plain, secure;
   gnutls_session_t session;
   gnutls_psk_client_credentials_t psk;
+  gnutls_psk_server_credentials_t server_psk;
   struct load up, down; /* to the server, and from it */
   bool up_closed;       /* close_notify was sent */
   unsigned update_ms;
@@ -42,14 +44,15 @@ tls_relay_psk_file (void)
 {
   static const char text[] = TLS_RELAY_USER ":" TLS_RELAY_KEY "\n";
   static char path[64];
+  static int fd = -1;
 
-  if (path[0] == '\0') {
-    int fd = memfd_create ("psk", MFD_CLOEXEC);
-
+  if (fd < 0) {
+    fd = memfd_create ("psk", MFD_CLOEXEC);
     assert (fd >= 0 && fchmod (fd, 0600) == 0);
     assert (write (fd, text, sizeof text - 1) == (ssize_t)sizeof text - 1);
-    snprintf (path, sizeof path, "/proc/self/fd/%d", fd);
   }
+  /* Of this process, after a fork too; nbdkit opens it as well. */
+  snprintf (path, sizeof path, "/proc/%d/fd/%d", (int)getpid (), fd);
   return path;
 }
 
@@ -174,7 +177,10 @@ static void
 relay_free (struct relay *r)
 {
   gnutls_deinit (r->session);
-  gnutls_psk_free_client_credentials (r->psk);
+  if (r->psk)
+    gnutls_psk_free_client_credentials (r->psk);
+  if (r->server_psk)
+    gnutls_psk_free_server_credentials (r->server_psk);
   close (r->plain);
   close (r->secure);
   free (r);
@@ -216,16 +222,10 @@ use_key (struct relay *r, const struct tls_options *o)
 }
 
 static bool
-shake_hands (struct relay *r, const struct tls_options *o)
+finish (struct relay *r)
 {
-  const char *priority = o->priority ? o->priority : "NORMAL:+ECDHE-PSK";
   int rc;
 
-  assert (gnutls_init (&r->session, GNUTLS_CLIENT | GNUTLS_NO_SIGNAL) == 0);
-  assert (gnutls_priority_set_direct (r->session, priority, NULL) == 0);
-  use_key (r, o);
-  if (o->max_record)
-    assert (gnutls_record_set_max_recv_size (r->session, o->max_record) == 0);
   gnutls_transport_set_int (r->session, r->secure);
   do
     rc = gnutls_handshake (r->session);
@@ -233,6 +233,34 @@ shake_hands (struct relay *r, const struct tls_options *o)
   if (rc < 0)
     fprintf (stderr, "the handshake of TLS: %s\n", gnutls_strerror (rc));
   return rc == 0;
+}
+
+static bool
+shake_hands (struct relay *r, const struct tls_options *o)
+{
+  const char *priority = o->priority ? o->priority : "NORMAL:+ECDHE-PSK";
+
+  assert (gnutls_init (&r->session, GNUTLS_CLIENT | GNUTLS_NO_SIGNAL) == 0);
+  assert (gnutls_priority_set_direct (r->session, priority, NULL) == 0);
+  use_key (r, o);
+  if (o->max_record)
+    assert (gnutls_record_set_max_recv_size (r->session, o->max_record) == 0);
+  return finish (r);
+}
+
+static bool
+shake_hands_as_server (struct relay *r)
+{
+  assert (gnutls_init (&r->session, GNUTLS_SERVER | GNUTLS_NO_SIGNAL) == 0);
+  assert (gnutls_priority_set_direct (r->session, "NORMAL:+ECDHE-PSK", NULL)
+          == 0);
+  assert (gnutls_psk_allocate_server_credentials (&r->server_psk) == 0);
+  assert (gnutls_psk_set_server_credentials_file (r->server_psk,
+                                                  tls_relay_psk_file ())
+          == 0);
+  assert (gnutls_credentials_set (r->session, GNUTLS_CRD_PSK, r->server_psk)
+          == 0);
+  return finish (r);
 }
 
 int
@@ -245,26 +273,76 @@ tls_relay (int fd)
   return plain;
 }
 
-int
-tls_relay_with (int fd, const struct tls_options *options)
+static void
+begin_carrying (struct relay *r)
+{
+  pthread_t thread;
+
+  assert (fcntl (r->secure, F_SETFL, fcntl (r->secure, F_GETFL) | O_NONBLOCK)
+          == 0);
+  assert (pthread_create (&thread, NULL, carry, r) == 0);
+  pthread_detach (thread);
+}
+
+/* Returns the plain end for the user of `fd`. */
+static struct relay *
+relay_new (int fd, int *plain)
 {
   struct relay *r = calloc (1, sizeof *r);
-  pthread_t thread;
   int pair[2];
 
   assert (r);
   assert (socketpair (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
   r->secure = fd;
   r->plain = pair[0];
-  r->update_ms = options->update_ms;
+  *plain = pair[1];
   clock_gettime (CLOCK_MONOTONIC, &r->updated);
+  return r;
+}
+
+int
+tls_relay_with (int fd, const struct tls_options *options)
+{
+  int plain;
+  struct relay *r = relay_new (fd, &plain);
+
+  r->update_ms = options->update_ms;
   if (!shake_hands (r, options)) {
-    close (pair[1]);
+    close (plain);
     relay_free (r);
     return -1;
   }
-  assert (fcntl (fd, F_SETFL, fcntl (fd, F_GETFL) | O_NONBLOCK) == 0);
-  assert (pthread_create (&thread, NULL, carry, r) == 0);
-  pthread_detach (thread);
-  return pair[1];
+  begin_carrying (r);
+  return plain;
+}
+
+/* A server's: its descriptor becomes the plain end, as others use its number.
+ */
+static void
+secure_peer (int fd)
+{
+  int plain, real = fcntl (fd, F_DUPFD_CLOEXEC, 3);
+  struct relay *r = relay_new (real, &plain);
+
+  assert (real >= 0 && dup3 (plain, fd, O_CLOEXEC) == fd);
+  close (plain);
+  if (shake_hands_as_server (r))
+    begin_carrying (r);
+  else
+    relay_free (r); /* `fd` reads the end */
+}
+
+void
+peer_uri (char *uri, size_t size, const char *socket)
+{
+  int n;
+
+  if (getenv ("NBDM_TEST_TLS")) {
+    wire_secure = secure_peer;
+    n = snprintf (uri, size, "nbds+unix://%s@/?socket=%s&tls-psk-file=%s",
+                  TLS_RELAY_USER, socket, tls_relay_psk_file ());
+  }
+  else
+    n = snprintf (uri, size, "nbd+unix:///?socket=%s", socket);
+  assert (n > 0 && (size_t)n < size);
 }

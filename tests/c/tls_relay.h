@@ -7,6 +7,8 @@
 #ifndef NBDM_TLS_RELAY_H
 #define NBDM_TLS_RELAY_H
 
+#include <stddef.h>
+
 #define TLS_RELAY_USER "mirror"
 #define TLS_RELAY_KEY "8f1d0cb7e4a25936d1f0b86e27c4a95d" /* hexadecimal */
 
@@ -28,5 +30,10 @@ struct tls_options {
 int tls_relay_with (int fd, const struct tls_options *options);
 /* The same, as usual; it must not fail. */
 int tls_relay (int fd);
+
+/* The URI of a peer (nbd_peer.c) at that socket: with TLS, which the peers then
+ * have too, in run-one's "tls".
+ */
+void peer_uri (char *uri, size_t size, const char *socket);
 
 #endif /* NBDM_TLS_RELAY_H */

@@ -20,6 +20,7 @@ from e2e.direct import nbd_raw as raw
 from e2e.direct.checks import errors_of
 from e2e.direct.nbd_raw import RawClient
 from e2e.lib.harness import MIB, Site, free_port
+from e2e.lib.secrets import make_ca, make_key, sign
 
 KEY = "5f" * 32
 HOST = "127.0.0.1"
@@ -66,7 +67,7 @@ def _site(**keys: str) -> Iterator[Secured]:
         site = Site(
             folder, processes, size=16 * MIB, listen=f"tls:{HOST}:{port}", **paths
         )
-        _make_key(secrets / "keys.psk", "v", KEY)
+        make_key(secrets / "keys.psk", "v", KEY)
         _make_certificates(site, secrets)
         site.fill(site.local, 4 * MIB)
         site.bring_up("direct")
@@ -95,59 +96,11 @@ def by_certificate() -> Iterator[Secured]:
 # --- secrets ---
 
 
-def _make_key(path: Path, user: str, key: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"{user}:{key}\n")
-    path.chmod(0o600)
-    return path
-
-
-def _certtool(site: Site, template: str, *words: str) -> None:
-    path = site.folder / "template"
-    path.write_text(template)
-    site.processes.run(["certtool", "--template", str(path), *words])
-
-
-def _make_ca(site: Site, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    key = str(folder / "ca-key.pem")
-    site.processes.run(
-        ["certtool", "--generate-privkey", "--key-type=ecdsa", "--outfile", key]
-    )
-    _certtool(
-        site,
-        "cn = CA\nca\ncert_signing_key\nexpiration_days = 2\n",
-        *("--generate-self-signed", "--load-privkey", key),
-        *("--outfile", str(folder / "ca-cert.pem")),
-    )
-
-
-def _sign(site: Site, ca: Path, folder: Path, kind: str, *lines: str) -> None:
-    """Make *kind*'s key and certificate in *folder*, signed by the CA in *ca*."""
-    folder.mkdir(exist_ok=True)
-    key = str(folder / f"{kind}-key.pem")
-    site.processes.run(
-        ["certtool", "--generate-privkey", "--key-type=ecdsa", "--outfile", key]
-    )
-    _certtool(
-        site,
-        "\n".join(
-            ("cn = v", f"tls_www_{kind}", "signing_key", "encryption_key", *lines, "")
-        ),
-        *("--generate-certificate", "--load-privkey", key),
-        *("--load-ca-certificate", str(ca / "ca-cert.pem")),
-        *("--load-ca-privkey", str(ca / "ca-key.pem")),
-        *("--outfile", str(folder / f"{kind}-cert.pem")),
-    )
-    if ca != folder:
-        shutil.copy(ca / "ca-cert.pem", folder / "ca-cert.pem")
-
-
 def _make_certificates(site: Site, folder: Path) -> None:
-    _make_ca(site, folder)
+    make_ca(site, folder)
     valid = "expiration_days = 2"
-    _sign(site, folder, folder, "server", valid, f"ip_address = {HOST}")
-    _sign(site, folder, folder, "client", valid)
+    sign(site, folder, folder, "server", valid, f"ip_address = {HOST}")
+    sign(site, folder, folder, "client", valid)
 
 
 # --- a shared key ---
@@ -174,8 +127,8 @@ def test_key_libnbd_and_qemu_are_served(by_key: Secured) -> None:
 
 def test_key_of_others_opens_nothing(by_key: Secured) -> None:
     """Another key, another name, certificates, and no TLS at all."""
-    other = _make_key(by_key.folder / "other" / "keys.psk", "v", "a0" * 32)
-    named = _make_key(by_key.folder / "named" / "keys.psk", "w", KEY)
+    other = make_key(by_key.folder / "other" / "keys.psk", "v", "a0" * 32)
+    named = make_key(by_key.folder / "named" / "keys.psk", "w", KEY)
     right = by_key.uri(f"tls-psk-file={by_key.folder}/keys.psk", user="v")
     words = "turned away: TLS: the other side has another key, or none"
     by_key.refuses(by_key.uri(f"tls-psk-file={other}", user="v"), words)
@@ -189,17 +142,17 @@ def test_key_that_is_removed_opens_no_new_connection(by_key: Secured) -> None:
     """A client that is connected stays; the next one is turned away."""
     nbd = pytest.importorskip("nbd")
     keys = by_key.folder / "keys.psk"
-    mine = _make_key(by_key.folder / "mine" / "keys.psk", "v", KEY)
+    mine = make_key(by_key.folder / "mine" / "keys.psk", "v", KEY)
     uri = by_key.uri(f"tls-psk-file={mine}", user="v")
     client = nbd.NBD()
     client.set_uri_allow_local_file(True)
     client.connect_uri(uri)
     try:
-        _make_key(keys, "v", "17" * 32)
+        make_key(keys, "v", "17" * 32)
         by_key.refuses(uri, "turned away: TLS: the other side has another key")
         assert len(client.pread(4096, 0)) == 4096
     finally:
-        _make_key(keys, "v", KEY)
+        make_key(keys, "v", KEY)
         client.shutdown()
     by_key.info(uri)
 
@@ -260,14 +213,14 @@ def test_certificate_that_is_wrong_opens_nothing(
     elif kind == "expired":
         past = 'expiration_date = "2020-01-02 00:00:00"'
         begin = 'activation_date = "2020-01-01 00:00:00"'
-        _sign(site, ca, folder, "client", begin, past)
+        sign(site, ca, folder, "client", begin, past)
     elif kind == "not yet":
         far = 'activation_date = "2090-01-01 00:00:00"'
         end = 'expiration_date = "2091-01-01 00:00:00"'
-        _sign(site, ca, folder, "client", far, end)
+        sign(site, ca, folder, "client", far, end)
     elif kind == "another CA's":
-        _make_ca(site, folder / "other")
-        _sign(site, folder / "other", folder, "client", "expiration_days = 2")
+        make_ca(site, folder / "other")
+        sign(site, folder / "other", folder, "client", "expiration_days = 2")
         shutil.copy(ca / "ca-cert.pem", folder)  # it trusts our server
     else:
         secret = f"tls-psk-file={ca}/keys.psk"
@@ -304,7 +257,7 @@ def test_serve_without_its_secret_is_refused(
     tmp_path: Path, processes: support.Processes, trouble: str, code: int, words: str
 ) -> None:
     """One line, and no server."""
-    key = _make_key(tmp_path / "v.key", "v", KEY)
+    key = make_key(tmp_path / "v.key", "v", KEY)
     listen = f"tls:{HOST}:{free_port()}"
     keys = {"listen": listen, "tls.key": str(key)}
     site = Site(tmp_path, processes, size=MIB, **keys)

@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* The handshake of TLS, of a server and of a client.
+ *
+ * A certificate is checked within the handshake: by its issuer, its times, and
+ * at a client by the name of the server.  With a shared key both sides prove
+ * that they have it.  The time is limited as a whole, so a side that sends a
+ * byte now and then gains nothing.
+ *
+ * In TLS 1.3 a client is done before the server has checked it: it learns of a
+ * refusal from the first bytes that it receives.
+ */
+
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+
+#include <gnutls/gnutls.h>
+#include <gnutls/x509.h>
+
+#include "base/clock.h"
+#include "base/error.h"
+#include "wire/stream.h"
+#include "wire/tls.h"
+#include "wire/tls_secrets.h"
+#include "wire/tls_stream.h"
+
+/* The peer's certificate was refused: GnuTLS's words for it. */
+static int
+explain_certificate (gnutls_session_t session)
+{
+  unsigned status = gnutls_session_get_verify_cert_status (session);
+  gnutls_datum_t words = { NULL, 0 };
+  int rc;
+
+  if (gnutls_certificate_verification_status_print (status, GNUTLS_CRT_X509,
+                                                    &words, 0)
+      < 0)
+    return set_message (-EACCES, "TLS: the other side's certificate is wrong");
+  rc = set_message (-EACCES, "TLS: the other side's certificate: %s",
+                    (const char *)words.data);
+  gnutls_free (words.data);
+  return rc;
+}
+
+static int
+explain (gnutls_session_t session, int rc)
+{
+  switch (rc) {
+  case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
+    return explain_certificate (session);
+  case GNUTLS_E_FATAL_ALERT_RECEIVED:
+    return set_message (-EACCES, "TLS: the other side refuses: %s",
+                        gnutls_alert_get_name (gnutls_alert_get (session)));
+  case GNUTLS_E_CERTIFICATE_REQUIRED:
+  case GNUTLS_E_NO_CERTIFICATE_FOUND:
+    return set_message (-EACCES, "TLS: the other side has no certificate");
+  case GNUTLS_E_DECRYPTION_FAILED:
+  case GNUTLS_E_RECEIVED_ILLEGAL_PARAMETER:
+    return set_message (-EACCES,
+                        "TLS: the other side has another key, or none (%s)",
+                        gnutls_strerror (rc));
+  default:
+    return set_message (-EACCES, "TLS: %s", gnutls_strerror (rc));
+  }
+}
+
+/* Wait for the socket until a time.  -ETIMEDOUT. */
+static int
+await (int fd, short events, uint64_t until_ns)
+{
+  struct pollfd pfd = { .fd = fd, .events = events };
+  uint64_t now = now_ns ();
+  int n = 0;
+
+  if (now < until_ns)
+    n = poll (&pfd, 1, (int)((until_ns - now) / NS_PER_MS) + 1);
+  if (n < 0 && errno != EINTR)
+    return set_error (-errno, "TLS: the handshake");
+  return now < until_ns ? 0
+                        : set_message (-ETIMEDOUT, "TLS: the handshake took "
+                                                   "too long");
+}
+
+static int
+drain_all (struct stream *stream, uint64_t until_ns)
+{
+  int rc = 0;
+
+  while (rc == 0 && tls_drain (stream) < 0) {
+    if (errno != EAGAIN && errno != EINTR)
+      return set_error (-errno, "TLS: the handshake");
+    rc = await (stream->fd, POLLOUT, until_ns);
+  }
+  return rc;
+}
+
+static int
+fill_some (struct stream *stream, uint64_t until_ns)
+{
+  int rc = await (stream->fd, POLLIN, until_ns);
+  ssize_t n;
+
+  if (rc < 0)
+    return rc;
+  n = tls_fill (stream);
+  if (n == 0)
+    return set_message (-ECONNRESET, "TLS: the other side left during the "
+                                     "handshake");
+  if (n < 0 && errno != EAGAIN && errno != EINTR)
+    return set_error (-errno, "TLS: the handshake");
+  return 0;
+}
+
+static int
+shake_hands (struct stream *stream, uint64_t until_ns)
+{
+  gnutls_session_t session = tls_session (stream);
+  int rc, found;
+
+  do {
+    found = gnutls_handshake (session);
+    if (found < 0 && gnutls_error_is_fatal (found))
+      (void)gnutls_alert_send_appropriate (session, found);
+    rc = drain_all (stream, until_ns);
+    if (found < 0 && gnutls_error_is_fatal (found))
+      return explain (session, found);
+    if (rc == 0 && found < 0 && !tls_has_received (stream))
+      rc = fill_some (stream, until_ns);
+  } while (rc == 0 && found < 0);
+  return rc;
+}
+
+static int
+use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
+{
+  int rc = gnutls_priority_set (session, secrets->priority);
+
+  if (rc == 0 && secrets->psk)
+    rc = gnutls_credentials_set (session, GNUTLS_CRD_PSK, secrets->psk);
+  if (rc == 0 && secrets->own_psk)
+    rc = gnutls_credentials_set (session, GNUTLS_CRD_PSK, secrets->own_psk);
+  if (rc == 0 && secrets->x509)
+    rc = gnutls_credentials_set (session, GNUTLS_CRD_CERTIFICATE,
+                                 secrets->x509);
+  if (secrets->checks_client) {
+    gnutls_certificate_server_set_request (session, GNUTLS_CERT_REQUIRE);
+    gnutls_session_set_verify_cert (session, NULL, 0);
+  }
+  return rc < 0 ? set_message (-EINVAL, "TLS: %s", gnutls_strerror (rc)) : 0;
+}
+
+static int
+begin (struct stream *stream, const struct tls_secrets *secrets, unsigned flags)
+{
+  int rc = tls_begin (stream, flags);
+
+  if (rc < 0)
+    return rc;
+  rc = use_secrets (tls_session (stream), secrets);
+  if (rc < 0)
+    stream_end (stream);
+  return rc;
+}
+
+static int
+finish (struct stream *stream, uint64_t until_ns)
+{
+  int rc = shake_hands (stream, until_ns);
+
+  if (rc < 0)
+    stream_end (stream);
+  return rc;
+}
+
+int
+tls_accept (struct stream *stream, const struct tls_secrets *secrets,
+            uint64_t until_ns)
+{
+  int rc = begin (stream, secrets, GNUTLS_SERVER);
+
+  return rc < 0 ? rc : finish (stream, until_ns);
+}
+
+/* A name that is no address, for servers with several certificates. */
+static bool
+is_name (const char *host)
+{
+  struct in6_addr ignored;
+
+  return inet_pton (AF_INET, host, &ignored) != 1
+         && inet_pton (AF_INET6, host, &ignored) != 1;
+}
+
+int
+tls_connect (struct stream *stream, const struct tls_secrets *secrets,
+             const char *host, uint64_t until_ns)
+{
+  int rc = begin (stream, secrets, GNUTLS_CLIENT);
+  gnutls_session_t session;
+
+  if (rc < 0)
+    return rc;
+  session = tls_session (stream);
+  if (secrets->x509)
+    gnutls_session_set_verify_cert (session, host, 0);
+  if (host && is_name (host))
+    rc = gnutls_server_name_set (session, GNUTLS_NAME_DNS, host, strlen (host));
+  if (rc < 0) {
+    stream_end (stream);
+    return set_message (-EINVAL, "TLS: %s: %s", host, gnutls_strerror (rc));
+  }
+  return finish (stream, until_ns);
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* NBD URIs with TLS are taken apart as libnbd does, or refused. */
+
+#include "wire/nbd_uri.h"
+#include "test.h"
+
+static void
+assert_same (const char *found, const char *expected)
+{
+  if (found == NULL || expected == NULL)
+    assert (found == expected);
+  else
+    assert (strcmp (found, expected) == 0);
+}
+
+static void
+assert_parts (const char *text, const struct nbd_uri *expected)
+{
+  struct nbd_uri uri;
+
+  assert (nbd_uri_is_secure (text));
+  assert (nbd_uri_parse (text, &uri) == 0);
+  if (expected->socket == NULL) {
+    assert_same (uri.host, expected->host);
+    assert_same (uri.port, expected->port);
+  }
+  assert_same (uri.socket, expected->socket);
+  assert_same (uri.export, expected->export);
+  assert_same (uri.user, expected->user);
+  assert_same (uri.psk_file, expected->psk_file);
+  assert_same (uri.certificates, expected->certificates);
+  nbd_uri_free (&uri);
+}
+
+static void
+test_parts (void)
+{
+  static const struct {
+    const char *text;
+    struct nbd_uri uri;
+  } cases[] = {
+    { "nbds://h", { .host = "h", .port = "10809", .export = "" } },
+    { "nbds://", { .host = "localhost", .port = "10809", .export = "" } },
+    { "nbds://h:1/", { .host = "h", .port = "1", .export = "" } },
+    { "nbds://u@h:1/a/b%20c",
+      { .host = "h", .port = "1", .export = "a/b c", .user = "u" } },
+    { "nbds://[::1]", { .host = "::1", .port = "10809", .export = "" } },
+    { "nbds://u%40v@[fe80::1%25eth0]:99/x?a=b",
+      { .host = "fe80::1%eth0", .port = "99", .export = "x", .user = "u@v" } },
+    { "nbds://h?tls-psk-file=/a%26b&&tls-certificates=/c;unknown=1",
+      { .host = "h",
+        .port = "10809",
+        .export = "",
+        .psk_file = "/a&b",
+        .certificates = "/c" } },
+    { "nbds+unix:///?socket=/s", { .socket = "/s", .export = "" } },
+    { "nbds+unix://v@/disk?socket=/s%3f&tls-psk-file=k",
+      { .socket = "/s?", .export = "disk", .user = "v", .psk_file = "k" } },
+  };
+
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+    assert_parts (cases[i].text, &cases[i].uri);
+  assert (!nbd_uri_is_secure ("nbd://h"));
+  assert (!nbd_uri_is_secure ("nbd+unix:///?socket=/s"));
+}
+
+/* What may have been meant to protect is not left out. */
+static void
+test_refused (void)
+{
+  static const char *const texts[] = {
+    "nbds://h/%",
+    "nbds://h/%4",
+    "nbds://h/%zz",
+    "nbds://h/a%00b",
+    "nbds://u%@h",
+    "nbds://[::1",
+    "nbds://h?socket=/s",
+    "nbds+unix:///x",
+    "nbds+unix:///x?tls-psk-file=k",
+    "nbds://h?tls-verify-peer=false",
+    "nbds://h?tls-psk-file=%0",
+  };
+  struct nbd_uri uri;
+
+  for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+    assert (nbd_uri_parse (texts[i], &uri) == -EINVAL);
+}
+
+int
+main (void)
+{
+  RUN (test_parts);
+  RUN (test_refused);
+  return 0;
+}
