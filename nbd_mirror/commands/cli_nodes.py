@@ -82,13 +82,16 @@ def key(
     ] = False,
     node: NodeOption = None,
 ) -> None:
-    """Make the secret that the nodes of a volume share."""
+    """Make the secret that the nodes of a volume share, or its clients."""
     volume = read(config, node)
     fingerprint = make_key(volume, force=force)
     assert volume.tls is not None
     assert volume.tls.key is not None
     path = Path(volume.tls.key)
     say(f"made the key {path}, fingerprint {fingerprint}")
+    if not volume.nodes:
+        say("copy it to the host of each client, which cannot connect without it")
+        return
     say("copy it to each other node, which cannot connect without it:")
     for line in _copies(volume, path, "  "):
         say(line)
@@ -112,7 +115,7 @@ def nodes(config: Config, node: NodeOption = None) -> None:
         say(line)
     fingerprint = check_tls(volume)
     if fingerprint:
-        say(f"  fingerprint of the key: {fingerprint}, the same on all nodes")
+        say(f"  fingerprint of the key: {fingerprint}, the same for all its copies")
 
 
 def _about(volume: VolumeConfig, asked: str | None) -> Iterator[str]:

@@ -183,7 +183,7 @@ def _key_path(config: VolumeConfig) -> Path:
     tls = config.tls
     if tls is not None and tls.key is not None:
         return Path(tls.key)
-    why = "has no [[node]] tables: only nodes share a key"
+    why = "has no [tls] table that says where its key is"
     if tls is not None:
         why = 'has tls = "off": its nodes need no key'
     if tls is not None and tls.on:

@@ -209,6 +209,19 @@ def test_key_that_is_there_is_replaced_by_force_alone(file: Path, folder: Path) 
     assert {path, file} == set(folder.iterdir())
 
 
+def test_key_of_a_volume_without_nodes_is_for_its_clients(tmp_path: Path) -> None:
+    """They use TLS with it, where `listen` says so; a plain volume has no key."""
+    path = make_file(tmp_path)
+    said = refusal(ConfigError.exit_code, "key", path)
+    assert "volume v has no [tls] table" in said
+    text = path.read_text().replace(f"unix:{tmp_path}/v.sock", "tls:127.0.0.1:1")
+    path.write_text(f'{text}[tls]\nkey = "v.key"\n')
+    done = nbd_mirror("key", path)
+    assert done.returncode == 0, done.stderr
+    assert "copy it to the host of each client" in done.stdout
+    assert "node" not in done.stdout
+
+
 # As on a full disk.
 LIMITED = """
 import resource
