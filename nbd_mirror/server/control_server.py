@@ -21,6 +21,7 @@ import select
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,7 @@ class ControlServer:
         except MirrorError as error:
             return _encode_error(type(error).__name__, error)
         except Exception as error:  # a bug in a command must not end the server
+            self._log("error", f"control: {traceback.format_exc()}")
             text = f"internal error in the server: {type(error).__name__}: {error}"
             return _encode_error("MirrorError", MirrorError(text))
 

@@ -202,6 +202,23 @@ def test_call_refused_raises_the_same_class(state: Path) -> None:
     assert caught.value.hint == "nbd-mirror status CONFIG"
 
 
+def test_bug_in_a_command_is_in_the_servers_log(tmp_path: Path) -> None:
+    """With its traceback, which the report of it needs."""
+    said: list[str] = []
+
+    def log(level: str, text: str) -> None:
+        said.append(f"{level} {text}")
+
+    with (
+        ControlServer(control_path(tmp_path), _handler, log=log),
+        pytest.raises(MirrorError, match="internal error"),
+    ):
+        call(tmp_path, "crash")
+    assert len(said) == 1
+    assert said[0].startswith("error control: Traceback")
+    assert "ZeroDivisionError" in said[0]
+
+
 def test_call_that_meets_a_bug_says_so_and_server_goes_on(state: Path) -> None:
     """A bug in one command does not end the server."""
     with pytest.raises(MirrorError, match="internal error in the server: ZeroDivision"):
