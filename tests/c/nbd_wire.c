@@ -115,7 +115,7 @@ skip (int fd, uint32_t length)
   return true;
 }
 
-void (*wire_secure) (int fd);
+void (*_Atomic wire_secure) (int fd);
 
 bool
 wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
@@ -127,6 +127,7 @@ wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
       = { .size = htobe64 (size),
           .flags = htobe16 (EXPORT_FLAGS & ~(no_fua ? EXPORT_FUA : 0)
                             & ~(no_zeroes ? EXPORT_ZEROES : 0)) };
+  void (*const secure) (int) = wire_secure;
   struct option option;
   uint32_t client_flags;
 
@@ -142,10 +143,10 @@ wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
     uint32_t number = be32toh (option.option);
     bool wanted = number == OPT_GO || number == OPT_INFO;
 
-    if (number == OPT_STARTTLS && wire_secure) {
+    if (number == OPT_STARTTLS && secure) {
       if (!option_reply (fd, number, REP_ACK, NULL, 0))
         return false;
-      wire_secure (fd);
+      secure (fd);
       continue;
     }
     if (wanted && !option_reply (fd, number, REP_INFO, &info, sizeof info))

@@ -35,7 +35,7 @@ bool wire_transmit (int fd, const void *buf, size_t count);
 /* Put TLS around the socket after an ACK of STARTTLS; the descriptor stays the
  * same.  NULL: the servers have none.
  */
-extern void (*wire_secure) (int fd);
+extern void (*_Atomic wire_secure) (int fd);
 /* Up to the transmission phase; false: the client wants none. */
 bool wire_handshake (int fd, uint64_t size, bool no_fua);
 /* The same of a server that may know no zeroes either. */
