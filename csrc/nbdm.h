@@ -219,7 +219,8 @@ struct nbdm_node {
   uint64_t epoch;                   /* of the latest promotion it knows */
   char leader[NBDM_NAME_LEN];       /* the node promoted then; empty: none */
   char handed[NBDM_NAME_LEN];       /* has the token of its role, or empty */
-  uint64_t own_session;             /* of its own latest claim */
+  uint32_t replaced;    /* how many replacements of it were announced */
+  uint64_t own_session; /* of its own latest claim */
   struct nbdm_claim {
     uint64_t epoch;
     char node[NBDM_NAME_LEN]; /* empty: no claim was granted */
@@ -229,8 +230,9 @@ struct nbdm_node {
   uint32_t nr_peers;
   struct nbdm_peer {
     char name[NBDM_NAME_LEN];
-    uint8_t id[NBDM_UUID_LEN];  /* 0: never met */
+    uint8_t id[NBDM_UUID_LEN];  /* 0: not known */
     uint64_t bases[NBDM_BASES]; /* 0: none */
+    uint32_t replaced;          /* how many replacements of it were announced */
     uint32_t shared;            /* it may hold this node's generation */
     int64_t met; /* end of the last session with it, seconds since 1970; 0 */
   } peers[NBDM_MAX_REMOTES];

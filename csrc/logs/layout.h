@@ -148,10 +148,10 @@ _Static_assert(sizeof (struct disk_superblock) == LAYOUT_PAGE, "layout");
 
 struct disk_peer {
   char name[NBDM_NAME_LEN];   /* the other node's, NUL-padded */
-  uint8_t id[NBDM_UUID_LEN];  /* its node id; 0: never met */
+  uint8_t id[NBDM_UUID_LEN];  /* its node id; 0: not known */
   uint64_t bases[NBDM_BASES]; /* generations it held in full; 0: none */
   uint32_t flags;             /* PEER_* */
-  uint32_t reserved1;
+  uint32_t replaced;          /* announced replacements of that node */
   int64_t met; /* end of the last session with it, seconds since 1970; 0 */
   uint8_t reserved2[32];
 };
@@ -177,7 +177,7 @@ struct disk_nodes {
   uint8_t claim_nonce[NBDM_UUID_LEN];
   uint64_t own_session; /* of this node's own latest claim */
   uint32_t nr_peers;
-  uint32_t reserved1;
+  uint32_t replaced; /* announced replacements of this node */
   struct disk_peer peers[LAYOUT_MAX_REMOTES];
   uint8_t reserved2[2256];
 };

@@ -39,6 +39,7 @@ put_peer (const struct nbdm_peer *peer, struct disk_peer *disk)
   for (unsigned i = 0; i < NBDM_BASES; i++)
     disk->bases[i] = htole64 (peer->bases[i]);
   disk->flags = htole32 (peer->shared ? PEER_SHARED : 0);
+  disk->replaced = htole32 (peer->replaced);
   disk->met = (int64_t)htole64 ((uint64_t)peer->met);
 }
 
@@ -50,6 +51,7 @@ get_peer (const struct disk_peer *disk, struct nbdm_peer *peer)
   for (unsigned i = 0; i < NBDM_BASES; i++)
     peer->bases[i] = le64toh (disk->bases[i]);
   peer->shared = (le32toh (disk->flags) & PEER_SHARED) != 0;
+  peer->replaced = le32toh (disk->replaced);
   peer->met = (int64_t)le64toh ((uint64_t)disk->met);
 }
 
@@ -94,6 +96,7 @@ nodes_put (const struct nbdm_node *node, struct disk_superblock *sb,
                           | (node->zero ? NODE_ZERO : 0));
   put_claim (&node->claim, nodes);
   nodes->own_session = htole64 (node->own_session);
+  nodes->replaced = htole32 (node->replaced);
   nodes->nr_peers = htole32 (node->nr_peers);
   for (uint32_t i = 0; i < node->nr_peers; i++)
     put_peer (&node->peers[i], &nodes->peers[i]);
@@ -125,6 +128,7 @@ nodes_get (const struct disk_superblock *sb, const struct disk_nodes *nodes,
   get_name (node->handed, nodes->handed);
   get_claim (nodes, &node->claim);
   node->own_session = le64toh (nodes->own_session);
+  node->replaced = le32toh (nodes->replaced);
   node->nr_peers = le32toh (nodes->nr_peers);
   for (uint32_t i = 0; i < node->nr_peers && i < NBDM_MAX_REMOTES; i++)
     get_peer (&nodes->peers[i], &node->peers[i]);

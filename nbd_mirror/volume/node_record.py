@@ -28,12 +28,14 @@ class PeerRecord:
     What is known of another node beside its generations.
 
     Args:
-        id: its node id when it was last met; None: it was never met.
+        id: its node id, shown by itself or told by another node; None: not known.
+        replaced: how many replacements of it were announced.
         met: when the last session with it ended, seconds since 1970; 0: never.
     """
 
     node: str
     id: uuid.UUID | None = None
+    replaced: int = 0
     met: int = 0
 
 
@@ -50,6 +52,7 @@ class NodeRecord:
         handed: the node that has the token of its role, or "".
         claim: the highest that it has granted.
         own_session: of the latest claim that it made.
+        replaced: how many replacements of this node were announced.
         peers: in the order of `lineage.peers`.
     """
 
@@ -65,6 +68,7 @@ class NodeRecord:
     handed: str
     claim: Claim | None
     own_session: int
+    replaced: int
     peers: tuple[PeerRecord, ...]
 
 
@@ -91,6 +95,7 @@ def node_record(c: Any, text: Callable[[Any], str]) -> NodeRecord | None:
         handed=text(c.handed),
         claim=_claim(c.claim, text),
         own_session=c.own_session,
+        replaced=c.replaced,
         peers=tuple(_peer(peer, text) for peer in peers),
     )
 
@@ -105,7 +110,8 @@ def _lineage_peer(c: Any, text: Callable[[Any], str]) -> Peer:
 
 def _peer(c: Any, text: Callable[[Any], str]) -> PeerRecord:
     raw = bytes(c.id)
-    return PeerRecord(text(c.name), uuid.UUID(bytes=raw) if any(raw) else None, c.met)
+    known = uuid.UUID(bytes=raw) if any(raw) else None
+    return PeerRecord(text(c.name), known, c.replaced, c.met)
 
 
 def _claim(c: Any, text: Callable[[Any], str]) -> Claim | None:

@@ -28,6 +28,7 @@ sample_node (void)
                             .generation = 1000,
                             .epoch = 7,
                             .own_session = 9,
+                            .replaced = 3,
                             .nr_peers = NBDM_MAX_REMOTES };
 
   strcpy (node.name, "alpha");
@@ -48,6 +49,7 @@ sample_node (void)
     for (unsigned base = 0; base < NBDM_BASES; base++)
       peer->bases[base] = 100 * (i + 1) + base;
     peer->shared = i % 2;
+    peer->replaced = 20 + i;
     peer->met = 1700000000 + (int64_t)i;
   }
   return node;
