@@ -6,6 +6,10 @@
  * of its key exchanges is ephemeral.  So "PSK" alone, without Diffie-Hellman,
  * is not among them: a key that is stolen later opens no recorded connection.
  *
+ * AES-128-GCM comes first, as processors have instructions for it.  A shared
+ * key is bound to SHA-256, which leaves out AES-256-GCM, and GnuTLS's own order
+ * would take ChaCha20 next: a sixth of the speed at 1 MiB.
+ *
  * GnuTLS reads a server's file of shared keys at every handshake.  So a key
  * that is removed from the file opens no connection any more, without a
  * restart; connections that are open stay open.
@@ -25,7 +29,8 @@
 #include "wire/nbd_uri.h"
 #include "wire/tls_secrets.h"
 
-#define TLS13 "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+#define CIPHERS "-CIPHER-ALL:+AES-128-GCM:+AES-256-GCM:+CHACHA20-POLY1305"
+#define TLS13 "NORMAL:-VERS-ALL:+VERS-TLS1.3:" CIPHERS ":%SERVER_PRECEDENCE"
 #define TLS13_PSK TLS13 ":-KX-ALL:+ECDHE-PSK:+DHE-PSK"
 
 static int
