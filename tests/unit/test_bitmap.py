@@ -49,7 +49,7 @@ class Pair:
         self.map: Any = ffi.new("struct bitmap *")
         assert lib.bitmap_init(self.map, self.words, nr_bits) == 0
         if content is not None:
-            for page in range(self.size // PAGE):
+            for page in 2 * list(range(self.size // PAGE)):  # no bit counts twice
                 lib.bitmap_count(self.map, page, self.words + page * PAGE)
             lib.bitmap_clear_padding(self.map)
 

@@ -20,6 +20,8 @@ ffi, lib = cmodules.load("classify")
 MAP_DIRTY, MAP_LATE = 0, 3
 DIRTY, COPIED, LATE = 1, 2, 4
 NO_CAP = 2**64 - 1
+UNTOUCHED = 7
+MORE_THAN_A_PAGE = 40_000  # bits: the next clean region is in another page of the map
 
 
 class Maps:
@@ -82,18 +84,21 @@ def cases(draw: st.DrawFn) -> Case:
 def pieces(maps: Maps, case: Case) -> list[range]:
     """Return the pieces of the request, as the engine walks them."""
     found, position = [], case.start
-    piece = ffi.new("struct piece *")
+    piece = ffi.new("struct piece *", (UNTOUCHED, UNTOUCHED))
     while lib.classify_next(
         maps.dm, case.region_size, position, case.end, case.max, case.always, piece
     ):
         assert piece.length > 0
         found.append(range(piece.offset, piece.offset + piece.length))
         position = piece.offset + piece.length
+        piece.offset = piece.length = UNTOUCHED
+    assert (piece.offset, piece.length) == (UNTOUCHED, UNTOUCHED)
     return found
 
 
 @given(case=cases())
 @example(case=Case((DIRTY,) * 300, 32, 1, 9599, NO_CAP, False))
+@example(case=Case((DIRTY,) * MORE_THAN_A_PAGE + (0,), 1, 0, 40_001, NO_CAP, False))
 @example(case=Case((DIRTY,) * 299 + (0,), 32, 0, 9599, NO_CAP, False))
 @settings(max_examples=400)
 def test_classify_any_maps_sends_every_byte_that_goes_once(case: Case) -> None:
