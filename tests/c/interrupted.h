@@ -49,6 +49,7 @@ struct bench {
   struct board *board;
   struct nbdm *volume; /* of a child */
   bool local_went_away;
+  bool both_may_have_lost; /* local, and the remotes: see test_interrupted.c */
 };
 
 /* What lies there between two sessions. */
@@ -79,6 +80,8 @@ void bench_servers (struct bench *bench, enum servers_word word);
 void bench_take (struct bench *bench, struct left *left);
 void bench_put (struct bench *bench, const struct left *left);
 void bench_free (struct left *left);
+/* Was the session killed in a takeover that is not decided? */
+bool left_in_takeover (const struct left *left);
 /* The next start finds another boot. */
 void bench_reboot (const struct bench *bench);
 
@@ -102,8 +105,10 @@ void bench_wait_outstanding (struct bench *bench, const atomic_bool *over);
  */
 void bench_write (struct bench *bench, unsigned first, unsigned count,
                   uint8_t value);
-/* No region reads as older than what was answered. EIO is right where local
- * alone has a region and a start that could not use local has made it failed.
+/* No region reads as older than what was answered, unless both copies may have
+ * lost it: then what is read first counts from then on. EIO is right where
+ * local alone has a region and a start that could not use local has made it
+ * failed.
  */
 void bench_check_reads (struct bench *bench);
 /* Copy until local is ok and every remote in sync; read all; stop. */
