@@ -539,6 +539,12 @@ volume_recover (struct nbdm *v)
   if (rc < 0)
     return rc;
   local_map_recover (v);
+  /* A flush of a disk that was being caught up has failed, in this start or in
+   * an earlier one (open.c).  This comes before any mark of a remote: a region
+   * that local does not miss would have local as its only source.
+   */
+  if (v->local.flush_error || v->local.unflushed)
+    local_miss_all_locked (v);
   rc = open_activity (v);
   if (rc == 0)
     rc = open_inflight (v);
@@ -560,10 +566,5 @@ volume_recover (struct nbdm *v)
       make_all_late (v);
     }
   }
-  /* This start's flush of it, or an earlier one: a disk that was being caught
-   * up (open.c).
-   */
-  if (v->local.flush_error || v->local.unflushed)
-    local_miss_all_locked (v);
   return 0;
 }

@@ -216,6 +216,39 @@ test_failed_flush_of_a_start_that_is_killed_is_not_forgotten (void)
   failed_flush_of_a_start_that_is_killed_is_not_forgotten (opens_without_room);
 }
 
+/* --- beside a write under way --------------------------------------------- */
+
+static void
+is_killed_writing (void *opaque)
+{
+  copies_back (opaque);
+  bench_write (&bench, 3, 1, 3); /* the fault kills it */
+}
+
+/* The server was killed while it copied to local and wrote to region 3.  The
+ * kernel could not write what was answered in this region before, and told this
+ * to a start that was killed.  No mark of a later start makes local the only
+ * source of the region: no open slot, and no log that is lost.
+ */
+static void
+test_write_under_way_does_not_make_local_the_source (void)
+{
+  static const char *const lost[] = { NULL, "activity", "inflight" };
+  struct folder folder = { .fd = bench.dirfd };
+
+  for (unsigned i = 0; i < sizeof lost / sizeof lost[0]; i++) {
+    bench_put (&bench, &created);
+    assert (killed (in_child ("local_write:1=error,after_issue:4=kill",
+                              is_killed_writing, NULL)));
+    assert (killed (in_child ("local_flush:1=kill", opens, NULL)));
+    spoil (3, 1);
+    if (lost[i])
+      garble (&folder, lost[i], 40);
+    bench_session (NULL, mends);
+    bench_check_disks (&bench);
+  }
+}
+
 /* --- when it is brought back ---------------------------------------------- */
 
 static void
@@ -328,6 +361,7 @@ main (void)
   RUN (test_failed_flush_of_a_start_is_not_forgotten);
   RUN (test_failed_flush_without_room_is_not_forgotten);
   RUN (test_failed_flush_of_a_start_that_is_killed_is_not_forgotten);
+  RUN (test_write_under_way_does_not_make_local_the_source);
   RUN (test_disk_that_is_brought_back_is_flushed_first);
   RUN (test_flush_that_is_killed_is_not_forgotten);
   RUN (test_flush_of_a_start_that_is_killed_is_not_forgotten);
