@@ -15,6 +15,8 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <gnutls/gnutls.h>
@@ -45,10 +47,13 @@ explain_certificate (gnutls_session_t session)
   return rc;
 }
 
+/* `lookup` is the message of the look-up of a shared key, if that failed. */
 static int
-explain (gnutls_session_t session, int rc)
+explain (gnutls_session_t session, int rc, const char *lookup)
 {
   switch (rc) {
+  case GNUTLS_E_SRP_PWD_ERROR: /* in spite of its name of PSK too */
+    return set_message (-EACCES, "%s", lookup);
   case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
     return explain_certificate (session);
   case GNUTLS_E_FATAL_ALERT_RECEIVED:
@@ -114,6 +119,19 @@ fill_some (struct stream *stream, uint64_t until_ns)
   return 0;
 }
 
+/* Tell the other side, if it is still there, and the caller. */
+static int
+refuse (struct stream *stream, int found, uint64_t until_ns)
+{
+  gnutls_session_t session = tls_session (stream);
+  char lookup[512];
+
+  snprintf (lookup, sizeof lookup, "%s", last_error ());
+  (void)gnutls_alert_send_appropriate (session, found);
+  (void)drain_all (stream, until_ns);
+  return explain (session, found, lookup);
+}
+
 static int
 shake_hands (struct stream *stream, uint64_t until_ns)
 {
@@ -123,10 +141,8 @@ shake_hands (struct stream *stream, uint64_t until_ns)
   do {
     found = gnutls_handshake (session);
     if (found < 0 && gnutls_error_is_fatal (found))
-      (void)gnutls_alert_send_appropriate (session, found);
+      return refuse (stream, found, until_ns);
     rc = drain_all (stream, until_ns);
-    if (found < 0 && gnutls_error_is_fatal (found))
-      return explain (session, found);
     if (rc == 0 && found < 0 && !tls_has_received (stream))
       rc = fill_some (stream, until_ns);
   } while (rc == 0 && found < 0);
@@ -138,6 +154,7 @@ use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
 {
   int rc = gnutls_priority_set (session, secrets->priority);
 
+  gnutls_session_set_ptr (session, (void *)(uintptr_t)secrets);
   if (rc == 0 && secrets->psk)
     rc = gnutls_credentials_set (session, GNUTLS_CRD_PSK, secrets->psk);
   if (rc == 0 && secrets->own_psk)

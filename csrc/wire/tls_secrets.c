@@ -10,23 +10,24 @@
  * key is bound to SHA-256, which leaves out AES-256-GCM, and GnuTLS's own order
  * would take ChaCha20 next: a sixth of the speed at 1 MiB.
  *
- * GnuTLS reads a server's file of shared keys at every handshake.  So a key
- * that is removed from the file opens no connection any more, without a
- * restart; connections that are open stay open.
+ * A server reads its file of shared keys at every handshake.  So a key that is
+ * removed from the file opens no connection any more, without a restart;
+ * connections that are open stay open.
  */
 
 #define _GNU_SOURCE
 #include <errno.h>
 #include <limits.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "api.h"
 #include "base/error.h"
 #include "wire/nbd_uri.h"
+#include "wire/secret_file.h"
 #include "wire/tls_secrets.h"
 
 #define CIPHERS "-CIPHER-ALL:+AES-128-GCM:+AES-256-GCM:+CHACHA20-POLY1305"
@@ -39,77 +40,77 @@ bad_file (const char *path, const char *why)
   return set_message (-EINVAL, "TLS: %s: %s", path, why);
 }
 
-/* GnuTLS does not say which file is missing, or that it may not be read. */
+/* GnuTLS calls it within a server's handshake.  -1 with a message: the
+ * handshake fails.  1: there is no such user; GnuTLS takes a random key, so
+ * that clients cannot find out which users there are.
+ */
 static int
-check_readable (const char *path)
+find_psk (gnutls_session_t session, const gnutls_datum_t *user,
+          gnutls_datum_t *key)
 {
-  FILE *file = fopen (path, "re");
+  const struct tls_secrets *secrets = gnutls_session_get_ptr (session);
+  struct psk psk;
+  int rc = psk_read (secrets->psk_file, user, &psk);
 
-  if (file == NULL)
-    return set_error (-errno, "TLS: %s", path);
-  fclose (file);
+  if (rc != 0)
+    return rc < 0 ? -1 : rc;
+  *key = psk.key;
+  secret_file_free (&psk.text);
   return 0;
 }
 
-/* Any reader of a secret could be this server. */
-static int
-check_secret (const char *path)
-{
-  struct stat st;
-  int rc = check_readable (path);
-
-  if (rc < 0)
-    return rc;
-  if (stat (path, &st) < 0)
-    return set_error (-errno, "TLS: %s", path);
-  if (st.st_mode & (S_IRWXG | S_IRWXO)
-      || (st.st_uid != 0 && st.st_uid != geteuid ()))
-    return set_message (-EACCES,
-                        "TLS: %s: other users may read this secret, or change "
-                        "it; chown it to this user, and chmod 600 it",
-                        path);
-  return 0;
-}
-
+/* The key is read at each handshake; here a fault is found before a client
+ * comes.
+ */
 static int
 load_psk (struct tls_secrets *secrets, const char *path)
 {
-  int rc = check_secret (path);
+  struct psk psk;
+  int rc = psk_read (path, NULL, &psk);
 
-  if (rc < 0)
-    return rc;
-  if (gnutls_psk_allocate_server_credentials (&secrets->psk) < 0)
+  if (rc != 0)
+    return rc < 0 ? rc : bad_file (path, "it has no line NAME:KEY");
+  psk_free (&psk);
+  secrets->psk_file = strdup (path);
+  if (secrets->psk_file == NULL
+      || gnutls_psk_allocate_server_credentials (&secrets->psk) < 0)
     return set_error (-ENOMEM, "TLS");
-  rc = gnutls_psk_set_server_credentials_file (secrets->psk, path);
-  return rc < 0 ? bad_file (path, gnutls_strerror (rc)) : 0;
+  gnutls_psk_set_server_credentials_function2 (secrets->psk, find_psk);
+  return 0;
 }
 
 static int
 load_own (struct tls_secrets *secrets, const char *certificate, const char *key)
 {
-  int rc = check_readable (certificate);
+  gnutls_datum_t shown, secret;
+  int rc = certificate_file_read (certificate, &shown);
 
-  if (rc == 0)
-    rc = check_secret (key);
   if (rc < 0)
     return rc;
-  rc = gnutls_certificate_set_x509_key_file (secrets->x509, certificate, key,
-                                             GNUTLS_X509_FMT_PEM);
-  if (rc < 0)
-    return set_message (-EINVAL, "TLS: %s and %s: %s", certificate, key,
+  rc = secret_file_read (key, &secret);
+  if (rc == 0) {
+    rc = gnutls_certificate_set_x509_key_mem (secrets->x509, &shown, &secret,
+                                              GNUTLS_X509_FMT_PEM);
+    if (rc < 0)
+      rc = set_message (-EINVAL, "TLS: %s and %s: %s", certificate, key,
                         gnutls_strerror (rc));
-  return 0;
+    secret_file_free (&secret);
+  }
+  secret_file_free (&shown);
+  return rc < 0 ? rc : 0;
 }
 
 static int
 load_trust (struct tls_secrets *secrets, const char *ca)
 {
-  int rc = check_readable (ca);
+  gnutls_datum_t text;
+  int rc = certificate_file_read (ca, &text);
 
   if (rc < 0)
     return rc;
-  rc = gnutls_certificate_set_x509_trust_file (secrets->x509, ca,
-                                               GNUTLS_X509_FMT_PEM);
+  rc = gnutls_certificate_set_x509_trust_mem (secrets->x509, &text,
+                                              GNUTLS_X509_FMT_PEM);
+  secret_file_free (&text);
   if (rc <= 0)
     return bad_file (ca,
                      rc < 0 ? gnutls_strerror (rc) : "it holds no certificate");
@@ -168,64 +169,26 @@ tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out)
 /* --- A client's ------------------------------------------------------------
  */
 
-/* The line of the user, or the first line without one.  Cuts it after the name;
- * returns the key, or NULL.
- */
-static char *
-find_key (FILE *file, const char *user, char **line)
-{
-  size_t room = 0;
-
-  while (getline (line, &room, file) > 0) {
-    char *key = strchr (*line, ':');
-
-    if (key == NULL)
-      continue;
-    *key++ = '\0';
-    key[strcspn (key, "\r\n")] = '\0';
-    if (user == NULL || strcmp (*line, user) == 0)
-      return key;
-  }
-  return NULL;
-}
-
-static int
-use_key (struct tls_secrets *secrets, const char *path, const char *user,
-         const char *hex)
-{
-  const gnutls_datum_t key
-      = { (unsigned char *)(uintptr_t)hex, (unsigned)strlen (hex) };
-  int rc = gnutls_psk_allocate_client_credentials (&secrets->own_psk);
-
-  if (rc < 0)
-    return set_error (-ENOMEM, "TLS");
-  rc = gnutls_psk_set_client_credentials (secrets->own_psk, user, &key,
-                                          GNUTLS_PSK_KEY_HEX);
-  return rc < 0 ? bad_file (path, gnutls_strerror (rc)) : 0;
-}
-
 static int
 load_own_psk (struct tls_secrets *secrets, const char *path, const char *user)
 {
-  int rc = check_secret (path);
-  char *line = NULL, *key;
-  FILE *file;
+  const gnutls_datum_t name = { (unsigned char *)(uintptr_t)user,
+                                user ? (unsigned)strlen (user) : 0 };
+  struct psk psk;
+  int rc = psk_read (path, user ? &name : NULL, &psk);
 
   if (rc < 0)
     return rc;
-  file = fopen (path, "re");
-  if (file == NULL)
-    return set_error (-errno, "TLS: %s", path);
-  key = find_key (file, user, &line);
-  fclose (file);
-  if (key)
-    rc = use_key (secrets, path, line, key);
-  else if (user)
-    rc = set_message (-EINVAL, "TLS: %s: it has no key of %s", path, user);
-  else
-    rc = bad_file (path, "it has no line NAME:KEY");
-  free (line); /* it holds a secret, as the file does */
-  return rc;
+  if (rc > 0 && user)
+    return set_message (-EINVAL, "TLS: %s: it has no key of %s", path, user);
+  if (rc > 0)
+    return bad_file (path, "it has no line NAME:KEY");
+  rc = gnutls_psk_allocate_client_credentials (&secrets->own_psk);
+  if (rc == 0)
+    rc = gnutls_psk_set_client_credentials (secrets->own_psk, psk.name,
+                                            &psk.key, GNUTLS_PSK_KEY_RAW);
+  psk_free (&psk);
+  return rc < 0 ? bad_file (path, gnutls_strerror (rc)) : 0;
 }
 
 /* The folder has the files that libnbd's and nbdkit's have. */
@@ -315,5 +278,6 @@ tls_secrets_free (struct tls_secrets *secrets)
     gnutls_certificate_free_credentials (secrets->x509);
   if (secrets->priority)
     gnutls_priority_deinit (secrets->priority);
+  free (secrets->psk_file);
   free (secrets);
 }

@@ -14,9 +14,12 @@
 struct nbd_uri;
 struct nbdm_tls;
 
-/* Read-only once loaded: all sessions share it. */
+/* Read-only once loaded: all sessions share it.  A session's pointer
+ * (gnutls_session_set_ptr) must be its secrets.
+ */
 struct tls_secrets {
   gnutls_psk_server_credentials_t psk;     /* a server's, or NULL */
+  char *psk_file;                          /* of a server's PSK, or NULL */
   gnutls_psk_client_credentials_t own_psk; /* a client's, or NULL */
   gnutls_certificate_credentials_t x509;   /* or NULL */
   bool checks_client; /* its certificate; a PSK always proves the client */
