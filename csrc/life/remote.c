@@ -341,8 +341,11 @@ remote_admit_locked (struct remote *r)
     return set_message (-EIO, "the volume has failed: %s", v->reason);
   r->admitted = true;
   r->address = r->connected_at;
-  /* The unflushed regions became dirty when the connection was lost. */
-  r->disk.flush.done = r->disk.flush.asked;
+  /* The unflushed regions became dirty when the connection was lost.  Those
+   * that did not have no other source: the waiting threads send a flush now.
+   */
+  if (!unflushed_any_locked (r))
+    r->disk.flush.done = r->disk.flush.asked;
   fault_point ("admitted");
   remote_update_state_locked (r);
   disk_changed_locked (&r->disk, false);

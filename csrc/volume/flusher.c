@@ -143,6 +143,13 @@ unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length)
     wake_locked (r);
 }
 
+bool
+unflushed_any_locked (const struct remote *r)
+{
+  return r->disk.dm.map[MAP_UNFLUSHED0].nr_set > 0
+         || r->disk.dm.map[MAP_UNFLUSHED1].nr_set > 0;
+}
+
 void
 flushers_init (struct nbdm *v, const struct nbdm_params *params)
 {

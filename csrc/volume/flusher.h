@@ -5,6 +5,7 @@
 #ifndef NBDM_FLUSHER_H
 #define NBDM_FLUSHER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct nbdm;
@@ -13,6 +14,8 @@ struct remote;
 
 /* The remote answered a write of this range. */
 void unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length);
+/* Is anything in its unflushed set? */
+bool unflushed_any_locked (const struct remote *r);
 void flushers_init (struct nbdm *v, const struct nbdm_params *params);
 int flushers_start (struct nbdm *v);
 void flushers_join (struct nbdm *v); /* call it while the ticker runs */

@@ -332,6 +332,87 @@ test_cache_lost_after_the_start (void)
   bench_remove (&bench);
 }
 
+/* --- a client flushes before a remote is back ---------------------------- */
+
+static atomic_int flush_result;
+
+static void *
+flush_early (void *opaque)
+{
+  (void)opaque;
+  flush_result = nbdm_flush (bench.volume);
+  over = true;
+  return NULL;
+}
+
+static bool
+waits_for_a_remote (void)
+{
+  bool waits = false;
+
+  pthread_mutex_lock (&bench.volume->lock);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    waits = waits || bench.volume->remotes[i].flush_sent.sleep > 0;
+  pthread_mutex_unlock (&bench.volume->lock);
+  return waits;
+}
+
+static bool
+any_outstanding (void)
+{
+  struct nbdm_disk_status s = { 0 };
+
+  for (uint32_t i = 0; i < BENCH_REMOTES && s.remote.outstanding == 0; i++)
+    assert (nbdm_get_disk_status (bench.volume, i + 1, &s) == 0);
+  return s.remote.outstanding > 0;
+}
+
+static void
+start_and_flush_early (void *opaque)
+{
+  pthread_t thread;
+
+  (void)opaque;
+  alarm (CHILD_S);
+  bench.params.flush_ms = UINT32_MAX; /* only the client flushes */
+  bench_must (bench_open (&bench));
+  assert (every_remote_is_held ());
+  assert (pthread_create (&thread, NULL, flush_early, NULL) == 0);
+  while (!waits_for_a_remote ())
+    poll (NULL, 0, 1);
+  bench_servers (&bench, SERVERS_HOLD);
+  bench_connect_all (&bench);
+  while (!over && !any_outstanding ())
+    poll (NULL, 0, 1);
+  assert (!over);
+  bench_servers (&bench, SERVERS_GO);
+  pthread_join (thread, NULL);
+  assert (flush_result == 0);
+  bench_servers (&bench, SERVERS_LOSE_CACHE);
+  while (!every_remote_is_lost ())
+    poll (NULL, 0, 1);
+  bench_connect_all (&bench);
+  bench_check_reads (&bench);
+  bench_mend (&bench);
+}
+
+/* Only the remotes have what they answered before the kill, and not durably:
+ * their return alone does not answer the flush.
+ */
+static void
+test_flush_before_a_remote_is_back (void)
+{
+  static const struct takeover flush_failed = { .failure = FLUSH };
+
+  bench_make (&bench);
+  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
+                            (void *)&flush_failed)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, start_and_flush_early, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 int
 main (int argc, char *argv[])
 {
@@ -346,5 +427,7 @@ main (int argc, char *argv[])
     RUN (test_while_remotes_are_held);
   if (argc < 2 || strcmp (argv[1], "cache_lost_after_the_start") == 0)
     RUN (test_cache_lost_after_the_start);
+  if (argc < 2 || strcmp (argv[1], "flush_before_a_remote_is_back") == 0)
+    RUN (test_flush_before_a_remote_is_back);
   return 0;
 }
