@@ -30,7 +30,6 @@
 
 struct kind {
   mode_t forbidden;
-  bool owned; /* only root and this user may own it */
   const char *complaint;
 };
 
@@ -50,7 +49,7 @@ check (int fd, const char *path, const struct kind *kind, size_t *size)
   if (!S_ISREG (st.st_mode))
     return bad_file (path, "it is no plain file");
   if (st.st_mode & kind->forbidden
-      || (kind->owned && st.st_uid != 0 && st.st_uid != geteuid ()))
+      || (st.st_uid != 0 && st.st_uid != geteuid ()))
     return set_message (-EACCES, "TLS: %s: %s", path, kind->complaint);
   if (st.st_size > MAX_FILE)
     return bad_file (path, "it has more than 4 MiB");
@@ -100,17 +99,21 @@ int
 secret_file_read (const char *path, gnutls_datum_t *text)
 {
   static const struct kind secret
-      = { S_IRWXG | S_IRWXO, true,
+      = { S_IRWXG | S_IRWXO,
           "other users may read this secret, or change it; chown it to this "
           "user, and chmod 600 it" };
 
   return read_checked (path, &secret, text);
 }
 
+/* A user that can add a certificate to `ca` can be any client or server. */
 int
 certificate_file_read (const char *path, gnutls_datum_t *text)
 {
-  static const struct kind certificate = { 0, false, NULL };
+  static const struct kind certificate
+      = { S_IWGRP | S_IWOTH,
+          "other users may change this file, and so choose which certificates "
+          "count; chown it to this user, and chmod 644 it" };
 
   return read_checked (path, &certificate, text);
 }

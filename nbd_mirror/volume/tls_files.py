@@ -4,7 +4,8 @@ The files by which the nodes of a volume know each other: a shared key, or certi
 
 The key is a file as GnuTLS' psktool writes it: one line, NAME:HEX, where NAME is the
 volume's. A key that other users can read or guess is refused, and so is a file with two
-keys, because a server accepts each of them.
+keys, because a server accepts each of them. Certificates are no secret, but they decide
+which clients and nodes count, so no other user may change them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def check_tls(config: VolumeConfig) -> str:
         A key's fingerprint, which is the same on all nodes; "" without a key.
     Raises:
         MissingError: a file is not there. AccessError: it may not be read, or others
-        may read a secret. ConfigError: it has another content.
+        may read a secret or change a certificate. ConfigError: it has another content.
     """
     tls = config.tls
     if tls is None or not tls.on:
@@ -66,7 +67,6 @@ _COPY_KEY = (
 
 
 def _read(name: str, path: str, *, secret: bool, hint: str = "") -> str:
-    us = user_name(os.geteuid()).removeprefix("#")
     try:
         # A FIFO is opened without waiting for its other end, and then refused.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -74,20 +74,10 @@ def _read(name: str, path: str, *, secret: bool, hint: str = "") -> str:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{name} = {path}: is no plain file")
-            if secret and status.st_uid not in (0, os.geteuid()):
-                raise AccessError(
-                    f"{name} = {path}: user {user_name(status.st_uid)} has it, and may "
-                    "read and change it, so it is no secret",
-                    f"chown {us} {quote(path)}, and a new one on all nodes if that "
-                    "user is not to have it",
-                )
-            if secret and status.st_mode & 0o077:
-                raise AccessError(
-                    f"{name} = {path}: other users may read or change it, so it is no "
-                    "secret",
-                    f"chmod 600 {quote(path)}, and a new one on all nodes if "
-                    "others can have read it",
-                )
+            if secret:
+                _check_secret(name, path, status)
+            else:
+                _check_trusted(name, path, status)
             return file.read(_MAX_FILE).decode("utf-8", "replace")
     except FileNotFoundError:
         raise MissingError(f"{name} = {path}: the file is not there", hint) from None
@@ -95,6 +85,47 @@ def _read(name: str, path: str, *, secret: bool, hint: str = "") -> str:
         raise from_errno(
             error.errno or 0, f"{name} = {path}: {error.strerror}"
         ) from None
+
+
+def _check_secret(name: str, path: str, status: os.stat_result) -> None:
+    """Refuse one that others have: any reader could be this host."""
+    if _is_foreign(status):
+        raise AccessError(
+            f"{name} = {path}: user {user_name(status.st_uid)} has it, and may "
+            "read and change it, so it is no secret",
+            f"chown {_us()} {quote(path)}, and a new one on all nodes if that "
+            "user is not to have it",
+        )
+    if status.st_mode & 0o077:
+        raise AccessError(
+            f"{name} = {path}: other users may read or change it, so it is no secret",
+            f"chmod 600 {quote(path)}, and a new one on all nodes if "
+            "others can have read it",
+        )
+
+
+def _check_trusted(name: str, path: str, status: os.stat_result) -> None:
+    """Refuse one that others change: by a CA of theirs they could be any node."""
+    if _is_foreign(status):
+        raise AccessError(
+            f"{name} = {path}: user {user_name(status.st_uid)} has it, and may change "
+            "it, and so choose which certificates count",
+            f"check its content, then chown {_us()} {quote(path)}",
+        )
+    if status.st_mode & 0o022:
+        raise AccessError(
+            f"{name} = {path}: other users may change it, and so choose which "
+            "certificates count",
+            f"check its content, then chmod go-w {quote(path)}",
+        )
+
+
+def _is_foreign(status: os.stat_result) -> bool:
+    return status.st_uid not in (0, os.geteuid())
+
+
+def _us() -> str:
+    return user_name(os.geteuid()).removeprefix("#")
 
 
 def _parse_key(volume: str, path: str, text: str) -> bytes:

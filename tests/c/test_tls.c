@@ -447,6 +447,15 @@ test_files (void)
   files = (struct nbdm_tls){ .certificate = path, .private_key = path };
   assert (nbdm_server_tls (server, 0, &files) == -EINVAL);
   ASSERT_SAYS (path);
+  /* Others could change a certificate, and read its key. */
+  assert (chmod (path, 0644) == 0);
+  assert (nbdm_server_tls (server, 0, &files) == -EACCES);
+  ASSERT_SAYS ("other users may read this secret");
+  for (unsigned i = 0; i < 2; i++) {
+    assert (chmod (path, i ? 0602 : 0620) == 0);
+    assert (nbdm_server_tls (server, 0, &files) == -EACCES);
+    ASSERT_SAYS ("other users may change this file");
+  }
   files.private_key = NULL;
   assert (nbdm_server_tls (server, 0, &files) == -EINVAL);
   nbdm_server_close (server);

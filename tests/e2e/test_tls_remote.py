@@ -155,6 +155,18 @@ def test_certificate_of_both_sides_is_checked(site: Site) -> None:
     site.assert_equal()
 
 
+@pytest.mark.parametrize("name", ["ca-cert.pem", "client-cert.pem"])
+def test_certificates_that_others_may_change_are_refused(site: Site, name: str) -> None:
+    """A user that can add a CA there could be the remote."""
+    ca, mine = site.folder / "ca", site.folder / "mine"
+    make_ca(site, ca)
+    sign(site, ca, site.folder / "theirs", "server", VALID, f"ip_address = {HOST}")
+    sign(site, ca, mine, "client", VALID)
+    (mine / name).chmod(0o664)
+    _serve_by_certificate(site, site.folder / "theirs")
+    _assert_not_connected(site, f"{name}: other users may change this file")
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -428,6 +428,31 @@ def test_certificates_are_checked_together(
         check_tls(read(file))
 
 
+@pytest.mark.parametrize("name", ["ca", "certificate"])
+def test_certificates_that_others_can_change_are_refused(
+    file: Path, folder: Path, tmp_path: Path, name: str
+) -> None:
+    """They could add their own to those that count; a reader is no danger."""
+    one, key = certificate(tmp_path, "one")
+    ca, _ = certificate(tmp_path, "ca")
+    text, _, _ = file.read_text().partition("[tls]")
+    three = f'certificate = "{one}"\nprivate_key = "{key}"\nca = "{ca}"\n'
+    file.write_text(f"{text}[tls]\n{three}")
+    path = {"ca": ca, "certificate": one}[name]
+    for mode in (0o664, 0o646):
+        path.chmod(mode)
+        with pytest.raises(AccessError, match=f"^{name} = .*may change") as caught:
+            check_tls(read(file))
+        assert f"chmod go-w {path}" in caught.value.hint
+    path.chmod(0o644)
+    assert check_tls(read(file)) == ""
+    if os.geteuid() == 0:  # only root can give a file away
+        os.chown(path, NOBODY, -1)
+        with pytest.raises(AccessError, match=f"^{name} = .*may change") as caught:
+            check_tls(read(file))
+        assert f"chown root {path}" in caught.value.hint
+
+
 def test_private_key_with_a_password_is_refused_at_once(
     file: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -270,3 +270,26 @@ def test_serve_without_its_secret_is_refused(
         os.truncate(key, 0)
     door = ["--door", "native"] if trouble == "native" else []
     site.refused(code, words, commands=("serve", str(site.config), *door))
+
+
+def test_serve_with_a_ca_that_others_may_change_is_refused(
+    tmp_path: Path, processes: support.Processes
+) -> None:
+    """They could let themselves in."""
+    support.requires_program("certtool")
+    site = Site(
+        tmp_path,
+        processes,
+        size=MIB,
+        listen=f"tls:{HOST}:{free_port()}",
+        **{
+            "tls.certificate": str(tmp_path / "server-cert.pem"),
+            "tls.private_key": str(tmp_path / "server-key.pem"),
+            "tls.ca": str(tmp_path / "ca-cert.pem"),
+        },
+    )
+    _make_certificates(site, tmp_path)
+    site.create()
+    (tmp_path / "ca-cert.pem").chmod(0o666)
+    words = f"ca = {tmp_path}/ca-cert.pem: other users may change it"
+    site.refused(15, words, commands=("serve", str(site.config)))
