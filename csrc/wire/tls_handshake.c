@@ -229,5 +229,8 @@ tls_connect (struct stream *stream, const struct tls_secrets *secrets,
     stream_end (stream);
     return set_message (-EINVAL, "TLS: %s: %s", host, gnutls_strerror (rc));
   }
-  return finish (stream, until_ns);
+  rc = finish (stream, until_ns);
+  if (rc == 0 && secrets->x509) /* GnuTLS kept `host`, which is the caller's */
+    gnutls_session_set_verify_cert (session, NULL, 0);
+  return rc;
 }
