@@ -118,6 +118,7 @@ parse_authority (struct nbd_uri *uri, char *text)
   return 0;
 }
 
+/* `value` is NULL without a "=". */
 static int
 parse_parameter (struct nbd_uri *uri, const char *name, const char *value)
 {
@@ -132,6 +133,8 @@ parse_parameter (struct nbd_uri *uri, const char *name, const char *value)
 
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)
     if (strcmp (name, known[i].name) == 0) {
+      if (value == NULL || *value == '\0')
+        return bad ("parameter without a value", name);
       memcpy ((char *)uri + known[i].place, &value, sizeof value);
       return 0;
     }
@@ -148,7 +151,7 @@ parse_query (struct nbd_uri *uri, char *text)
 
     if (!decode (text) || (value && !decode (value)))
       rc = bad ("parameter", text);
-    else if (value)
+    else
       rc = parse_parameter (uri, text, value);
     text = next;
   }

@@ -349,7 +349,7 @@ take_opened (struct tls *t, struct iovec *iov, size_t nr, size_t skip)
   if (opened.last < 0 && opened.last != GNUTLS_E_AGAIN) {
     t->over_with = EPROTO;
     t->trouble = opened.last == GNUTLS_E_FATAL_ALERT_RECEIVED
-                     ? gnutls_alert_get_name (gnutls_alert_get (t->session))
+                     ? tls_alert_name (t->session)
                      : gnutls_strerror ((int)opened.last);
   }
   return opened.bytes;
@@ -495,6 +495,14 @@ ssize_t
 tls_drain (struct stream *stream)
 {
   return drain (stream, MSG_DONTWAIT);
+}
+
+const char *
+tls_alert_name (gnutls_session_t session)
+{
+  const char *name = gnutls_alert_get_name (gnutls_alert_get (session));
+
+  return name ? name : "an alert that GnuTLS does not know";
 }
 
 const char *

@@ -58,7 +58,7 @@ explain (gnutls_session_t session, int rc, const char *lookup)
     return explain_certificate (session);
   case GNUTLS_E_FATAL_ALERT_RECEIVED:
     return set_message (-EACCES, "TLS: the other side refuses: %s",
-                        gnutls_alert_get_name (gnutls_alert_get (session)));
+                        tls_alert_name (session));
   case GNUTLS_E_CERTIFICATE_REQUIRED:
   case GNUTLS_E_NO_CERTIFICATE_FOUND:
     return set_message (-EACCES, "TLS: the other side has no certificate");

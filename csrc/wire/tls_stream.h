@@ -23,5 +23,7 @@ bool tls_has_received (const struct stream *stream);
 ssize_t tls_fill (struct stream *stream);
 /* Send what GnuTLS has written.  -1 and EAGAIN: something is left. */
 ssize_t tls_drain (struct stream *stream);
+/* The name of the alert that came last. */
+const char *tls_alert_name (gnutls_session_t session);
 
 #endif /* NBDM_TLS_STREAM_H */

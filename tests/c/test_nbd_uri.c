@@ -48,7 +48,7 @@ test_parts (void)
     { "nbds://[::1]", { .host = "::1", .port = "10809", .export = "" } },
     { "nbds://u%40v@[fe80::1%25eth0]:99/x?a=b",
       { .host = "fe80::1%eth0", .port = "99", .export = "x", .user = "u@v" } },
-    { "nbds://h?tls-psk-file=/a%26b&&tls-certificates=/c;unknown=1",
+    { "nbds://h?tls-psk-file=/a%26b&&other&tls-certificates=/c;unknown=1",
       { .host = "h",
         .port = "10809",
         .export = "",
@@ -81,6 +81,13 @@ test_refused (void)
     "nbds+unix:///x?tls-psk-file=k",
     "nbds://h?tls-verify-peer=false",
     "nbds://h?tls-psk-file=%0",
+    "nbds://h?tls-psk-file",
+    "nbds://h?tls-psk-file=",
+    "nbds://h?a=b&tls-certificates",
+    "nbds://h?tls-certificates=&tls-psk-file=k",
+    "nbds://h?tls-verify-peer",
+    "nbds+unix:///x?socket",
+    "nbds+unix:///x?socket=",
   };
   struct nbd_uri uri;
 

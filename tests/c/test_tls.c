@@ -14,9 +14,12 @@
 #include <sys/resource.h>
 
 #include "api.h"
+#include "base/clock.h"
 #include "wire/conn.h"
 #include "wire/nbd_uri.h"
 #include "wire/protocol.h"
+#include "wire/stream.h"
+#include "wire/tls.h"
 #include "wire/tls_secrets.h"
 #include "direct_site.h"
 
@@ -297,6 +300,27 @@ test_garbled (void)
   close (wire);
   wait_no_clients ();
   take_down ();
+}
+
+/* The other side's alert is one that GnuTLS has no name for. */
+static void
+test_unknown_alert (void)
+{
+  const uint8_t record[] = { 21, 3, 3, 0, 2, 2, 77 };
+  const struct nbdm_tls files = { .psk = tls_relay_psk_file () };
+  struct tls_secrets *secrets;
+  struct stream stream;
+  int pair[2];
+
+  assert (socketpair (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+  assert (send (pair[1], record, sizeof record, 0) == (ssize_t)sizeof record);
+  assert (tls_secrets_load (&files, &secrets) == 0);
+  stream = stream_plain (pair[0]);
+  assert (tls_accept (&stream, secrets, now_ns () + 10 * NS_PER_S) == -EACCES);
+  ASSERT_SAYS ("the other side refuses: an alert that GnuTLS does not know");
+  tls_secrets_free (secrets);
+  close (pair[0]);
+  close (pair[1]);
 }
 
 /* --- handshakes that nobody finishes ---------------------------------------
@@ -599,6 +623,7 @@ main (void)
   RUN (test_unread_answers);
   RUN (test_cut);
   RUN (test_garbled);
+  RUN (test_unknown_alert);
   RUN (test_ten_thousand_unfinished);
   RUN (test_end_in_a_handshake);
   RUN (test_files);
