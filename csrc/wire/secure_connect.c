@@ -42,6 +42,8 @@
 #define DEFAULT_MAX_PAYLOAD (32u << 20) /* the protocol's advice */
 #define MAX_REPLY 8192u                 /* bytes; a text has 4096 at most */
 #define MAX_NAME 4096u
+#define MAX_MIN_BLOCK 65536u
+#define MIN_PREFERRED 512u
 
 struct greeter {
   struct conn *conn;
@@ -283,6 +285,36 @@ start_tls (struct greeter *g)
                       g->uri->socket ? NULL : g->uri->host, g->until_ns);
 }
 
+static bool
+is_power_of_2 (uint32_t value)
+{
+  return value > 0 && (value & (value - 1)) == 0;
+}
+
+/* What the protocol allows, by libnbd's checks: reads and writes are cut into
+ * pieces by these sizes.
+ */
+static bool
+are_block_sizes (uint32_t min, uint32_t preferred, uint32_t max)
+{
+  return is_power_of_2 (min) && min <= MAX_MIN_BLOCK
+         && is_power_of_2 (preferred) && preferred >= MIN_PREFERRED
+         && min <= preferred && preferred <= max
+         && (max == UINT32_MAX || max % min == 0);
+}
+
+static void
+take_block_sizes (struct conn_info *info,
+                  const struct nbd_info_block_size *said)
+{
+  uint32_t min = be32toh (said->minimum), max = be32toh (said->maximum);
+
+  if (!are_block_sizes (min, be32toh (said->preferred), max))
+    return; /* as if it had said none */
+  info->min_block = min;
+  info->max_payload = max;
+}
+
 static void
 take_info (struct greeter *g)
 {
@@ -305,8 +337,7 @@ take_info (struct greeter *g)
     if (g->length != sizeof block)
       return;
     memcpy (&block, g->data, sizeof block);
-    info->min_block = be32toh (block.minimum);
-    info->max_payload = be32toh (block.maximum);
+    take_block_sizes (info, &block);
     break;
   case NBD_INFO_DESCRIPTION:
     snprintf (info->description, sizeof info->description, "%.*s",

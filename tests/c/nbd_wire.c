@@ -15,6 +15,7 @@
 #define HANDSHAKE_FLAGS 3 /* fixed newstyle, no zeroes */
 #define OPT_ABORT 2
 #define OPT_STARTTLS 5
+#define INFO_BLOCK_SIZE 3
 #define OPT_INFO 6
 #define OPT_GO 7
 #define REP_ACK 1
@@ -91,6 +92,11 @@ struct __attribute__ ((packed)) export_info {
   uint16_t flags;
 };
 
+struct __attribute__ ((packed)) block_info {
+  uint16_t type;
+  uint32_t min, preferred, max;
+};
+
 static bool
 option_reply (int fd, uint32_t option, uint32_t type, const void *data,
               uint32_t length)
@@ -116,6 +122,20 @@ skip (int fd, uint32_t length)
 }
 
 void (*_Atomic wire_secure) (int fd);
+struct wire_block_sizes wire_block_sizes;
+
+static bool
+say_block_sizes (int fd, uint32_t option)
+{
+  const struct block_info info
+      = { .type = htobe16 (INFO_BLOCK_SIZE),
+          .min = htobe32 (wire_block_sizes.min),
+          .preferred = htobe32 (wire_block_sizes.preferred),
+          .max = htobe32 (wire_block_sizes.max) };
+
+  return wire_block_sizes.max == 0
+         || option_reply (fd, option, REP_INFO, &info, sizeof info);
+}
 
 bool
 wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
@@ -149,7 +169,9 @@ wire_handshake_plain (int fd, uint64_t size, bool no_fua, bool no_zeroes)
       secure (fd);
       continue;
     }
-    if (wanted && !option_reply (fd, number, REP_INFO, &info, sizeof info))
+    if (wanted
+        && (!option_reply (fd, number, REP_INFO, &info, sizeof info)
+            || !say_block_sizes (fd, number)))
       return false;
     if (!option_reply (
             fd, number,

@@ -36,6 +36,13 @@ bool wire_transmit (int fd, const void *buf, size_t count);
  * same.  NULL: the servers have none.
  */
 extern void (*_Atomic wire_secure) (int fd);
+/* What the servers say of block sizes; all 0: nothing.  Set it before any is
+ * started.
+ */
+struct wire_block_sizes {
+  uint32_t min, preferred, max;
+};
+extern struct wire_block_sizes wire_block_sizes;
 /* Up to the transmission phase; false: the client wants none. */
 bool wire_handshake (int fd, uint64_t size, bool no_fua);
 /* The same of a server that may know no zeroes either. */

@@ -22,6 +22,7 @@
 #include "wire/tls.h"
 #include "wire/tls_secrets.h"
 #include "direct_site.h"
+#include "nbd_wire.h"
 
 #define FLAGS (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
 #define TLS13_ONLY "NORMAL:-VERS-ALL:+VERS-TLS1.3:+ECDHE-PSK"
@@ -435,6 +436,61 @@ test_end_in_a_handshake (void)
   close (fd);
 }
 
+/* --- block sizes -----------------------------------------------------------
+ */
+
+#define USUAL_MAX (32u << 20) /* of a server that says none */
+
+static const struct {
+  struct wire_block_sizes said;
+  uint32_t min, max; /* that count */
+} block_sizes[] = {
+  { { 1, 4096, 1 << 20 }, 1, 1 << 20 },
+  { { 512, 512, 512 }, 512, 512 },
+  { { 4096, 65536, UINT32_MAX }, 4096, USUAL_MAX },
+  { { 65536, 65536, 1 << 30 }, 65536, USUAL_MAX },
+  /* None of these keeps to the protocol. */
+  { { 0, 4096, 1 << 20 }, 1, USUAL_MAX },
+  { { 3, 4096, 3 << 20 }, 1, USUAL_MAX },
+  { { 1 << 17, 1 << 17, 1 << 20 }, 1, USUAL_MAX },
+  { { 4096, 512, 1 << 20 }, 1, USUAL_MAX },
+  { { 1, 256, 1 << 20 }, 1, USUAL_MAX },
+  { { 1, 3000, 1 << 20 }, 1, USUAL_MAX },
+  { { 1, 512, 1 }, 1, USUAL_MAX },
+  { { 512, 4096, 256 }, 1, USUAL_MAX },
+  { { 512, 4096, 4097 }, 1, USUAL_MAX },
+};
+
+/* A remote's block sizes count if they keep to the protocol. */
+static void
+test_block_sizes (void)
+{
+  struct folder folder = folder_make ();
+  char path[PATH_MAX + 16], uri[2 * PATH_MAX];
+  const struct peer_params params = { .socket = path, .size = REGION };
+
+  alarm (150);
+  setenv ("NBDM_TEST_TLS", "1", 1);
+  snprintf (path, sizeof path, "%s/peer", folder.path);
+  peer_uri (uri, sizeof uri, path);
+  for (unsigned i = 0; i < sizeof block_sizes / sizeof *block_sizes; i++) {
+    struct peer *peer;
+    struct conn *conn;
+
+    wire_block_sizes = block_sizes[i].said;
+    peer = peer_start (&params);
+    assert (conn_open (uri, SITE_DEADLINE_S * 1000, &conn) == 0);
+    assert (conn_info (conn)->min_block == block_sizes[i].min);
+    assert (conn_info (conn)->max_payload == block_sizes[i].max);
+    conn_put (conn);
+    peer_stop (peer);
+  }
+  wire_block_sizes = (struct wire_block_sizes){ 0 };
+  unlink (path);
+  assert (rmdir (folder.path) == 0);
+  close (folder.fd);
+}
+
 /* --- files -----------------------------------------------------------------
  */
 
@@ -626,6 +682,7 @@ main (void)
   RUN (test_unknown_alert);
   RUN (test_ten_thousand_unfinished);
   RUN (test_end_in_a_handshake);
+  RUN (test_block_sizes);
   RUN (test_files);
   RUN (test_keys_replaced);
   RUN (test_bad_keys_are_not_loaded);
