@@ -38,6 +38,24 @@
 /* When to look again after another thread's flush. */
 #define BUSY_NS (50 * NS_PER_MS)
 
+bool
+unflushed_any_locked (const struct remote *r)
+{
+  return r->disk.dm.map[MAP_UNFLUSHED0].nr_set > 0
+         || r->disk.dm.map[MAP_UNFLUSHED1].nr_set > 0;
+}
+
+/* Is anything unflushed that the flush under way, if any, does not cover?  At a
+ * start either map may have what an earlier session kept.
+ */
+static bool
+flush_needed_locked (const struct remote *r)
+{
+  return r->disk.flush.running
+             ? r->disk.dm.map[MAP_UNFLUSHED0 + r->filling].nr_set > 0
+             : unflushed_any_locked (r);
+}
+
 /* Is so much unflushed that its age does not matter? */
 static bool
 enough_unflushed_locked (const struct remote *r)
@@ -57,8 +75,7 @@ next_flush_locked (const struct remote *r, uint64_t rest_until)
   const struct nbdm *v = r->disk.volume;
   uint64_t due = 0;
 
-  if (!r->admitted || v->failed
-      || r->disk.dm.map[MAP_UNFLUSHED0 + r->filling].nr_set == 0)
+  if (!r->admitted || v->failed || !flush_needed_locked (r))
     return NEVER;
   if (backlog_pressed_locked (r))
     return 0;
@@ -141,13 +158,6 @@ unflushed_add_locked (struct remote *r, uint64_t offset, uint64_t length)
   if (r->flusher_naps
       && (first || enough_unflushed_locked (r) || backlog_pressed_locked (r)))
     wake_locked (r);
-}
-
-bool
-unflushed_any_locked (const struct remote *r)
-{
-  return r->disk.dm.map[MAP_UNFLUSHED0].nr_set > 0
-         || r->disk.dm.map[MAP_UNFLUSHED1].nr_set > 0;
 }
 
 void

@@ -332,6 +332,51 @@ test_cache_lost_after_the_start (void)
   bench_remove (&bench);
 }
 
+static bool
+any_outstanding (void)
+{
+  struct nbdm_disk_status s = { 0 };
+
+  for (uint32_t i = 0; i < BENCH_REMOTES && s.remote.outstanding == 0; i++)
+    assert (nbdm_get_disk_status (bench.volume, i + 1, &s) == 0);
+  return s.remote.outstanding > 0;
+}
+
+static void
+start_and_be_cut_in_a_flush (void *opaque)
+{
+  (void)opaque;
+  alarm (CHILD_S);
+  bench.params.flush_ms = 10;
+  bench_must (bench_open (&bench));
+  bench_servers (&bench, SERVERS_HOLD);
+  bench_connect_all (&bench);
+  while (!any_outstanding ())
+    poll (NULL, 0, 1);
+  bench_servers (&bench, SERVERS_TAKE); /* and they lose nothing */
+  while (!every_remote_is_lost ())
+    poll (NULL, 0, 1);
+  bench_stop (&bench);
+}
+
+/* The connection ends during that flush, and the server stops before a remote
+ * is back.
+ */
+static void
+test_cut_in_the_flush_after_the_start (void)
+{
+  static const struct takeover flush_failed = { .failure = FLUSH };
+
+  bench_make (&bench);
+  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
+                            (void *)&flush_failed)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, start_and_be_cut_in_a_flush, NULL)));
+  assert (passed (in_child (NULL, start_and_lose_caches, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 /* --- a client flushes before a remote is back ---------------------------- */
 
 static atomic_int flush_result;
@@ -355,16 +400,6 @@ waits_for_a_remote (void)
     waits = waits || bench.volume->remotes[i].flush_sent.sleep > 0;
   pthread_mutex_unlock (&bench.volume->lock);
   return waits;
-}
-
-static bool
-any_outstanding (void)
-{
-  struct nbdm_disk_status s = { 0 };
-
-  for (uint32_t i = 0; i < BENCH_REMOTES && s.remote.outstanding == 0; i++)
-    assert (nbdm_get_disk_status (bench.volume, i + 1, &s) == 0);
-  return s.remote.outstanding > 0;
 }
 
 static void
@@ -427,6 +462,8 @@ main (int argc, char *argv[])
     RUN (test_while_remotes_are_held);
   if (argc < 2 || strcmp (argv[1], "cache_lost_after_the_start") == 0)
     RUN (test_cache_lost_after_the_start);
+  if (argc < 2 || strcmp (argv[1], "cut_in_the_flush_after_the_start") == 0)
+    RUN (test_cut_in_the_flush_after_the_start);
   if (argc < 2 || strcmp (argv[1], "flush_before_a_remote_is_back") == 0)
     RUN (test_flush_before_a_remote_is_back);
   return 0;
