@@ -276,7 +276,9 @@ int nbdm_start (struct nbdm *volume);
  */
 int nbdm_stop (struct nbdm *volume);
 
-/* Wake every nbdm_disk_wait for good, so that policy threads can end. */
+/* Wake every nbdm_disk_wait for good, and let no resync wait for a remote on
+ * hold, so that policy threads can end.
+ */
 void nbdm_wake (struct nbdm *volume);
 
 /* Free everything.  No other call may be under way.  Without nbdm_stop the

@@ -73,4 +73,5 @@ nbdm_wake (struct nbdm *v)
   LOCK_FOR_SCOPE (&v->lock);
   v->waking = true;
   pthread_cond_broadcast (&v->events);
+  pthread_cond_broadcast (&v->changed);
 }

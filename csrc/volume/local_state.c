@@ -447,11 +447,14 @@ int
 local_flush_failed_relock (struct nbdm *v)
 {
   local_await_takeover_relock (v);
-  while (successor_held_locked (v)) {
+  while (successor_held_locked (v) && !v->waking) {
     pthread_cond_wait (&v->changed, &v->lock);
     local_await_takeover_relock (v);
   }
-  return v->drained ? -EIO : local_flush_lost_relock (v);
+  /* A policy thread that connects may still admit the remote. */
+  if (v->drained || successor_held_locked (v))
+    return -EIO;
+  return local_flush_lost_relock (v);
 }
 
 /* --- regions that local cannot read -------------------------------------- */

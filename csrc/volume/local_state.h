@@ -34,8 +34,10 @@ void local_await_takeover_relock (struct nbdm *v);
  * volume fails.
  */
 int local_flush_lost_relock (struct nbdm *v);
-/* The same for a flush without a client's request.  -EIO: the volume has
- * failed, or it is drained: then the stop flushes too, and finds the error.
+/* The same for a flush without a client's request.  Waits for a remote on hold
+ * that may replace local.  -EIO: the volume has failed, or it is drained, or
+ * the policy threads end (nbdm_wake) and the remote is still on hold: then the
+ * stop flushes too, and finds the error.
  */
 int local_flush_failed_relock (struct nbdm *v);
 /* For a policy thread: if a flush of local has failed and a remote can replace

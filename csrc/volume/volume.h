@@ -280,7 +280,7 @@ struct nbdm {
   pthread_t ticker;
   bool ticker_running, ticker_stop;
   bool flushers_stop;
-  bool waking;
+  bool waking; /* the policy threads end: see nbdm_wake */
 
   struct disk_superblock sb;
   struct disk_nodes nodes;  /* stored with `sb`, of a volume of nodes */

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The local disk fails while the volume stops: a read finds a bad sector, or a
- * copy back to it fails.
+/* The local disk fails while the volume stops: a read finds a bad sector, a
+ * copy back to it fails, or its flush after a copy from it.
  */
 
 #define _GNU_SOURCE
 #include "api.h"
+#include "volume/flush.h"
 #include "schedules.h"
 
 /* --- a read ----------------------------------------------------------------
@@ -161,6 +162,37 @@ copy_back_waits_past_a_stop (void)
   assert (local_status ().dirty_regions == missing + 1);
 }
 
+/* --- a copy to a remote -----------------------------------------------------
+ */
+
+/* A flush of local fails after the copy, and the remote that may take local's
+ * place is on hold.  The policy threads are told to end: the copying thread
+ * does not wait for the end of the hold.  The volume does not fail by that,
+ * because a thread that is connecting may still admit the remote.
+ */
+static void
+copy_beside_a_hold (void)
+{
+  struct job copy = { 0 };
+
+  bring_up (2, 1000 * SITE_DEADLINE_S * 2);
+  nbdm_disk_drop (site.volume, 2, "for the test");
+  assert (write_at (5 * REGION, 7) == 0);
+  assert (remote_flush_alone (&site.volume->remotes[0]));
+  site_connect (&site, 1);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  start (&copy, do_resync_second);
+  WAIT_FOR (local_status ().local.errors > 0);
+  nbdm_wake (site.volume);
+  WAIT_FOR (copy.over);
+  end (&copy);
+  assert (!volume_status ().failed);
+  site_connect (&site, 0);
+  WAIT_FOR (local_status ().state == NBDM_LOCAL_FAILED);
+  assert (nbdm_stop (site.volume) == 0);
+}
+
 static const struct schedule schedules[] = {
   { "stop_while_a_read_mends",
     "local_read:1=error,local_read:2=error,flush_answered:3=wait:gate",
@@ -179,6 +211,7 @@ static const struct schedule schedules[] = {
     "local_resync_after_read:1=wait:copy,stop_flushed:1=wait:stopped,"
     "flush_answered:5=wait:gate,flush_answered:7=wait:late",
     copy_back_waits_past_a_stop },
+  { "copy_beside_a_hold", "local_flush:2=error", copy_beside_a_hold },
 };
 
 int
