@@ -435,7 +435,9 @@ part_of_a_sector_without_room (void)
   bring_up (1, 300);
   r = &site.volume->remotes[0];
   write_and_lose (5 * REGION);
+  pthread_mutex_lock (&site.volume->lock); /* its flusher looks at the bound */
   r->backlog.bound.bytes[BACKLOG_DATA] = REGION; /* it flushes slowly */
+  pthread_mutex_unlock (&site.volume->lock);
   shut_flush_gate (true);
   start (&first, do_write_a_region);
   wait_for_flush ();
