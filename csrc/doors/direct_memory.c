@@ -288,7 +288,9 @@ is_late (struct pace *pace, uint64_t now, uint64_t moved, uint64_t due,
   return now - pace->since_ns >= limit_ns;
 }
 
-/* For how long the client has moved too little of what it keeps, or 0. */
+/* How long the client has moved too little of the memory that it keeps; 0: it
+ * moves enough.
+ */
 static uint64_t
 stalled_ns (struct session *s, uint64_t now, bool anew, uint64_t stall_ns)
 {

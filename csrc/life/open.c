@@ -129,7 +129,7 @@ lock_patiently (int fd)
   return 0;
 }
 
-/* For a start alone: no other thread waits for it. */
+/* Only a start may wait here, as no other thread waits for a start. */
 static int
 open_patiently (struct local_file *disk, const char *path, uint64_t *size)
 {

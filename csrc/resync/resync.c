@@ -25,7 +25,7 @@
  * may wait for the held range, and be ahead of this call in the queue for the
  * other one.  So if a range is not free at once, this call first ends every
  * copy under way, and the flush too, so that their regions soon become clean.
- * For the same reason no command is under way during a rest.
+ * No command is under way during a rest, for the same reason.
  */
 
 #include <errno.h>

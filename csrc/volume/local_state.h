@@ -40,9 +40,9 @@ int local_flush_lost_relock (struct nbdm *v);
  * stop flushes too, and finds the error.
  */
 int local_flush_failed_relock (struct nbdm *v);
-/* For a policy thread: if a flush of local has failed and a remote can replace
- * it, let it do so at once.  Does not wait for a takeover that another thread
- * has begun.
+/* A policy thread calls this.  If a flush of local has failed and a remote can
+ * replace it, the remote does so at once.  The call does not wait for a
+ * takeover that another thread has begun.
  */
 void local_replace_doubted_relock (struct nbdm *v);
 /* Local may have lost writes unnoticed, and copies to a remote may have read

@@ -27,8 +27,8 @@
 #define PART 9u        /* of a sector: the byte that is written alone */
 #define MAX_VALUES 64u /* of a cell */
 #define STEPS 150u
-/* Under policy stop a flush waits for a resync, but for no more than twice this
- * and the hold.
+/* Under policy stop a flush waits for a resync, at most twice this time and the
+ * hold.
  */
 #define DEADLINE_MS 400u
 #define MEND_ROUNDS 200u
