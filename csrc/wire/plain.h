@@ -29,7 +29,6 @@ struct plain {
   struct command *unsent; /* the first not wholly sent; the rest are newer */
   size_t head_sent;       /* its bytes that have left */
   bool sending;           /* a thread is in sendmsg or enters it */
-  bool awaited;           /* a thread waits for room in the socket */
   uint64_t cookie;        /* the last one given */
   struct batched batch[BATCH_COMMANDS];
   unsigned nr_batched;

@@ -8,7 +8,6 @@
 #include <assert.h>
 #include <endian.h>
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -26,7 +25,6 @@
 
 #define BATCH_BYTES (256u << 10) /* no command joins a batch of that size */
 #define SEND_AT_ONCE (64u << 10) /* bytes: large enough not to wait */
-#define LOOK_UP_MS 20            /* for answers, while it waits for room */
 /* A thread that sends for all ends its turn after both of these.  The time
  * alone would not do: the thread may lose its core.
  */
@@ -152,6 +150,47 @@ plain_has_unsent (const struct conn *conn)
   return conn->plain->unsent && !conn->plain->sending && !conn->dead;
 }
 
+/* Send one batch.  Releases the lock during the send.  False: the socket is full
+ * (MSG_DONTWAIT), or has had no room for LOOK_UP_MS (0).
+ */
+static bool
+send_batch_relock (struct conn *conn, int flags)
+{
+  struct plain *plain = conn->plain;
+  struct iovec iov[2 * BATCH_COMMANDS];
+  struct msghdr msg = { .msg_iov = iov };
+  char why[NBDM_REASON_LEN];
+  int err, result;
+  ssize_t n;
+
+  gather_locked (plain, &msg);
+  plain->sending = true;
+  pthread_mutex_unlock (&conn->lock);
+  n = stream_send (&conn->stream, &msg, flags);
+  err = errno;
+  pthread_mutex_lock (&conn->lock);
+  plain->sending = false;
+  result = outcome_locked (conn, n, err, why);
+  if (result < 0) {
+    /* At once: in between no thread may send, or believe an answer. */
+    conn_die_locked (conn, why);
+    pthread_mutex_unlock (&conn->lock);
+    conn_kill (conn, why);
+    pthread_mutex_lock (&conn->lock);
+  }
+  return result != 0;
+}
+
+/* `full` tells the poller to send the rest: for a full socket, and after this
+ * thread's turn.
+ */
+static void
+leave_rest_locked (struct plain *plain)
+{
+  if (!plain->sending)
+    atomic_store (&plain->full, plain->unsent != NULL);
+}
+
 /* Send until nothing is left, the socket is full, or this thread's turn is
  * over.  No effect while another thread sends.  Releases the lock during a
  * send.  True: the socket is full.
@@ -159,41 +198,34 @@ plain_has_unsent (const struct conn *conn)
 static bool
 push_relock (struct conn *conn)
 {
-  struct plain *plain = conn->plain;
   uint64_t until = now_ns () + TURN_NS;
-  char why[NBDM_REASON_LEN];
+  bool room = true;
 
-  for (unsigned i = 0;
-       plain_has_unsent (conn) && (i < TURN_BATCHES || now_ns () < until);
-       i++) {
-    struct iovec iov[2 * BATCH_COMMANDS];
-    struct msghdr msg = { .msg_iov = iov };
-    ssize_t n;
-    int err;
+  for (unsigned i = 0; room && plain_has_unsent (conn)
+                       && (i < TURN_BATCHES || now_ns () < until);
+       i++)
+    room = send_batch_relock (conn, MSG_DONTWAIT);
+  leave_rest_locked (conn->plain);
+  return !room;
+}
 
-    gather_locked (plain, &msg);
-    plain->sending = true;
+/* The same for a full socket: sendmsg waits for room, LOOK_UP_MS at most, as
+ * the waiter's commands may be answered by then.  Within its turn the thread
+ * also sends what others add: to hand over costs more.  Releases the lock.
+ */
+static void
+push_full_relock (struct conn *conn, const struct waiter *waiter)
+{
+  uint64_t until = now_ns () + TURN_NS;
+
+  while (plain_has_unsent (conn)
+         && (waiter->pending > 0 || now_ns () < until)) {
+    send_batch_relock (conn, 0);
     pthread_mutex_unlock (&conn->lock);
-    n = stream_send (&conn->stream, &msg, MSG_DONTWAIT);
-    err = errno;
+    conn_wake_deferred ();
     pthread_mutex_lock (&conn->lock);
-    plain->sending = false;
-    switch (outcome_locked (conn, n, err, why)) {
-    case 0:
-      atomic_store (&plain->full, true);
-      return true;
-    case -1:
-      /* At once: in between no thread may send, or believe an answer. */
-      conn_die_locked (conn, why);
-      pthread_mutex_unlock (&conn->lock);
-      conn_kill (conn, why);
-      pthread_mutex_lock (&conn->lock);
-    }
   }
-  /* The poller sends the rest, as for a full socket. */
-  if (!plain->sending)
-    atomic_store (&plain->full, plain->unsent != NULL);
-  return false;
+  leave_rest_locked (conn->plain);
 }
 
 /* Send a flush at once: its issuer flushes the local disk at the same time.  A
@@ -229,32 +261,12 @@ plain_issue (struct conn *conn, struct command *cmd, struct waiter *waiter)
   return rc;
 }
 
-/* Sleep until the socket has room, is shut down, or LOOK_UP_MS have passed. */
-static void
-await_room_relock (struct conn *conn)
-{
-  struct pollfd pfd = { .fd = conn->fd, .events = POLLOUT };
-
-  conn->plain->awaited = true;
-  pthread_mutex_unlock (&conn->lock);
-  conn_wake_deferred ();
-  (void)poll (&pfd, 1, LOOK_UP_MS);
-  pthread_mutex_lock (&conn->lock);
-  conn->plain->awaited = false;
-}
-
 void
 plain_push (struct conn *conn, const struct waiter *waiter)
 {
-  bool full;
-
   pthread_mutex_lock (&conn->lock);
-  full = push_relock (conn);
-  while (full && waiter && waiter->pending > 0 && plain_has_unsent (conn)
-         && !conn->plain->awaited) {
-    await_room_relock (conn);
-    full = push_relock (conn);
-  }
+  if (push_relock (conn) && waiter)
+    push_full_relock (conn, waiter);
   pthread_mutex_unlock (&conn->lock);
   conn_wake_deferred ();
 }

@@ -24,11 +24,11 @@
  * client, or, as the ticker, to a deadline.  The next thread that adds a
  * command sends the rest, or the poller, or the ticker.
  *
- * No send blocks: a thread that needs room waits in poll, which the end of the
- * connection, by a deadline or otherwise, ends.  One thread waits for room on
- * behalf of all, and leaves once its own commands are answered: on a slow link
- * there are always commands of others, and its client would wait for them.  The
- * poller then sends the rest.
+ * No send blocks for longer than LOOK_UP_MS without room (SO_SNDTIMEO), nor
+ * beyond the end of the connection, by a deadline or otherwise.  One thread
+ * waits for room on behalf of all, in sendmsg, and leaves once its own commands
+ * are answered: on a slow link there are always commands of others, and its
+ * client would wait for them.  The poller then sends the rest.
  *
  * An answer may come before sendmsg has returned to the thread that sent the
  * command.  The answer is kept, and given to the waiter when the call has
@@ -69,6 +69,8 @@
 #include "wire/stream.h"
 #include "wire/transport.h"
 #include "wire/transport_plain.h"
+
+#define LOOK_UP_MS 20 /* between looks, while a thread waits for room */
 
 /* --- Receiving answers ------------------------------------------------ */
 
@@ -239,12 +241,14 @@ static void
 await_either (struct conn *conn)
 {
   struct pollfd pfd = { .fd = conn->fd, .events = POLLIN };
+  bool sending;
 
   pthread_mutex_lock (&conn->lock);
-  if (conn->plain->unsent && !conn->dead)
+  sending = conn->plain->sending;
+  if (plain_has_unsent (conn))
     pfd.events |= POLLOUT;
   pthread_mutex_unlock (&conn->lock);
-  (void)poll (&pfd, 1, -1);
+  (void)poll (&pfd, 1, sending ? LOOK_UP_MS : -1);
   if (pfd.revents & POLLOUT)
     plain_push (conn, NULL);
 }
@@ -366,6 +370,11 @@ plain_can_secure (void)
 int
 plain_begin (struct conn *conn)
 {
+  const struct timeval look_up = { .tv_usec = LOOK_UP_MS * 1000 };
+
+  if (setsockopt (conn->fd, SOL_SOCKET, SO_SNDTIMEO, &look_up, sizeof look_up)
+      < 0)
+    return set_error (-errno, "connect: the socket");
   conn->plain = calloc (1, sizeof *conn->plain);
   if (conn->plain == NULL)
     return set_error (-ENOMEM, "connect");
