@@ -387,6 +387,60 @@ volume_flush (struct nbdm *v)
   return rc;
 }
 
+/* A remote that alone has some region, and may have it in its server's cache
+ * alone: the loss of its connection has not made the region dirty
+ * (unflushed_lost_locked).  NULL: there is none.
+ */
+static struct remote *
+unflushed_source_locked (struct nbdm *v)
+{
+  const struct bitmap *missing = &v->local.disk.dm.map[MAP_DIRTY];
+  uint64_t nr = v->nr_regions, region, end;
+
+  for (uint32_t i = 0; i < v->nr_remotes && missing->nr_set > 0; i++)
+    for (int m = MAP_UNFLUSHED0; m <= MAP_UNFLUSHED1; m++) {
+      const struct bitmap *map = &v->remotes[i].disk.dm.map[m];
+
+      for (region = 0; (region = bitmap_next_set (map, region, nr)) < nr;
+           region = end) {
+        end = bitmap_next_clear (map, region, nr);
+        if (bitmap_next_set (missing, region, end) < end)
+          return &v->remotes[i];
+      }
+    }
+  return NULL;
+}
+
+/* What only a remote has is durable once that remote has flushed it, whatever
+ * the other disks have flushed.  A remote on hold may still come back; after
+ * that nothing that this thread could wait for makes the region durable.
+ */
+static int
+flush_sources_relock (struct nbdm *v)
+{
+  struct remote_flush flush;
+  struct remote *r;
+
+  for (;;) {
+    while (v->local.taking_over) /* which disk is the source is not decided */
+      pthread_cond_wait (&v->changed, &v->lock);
+    r = unflushed_source_locked (v);
+    if (r == NULL || v->failed)
+      return 0;
+    if (!remote_used_locked (r))
+      return v->stopping
+                 ? set_message (-ESHUTDOWN, "the volume is stopping")
+                 : set_message (-EIO,
+                                "%s alone has some of the data, has not "
+                                "flushed it, and is not connected",
+                                r->disk.name);
+    pthread_mutex_unlock (&v->lock);
+    remote_flush_begin (r, &flush);
+    remote_flush_end (&flush);
+    pthread_mutex_lock (&v->lock);
+  }
+}
+
 /* Does a remote miss bytes that were answered?  A region that is late but not
  * lost is no such case: its bytes were sent again, and resync only copies it
  * once more.
@@ -445,6 +499,8 @@ nbdm_flush (struct nbdm *v)
 
   fault_point ("flush_before_answer");
   pthread_mutex_lock (&v->lock);
+  if (rc == 0)
+    rc = flush_sources_relock (v);
   if (rc == 0 && v->policy == NBDM_STOP)
     rc = wait_for_both_relock (v);
   v->nr_requests--;

@@ -25,7 +25,7 @@ struct remote_flush {
  * lost.  Begin sends the flush, end waits for it.  Between the two calls the
  * thread may flush the local disk or wait for anything: another thread that
  * needs the answer receives it.  0; -ENOTCONN: the remote is lost or out of
- * sync, and its unflushed set is dirty.
+ * sync, and its unflushed set is dirty, except for what it alone has.
  */
 void remote_flush_begin (struct remote *r, struct remote_flush *flush);
 int remote_flush_end (struct remote_flush *flush);
@@ -54,7 +54,8 @@ int flush_local_group (struct nbdm *v);
  */
 int flush_local_or_replace (struct nbdm *v);
 /* Flush all legs.  -EIO: no disk that has all data was flushed.  A lost remote
- * is no error while local is ok.
+ * is no error while local is ok.  What a remote that is not connected has alone
+ * may still be unflushed: nbdm_flush reports that.
  */
 int volume_flush (struct nbdm *v);
 

@@ -282,6 +282,26 @@ test_while_remotes_are_held (void)
 
 /* --- the cache is lost after the start ----------------------------------- */
 
+/* A flush of local has failed, and the kill came before the remotes' flush: so
+ * only the remotes have what they answered, and not durably.  Then these
+ * sessions follow; `second` may be NULL.
+ */
+static void
+run_after_failed_flush (void (*first) (void *), void (*second) (void *))
+{
+  static const struct takeover flush_failed = { .failure = FLUSH };
+
+  bench_make (&bench);
+  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
+                            (void *)(uintptr_t)&flush_failed)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, first, NULL)));
+  if (second)
+    assert (passed (in_child (NULL, second, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 static bool
 all_is_flushed (void)
 {
@@ -298,6 +318,17 @@ all_is_flushed (void)
 }
 
 static void
+lose_caches_and_mend (void)
+{
+  bench_servers (&bench, SERVERS_LOSE_CACHE);
+  while (!every_remote_is_lost ())
+    poll (NULL, 0, 1);
+  bench_connect_all (&bench);
+  bench_check_reads (&bench);
+  bench_mend (&bench);
+}
+
+static void
 start_and_lose_caches (void *opaque)
 {
   (void)opaque;
@@ -307,12 +338,7 @@ start_and_lose_caches (void *opaque)
   bench_connect_all (&bench);
   while (!all_is_flushed ())
     poll (NULL, 0, 1);
-  bench_servers (&bench, SERVERS_LOSE_CACHE);
-  while (!every_remote_is_lost ())
-    poll (NULL, 0, 1);
-  bench_connect_all (&bench);
-  bench_check_reads (&bench);
-  bench_mend (&bench);
+  lose_caches_and_mend ();
 }
 
 /* A remote has the only copy of what it answered and did not flush: the next
@@ -321,15 +347,7 @@ start_and_lose_caches (void *opaque)
 static void
 test_cache_lost_after_the_start (void)
 {
-  static const struct takeover flush_failed = { .failure = FLUSH };
-
-  bench_make (&bench);
-  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
-                            (void *)&flush_failed)));
-  spoil_local (NR);
-  assert (passed (in_child (NULL, start_and_lose_caches, NULL)));
-  bench_check_disks (&bench);
-  bench_remove (&bench);
+  run_after_failed_flush (start_and_lose_caches, NULL);
 }
 
 static bool
@@ -365,16 +383,7 @@ start_and_be_cut_in_a_flush (void *opaque)
 static void
 test_cut_in_the_flush_after_the_start (void)
 {
-  static const struct takeover flush_failed = { .failure = FLUSH };
-
-  bench_make (&bench);
-  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
-                            (void *)&flush_failed)));
-  spoil_local (NR);
-  assert (passed (in_child (NULL, start_and_be_cut_in_a_flush, NULL)));
-  assert (passed (in_child (NULL, start_and_lose_caches, NULL)));
-  bench_check_disks (&bench);
-  bench_remove (&bench);
+  run_after_failed_flush (start_and_be_cut_in_a_flush, start_and_lose_caches);
 }
 
 /* --- a client flushes before a remote is back ---------------------------- */
@@ -423,12 +432,7 @@ start_and_flush_early (void *opaque)
   bench_servers (&bench, SERVERS_GO);
   pthread_join (thread, NULL);
   assert (flush_result == 0);
-  bench_servers (&bench, SERVERS_LOSE_CACHE);
-  while (!every_remote_is_lost ())
-    poll (NULL, 0, 1);
-  bench_connect_all (&bench);
-  bench_check_reads (&bench);
-  bench_mend (&bench);
+  lose_caches_and_mend ();
 }
 
 /* Only the remotes have what they answered before the kill, and not durably:
@@ -437,15 +441,96 @@ start_and_flush_early (void *opaque)
 static void
 test_flush_before_a_remote_is_back (void)
 {
-  static const struct takeover flush_failed = { .failure = FLUSH };
+  run_after_failed_flush (start_and_flush_early, NULL);
+}
 
-  bench_make (&bench);
-  assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
-                            (void *)&flush_failed)));
-  spoil_local (NR);
-  assert (passed (in_child (NULL, start_and_flush_early, NULL)));
-  bench_check_disks (&bench);
-  bench_remove (&bench);
+/* --- a client flushes while the source is away --------------------------- */
+
+static void
+wait_out_of_sync (uint32_t remote)
+{
+  struct nbdm_disk_status s;
+
+  do {
+    poll (NULL, 0, 1);
+    assert (nbdm_get_disk_status (bench.volume, remote + 1, &s) == 0);
+  } while (s.state != NBDM_OUT_OF_SYNC);
+}
+
+/* No flush is answered until the sources have made it durable. */
+static void
+flush_with_all_back (void)
+{
+  assert (nbdm_flush (bench.volume) == -EIO);
+  bench_connect_all (&bench);
+  assert (nbdm_flush (bench.volume) == 0);
+  lose_caches_and_mend ();
+}
+
+static void
+start_with_a_short_hold (void)
+{
+  alarm (CHILD_S);
+  bench.params.flush_ms = UINT32_MAX; /* only the client flushes */
+  bench.params.hold_ms = 100;
+  bench_must (bench_open (&bench));
+}
+
+/* The hold ends before the flush, or during it. */
+static void
+start_and_flush_without_remotes (void *opaque)
+{
+  (void)opaque;
+  start_with_a_short_hold ();
+  assert (nbdm_flush (bench.volume) == -EIO);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    wait_out_of_sync (i);
+  assert (nbdm_flush (bench.volume) == -EIO);
+  flush_with_all_back ();
+}
+
+/* The second remote keeps what both have. */
+static void
+start_and_flush_without_the_source (void *opaque)
+{
+  (void)opaque;
+  start_with_a_short_hold ();
+  bench_connect (&bench, 0);
+  wait_out_of_sync (1);
+  assert (nbdm_flush (bench.volume) == -EIO);
+  ASSERT_SAYS ("b alone has some of the data");
+  nbdm_disk_drop (bench.volume, 1, "for the test");
+  flush_with_all_back ();
+}
+
+static void
+start_and_be_cut_in_a_clients_flush (void *opaque)
+{
+  pthread_t thread;
+
+  (void)opaque;
+  start_with_a_short_hold ();
+  bench_servers (&bench, SERVERS_HOLD);
+  bench_connect_all (&bench);
+  assert (pthread_create (&thread, NULL, flush_early, NULL) == 0);
+  bench_wait_outstanding (&bench, &over);
+  bench_servers (&bench, SERVERS_TAKE); /* and they lose nothing */
+  pthread_join (thread, NULL);
+  assert (flush_result == -EIO);
+  assert (every_remote_is_lost ());
+  assert (nbdm_flush (bench.volume) == -EIO);
+  flush_with_all_back ();
+}
+
+/* A flush that covers what only a remote has fails while that remote is lost,
+ * though all other disks have flushed.
+ */
+static void
+test_flush_while_the_source_is_away (void)
+{
+  run_after_failed_flush (start_and_flush_without_remotes, NULL);
+  run_after_failed_flush (start_and_flush_without_the_source, NULL);
+  run_after_failed_flush (start_and_be_cut_in_a_clients_flush, NULL);
 }
 
 int
@@ -466,5 +551,7 @@ main (int argc, char *argv[])
     RUN (test_cut_in_the_flush_after_the_start);
   if (argc < 2 || strcmp (argv[1], "flush_before_a_remote_is_back") == 0)
     RUN (test_flush_before_a_remote_is_back);
+  if (argc < 2 || strcmp (argv[1], "flush_while_the_source_is_away") == 0)
+    RUN (test_flush_while_the_source_is_away);
   return 0;
 }
