@@ -150,8 +150,8 @@ plain_has_unsent (const struct conn *conn)
   return conn->plain->unsent && !conn->plain->sending && !conn->dead;
 }
 
-/* Send one batch.  Releases the lock during the send.  False: the socket is full
- * (MSG_DONTWAIT), or has had no room for LOOK_UP_MS (0).
+/* Send one batch.  Releases the lock during the send.  False: the socket is
+ * full (MSG_DONTWAIT), or has had no room for LOOK_UP_MS (0).
  */
 static bool
 send_batch_relock (struct conn *conn, int flags)
