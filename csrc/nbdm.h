@@ -505,13 +505,14 @@ void nbdm_server_close (struct direct_server *server);
 
 /* --- The log --------------------------------------------------------- */
 
-/* The kind of a line.  The first two kinds are limited to some lines a second,
- * as a client can cause them.
+/* The kind of a line.  Each of the first three is limited to some lines a
+ * second, as a client can cause them.
  */
 #define NBDM_LOG_CLIENTS 0
-#define NBDM_LOG_OTHERS 1 /* what is written to descriptors 1 and 2 */
-#define NBDM_LOG_KINDS 2
-#define NBDM_LOG_OWN 2
+#define NBDM_LOG_OTHERS 1    /* what is written to descriptors 1 and 2 */
+#define NBDM_LOG_STRANGERS 2 /* of connections that are no clients yet */
+#define NBDM_LOG_KINDS 3
+#define NBDM_LOG_OWN 3
 
 /* From now on no line blocks: two threads move all lines, also those written to
  * descriptors 1 and 2, to the current file of descriptor 2.  Call it after any

@@ -78,6 +78,8 @@ static int dir_fd = -1; /* of serve.log, if the output is that file */
 static struct bucket buckets[NBDM_LOG_KINDS] = {
   [NBDM_LOG_CLIENTS] = { 100, 1, 0, 0, 0, "about clients" },
   [NBDM_LOG_OTHERS] = { 200, 2, 0, 0, 0, "of others" },
+  [NBDM_LOG_STRANGERS]
+  = { 100, 1, 0, 0, 0, "about connections in the handshake" },
 };
 
 static int in_fd = -1; /* set before the threads start */

@@ -10,6 +10,10 @@
  * admitted at the end of the handshake, or is told that there are too many.
  * When all places are taken, a client that never sent a request loses its
  * place: a client in use begins with a read.
+ *
+ * No host takes all places, as none of its clients could be put out for one of
+ * another host: a client in use never is.  So a host with many clients gets
+ * another place only while enough are free: see may_have_place.
  */
 
 #define _GNU_SOURCE
@@ -24,6 +28,7 @@
 
 #include "api.h"
 #include "base/clock.h"
+#include "base/error.h"
 #include "base/lock.h"
 #include "doors/direct.h"
 #include "doors/direct_clients.h"
@@ -31,7 +36,8 @@
 #include "doors/direct_server.h"
 #include "wire/mailbox.h"
 
-#define MAX_SHAKING 64u /* hands */
+#define MAX_SHAKING 64u    /* hands */
+#define PLACES_PER_FREE 7u /* of one host */
 #define PUT_OUT_NS (NS_PER_S)
 #define UNUSED_NS (60 * NS_PER_S)
 #define DESCRIPTORS 512u /* for remotes, logs, the control socket */
@@ -175,17 +181,69 @@ in_the_way_locked (const struct clients *clients)
   return found;
 }
 
+/* May a host with `nr` clients have another of these places?  For each free one
+ * it has fewer than seven.  So it leaves an eighth of them to others, a second
+ * host an eighth of that, and any host without a client gets the last one.  Of
+ * seven places or fewer none is left over.
+ */
+static bool
+may_have_place (uint32_t nr, uint32_t free_places)
+{
+  return nr < (uint64_t)PLACES_PER_FREE * free_places;
+}
+
+static uint32_t
+nr_admitted_from_locked (const struct clients *clients, uint64_t origin)
+{
+  uint32_t nr = 0;
+
+  for (const struct session *s = clients->first; s; s = s->next)
+    nr += s->stage == ADMITTED && s->origin == origin;
+  return nr;
+}
+
+/* The oldest client that has not been used, of any host or of that one. */
 static struct session *
-unused_locked (const struct clients *clients)
+unused_locked (const struct clients *clients, const uint64_t *origin)
 {
   uint64_t now = now_ns ();
   struct session *oldest = NULL;
 
   for (struct session *s = clients->first; s; s = s->next)
     if (s->stage == ADMITTED && !atomic_load (&s->asked)
-        && now - s->admitted_ns >= UNUSED_NS)
+        && now - s->admitted_ns >= UNUSED_NS
+        && (origin == NULL || s->origin == *origin))
       oldest = s;
   return oldest;
+}
+
+/* 0, or -EUSERS with a message. */
+static int
+find_place_locked (struct clients *clients, const struct session *s)
+{
+  uint32_t nr = nr_admitted_from_locked (clients, s->origin);
+  uint32_t free_places = clients->max_admitted - clients->nr_admitted;
+  struct session *unused = NULL;
+
+  if (may_have_place (nr, free_places))
+    return 0;
+  if (nr > 0)
+    unused = unused_locked (clients, &s->origin);
+  if (unused == NULL && free_places == 0 && may_have_place (nr, 1))
+    unused = unused_locked (clients, NULL);
+  if (unused) {
+    put_out_locked (clients, unused);
+    return 0;
+  }
+  if (free_places == 0)
+    return set_message (-EUSERS,
+                        "there are %u clients, as many as max_clients allows",
+                        clients->max_admitted);
+  return set_message (
+      -EUSERS,
+      "this host or user has %u clients, and the rest of the %u "
+      "that max_clients allows is for others",
+      nr, clients->max_admitted);
 }
 
 /* Connections may come faster than the threads that lost their place end: then
@@ -257,18 +315,11 @@ int
 clients_admit (struct session *s)
 {
   struct clients *clients = s->clients;
-  struct session *unused = NULL;
-  int rc = 0;
+  int rc;
 
   pthread_mutex_lock (&clients->lock);
-  if (clients->nr_admitted >= clients->max_admitted
-      && (unused = unused_locked (clients)))
-    put_out_locked (clients, unused);
-  if (s->stage != SHAKING_HANDS)
-    rc = -ECONNRESET;
-  else if (clients->nr_admitted >= clients->max_admitted)
-    rc = -EUSERS;
-  else {
+  rc = s->stage == SHAKING_HANDS ? find_place_locked (clients, s) : -ECONNRESET;
+  if (rc == 0) {
     clients->nr_shaking--;
     clients->nr_admitted++;
     s->stage = ADMITTED;
@@ -276,9 +327,7 @@ clients_admit (struct session *s)
   }
   pthread_mutex_unlock (&clients->lock);
   if (rc == -EUSERS)
-    direct_log (s,
-                "refused: there are %u clients, as many as max_clients allows",
-                clients->max_admitted);
+    direct_log (s, "refused: %s", last_error ());
   return rc;
 }
 

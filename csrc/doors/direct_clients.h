@@ -22,8 +22,9 @@ void clients_add (struct clients *clients, struct session *session);
  * above.  False: no connection is in the handshake.
  */
 bool clients_make_room (struct clients *clients);
-/* Admit a session after its handshake: 0; -EUSERS: too many clients;
- * -ECONNRESET: the session was ended in the meantime.
+/* Admit a session after its handshake: 0; -EUSERS with a message: too many
+ * clients, or too many of its host; -ECONNRESET: the session was ended in the
+ * meantime.
  */
 int clients_admit (struct session *session);
 /* Remove a session from the list, and from the count when it is freed. */

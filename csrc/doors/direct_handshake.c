@@ -292,9 +292,7 @@ info_or_go (struct handshake *h)
     return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
   rc = h->option == NBD_OPT_GO ? clients_admit (h->session) : 0;
   if (rc == -EUSERS)
-    return refuse (h, NBD_REP_ERR_POLICY,
-                   "there are %u clients, as many as max_clients allows",
-                   h->session->clients->max_admitted);
+    return refuse (h, NBD_REP_ERR_POLICY, "%s", last_error ());
   if (rc == 0)
     rc = send_infos (h, e, block_size, description);
   if (rc < 0 || h->option != NBD_OPT_GO)

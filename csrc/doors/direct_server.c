@@ -64,7 +64,12 @@ direct_log (const struct session *s, const char *fmt, ...)
   va_start (args, fmt);
   vsnprintf (words + n, sizeof words - (size_t)n, fmt, args);
   va_end (args);
-  nbdm_log (NBDM_LOG_CLIENTS, "error", words);
+  /* Any host may cause lines in the handshake, and must not keep those about
+   * clients out of the log.
+   */
+  nbdm_log (atomic_load (&s->shaking_hands) ? NBDM_LOG_STRANGERS
+                                            : NBDM_LOG_CLIENTS,
+            "error", words);
 }
 
 /* --- Clients ---------------------------------------------------------- */

@@ -177,10 +177,15 @@ class RawClient:
     Args:
         address: of the server: a unix socket's path, or a host and a port.
         timeout_s: that any send or receive may take.
+        source: the address to connect from; None: any.
     """
 
     def __init__(
-        self, address: Path | tuple[str, int], *, timeout_s: float = 15.0
+        self,
+        address: Path | tuple[str, int],
+        *,
+        timeout_s: float = 15.0,
+        source: tuple[str, int] | None = None,
     ) -> None:
         where = str(address) if isinstance(address, Path) else address
         family = socket.AF_UNIX if isinstance(where, str) else socket.AF_INET
@@ -190,6 +195,8 @@ class RawClient:
         self._next_cookie = 0x0123_4567_89AB_0000
         try:
             self.socket.settimeout(timeout_s)
+            if source:
+                self.socket.bind(source)
             self.socket.connect(where)
             magic, opt, self.server_flags = struct.unpack(">QQH", self.receive(18))
         except BaseException:

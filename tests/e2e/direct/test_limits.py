@@ -88,6 +88,53 @@ def test_host_that_connects_again_and_again_puts_out_its_own(new_site: Sites) ->
         site.stop()
 
 
+def test_host_with_many_clients_leaves_places_for_others(new_site: Sites) -> None:
+    """It gets seven places of eight; a client of another host gets the last one."""
+    port = free_port()
+    site = new_site(listen=f"tcp:127.0.0.1:{port}", max_clients="8")
+    site.bring_up("direct")
+    address = ("127.0.0.1", port)
+    with ExitStack() as open_ones:
+        for _ in range(7):
+            many = RawClient(address, source=("127.0.0.2", 0))
+            transmitting(open_ones.enter_context(many)).read(0, 512)
+        one_more = open_ones.enter_context(RawClient(address, source=("127.0.0.2", 0)))
+        one_more.hello()
+        found = one_more.ask(raw.OPT_GO, raw.name_and_infos())[-1]
+        words = (
+            "this host or user has 7 clients, and the rest of the 8 that max_clients "
+            "allows is for others"
+        )
+        assert (found.type, found.data) == (raw.REP_ERR_POLICY, words.encode())
+        site.wait_log(f"refused: {words}")
+        other = open_ones.enter_context(RawClient(address))
+        assert len(transmitting(other).read(0, 512)) == 512
+        last = open_ones.enter_context(RawClient(address))
+        last.hello()
+        found = last.ask(raw.OPT_GO, raw.name_and_infos())[-1]
+        assert found.data == b"there are 8 clients, as many as max_clients allows"
+        many.close()
+        support.wait_until(lambda: site.status()["clients"] == 7, "a free place")
+        assert one_more.go().size == site.size
+        site.stop()
+
+
+def test_strangers_do_not_use_up_the_log_lines_of_clients(new_site: Sites) -> None:
+    """A hundred handshakes that are refused, and then a client's error is logged."""
+    site = new_site(max_clients="1")
+    site.bring_up("direct")
+    with RawClient(site.socket) as client, RawClient(site.socket) as stranger:
+        transmitting(client).read(0, 512)
+        stranger.hello()
+        for _ in range(150):
+            found = stranger.ask(raw.OPT_GO, raw.name_and_infos())[-1]
+            assert found.type == raw.REP_ERR_POLICY
+        client.send(bytes(28))
+        site.wait_log("it sent a request without the magic number of one")
+        site.wait_log("more lines about connections in the handshake were left out")
+    site.stop()
+
+
 def test_clients_share_the_memory(new_site: Sites) -> None:
     """Clients that read nothing hold no more than max_memory, all together."""
     site = new_site(max_memory="128MiB", size=32 * MIB)
