@@ -16,7 +16,17 @@ from pydantic import Field
 
 from .answers import Answer, Flag, Number, Text, Unit, Whole
 
-__all__ = ["Disk", "Local", "Persists", "Remote", "Resync", "Status"]
+__all__ = [
+    "Disk",
+    "Local",
+    "NodeStatus",
+    "OtherNode",
+    "Persists",
+    "Promotable",
+    "Remote",
+    "Resync",
+    "Status",
+]
 
 Bytes = Annotated[Whole, Unit("bytes")]
 Count = Annotated[Whole, Unit("count")]
@@ -101,6 +111,45 @@ class Remote(Answer):
 
 
 Disk = Local | Remote
+
+
+class OtherNode(Answer):
+    """Another node of the volume, as this one sees it."""
+
+    name: Text = Field(description="its name in the configuration")
+    address: Text = Field(description="where this node reaches it")
+    connected: Flag = Field(description="it answers, or a session with it is up")
+    role: Text = Field(description="`primary` or `secondary`; empty: not known")
+    in_sync: Flag = Field(description="both nodes hold the same data")
+    since: Time = Field("", description="when it was met last; empty: never")
+    why: Text = Field("", description="why it is not in sync; may be empty")
+
+
+class Promotable(Answer):
+    """Whether this node may be promoted now."""
+
+    answer: Text = Field(description="`yes`, `force` or `no`")
+    reason: Text = Field("", description="why")
+    command: Text = Field("", description="which command promotes it; empty: none")
+    lost: Text = Field("", description="what a forced promotion may lose; may be empty")
+
+
+class NodeStatus(Answer):
+    """This node of a volume of nodes."""
+
+    name: Text = Field(description="its name in the configuration")
+    role: Text = Field(description="`primary` or `secondary`")
+    epoch: Id = Field(description="of the latest promotion that it knows; 0: none")
+    leader: Text = Field(description="the node promoted then; empty: none")
+    generation: Text = Field(description="of its data, in hex; empty: no data yet")
+    state: Text = Field(
+        description="`in_sync`, `behind`, `inconsistent`, `no_data`, `waiting` or "
+        "`alone`"
+    )
+    why: Text = Field("", description="why it is in this state; may be empty")
+    hint: Text = Field("", description="which command helps; may be empty")
+    peers: tuple[OtherNode, ...] = Field(description="the other nodes")
+    promotable: Promotable = Field(description="whether it may be promoted now")
 
 
 class Status(Answer):
