@@ -554,12 +554,13 @@ volume_recover (struct nbdm *v)
     check_generation (v, &v->remotes[i]);
   if (v->was_in_use) {
     /* After a clean stop the unflushed sets are empty: only a start after a
-     * crash has anything to do here.
+     * crash has anything to do here.  Local's marks come first, as above: what
+     * such a disk had not flushed may be lost with it.
      */
-    for (uint32_t i = 0; i < v->nr_remotes; i++)
-      unflushed_lost_locked (&v->remotes[i]);
     if (local_lost_at_start (v))
       activity_visit (&v->activity, miss_extent, v);
+    for (uint32_t i = 0; i < v->nr_remotes; i++)
+      unflushed_lost_locked (&v->remotes[i]);
     fault_point ("recover_lost");
     if (!same_page_cache (v)) {
       activity_visit (&v->activity, mark_extent, v);

@@ -533,6 +533,43 @@ test_flush_while_the_source_is_away (void)
   run_after_failed_flush (start_and_be_cut_in_a_clients_flush, NULL);
 }
 
+/* --- local is away at the next start ------------------------------------- */
+
+static void
+start_without_local (void *opaque)
+{
+  char away[100];
+
+  (void)opaque;
+  alarm (CHILD_S);
+  snprintf (away, sizeof away, "%s.away", bench.local);
+  assert (rename (bench.local, away) == 0);
+  assert (bench_open (&bench) == 0);
+  assert (bench.board->found.local_state == NBDM_LOCAL_FAILED);
+  bench_connect_all (&bench);
+  bench_check_reads (&bench);
+  assert (rename (away, bench.local) == 0);
+  bench_mend (&bench);
+}
+
+/* Local could not read a region, and then it was gone: what it had not flushed
+ * may be lost with it, and the remotes have all of it.
+ */
+static void
+test_local_away_at_the_next_start (void)
+{
+  static const struct takeover read_failed = { .failure = READ };
+
+  bench_make (&bench);
+  assert (killed (
+      in_child ("local_read:1=error,local_read:2=error,takeover_marked=kill",
+                live, (void *)(uintptr_t)&read_failed)));
+  spoil_local (NR);
+  assert (passed (in_child (NULL, start_without_local, NULL)));
+  bench_check_disks (&bench);
+  bench_remove (&bench);
+}
+
 int
 main (int argc, char *argv[])
 {
@@ -553,5 +590,7 @@ main (int argc, char *argv[])
     RUN (test_flush_before_a_remote_is_back);
   if (argc < 2 || strcmp (argv[1], "flush_while_the_source_is_away") == 0)
     RUN (test_flush_while_the_source_is_away);
+  if (argc < 2 || strcmp (argv[1], "local_away_at_the_next_start") == 0)
+    RUN (test_local_away_at_the_next_start);
   return 0;
 }
