@@ -123,21 +123,30 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
   volume_persist_locked (v);
 }
 
-/* The same, after local was made to miss what it cannot even read: a remote
- * stays the source of that.
+/* Local refused the write.  Where it cannot even read, it is made to miss what
+ * a remote has: the remote stays the source of that.
  */
 static void
-local_error_relock (struct nbdm *v, struct request *req, int rc,
-                    bool remote_has)
+miss_unreadable_relock (struct nbdm *v, const struct request *req, int rc)
 {
-  if (remote_has && rc != -ENOSPC && !v->failed) {
-    pthread_mutex_unlock (&v->lock);
-    miss_unreadable (v, req->length, req->offset);
-    pthread_mutex_lock (&v->lock);
-    local_await_takeover_relock (v);
-  }
-  if (v->local.state != NBDM_LOCAL_FAILED)
-    local_error_locked (v, req, rc);
+  if (rc == -ENOSPC || v->failed || v->local.state == NBDM_LOCAL_FAILED)
+    return;
+  pthread_mutex_unlock (&v->lock);
+  miss_unreadable (v, req->length, req->offset);
+  pthread_mutex_lock (&v->lock);
+  local_await_takeover_relock (v);
+}
+
+/* The same error from a remote: the rest of a region that the write changes a
+ * part of is there still.
+ */
+static bool
+refused_alike (const struct nbdm *v, const struct request *req, int rc)
+{
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    if (req->legs[i].active && req->legs[i].result == rc)
+      return true;
+  return false;
 }
 
 /* Does a successful leg have every region that local misses? */
@@ -219,6 +228,8 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
    */
   if (rc < 0 && v->local.flush_error && v->local.state != NBDM_LOCAL_FAILED)
     local_flush_lost_relock (v);
+  if (rc < 0 && !remote_has && refused_alike (v, req, rc))
+    miss_unreadable_relock (v, req, rc); /* before the region becomes dirty */
   alike = remote_has || v->local.state == NBDM_LOCAL_FAILED ? 0 : local_rc;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     if (req->legs[i].active)
@@ -227,8 +238,10 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
     rc = 0;
   if (rc == 0 && v->local.state != NBDM_LOCAL_OK)
     rc = secure_relock (v, req, local_rc == 0 && req->on_local);
+  if (local_rc < 0 && remote_has)
+    miss_unreadable_relock (v, req, local_rc);
   if (local_rc < 0 && v->local.state != NBDM_LOCAL_FAILED)
-    local_error_relock (v, req, local_rc, remote_has);
+    local_error_locked (v, req, local_rc);
   if (rc < 0 && rc == local_rc)
     set_message (rc, "%s", req->local_words);
   /* Fenced: the request may have been admitted under policy degrade, while a

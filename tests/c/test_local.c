@@ -437,27 +437,48 @@ test_holes_of_a_doubted_disk (void)
   remove_site ();
 }
 
-/* Both refuse a write alike: neither is worse, and local, which was whole
- * before it, stays the source.
- */
 static void
-test_both_refuse_alike (void)
+touch (const char *name)
 {
-  int fd;
+  close (open (path (name), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+}
 
-  setenv ("NBDM_FAULT", "local_write:2=error", 1);
+/* Both refuse a write alike: neither is worse. */
+static void
+both_refuse_alike (const char *fault)
+{
+  setenv ("NBDM_FAULT", fault, 1);
   failing_server = true;
   make_site (NBDM_DEGRADE, 300, 5000);
   connect_remote ();
   resync_to_end ();
   write_block (0, 1, 0);
-  fd = open (path ("refuse"), O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
-  assert (fd >= 0);
-  close (fd);
+  touch ("refuse");
   write_block (0, 2, -EIO);
   assert (unlink (path ("refuse")) == 0);
+}
+
+/* Local, which was whole before it, stays the source. */
+static void
+test_both_refuse_alike (void)
+{
+  both_refuse_alike ("local_write:2=error");
   assert_block (0, 1);
   assert (local_status ().state == NBDM_LOCAL_OK);
+  resync_to_end ();
+  assert_block (0, 1);
+  end_equal ();
+}
+
+/* Local cannot even read the region: the remote has the rest of it. */
+static void
+test_both_refuse_alike_and_local_cannot_read (void)
+{
+  both_refuse_alike ("local_write:2=error,local_read:1=error,"
+                     "local_read:2=error");
+  assert_block (0, 1);
+  assert (local_status ().dirty_regions == 1);
+  copy_back ();
   resync_to_end ();
   assert_block (0, 1);
   end_equal ();
@@ -471,12 +492,6 @@ resync_local (void *opaque)
   (void)opaque;
   nbdm_disk_resync (volume, NBDM_LOCAL, &batch);
   return NULL;
-}
-
-static void
-touch (const char *name)
-{
-  close (open (path (name), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
 }
 
 static void
@@ -566,6 +581,7 @@ static const struct engine_test tests[] = {
   TEST (test_killed_before_local_is_marked),
   TEST (test_gone_at_the_next_start),
   TEST (test_both_refuse_alike),
+  TEST (test_both_refuse_alike_and_local_cannot_read),
   TEST (test_holes_of_a_doubted_disk),
   TEST (test_source_refuses_what_was_copied_back),
   TEST (test_takeover_under_load),
