@@ -135,7 +135,7 @@ class Promotable(Answer):
 
 
 class NodeStatus(Answer):
-    """This node of a volume of nodes."""
+    """The node that answers, of a volume of nodes."""
 
     name: Text = Field(description="its name in the configuration")
     role: Text = Field(description="`primary` or `secondary`")
