@@ -18,7 +18,7 @@ int tls_accept (struct stream *stream, const struct tls_secrets *secrets,
                 uint64_t until_ns);
 
 /* The handshake of a client, as above.  The server's certificate must be that
- * of `host`; NULL: of any host.
+ * of `host`; NULL: of any host, so only with a CA of the user's own.
  */
 int tls_connect (struct stream *stream, const struct tls_secrets *secrets,
                  const char *host, uint64_t until_ns);

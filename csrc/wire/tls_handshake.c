@@ -2,10 +2,13 @@
 
 /* The handshake of TLS, of a server and of a client.
  *
- * A certificate is checked within the handshake: by its issuer, its times, and
- * at a client by the name of the server.  With a shared key both sides prove
- * that they have it.  The time is limited as a whole, so a side that sends a
- * byte now and then gains nothing.
+ * A certificate is checked within the handshake: by its issuer, its times, its
+ * purpose, and at a client by the name of the server.  One CA signs the
+ * certificates of both sides, so without the purpose each client could answer
+ * in the place of a server, and take its data.  A certificate without any
+ * purpose has all of them (RFC 5280).  With a shared key both sides prove that
+ * they have it.  The time is limited as a whole, so a side that sends a byte
+ * now and then gains nothing.
  *
  * In TLS 1.3 a client is done before the server has checked it: it learns of a
  * refusal from the first bytes that it receives.
@@ -149,6 +152,14 @@ shake_hands (struct stream *stream, uint64_t until_ns)
   return rc;
 }
 
+/* A text that GnuTLS checks the other side's certificate by; it copies none. */
+static gnutls_typed_vdata_st
+must_have (gnutls_vdata_types_t type, const char *text)
+{
+  return (gnutls_typed_vdata_st){ .type = type,
+                                  .data = (unsigned char *)(uintptr_t)text };
+}
+
 static int
 use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
 {
@@ -162,10 +173,8 @@ use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
   if (rc == 0 && secrets->x509)
     rc = gnutls_credentials_set (session, GNUTLS_CRD_CERTIFICATE,
                                  secrets->x509);
-  if (secrets->checks_client) {
+  if (secrets->checks_client)
     gnutls_certificate_server_set_request (session, GNUTLS_CERT_REQUIRE);
-    gnutls_session_set_verify_cert (session, NULL, 0);
-  }
   return rc < 0 ? set_message (-EINVAL, "TLS: %s", gnutls_strerror (rc)) : 0;
 }
 
@@ -182,13 +191,20 @@ begin (struct stream *stream, const struct tls_secrets *secrets, unsigned flags)
   return rc;
 }
 
+/* `nr` texts to check a certificate by; 0: there is none to check. */
 static int
-finish (struct stream *stream, uint64_t until_ns)
+finish (struct stream *stream, gnutls_typed_vdata_st *checks, unsigned nr,
+        uint64_t until_ns)
 {
-  int rc = shake_hands (stream, until_ns);
+  int rc;
 
+  if (nr > 0)
+    gnutls_session_set_verify_cert2 (tls_session (stream), checks, nr, 0);
+  rc = shake_hands (stream, until_ns);
   if (rc < 0)
     stream_end (stream);
+  else if (nr > 0) /* GnuTLS kept them, and they are the caller's */
+    gnutls_session_set_verify_cert2 (tls_session (stream), NULL, 0, 0);
   return rc;
 }
 
@@ -196,9 +212,13 @@ int
 tls_accept (struct stream *stream, const struct tls_secrets *secrets,
             uint64_t until_ns)
 {
+  gnutls_typed_vdata_st checks[]
+      = { must_have (GNUTLS_DT_KEY_PURPOSE_OID, GNUTLS_KP_TLS_WWW_CLIENT) };
   int rc = begin (stream, secrets, GNUTLS_SERVER);
 
-  return rc < 0 ? rc : finish (stream, until_ns);
+  return rc < 0 ? rc
+                : finish (stream, checks, secrets->checks_client ? 1 : 0,
+                          until_ns);
 }
 
 /* A name that is no address, for servers with several certificates. */
@@ -215,22 +235,19 @@ int
 tls_connect (struct stream *stream, const struct tls_secrets *secrets,
              const char *host, uint64_t until_ns)
 {
+  gnutls_typed_vdata_st checks[]
+      = { must_have (GNUTLS_DT_KEY_PURPOSE_OID, GNUTLS_KP_TLS_WWW_SERVER),
+          must_have (GNUTLS_DT_DNS_HOSTNAME, host) };
   int rc = begin (stream, secrets, GNUTLS_CLIENT);
-  gnutls_session_t session;
 
   if (rc < 0)
     return rc;
-  session = tls_session (stream);
-  if (secrets->x509)
-    gnutls_session_set_verify_cert (session, host, 0);
   if (host && is_name (host))
-    rc = gnutls_server_name_set (session, GNUTLS_NAME_DNS, host, strlen (host));
+    rc = gnutls_server_name_set (tls_session (stream), GNUTLS_NAME_DNS, host,
+                                 strlen (host));
   if (rc < 0) {
     stream_end (stream);
     return set_message (-EINVAL, "TLS: %s: %s", host, gnutls_strerror (rc));
   }
-  rc = finish (stream, until_ns);
-  if (rc == 0 && secrets->x509) /* GnuTLS kept `host`, which is the caller's */
-    gnutls_session_set_verify_cert (session, NULL, 0);
-  return rc;
+  return finish (stream, checks, secrets->x509 ? (host ? 2 : 1) : 0, until_ns);
 }

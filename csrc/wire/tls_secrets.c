@@ -228,8 +228,11 @@ usual_folder (char *folder, size_t size)
   return false;
 }
 
+/* The CAs that this host trusts sign certificates for anybody: they prove
+ * something only together with a host's name.
+ */
 static int
-load_own_x509 (struct tls_secrets *secrets, const char *folder)
+load_own_x509 (struct tls_secrets *secrets, const char *folder, bool has_name)
 {
   char usual[PATH_MAX];
   int rc = gnutls_certificate_allocate_credentials (&secrets->x509);
@@ -240,6 +243,10 @@ load_own_x509 (struct tls_secrets *secrets, const char *folder)
     return load_folder (secrets, folder);
   if (usual_folder (usual, sizeof usual))
     return load_folder (secrets, usual);
+  if (!has_name)
+    return set_message (-EINVAL, "TLS: a unix socket has no host's name to "
+                                 "check a certificate by, so the URI must name "
+                                 "a folder: tls-certificates=FOLDER");
   rc = gnutls_certificate_set_x509_system_trust (secrets->x509);
   return rc < 0 ? set_message (-ENOENT,
                                "TLS: this host trusts no certificates, "
@@ -256,8 +263,9 @@ tls_secrets_of_uri (const struct nbd_uri *uri, struct tls_secrets **out)
 
   if (rc < 0)
     return rc;
-  rc = uri->psk_file ? load_own_psk (secrets, uri->psk_file, uri->user)
-                     : load_own_x509 (secrets, uri->certificates);
+  rc = uri->psk_file
+           ? load_own_psk (secrets, uri->psk_file, uri->user)
+           : load_own_x509 (secrets, uri->certificates, uri->socket == NULL);
   if (rc < 0)
     tls_secrets_free (secrets);
   else

@@ -173,6 +173,7 @@ def test_certificates_that_others_may_change_are_refused(site: Site, name: str) 
         ("another name", "name in the certificate does not match"),
         ("another CA's", "issuer is unknown"),
         ("expired", "expired"),
+        ("a client's", "does not match the intended purpose"),
         ("none of ours", "certificate"),
     ],
 )
@@ -195,8 +196,20 @@ def test_certificate_that_is_wrong_connects_nothing(
     elif kind == "another CA's":
         make_ca(site, site.folder / "other")
         ca = site.folder / "other"
-    else:
+    elif kind == "none of ours":
         (mine / "client-cert.pem").unlink()
-    sign(site, ca, theirs, "server", *lines)
+    purpose = "tls_www_client" if kind == "a client's" else ""
+    sign(site, ca, theirs, "server", *lines, purpose=purpose)
     _serve_by_certificate(site, theirs, "--tls-verify-peer")
     _assert_not_connected(site, words)
+
+
+def test_certificate_of_any_host_is_not_enough_on_a_unix_socket(site: Site) -> None:
+    """The CAs that this host trusts sign every name, and there is none to check."""
+    theirs = site.folder / "theirs"
+    make_ca(site, site.folder / "ca")
+    sign(site, site.folder / "ca", theirs, "server", VALID)
+    site.dr.start("--tls=require", f"--tls-certificates={theirs}")
+    site.dr.uri = f"nbds+unix:///disk?socket={site.dr.socket}"
+    site.write_config()
+    _assert_not_connected(site, "the URI must name a folder: tls-certificates=")

@@ -187,6 +187,17 @@ def test_certificate_libnbd_and_qemu_are_served(by_certificate: Secured) -> None
     assert out.read_bytes() == site.local.read_bytes()
 
 
+@pytest.mark.parametrize("purpose", ["tls_www_client\ntls_www_server", "# none"])
+def test_certificate_with_other_purposes_too_is_served(
+    by_certificate: Secured, purpose: str
+) -> None:
+    """A host that is server and client may have one; so may one without purposes."""
+    site, ca = by_certificate.site, by_certificate.folder
+    folder = Path(tempfile.mkdtemp(dir=ca))
+    sign(site, ca, folder, "client", "expiration_days = 2", purpose=purpose)
+    by_certificate.info(by_certificate.uri(f"tls-certificates={folder}"))
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -194,6 +205,7 @@ def test_certificate_libnbd_and_qemu_are_served(by_certificate: Secured) -> None
         ("expired", "expired"),
         ("not yet", "not yet valid"),
         ("another CA's", "issuer is unknown"),
+        ("a server's", "does not match the intended purpose"),
         ("a key alone", ""),
     ],
 )
@@ -218,6 +230,9 @@ def test_certificate_that_is_wrong_opens_nothing(
         far = 'activation_date = "2090-01-01 00:00:00"'
         end = 'expiration_date = "2091-01-01 00:00:00"'
         sign(site, ca, folder, "client", far, end)
+    elif kind == "a server's":
+        valid = "expiration_days = 2"
+        sign(site, ca, folder, "client", valid, purpose="tls_www_server")
     elif kind == "another CA's":
         make_ca(site, folder / "other")
         sign(site, folder / "other", folder, "client", "expiration_days = 2")

@@ -40,18 +40,24 @@ def make_ca(site: Site, folder: Path) -> None:
     )
 
 
-def sign(site: Site, ca: Path, folder: Path, kind: str, *lines: str) -> None:
-    """Make *kind*'s key and certificate in *folder*, signed by the CA in *ca*."""
+def sign(
+    site: Site, ca: Path, folder: Path, kind: str, *lines: str, purpose: str = ""
+) -> None:
+    """
+    Make *kind*'s key and certificate in *folder*, signed by the CA in *ca*.
+
+    Args:
+        purpose: of the key, in the words of certtool; "": that of *kind*.
+    """
     folder.mkdir(exist_ok=True)
     key = str(folder / f"{kind}-key.pem")
     site.processes.run(
         ["certtool", "--generate-privkey", "--key-type=ecdsa", "--outfile", key]
     )
+    use = purpose or f"tls_www_{kind}"
     _certtool(
         site,
-        "\n".join(
-            ("cn = v", f"tls_www_{kind}", "signing_key", "encryption_key", *lines, "")
-        ),
+        "\n".join(("cn = v", use, "signing_key", "encryption_key", *lines, "")),
         *("--generate-certificate", "--load-privkey", key),
         *("--load-ca-certificate", str(ca / "ca-cert.pem")),
         *("--load-ca-privkey", str(ca / "ca-key.pem")),
