@@ -29,6 +29,13 @@
 #include "logs/superblock.h"
 #include "volume/local_open.h"
 #include "volume/volume.h"
+#include "volume/zero_proof.h"
+
+/* What a look at the local disk has found. */
+struct found {
+  uint64_t size; /* bytes */
+  bool zero;     /* of a node: it reads as zeroes */
+};
 
 /* Servers may still carry out commands of an earlier volume that was killed,
  * and its maps are replaced: so all regions are late as well.  Any log shows
@@ -91,10 +98,10 @@ fill_remotes (const struct nbdm_params *params, struct disk_superblock *sb)
  * counts, and the others are filled from it.
  */
 static int
-fill_nodes (const struct nbdm_params *params, struct disk_superblock *sb,
-            struct disk_nodes *nodes)
+fill_nodes (const struct nbdm_params *params, bool zero,
+            struct disk_superblock *sb, struct disk_nodes *nodes)
 {
-  struct nbdm_node node = { .role = NBDM_SECONDARY };
+  struct nbdm_node node = { .role = NBDM_SECONDARY, .zero = zero };
 
   if (params->node == NULL)
     return 0;
@@ -112,8 +119,9 @@ fill_nodes (const struct nbdm_params *params, struct disk_superblock *sb,
 }
 
 static int
-fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
-                 struct disk_superblock *sb, struct disk_nodes *nodes)
+fill_superblock (const struct nbdm_params *params, const struct found *found,
+                 int dirfd, struct disk_superblock *sb,
+                 struct disk_nodes *nodes)
 {
   uint64_t generation;
   int rc;
@@ -128,7 +136,7 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
   sb->uuid[6] = (sb->uuid[6] & 0x0f) | 0x40; /* a random uuid: RFC 4122 */
   sb->uuid[8] = (sb->uuid[8] & 0x3f) | 0x80;
   snprintf (sb->name, sizeof sb->name, "%s", params->name);
-  sb->size = htole64 (size);
+  sb->size = htole64 (found->size);
   sb->region_size = htole32 (params->region_size);
   sb->extent_size = htole32 (EXTENT_SIZE);
   sb->ring_slots = htole32 (RING_SLOTS);
@@ -139,35 +147,47 @@ fill_superblock (const struct nbdm_params *params, uint64_t size, int dirfd,
   sb->flags = htole32 (SUPERBLOCK_CLEAN);
   sb->local_state = htole32 (NBDM_LOCAL_OK);
   fill_remotes (params, sb);
-  rc = fill_nodes (params, sb, nodes);
+  rc = fill_nodes (params, found->zero, sb, nodes);
   if (rc < 0)
     return rc;
   return superblock_identity (dirfd, sb->boot_id, sb->mount_id);
 }
 
-/* Open and lock the local disk as a server would, and get its size. */
 static int
-measure_local (const struct nbdm_params *params, uint64_t *size)
+check_size (const struct nbdm_params *params, uint64_t local_size,
+            struct found *found)
 {
-  struct local_file disk = { .fd = -1 };
-  uint64_t local_size = 0;
-  int rc = local_open (&disk, params->local, &local_size);
-
-  if (disk.fd >= 0)
-    close (disk.fd);
-  if (rc < 0)
-    return rc;
-  *size = params->size ? params->size : local_size;
-  if (*size == 0)
+  found->size = params->size ? params->size : local_size;
+  if (found->size == 0)
     return set_message (-EINVAL, "the local disk %s is empty", params->local);
-  if (local_size < *size)
+  if (local_size < found->size)
     return set_message (
         -EINVAL,
         "the local disk %s has %llu bytes, but the volume needs "
         "%llu",
         params->local, (unsigned long long)local_size,
-        (unsigned long long)*size);
+        (unsigned long long)found->size);
   return 0;
+}
+
+/* Open and lock the local disk as a server would, and look at it.  The lock
+ * ends here: a start proves again that a node's disk reads as zeroes.
+ */
+static int
+measure_local (const struct nbdm_params *params, struct found *found)
+{
+  struct local_file disk = { .fd = -1 };
+  uint64_t local_size = 0;
+  int rc = local_open (&disk, params->local, &local_size);
+
+  if (rc == 0)
+    rc = check_size (params, local_size, found);
+  if (rc == 0)
+    found->zero
+        = params->node != NULL && reads_as_zeroes (disk.fd, found->size);
+  if (disk.fd >= 0)
+    close (disk.fd);
+  return rc;
 }
 
 /* Refuse if a server has the superblock, or if only the remotes have some data:
@@ -225,7 +245,8 @@ nbdm_create (const struct nbdm_params *params, int force)
 {
   struct disk_superblock sb;
   struct disk_nodes nodes;
-  uint64_t size = 0, nr_regions;
+  struct found found = { 0 };
+  uint64_t nr_regions;
   int dirfd, lock_fd = -1, rc;
 
   fault_init ();
@@ -234,13 +255,13 @@ nbdm_create (const struct nbdm_params *params, int force)
     return dirfd;
   rc = state_lock (dirfd, params->state_dir, &lock_fd);
   if (rc == 0)
-    rc = measure_local (params, &size);
+    rc = measure_local (params, &found);
   if (rc == 0)
     rc = check_absent (dirfd, params->state_dir, force);
   if (rc == 0)
-    rc = fill_superblock (params, size, dirfd, &sb, &nodes);
+    rc = fill_superblock (params, &found, dirfd, &sb, &nodes);
   if (rc == 0) {
-    nr_regions = (size - 1) / params->region_size + 1;
+    nr_regions = (found.size - 1) / params->region_size + 1;
     rc = make_logs (params, &sb, dirfd, nr_regions);
   }
   fault_point ("create_logs_made");

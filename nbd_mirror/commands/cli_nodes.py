@@ -12,7 +12,7 @@ import typer
 
 from ..base.hints import quote
 from ..base.units import format_size
-from ..volume.config import VolumeConfig, read
+from ..volume.config import VolumeConfig, load
 from ..volume.config_nodes import how_chosen
 from ..volume.tls_files import check_tls, make_key
 from .asked import name_volume, words_for
@@ -83,7 +83,7 @@ def key(
     node: NodeOption = None,
 ) -> None:
     """Make the secret that the nodes of a volume share, or its clients."""
-    volume = read(config, node)
+    volume = load(config, node)
     fingerprint = make_key(volume, force=force)
     assert volume.tls is not None
     assert volume.tls.key is not None
@@ -110,7 +110,7 @@ def _copies(volume: VolumeConfig, path: Path, indent: str) -> Iterator[str]:
 
 def nodes(config: Config, node: NodeOption = None) -> None:
     """Show what the configuration means on this host, and check its key."""
-    volume = read(config, node)
+    volume = load(config, node)
     for line in _about(volume, node):
         say(line)
     fingerprint = check_tls(volume)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from ..base.errors import MetadataFailedError
 from ..base.units import format_size
 from ..volume import offline
 from ..volume.client import ask_policy
-from ..volume.config import load
+from ..volume.config import VolumeConfig, load
 from .asked import asked_for, name_volume, words_for
 from .cli_app import say
 from .cli_types import Config, Door, NodeOption, PolicyArgument, ReadsOption
@@ -42,16 +43,41 @@ def create(
     create_volume(volume, assume_in_sync or [], force=force)
     status = offline.stopped_status(volume)
     regions = -(-status.size // status.region_size)
+    on = f" on node {volume.node}" if volume.node else ""
     say(
-        f"created volume {volume.name}: {format_size(status.size, exact=True)}, "
+        f"created volume {volume.name}{on}: {format_size(status.size, exact=True)}, "
         f"{regions} regions of {format_size(status.region_size, exact=True)}"
     )
+    asked = words_for(config, node)
+    for line in _about_nodes(volume):
+        say(line)
+    names = [one.name for one in volume.remotes]
     for remote in status.remotes:
+        if remote.name not in names:
+            continue  # a node
         words = "all dirty: the first resync copies everything, holes cheaply"
         if remote.assumed:
             words = "assumed in sync on your word, until a full resync proves it"
         say(f"  {remote.name}: {words}")
-    say(name_volume("next: nbd-mirror serve CONFIG", words_for(config, node)))
+    then = (
+        ", on each node, and nbd-mirror promote CONFIG on the one whose content counts"
+        if volume.node
+        else ""
+    )
+    say(name_volume(f"next: nbd-mirror serve CONFIG{then}", asked))
+
+
+def _about_nodes(volume: VolumeConfig) -> Iterator[str]:
+    """Yield what a new node is told of itself and of the others."""
+    record = offline.read_superblock(volume).node
+    if record is None:
+        return
+    if record.zero:
+        yield "  local: reads as zeroes; if the other node's does, nothing is copied"
+    else:
+        yield "  local: has content, which counts if this node is promoted first"
+    for other in volume.others:
+        yield f"  {other.name}: another node, at {other.address}; create it there too"
 
 
 def serve(

@@ -101,4 +101,4 @@ def duration(option: str, text: str) -> float:
 def check_disk(volume: VolumeConfig, name: str | None) -> None:
     """Check that a disk of the volume has this name, if one was given."""
     if name not in (None, "local"):
-        volume.remote(name)  # raises if there is none
+        volume.copy_called(name)  # raises if there is none

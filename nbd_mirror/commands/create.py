@@ -45,6 +45,8 @@ def create_volume(
     """
     Format the state directory; the local disk is not changed.
 
+    Each node of a volume has a state of its own, without data until one is promoted.
+
     Args:
         config: of the volume.
         assume: names of remotes that are copies already, as the operator says.
@@ -53,6 +55,7 @@ def create_volume(
         ExistsError: there is a state, or something else in the directory.
         BusyError: the volume is served. MissingError: no local disk.
         ConfigError: it has another size, or *assume* names no remote.
+        UnsupportedError: it has more than two nodes.
     """
     params = to_params(config, assume)
     core = load_core()
@@ -79,11 +82,15 @@ def create_volume(
                 config.state_dir.rmdir()  # fails, rightly, if it is not empty
         if isinstance(error, ExistsError):
             # With force, create refuses if local has failed since the check.
-            error.hint = _bring_back(config) if force else _FORCE
+            error.hint = _bring_back(config) if force else _force(config)
         raise
 
 
-_FORCE = "nbd-mirror create CONFIG --force (forgets what the remotes miss: all dirty)"
+def _force(config: VolumeConfig) -> str:
+    forgets = "forgets what the remotes miss: all dirty"
+    if config.nodes:
+        forgets = "the node then has no data, and the others know it no more"
+    return f"nbd-mirror create CONFIG --force ({forgets})"
 
 
 def _check_local_is_whole(config: VolumeConfig) -> None:
@@ -121,7 +128,9 @@ def _check_local(config: VolumeConfig) -> None:
     except (FileNotFoundError, NotADirectoryError):
         size = config.size and format_size(config.size, exact=True).removesuffix("iB")
         hint = f"truncate -s {size.removesuffix('B')} {quoted}" if size else ""
-        if is_there(config.state_dir / "superblock"):
+        if is_there(config.state_dir / "superblock") and config.nodes:
+            hint = "bring the disk back: the state of this node is that disk's"
+        elif is_there(config.state_dir / "superblock"):
             uri = quote(config.remotes[0].uri)
             hint = (
                 f"if it was lost, copy it back first: nbdcopy {uri} {quoted}, then "
@@ -171,29 +180,31 @@ def _make_folder(config: VolumeConfig, force: bool) -> bool:
         )
     _check_owner(config)
     if not force:
-        _check_contents(folder)
+        _check_contents(config)
     return False
 
 
 def _check_owner(config: VolumeConfig) -> None:
-    """Refuse to overwrite another volume's state, even with force."""
+    """Refuse to overwrite the state of another volume or node, even with force."""
     try:
         read_superblock(config)
     except FormatError as error:
-        if "is the state of volume" in error.message:
+        if "is the state of " in error.message:
             raise
     except MirrorError:
         pass  # none, or an unreadable one: --force is for that
 
 
-def _check_contents(folder: Path) -> None:
+def _check_contents(config: VolumeConfig) -> None:
+    folder = config.state_dir
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise from_errno(error.errno or 0, f"{folder}: {error.strerror}") from None
     if "superblock" in names:
         raise ExistsError(
-            f"refuses to overwrite the volume in {folder} without --force", _FORCE
+            f"refuses to overwrite the volume in {folder} without --force",
+            _force(config),
         )
     foreign = [
         name for name in names if not any(fnmatch.fnmatch(name, ours) for ours in _OURS)

@@ -37,7 +37,13 @@ from ..base.interrupts import Interrupt, Signals, put_off
 from ..base.programs import cannot_start, clean_environment, find_program, run
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
-from ..volume.config import CHOICE_VARIABLE, VolumeConfig, check_links
+from ..volume.config import (
+    CHOICE_VARIABLE,
+    VolumeConfig,
+    check_links,
+    check_nodes,
+)
+from ..volume.config_nodes import NODE_VARIABLE
 from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
 from ..volume.tls_files import check_tls
@@ -81,10 +87,12 @@ def check_startable(config: VolumeConfig) -> None:
         MissingError: the volume was not created. FormatError: its superblock is
         garbled, or of another volume. BusyError: it is served. ConfigError: the volume
         would be its own remote, or one of its logs is a link to its disk. SpaceError:
-        the process's limit of a file's size is too low. And as check_tls.
+        the process's limit of a file's size is too low. UnsupportedError: it has more
+        than two nodes. And as check_tls.
     """
+    check_nodes(config)
     check_private(config.state_dir, "serve")
-    if config.listen.tls:
+    if config.listen.tls or config.node:
         check_tls(config)
     local = read_superblock(config).volume.local
     # A failed local disk may hang, and the start does not touch it.
@@ -143,7 +151,7 @@ def exec_server(
     check_startable(config)
     command = _command(config, door)
     listeners = bind(config.listen)
-    environment = _environment(asked) | {
+    environment = _environment(asked, config.node) | {
         "NBD_MIRROR_DOOR": door,
         CHOICE_VARIABLE: choice,
         "LISTEN_FDS": str(len(listeners.sockets)),
@@ -217,7 +225,7 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def _environment(asked: Asked | None) -> dict[str, str]:
+def _environment(asked: Asked | None, node: str = "") -> dict[str, str]:
     """
     Return the server's environment, with a PYTHONPATH to our modules for any Python.
 
@@ -232,7 +240,9 @@ def _environment(asked: Asked | None) -> dict[str, str]:
             folders.append(os.fspath(origin.parents[1 if package else 0]))
     path = os.pathsep.join(dict.fromkeys(folders))
     words = asked.dump() if asked else {}
-    return clean_environment() | {"PYTHONPATH": path} | words
+    # A name that the user gave, or the host's: the server is this node for good.
+    mine = {NODE_VARIABLE: node} if node else {}
+    return clean_environment() | {"PYTHONPATH": path} | mine | words
 
 
 def _start(
@@ -332,7 +342,7 @@ def start(
         command += [os.fspath(config.source), *options]
         # No signal ends this command between the server's start and the wait for it.
         with put_off() as signals:
-            process = _start(command, fd, _environment(asked))
+            process = _start(command, fd, _environment(asked, config.node))
             with _ended_by_signal(process, signals):
                 _wait_for_answer(config, process, log, said)
     return process.pid

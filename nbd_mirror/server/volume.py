@@ -326,7 +326,7 @@ class Volume:
         """Call *act* for the remote that *args* names, else for all remotes."""
         name = args.get("remote")
         if name is not None:
-            self._config.remote(name)  # raises if there is none
+            self._config.copy_called(name)  # raises if there is none
         names = [remote.name for remote in self._config.remotes]
         chosen = [i for i, one in enumerate(names) if name in (None, one)]
         for index in chosen:

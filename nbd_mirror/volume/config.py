@@ -35,7 +35,7 @@ from . import config_values as values
 from .config_explain import explain, plain_line
 from .config_file import CONFIG_DIR_ENV, config_dir, find, read_text
 from .config_nodes import choose, complete
-from .config_tables import NodeConfig, RemoteConfig, TlsConfig
+from .config_tables import Copy, NodeConfig, RemoteConfig, TlsConfig
 from .model import Params, RemoteParams
 
 __all__ = [
@@ -47,10 +47,10 @@ __all__ = [
     "VolumeConfig",
     "check",
     "check_links",
+    "check_nodes",
     "config_dir",
     "find",
     "load",
-    "read",
     "to_params",
 ]
 
@@ -60,6 +60,7 @@ CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
 # NBDM_STARVED_DEADLINES: the engine's limit for a command that starves while others are
 # answered.
 STARVED_DEADLINES = 8
+MAX_SERVED_NODES = 2
 STOP_S = 60.0  # of a stop, in addition to a starved command and the hold
 # Names that we use in the state directory, as patterns.
 STATE_FILES = (
@@ -91,8 +92,9 @@ class VolumeConfig(BaseModel):
     """
     A whole file: sizes in bytes, times in seconds, paths absolute.
 
-    *size* is 0 for "adopt". *max_memory* is 0 for the smaller of 1 GiB and a quarter of
-    the machine's memory. With nodes, the keys have the values that they have on *node*.
+    *size* is 0 for "adopt", *start_alone* 0 for "off". *max_memory* is 0 for the
+    smaller of 1 GiB and a quarter of the machine's memory. With nodes, the keys have
+    the values that they have on *node*.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -107,6 +109,7 @@ class VolumeConfig(BaseModel):
     fenced_reads: Literal["serve", "fail"] = "serve"
     hold: Annotated[float, values.between("hold", 0, 300)] = 2.0
     local_deadline: tables.LocalDeadline = 0.0
+    start_alone: tables.StartAlone = 0.0
     late_write_window: Annotated[
         float, values.between("late_write_window", 0, 3600)
     ] = 30.0
@@ -141,6 +144,19 @@ class VolumeConfig(BaseModel):
         return self._node
 
     @property
+    def others(self) -> tuple[NodeConfig, ...]:
+        """The nodes that this host is not, in the order of the file."""
+        return tuple(node for node in self.nodes if node.name != self._node)
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """The copies beside the own one, as the engine numbers them: nodes first."""
+        secure = self.tls is not None and self.tls.on
+        nodes = (node.copy_of(secure=secure) for node in self.others)
+        remotes = (Copy(one.name, one.uri, one.deadline) for one in self.remotes)
+        return (*nodes, *remotes)
+
+    @property
     def state_dir(self) -> Path:
         """The directory of the logs."""
         return Path(self.state)
@@ -148,27 +164,28 @@ class VolumeConfig(BaseModel):
     @property
     def stop_limit_s(self) -> float:
         """The time after which the server ends even if its stop has not completed."""
-        deadline = max((remote.deadline for remote in self.remotes), default=0.0)
+        deadline = max((copy.deadline for copy in self.copies), default=0.0)
         limit = STOP_S + STARVED_DEADLINES * deadline + self.hold
         return limit + self.local_deadline
 
-    def remote(self, name: str) -> RemoteConfig:
+    def copy_called(self, name: str) -> Copy:
         """
-        Return the remote called *name*.
+        Return the copy beside the own one that is called *name*.
 
         Raises:
-            ConfigError: there is none; the message lists the remotes.
+            ConfigError: there is none; the message lists them.
         """
-        for remote in self.remotes:
-            if remote.name == name:
-                return remote
-        names = ", ".join(remote.name for remote in self.remotes)
-        raise ConfigError(f'volume {self.name} has no remote "{name}"; it has: {names}')
+        for copy in self.copies:
+            if copy.name == name:
+                return copy
+        names = ", ".join(copy.name for copy in self.copies)
+        kind = "other node or remote" if self.nodes else "remote"
+        raise ConfigError(f'volume {self.name} has no {kind} "{name}"; it has: {names}')
 
 
 def load(path_or_name: str | os.PathLike[str], node: str | None = None) -> VolumeConfig:
     """
-    Read and check the configuration of a volume, for a command or a server that acts.
+    Read and check the configuration of a volume.
 
     Args:
         path_or_name: a path, or a volume's name; see find().
@@ -176,20 +193,7 @@ def load(path_or_name: str | os.PathLike[str], node: str | None = None) -> Volum
     Raises:
         MissingError: there is no such file. AccessError: it may not be read.
         ConfigError: it is wrong; one line for each mistake.
-        UnsupportedError: it has nodes. Only this function refuses them.
     """
-    config = read(path_or_name, node)
-    if config.nodes:
-        raise UnsupportedError(
-            f"volume {config.name} has [[node]] tables, and this release does not "
-            "serve nodes yet; nothing was changed",
-            "nbd-mirror nodes CONFIG (shows what the file means on this host)",
-        )
-    return config
-
-
-def read(path_or_name: str | os.PathLike[str], node: str | None = None) -> VolumeConfig:
-    """Read and check any configuration; see load()."""
     asked = os.fspath(path_or_name)
     source = find(asked)
     config = check(source, read_text(source, asked))
@@ -267,6 +271,8 @@ def _check_listen_tls(config: VolumeConfig) -> str:
 def _check_tables(config: VolumeConfig) -> str:
     """Return what is wrong with the tables of a file together, or ""."""
     wrong = _check_listen_tls(config)
+    if not config.nodes and config.start_alone:
+        wrong = wrong or "start_alone: is of use only with [[node]] tables"
     if wrong or not config.nodes:
         return wrong
     if config.size == 0:
@@ -284,6 +290,21 @@ def _check_tables(config: VolumeConfig) -> str:
                 f'node "{node.name}": address and listen are the same, {node.address}'
             )
     return tables.check_copies(config.nodes, config.remotes)
+
+
+def check_nodes(config: VolumeConfig) -> None:
+    """
+    Check that this version serves so many nodes.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    if len(config.nodes) > MAX_SERVED_NODES:
+        raise UnsupportedError(
+            f"volume {config.name} has {len(config.nodes)} [[node]] tables: this "
+            "version serves two nodes",
+            "two [[node]] tables, and a [[remote]] table for each further copy",
+        )
 
 
 def _line(source: Path, text: str) -> str:
@@ -337,10 +358,16 @@ def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
         config: the volume.
         assume: names of remotes that are copies already, as the operator says.
     Raises:
-        ConfigError: *assume* names no remote of this volume.
+        ConfigError: *assume* names no remote of this volume. UnsupportedError: it has
+        more than two nodes.
     """
+    check_nodes(config)
     for name in assume:
-        config.remote(name)
+        if config.copy_called(name).is_node:
+            raise ConfigError(
+                f'"{name}" is a node: the first promotion says which node\'s copy '
+                "counts, and the others are compared with it"
+            )
     return Params(
         name=config.name,
         local=config.local,
@@ -351,12 +378,14 @@ def to_params(config: VolumeConfig, assume: Collection[str] = ()) -> Params:
         fenced_reads=config.fenced_reads,
         hold_ms=round(config.hold * 1000),
         local_deadline_ms=round(config.local_deadline * 1000),
+        node=config.node,
         remotes=tuple(
             RemoteParams(
-                name=remote.name,
-                deadline_ms=round(remote.deadline * 1000),
-                assume_in_sync=remote.name in assume,
+                name=copy.name,
+                deadline_ms=round(copy.deadline * 1000),
+                assume_in_sync=copy.name in assume,
+                is_node=copy.is_node,
             )
-            for remote in config.remotes
+            for copy in config.copies
         ),
     )

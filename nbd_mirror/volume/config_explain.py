@@ -76,7 +76,7 @@ def _explain_unknown(key: str, kind: str, models: Mapping[str, type[BaseModel]])
         return f"{key}: must be the same on all nodes; it stands before the first table"
     near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     if key == "deadline":
-        near = []  # a remote's key, no misspelt local_deadline
+        near = []  # a key of a table, no misspelt local_deadline
     # A key of the top was most often put after a table.
     if near:
         return f"{key}: unknown key; did you mean {near[0]}?"

@@ -10,6 +10,7 @@ number are checked together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -26,11 +27,13 @@ from . import config_values as values
 __all__ = [
     "DEFAULT_PORT",
     "AnyPath",
+    "Copy",
     "LocalDeadline",
     "MaxClients",
     "MaxMemory",
     "NodeConfig",
     "RemoteConfig",
+    "StartAlone",
     "TlsConfig",
     "WhereToListen",
     "check_copies",
@@ -48,8 +51,24 @@ _FILE_ENDS = (".new", ".bad")
 AnyPath = Annotated[str, AfterValidator(values.check_path)]
 WhereToListen = Annotated[Listen, BeforeValidator(parse_listen)]
 LocalDeadline = Annotated[float, BeforeValidator(values.parse_local_deadline)]
+StartAlone = Annotated[float, BeforeValidator(values.parse_start_alone)]
+Deadline = Annotated[float, values.between("deadline", 0.1, 600)]
 MaxClients = Annotated[int, AfterValidator(values.check_max_clients)]
 MaxMemory = Annotated[int, BeforeValidator(values.parse_max_memory)]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """
+    A copy of the volume beside the own one: another node, or a remote.
+
+    *uri* of a node names no export; *deadline* is a command's, in seconds.
+    """
+
+    name: str
+    uri: str
+    deadline: float
+    is_node: bool = False
 
 
 class RemoteConfig(BaseModel):
@@ -59,21 +78,22 @@ class RemoteConfig(BaseModel):
 
     name: Annotated[str, AfterValidator(values.check_remote_name)]
     uri: Annotated[str, AfterValidator(values.check_uri)]
-    deadline: Annotated[float, values.between("deadline", 0.1, 600)] = 5.0
+    deadline: Deadline = 5.0
 
 
 class NodeConfig(BaseModel):
     """
     One [[node]] table: a host that holds a copy of the volume and serves it.
 
-    *address* is where the other nodes reach it. The other keys are the volume's own, as
-    they are on this node.
+    *address* is where the other nodes reach it, *deadline* that of a command to it, in
+    seconds. The other keys are the volume's own, as they are on this node.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Annotated[str, AfterValidator(values.check_remote_name)]
     address: Annotated[Address, BeforeValidator(parse_address)]
+    deadline: Deadline = 5.0
     local: AnyPath | None = None
     state: AnyPath | None = None
     listen: WhereToListen | None = None
@@ -83,8 +103,13 @@ class NodeConfig(BaseModel):
 
     def own(self) -> dict[str, Any]:
         """Return the volume's keys that this node has values of its own for."""
-        keys = self.model_fields_set - {"name", "address"}
+        keys = self.model_fields_set - {"name", "address", "deadline"}
         return {key: getattr(self, key) for key in keys}
+
+    def copy_of(self, *, secure: bool) -> Copy:
+        """Return this node as a copy for another one; *secure*: nodes use TLS."""
+        uri = f"{'nbds' if secure else 'nbd'}://{self.address}"
+        return Copy(self.name, uri, self.deadline, is_node=True)
 
 
 class TlsConfig(BaseModel):

@@ -53,6 +53,7 @@ RULES = {
     "fenced_reads": '"serve" or "fail"',
     "hold": "a time from 0s to 5min",
     "local_deadline": '"off", or a time from 1s to 10min',
+    "start_alone": '"off", or a time from 1s to 1h',
     "late_write_window": "a time from 0s to 1h",
     "max_clients": "a whole number from 1 to 65536",
     "max_memory": "a size from 64MiB to 1TiB, or 0",
@@ -70,7 +71,7 @@ RULES = {
 # Where a key stands that was put into another table.
 PLACES = {
     "uri": "in a [[remote]] table",
-    "deadline": "in a [[remote]] table",
+    "deadline": "in a [[remote]] or [[node]] table",
     "address": "in a [[node]] table",
     "key": "in the [tls] table",
     "certificate": "in the [tls] table",
@@ -131,6 +132,14 @@ def parse_local_deadline(value: object) -> float:
     seconds = 0.0 if value == "off" else parse_duration(value)
     if value != "off" and not 1 <= seconds <= 600:
         raise ValueError(f"must be {RULES['local_deadline']}")
+    return seconds
+
+
+def parse_start_alone(value: object) -> float:
+    """Return seconds; 0 stands for "off"."""
+    seconds = 0.0 if value == "off" else parse_duration(value)
+    if value != "off" and not 1 <= seconds <= 3600:
+        raise ValueError(f"must be {RULES['start_alone']}")
     return seconds
 
 

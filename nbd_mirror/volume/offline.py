@@ -167,10 +167,10 @@ def _server_of_another_state(config: VolumeConfig) -> tuple[str, str] | None:
 
 
 def mapped_disks(config: VolumeConfig) -> list[str]:
-    """Return the disks that have a dirty map: local first, then the remotes."""
-    remotes = [remote.name for remote in config.remotes]
+    """Return the disks that have a dirty map: local first, then the copies."""
+    copies = [copy.name for copy in config.copies]
     # A volume of an earlier version has none before it is served again.
-    return ["local", *remotes] if is_there(_map_path(config, "local")) else remotes
+    return ["local", *copies] if is_there(_map_path(config, "local")) else copies
 
 
 def _map_path(config: VolumeConfig, disk: str) -> Path:
@@ -183,7 +183,7 @@ def read_superblock(config: VolumeConfig) -> Peek:
 
     Raises:
         MissingError: it was not created. FormatError: the superblock is garbled,
-        or of another volume.
+        or of another volume or node.
     """
     try:
         peek: Peek = load_core().peek(config.state)
@@ -194,7 +194,32 @@ def read_superblock(config: VolumeConfig) -> Peek:
             f"{config.state} is the state of volume {peek.name}, not of {config.name}",
             "correct `state` or `name` in the configuration",
         )
+    _check_node(config, peek)
     return peek
+
+
+def _check_node(config: VolumeConfig, peek: Peek) -> None:
+    """Check that a state is this node's."""
+    found = peek.node.node if peek.node else ""
+    if found == config.node:
+        return
+    if not found:
+        raise FormatError(
+            f"{config.state} is the state of a volume without nodes, and its remotes "
+            "cannot become nodes",
+            "another `state` for the volume with nodes",
+        )
+    if not config.node:
+        raise FormatError(
+            f"{config.state} is the state of node {found}, and the configuration has "
+            "no [[node]] tables",
+            "put the tables back, or give this volume another `state`",
+        )
+    raise FormatError(
+        f"{config.state} is the state of node {found}, not of {config.node}",
+        f"nbd-mirror nodes CONFIG (which node is this host?); or correct `state` of "
+        f"node {config.node}",
+    )
 
 
 def _no_state(config: VolumeConfig) -> MissingError:
@@ -352,6 +377,6 @@ def _remote(
     )
     uri = ""
     with contextlib.suppress(MirrorError):
-        uri = config.remote(remote.name).uri
+        uri = config.copy_called(remote.name).uri
     status = dataclasses.replace(remote, unflushed_regions=unflushed)
     return RemoteView(facts, status, uri)

@@ -139,7 +139,7 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         (
             'name = "pg"',
             'name = "pg"\ndeadline = "1s"',
-            "deadline: unknown key here; it stands in a [[remote]] table",
+            "deadline: unknown key here; it stands in a [[remote]] or [[node]] table",
         ),
         (
             'deadline = "5s"',

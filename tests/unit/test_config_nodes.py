@@ -11,8 +11,9 @@ import pytest
 
 from nbd_mirror.base.errors import ConfigError, UnsupportedError
 from nbd_mirror.base.listen import parse_address
-from nbd_mirror.volume.config import VolumeConfig, load, read
+from nbd_mirror.volume.config import VolumeConfig, check_nodes, load, to_params
 from nbd_mirror.volume.config_nodes import NODE_VARIABLE
+from nbd_mirror.volume.model import RemoteParams
 
 GOOD = """\
 name = "pg"
@@ -51,7 +52,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refusal(file: Path, node: str | None = "alpha") -> str:
     """Give the line that is told of a wrong file."""
     with pytest.raises(ConfigError) as caught:
-        read(file, node)
+        load(file, node)
     assert "\n" not in caught.value.message
     assert caught.value.message.startswith("pg.toml: ")
     return caught.value.message
@@ -62,7 +63,7 @@ def refusal(file: Path, node: str | None = "alpha") -> str:
 
 def test_keys_of_a_node_count_on_that_node_alone(file: Path) -> None:
     """What a node's table has overrides the top of the file, and nothing else does."""
-    alpha, beta = read(file, "alpha"), read(file, "beta")
+    alpha, beta = load(file, "alpha"), load(file, "beta")
     assert ("alpha", "/srv/pg.img", 1024) == (
         *(alpha.node, alpha.local),
         alpha.max_clients,
@@ -84,7 +85,7 @@ def test_host_name_says_which_node_this_is(
 ) -> None:
     """In any case, and with or without a domain."""
     monkeypatch.setattr(socket, "gethostname", lambda: host)
-    assert read(file).node == "beta"
+    assert load(file).node == "beta"
 
 
 def test_whole_host_name_goes_before_its_first_part(
@@ -94,7 +95,7 @@ def test_whole_host_name_goes_before_its_first_part(
     file.write_text(GOOD.replace('"beta"', '"alpha.b"'))
     for host, node in (("alpha.b", "alpha.b"), ("alpha.c", "alpha")):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
-        assert read(file).node == node
+        assert load(file).node == node
 
 
 def test_option_goes_before_variable_before_host_name(
@@ -102,12 +103,12 @@ def test_option_goes_before_variable_before_host_name(
 ) -> None:
     """A name that is given and wrong is refused, even where the host name is right."""
     monkeypatch.setattr(socket, "gethostname", lambda: "alpha")
-    assert read(file).node == "alpha"
+    assert load(file).node == "alpha"
     monkeypatch.setenv(NODE_VARIABLE, "beta")
-    assert read(file).node == "beta"
-    assert read(file, "alpha").node == "alpha"
+    assert load(file).node == "beta"
+    assert load(file, "alpha").node == "alpha"
     monkeypatch.setenv(NODE_VARIABLE, "")
-    assert read(file).node == "alpha"
+    assert load(file).node == "alpha"
     monkeypatch.setenv(NODE_VARIABLE, "gamma")
     assert refusal(file, None) == (
         f'pg.toml: {NODE_VARIABLE}: no node is called "gamma"; there are: alpha, beta'
@@ -118,7 +119,7 @@ def test_option_goes_before_variable_before_host_name(
 def test_host_that_is_no_node_is_told_the_names(file: Path) -> None:
     """One line with the host's name and the nodes', and a hint that helps."""
     with pytest.raises(ConfigError) as caught:
-        read(file)
+        load(file)
     assert caught.value.message == (
         'pg.toml: this host is called "elsewhere", but no node is; there are: '
         "alpha, beta"
@@ -138,12 +139,56 @@ def test_node_of_a_volume_without_nodes_is_refused(
     assert load(file).node == ""
 
 
-def test_volume_with_nodes_is_not_served_yet(file: Path) -> None:
-    """What acts reads by `load`; a mistake in the file is told before."""
-    with pytest.raises(UnsupportedError, match="does not serve nodes yet"):
-        load(file, "alpha")
+# --- what the engine is told ---
+
+
+def test_other_nodes_come_first_among_the_copies(file: Path) -> None:
+    """In the order of the file, as the engine numbers its disks; then the remotes."""
+    text = GOOD.replace('"10.0.0.2:10810"', '"10.0.0.2:10810"\ndeadline = "300ms"')
+    file.write_text(text + REMOTE)
+    for node, other, deadline_ms in (("alpha", "beta", 300), ("beta", "alpha", 5000)):
+        params = to_params(load(file, node), ["dr"])
+        assert params.node == node
+        assert params.remotes == (
+            RemoteParams(other, deadline_ms, is_node=True),
+            RemoteParams("dr", 5000, assume_in_sync=True),
+        )
+    volume = load(file, "alpha")
+    assert [copy.uri for copy in volume.copies] == [
+        "nbds://10.0.0.2:10810",
+        "nbd://dr.example.net/pg",
+    ]
+    assert volume.copy_called("beta").is_node
+    with pytest.raises(ConfigError, match='no other node or remote "alpha"; it has: '):
+        volume.copy_called("alpha")
+
+
+def test_no_word_makes_a_node_a_copy(file: Path) -> None:
+    """Neither another node, nor this one."""
+    with pytest.raises(ConfigError, match='"beta" is a node: the first promotion'):
+        to_params(load(file, "alpha"), ["beta"])
     with pytest.raises(ConfigError):
-        load(file, "gamma")
+        to_params(load(file, "alpha"), ["alpha"])
+
+
+def test_two_nodes_are_served_and_three_refused(file: Path) -> None:
+    """The file is right, but this version cannot serve it."""
+    for nodes in (2, 3):
+        volume = volume_of(file, nodes, 2)
+        if nodes == 2:
+            check_nodes(volume)
+            continue
+        for check in (check_nodes, to_params):
+            with pytest.raises(UnsupportedError, match="this version serves two nodes"):
+                check(volume)
+
+
+def test_start_alone_is_a_time_of_the_volume(file: Path) -> None:
+    """It is off by default, and the same on all nodes."""
+    assert load(file, "alpha").start_alone == 0
+    for text, seconds in (('"off"', 0), ('"30s"', 30), ("1", 1), ('"1h"', 3600)):
+        file.write_text(f"start_alone = {text}\n{GOOD}")
+        assert load(file, "beta").start_alone == seconds
 
 
 # --- mistakes ---
@@ -152,6 +197,26 @@ BETA = GOOD[GOOD.index('[[node]]\nname = "beta"') : GOOD.index("[tls]")]
 TLS = GOOD[GOOD.index("[tls]") :]
 MISTAKES = {
     "same name": ('"beta"', '"alpha"', 'node: two nodes are called "alpha"'),
+    "start_alone at once": (
+        'name = "pg"',
+        'name = "pg"\nstart_alone = "0s"',
+        'start_alone = "0s": must be "off", or a time from 1s to 1h',
+    ),
+    "start_alone of a node": (
+        'local = "/dev/vg0/pg"',
+        'start_alone = "1s"',
+        "start_alone: must be the same on all nodes",
+    ),
+    "deadline of the volume": (
+        'name = "pg"',
+        'name = "pg"\ndeadline = "1s"',
+        "deadline: unknown key here; it stands in a [[remote]] or [[node]] table",
+    ),
+    "deadline that is too short": (
+        'local = "/dev/vg0/pg"',
+        'deadline = "1ms"',
+        'node "beta": deadline = "1ms": must be a time from 100ms to 10min',
+    ),
     "same name in another case": ('"beta"', '"Alpha"', "that differ only in case"),
     "same address": ("10.0.0.2", "10.0.0.1", "have one address, 10.0.0.1:10810"),
     "same address in another spelling": (
@@ -313,8 +378,8 @@ def test_required_keys_may_stand_in_each_node(file: Path) -> None:
     text = GOOD.replace('local = "/srv/pg.img"\n', "")
     text = text.replace('"10.0.0.1:10810"', '"10.0.0.1:10810"\nlocal = "/dev/sdb"')
     file.write_text(text)
-    assert read(file, "alpha").local == "/dev/sdb"
-    assert read(file, "beta").local == "/dev/vg0/pg"
+    assert load(file, "alpha").local == "/dev/sdb"
+    assert load(file, "beta").local == "/dev/vg0/pg"
     file.write_text(text.replace('"/dev/sdb"', '""'))
     assert refusal(file) == (
         'pg.toml: node "alpha": local = "": must be the path of a file or a block '
@@ -331,7 +396,7 @@ def volume_of(file: Path, nodes: int, remotes: int) -> VolumeConfig:
     for index in range(remotes):
         text += f'[[remote]]\nname = "r{index}"\nuri = "nbd://h{index}"\n'
     file.write_text(text)
-    return read(file, "n0")
+    return load(file, "n0")
 
 
 def test_copies_up_to_eight_beside_the_own_one(file: Path) -> None:
@@ -355,19 +420,21 @@ def test_tls_may_be_off(file: Path) -> None:
     """Before the first table; a volume without nodes has no such key."""
     text = GOOD.replace(TLS, "").replace('"10GiB"', '"10GiB"\ntls = "off"')
     file.write_text(text)
-    volume = read(file, "alpha")
+    volume = load(file, "alpha")
     assert volume.tls is not None
     assert not volume.tls.on
     head, _, _ = text.partition("\n[[node]]")
     file.write_text(head + REMOTE)
     assert "tls: is of use only with [[node]] tables" in refusal(file, None)
+    file.write_text(head.replace('tls = "off"', "start_alone = 5") + REMOTE)
+    assert "start_alone: is of use only with [[node]]" in refusal(file, None)
 
 
 def test_tls_by_certificates(file: Path) -> None:
     """Three files, relative to the configuration's folder."""
     three = 'certificate = "a.pem"\nprivate_key = "/k/a.key"\nca = "../ca.pem"'
     file.write_text(GOOD.replace('key = "pg.key"', three))
-    tls = read(file, "alpha").tls
+    tls = load(file, "alpha").tls
     assert tls is not None
     assert tls.on
     assert (f"{file.parent}/a.pem", "/k/a.key") == (tls.certificate, tls.private_key)

@@ -200,7 +200,7 @@ def test_example_configurations_load(page: Path, tmp_path: Path) -> None:
         file = tmp_path / "v.toml"
         file.write_text(text)
         # A volume with nodes is one of this host, which is not alpha.
-        config_module.read(file, "alpha" if "[[node]]" in text else None)
+        config_module.load(file, "alpha" if "[[node]]" in text else None)
 
 
 # --- codes, states, status, files ----------------------------------------
