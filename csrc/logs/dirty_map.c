@@ -495,6 +495,24 @@ dirty_map_pay (struct dirty_map *dm, uint64_t region)
   dirty_map_mark_lost (dm, region, 1);
 }
 
+/* Take what is dirty of the regions [first, end) out of an unflushed map. */
+static void
+settle_run (struct dirty_map *dm, enum dirty_map_index unflushed,
+            uint64_t first, uint64_t end)
+{
+  const struct bitmap *dirty = &dm->map[MAP_DIRTY];
+  uint64_t stop;
+
+  while ((first = bitmap_next_set (dirty, first, end)) < end) {
+    stop = bitmap_next_clear (dirty, first, end);
+    bitmap_clear (&dm->map[unflushed], first, stop - first);
+    first = stop;
+  }
+}
+
+/* The mark has replaced the region's unflushed bits, where it was made.  Where
+ * it was not, the remote is still the only source.
+ */
 void
 dirty_map_forgive (struct dirty_map *dm)
 {
@@ -503,8 +521,8 @@ dirty_map_forgive (struct dirty_map *dm)
   for (; (region = bitmap_next_set (&dm->owed, region, nr)) < nr;
        region = end) {
     end = bitmap_next_clear (&dm->owed, region, nr);
-    bitmap_clear (&dm->map[MAP_UNFLUSHED0], region, end - region);
-    bitmap_clear (&dm->map[MAP_UNFLUSHED1], region, end - region);
+    settle_run (dm, MAP_UNFLUSHED0, region, end);
+    settle_run (dm, MAP_UNFLUSHED1, region, end);
   }
   bitmap_clear_all (&dm->owed);
   bitmap_clear_all (&dm->owed_late);
@@ -533,17 +551,12 @@ dirty_map_empty (struct dirty_map *dm, enum dirty_map_index unflushed)
 void
 dirty_map_settle (struct dirty_map *dm, enum dirty_map_index unflushed)
 {
-  const struct bitmap *dirty = &dm->map[MAP_DIRTY];
-  struct bitmap *map = &dm->map[unflushed];
-  uint64_t nr = map->nr_bits, first = 0, end, stop;
+  const struct bitmap *map = &dm->map[unflushed];
+  uint64_t nr = map->nr_bits, first = 0, end;
 
   for (; (first = bitmap_next_set (map, first, nr)) < nr; first = end) {
     end = bitmap_next_clear (map, first, nr);
-    while ((first = bitmap_next_set (dirty, first, end)) < end) {
-      stop = bitmap_next_clear (dirty, first, end);
-      bitmap_clear (map, first, stop - first);
-      first = stop;
-    }
+    settle_run (dm, unflushed, first, end);
   }
 }
 

@@ -91,8 +91,8 @@ uint64_t dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count);
 /* Set `lost` on those of these regions that are dirty. */
 void dirty_map_mark_lost (struct dirty_map *dm, uint64_t first, uint64_t count);
 /* dirty_map_owe defers a mark of a region, dirty_map_pay makes the deferred
- * mark, dirty_map_forgive drops all deferred marks, and takes their regions out
- * of the unflushed maps.
+ * mark, dirty_map_forgive drops all deferred marks, and takes the regions that
+ * got theirs out of the unflushed maps.
  */
 void dirty_map_owe (struct dirty_map *dm, uint64_t region, bool late);
 void dirty_map_pay (struct dirty_map *dm, uint64_t region);

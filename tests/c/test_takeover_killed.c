@@ -284,10 +284,11 @@ test_while_remotes_are_held (void)
 
 /* A flush of local has failed, and the kill came before the remotes' flush: so
  * only the remotes have what they answered, and not durably.  Then these
- * sessions follow; `second` may be NULL.
+ * sessions follow, the first with the fault; `fault` and `second` may be NULL.
  */
 static void
-run_after_failed_flush (void (*first) (void *), void (*second) (void *))
+run_after_failed_flush (const char *fault, void (*first) (void *),
+                        void (*second) (void *))
 {
   static const struct takeover flush_failed = { .failure = FLUSH };
 
@@ -295,7 +296,7 @@ run_after_failed_flush (void (*first) (void *), void (*second) (void *))
   assert (killed (in_child ("local_flush:3=error,takeover_marked=kill", live,
                             (void *)(uintptr_t)&flush_failed)));
   spoil_local (NR);
-  assert (passed (in_child (NULL, first, NULL)));
+  assert (passed (in_child (fault, first, NULL)));
   if (second)
     assert (passed (in_child (NULL, second, NULL)));
   bench_check_disks (&bench);
@@ -347,7 +348,7 @@ start_and_lose_caches (void *opaque)
 static void
 test_cache_lost_after_the_start (void)
 {
-  run_after_failed_flush (start_and_lose_caches, NULL);
+  run_after_failed_flush (NULL, start_and_lose_caches, NULL);
 }
 
 static bool
@@ -383,7 +384,8 @@ start_and_be_cut_in_a_flush (void *opaque)
 static void
 test_cut_in_the_flush_after_the_start (void)
 {
-  run_after_failed_flush (start_and_be_cut_in_a_flush, start_and_lose_caches);
+  run_after_failed_flush (NULL, start_and_be_cut_in_a_flush,
+                          start_and_lose_caches);
 }
 
 /* --- a client flushes before a remote is back ---------------------------- */
@@ -441,7 +443,7 @@ start_and_flush_early (void *opaque)
 static void
 test_flush_before_a_remote_is_back (void)
 {
-  run_after_failed_flush (start_and_flush_early, NULL);
+  run_after_failed_flush (NULL, start_and_flush_early, NULL);
 }
 
 /* --- a client flushes while the source is away --------------------------- */
@@ -522,15 +524,52 @@ start_and_be_cut_in_a_clients_flush (void *opaque)
   flush_with_all_back ();
 }
 
+static void *
+read_first (void *opaque)
+{
+  uint8_t buf[512];
+
+  (void)opaque;
+  bench_must (nbdm_pread (bench.volume, buf, sizeof buf, 0));
+  over = true;
+  return NULL;
+}
+
+/* Local cannot read a region that was copied back, and the remotes are lost
+ * before they have flushed: nothing changes for the regions that local missed
+ * before.
+ */
+static void
+start_and_be_cut_in_a_takeover (void *opaque)
+{
+  struct nbdm_resync batch
+      = { .max_bytes = BENCH_REGION, .pace.copy_bytes = BENCH_REGION };
+  pthread_t thread;
+
+  (void)opaque;
+  start_with_a_short_hold ();
+  bench_connect_all (&bench);
+  bench_must (nbdm_disk_resync (bench.volume, NBDM_LOCAL, &batch));
+  bench_servers (&bench, SERVERS_HOLD);
+  assert (pthread_create (&thread, NULL, read_first, NULL) == 0);
+  bench_wait_outstanding (&bench, &over);
+  bench_servers (&bench, SERVERS_TAKE);
+  pthread_join (thread, NULL);
+  assert (every_remote_is_lost ());
+  flush_with_all_back ();
+}
+
 /* A flush that covers what only a remote has fails while that remote is lost,
  * though all other disks have flushed.
  */
 static void
 test_flush_while_the_source_is_away (void)
 {
-  run_after_failed_flush (start_and_flush_without_remotes, NULL);
-  run_after_failed_flush (start_and_flush_without_the_source, NULL);
-  run_after_failed_flush (start_and_be_cut_in_a_clients_flush, NULL);
+  run_after_failed_flush (NULL, start_and_flush_without_remotes, NULL);
+  run_after_failed_flush (NULL, start_and_flush_without_the_source, NULL);
+  run_after_failed_flush (NULL, start_and_be_cut_in_a_clients_flush, NULL);
+  run_after_failed_flush ("local_read:1=error,local_read:2=error",
+                          start_and_be_cut_in_a_takeover, NULL);
 }
 
 /* --- local is away at the next start ------------------------------------- */
