@@ -10,10 +10,11 @@
  * silent.  So a command alone on its connection ends after its deadline and its
  * bytes at SLOWEST, whatever the server does.
  *
- * Which bytes count: all received ones, as the protocol allows only answers;
- * sent ones up to the end of the oldest command.  Bytes sent after that prove
- * nothing about the server: the kernel of its host accepts megabytes for a
- * process that hangs.
+ * Which bytes count: all received ones, as the protocol allows only answers,
+ * but not those of a TLS record that holds none, as a server may send these for
+ * ever; sent ones up to the end of the oldest command.  Bytes sent after that
+ * prove nothing about the server: the kernel of its host accepts megabytes for
+ * a process that hangs.
  *
  * How they are counted: for TCP the kernel counts received and acknowledged
  * bytes.  For other sockets the other side has read the bytes that were sent
@@ -48,6 +49,7 @@
 #include "wire/conn.h"
 #include "wire/protocol.h"
 #include "wire/silence.h"
+#include "wire/stream.h"
 #include "wire/transport.h"
 
 #define SLOWEST (8u << 10)        /* bytes a second: a quarter of 256 kbit/s */
@@ -100,6 +102,18 @@ ask_kernel (const struct conn *conn, struct traffic *traffic)
   return true;
 }
 
+/* What has come over TLS: bytes that were opened, and part of a record, which
+ * takes two seconds at SLOWEST.
+ */
+static uint64_t
+came_by_tls (const struct conn *conn, uint64_t before)
+{
+  uint64_t bytes = atomic_load_explicit (&conn->came, memory_order_relaxed);
+
+  bytes += stream_partial (&conn->stream);
+  return bytes > before ? bytes : before;
+}
+
 /* Bytes that have moved since the last time. */
 static struct traffic
 new_traffic (struct conn *conn)
@@ -113,6 +127,8 @@ new_traffic (struct conn *conn)
     s->seen.out = atomic_load_explicit (&conn->went, memory_order_relaxed);
     queue = socket_queue (conn);
   }
+  if (conn->secrets)
+    s->seen.in = came_by_tls (conn, before.in);
   delta.in = s->seen.in - before.in;
   delta.out = s->seen.out - before.out + s->queue;
   delta.out = delta.out > queue ? delta.out - queue : 0;

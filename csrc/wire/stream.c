@@ -28,6 +28,13 @@ plain_has_input (const struct stream *stream)
   return false;
 }
 
+static size_t
+plain_partial (const struct stream *stream)
+{
+  (void)stream;
+  return 0;
+}
+
 /* The end of the stream says it. */
 static void
 plain_part (struct stream *stream)
@@ -45,6 +52,7 @@ const struct stream_kind plain_stream = {
   .receive = plain_receive,
   .send = plain_send,
   .has_input = plain_has_input,
+  .partial = plain_partial,
   .part = plain_part,
   .end = plain_end,
 };

@@ -33,6 +33,10 @@ struct stream_kind {
    * receiving thread calls it.
    */
   bool (*has_input) (const struct stream *stream);
+  /* Bytes that have come and that the receiver cannot have yet, as their record
+   * is not complete.  Any thread may call it.
+   */
+  size_t (*partial) (const struct stream *stream);
   /* Tell the other side that no more will be sent.  No thread sends. */
   void (*part) (struct stream *stream);
   /* Free all but the socket. */
@@ -69,6 +73,12 @@ static inline bool
 stream_has_input (const struct stream *stream)
 {
   return stream->kind->has_input (stream);
+}
+
+static inline size_t
+stream_partial (const struct stream *stream)
+{
+  return stream->kind->partial (stream);
 }
 
 static inline void

@@ -34,6 +34,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -74,6 +75,7 @@ struct tls {
 
   /* The receiving thread's. */
   size_t in_start, in_end;
+  atomic_size_t unopened; /* bytes that came since the last record with some */
   bool over;           /* close_notify, or an error: nothing more is opened */
   int over_with;       /* 0 or an errno */
   const char *trouble; /* GnuTLS's words for the error; or NULL */
@@ -291,6 +293,7 @@ fill (struct stream *stream, int flags)
 
   t->in_start = 0;
   t->in_end = n > 0 ? (size_t)n : 0;
+  atomic_fetch_add (&t->unopened, t->in_end);
   return n;
 }
 
@@ -307,6 +310,8 @@ open_some (struct tls *t, void *to, size_t size)
     n = gnutls_record_recv (t->session, to, size);
     /* A record may hold no byte, or only a key update or a warning. */
   } while (n < 0 && !gnutls_error_is_fatal ((int)n) && t->in_end > t->in_start);
+  if (n > 0)
+    atomic_store (&t->unopened, t->in_end - t->in_start);
   return n < 0 && !gnutls_error_is_fatal ((int)n) ? GNUTLS_E_AGAIN : n;
 }
 
@@ -394,6 +399,15 @@ tls_has_input (const struct stream *stream)
          || gnutls_record_check_pending (t->session) > 0;
 }
 
+/* However many empty records come, they are not more than part of one. */
+static size_t
+tls_partial (const struct stream *stream)
+{
+  size_t bytes = atomic_load (&stream->tls->unopened);
+
+  return bytes < RECORD_ROOM ? bytes : RECORD_ROOM;
+}
+
 /* --- Coming and going ------------------------------------------------------
  */
 
@@ -428,6 +442,7 @@ static const struct stream_kind tls_stream = {
   .receive = tls_receive,
   .send = tls_send,
   .has_input = tls_has_input,
+  .partial = tls_partial,
   .part = tls_part,
   .end = tls_end,
 };
@@ -442,6 +457,7 @@ tls_new (unsigned flags)
   /* Not the buffers: their pages stay untouched until they are used. */
   memset (t, 0, offsetof (struct tls, staged));
   t->in_start = t->in_end = 0;
+  atomic_init (&t->unopened, 0);
   t->over = false;
   t->over_with = 0;
   t->trouble = NULL;

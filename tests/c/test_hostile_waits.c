@@ -316,7 +316,7 @@ test_handshake_without_end (void)
     pthread_join (v.thread, NULL);
     close (v.listener);
     if (!tcp)
-      unlink (strchr (flood_uri, '=') + 1);
+      unlink (v.where);
   }
   v.tcp = false;
 }
@@ -329,8 +329,10 @@ main (void)
   alarm (150); /* nothing here may hang */
   is_libnbd = transport && strcmp (transport, "libnbd") == 0;
   RUN (test_stops_reading);
-  RUN (test_answered_thread_sends_for_no_other);
-  RUN (test_crowd_keeps_no_thread);
-  RUN (test_handshake_without_end);
+  if (!getenv ("NBDM_TEST_TLS")) { /* they watch the bytes that leave */
+    RUN (test_answered_thread_sends_for_no_other);
+    RUN (test_crowd_keeps_no_thread);
+    RUN (test_handshake_without_end);
+  }
   return 0;
 }

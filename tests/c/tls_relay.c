@@ -20,6 +20,8 @@
 #include "tls_relay.h"
 
 #define CARRIED 16384u
+#define BABBLE_MS 20
+#define BABBLE_BYTES 4096u
 
 /* One direction: bytes that were taken in and have not all gone out. */
 struct load {
@@ -39,6 +41,7 @@ struct relay {
   struct timespec updated;
 };
 
+atomic_bool tls_relay_babbles;
 static char psk_file[64];
 
 static void
@@ -155,7 +158,15 @@ wait_for_either (struct relay *r)
   if (fds[0].events == 0)
     fds[0].fd = -1; /* its end would be reported for ever */
   if (gnutls_record_check_pending (r->session) == 0 || r->down.end > 0)
-    (void)poll (fds, 2, -1);
+    (void)poll (fds, 2, r->server_psk ? BABBLE_MS : -1);
+}
+
+/* Not in the middle of a record that has gone out in part. */
+static void
+babble (struct relay *r)
+{
+  if (r->server_psk && tls_relay_babbles && r->up.end == 0 && !r->up_closed)
+    (void)gnutls_record_send2 (r->session, "", 0, BABBLE_BYTES, 0);
 }
 
 /* Not in the middle of a record that has gone out in part. */
@@ -197,6 +208,7 @@ carry (void *opaque)
   struct relay *r = opaque;
 
   while (take_plain (r) && give_secure (r) && update_keys (r)) {
+    babble (r);
     take_secure (r);
     if (!give_plain (r))
       break;
@@ -339,12 +351,18 @@ secure_peer (int fd)
 }
 
 void
+tls_relay_secure_peers (void)
+{
+  wire_secure = secure_peer;
+}
+
+void
 peer_uri (char *uri, size_t size, const char *socket)
 {
   int n;
 
   if (getenv ("NBDM_TEST_TLS")) {
-    wire_secure = secure_peer;
+    tls_relay_secure_peers ();
     n = snprintf (uri, size, "nbds+unix://%s@/?socket=%s&tls-psk-file=%s",
                   TLS_RELAY_USER, socket, tls_relay_psk_file ());
   }

@@ -7,6 +7,8 @@
 #ifndef NBDM_TLS_RELAY_H
 #define NBDM_TLS_RELAY_H
 
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 #define TLS_RELAY_USER "mirror"
@@ -31,6 +33,13 @@ int tls_relay_with (int fd, const struct tls_options *options);
 /* The same, as usual; it must not fail. */
 int tls_relay (int fd);
 
+/* Peers with TLS send records that hold nothing but padding, 200 KiB of them a
+ * second.
+ */
+extern atomic_bool tls_relay_babbles;
+
+/* Peers have TLS from now on. */
+void tls_relay_secure_peers (void);
 /* The URI of a peer (nbd_peer.c) at that socket: with TLS, which the peers then
  * have too, in run-one's "tls".
  */

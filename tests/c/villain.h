@@ -21,6 +21,7 @@
 #include "wire/transport.h"
 #include "test.h"
 #include "nbd_wire.h"
+#include "tls_relay.h"
 
 #define VILLAIN_SIZE (64u << 20) /* bytes of the disk it says it has */
 
@@ -43,11 +44,12 @@ assert_over (struct waiting *w)
 }
 
 struct villain {
-  bool tcp;
+  bool tcp, tls; /* TLS: also of all, in run-one's "tls" */
   int room; /* bytes it takes before it reads them, or 0: as the kernel has it
              */
   uint64_t size; /* of its disk, or 0: VILLAIN_SIZE */
   int listener, fd;
+  char where[108]; /* its address */
   pthread_t thread;
   struct conn *conn; /* the client's end */
 };
@@ -61,6 +63,28 @@ villain_greet (void *opaque)
   assert (v->fd >= 0);
   assert (wire_handshake (v->fd, v->size ? v->size : VILLAIN_SIZE, false));
   return NULL;
+}
+
+static TEST_UNUSED void
+villain_uri (struct villain *v, char *uri, size_t max)
+{
+  const char *scheme = "nbd", *user = "";
+  int n;
+
+  v->tls = v->tls || getenv ("NBDM_TEST_TLS");
+  if (v->tls) {
+    scheme = "nbds";
+    user = TLS_RELAY_USER "@";
+    tls_relay_secure_peers ();
+  }
+  n = v->tcp ? snprintf (uri, max, "%s://%s%s/?", scheme, user, v->where)
+             : snprintf (uri, max, "%s+unix://%s/?socket=%s&", scheme, user,
+                         v->where);
+  if (v->tls)
+    snprintf (uri + n, max - (size_t)n, "tls-psk-file=%s",
+              tls_relay_psk_file ());
+  else
+    uri[n - 1] = '\0';
 }
 
 static TEST_UNUSED void
@@ -81,22 +105,23 @@ villain_listen (struct villain *v, char *uri, size_t max)
   if (v->tcp) {
     assert (bind (v->listener, (struct sockaddr *)&in, sizeof in) == 0);
     assert (getsockname (v->listener, (struct sockaddr *)&in, &size) == 0);
-    snprintf (uri, max, "nbd://127.0.0.1:%d", ntohs (in.sin_port));
+    snprintf (v->where, sizeof v->where, "127.0.0.1:%d", ntohs (in.sin_port));
   }
   else {
     snprintf (un.sun_path, sizeof un.sun_path, "/tmp/nbdm-villain.%d.%lx",
               getpid (), (unsigned long)pthread_self ());
     unlink (un.sun_path);
     assert (bind (v->listener, (struct sockaddr *)&un, sizeof un) == 0);
-    snprintf (uri, max, "nbd+unix:///?socket=%s", un.sun_path);
+    snprintf (v->where, sizeof v->where, "%s", un.sun_path);
   }
+  villain_uri (v, uri, max);
   assert (listen (v->listener, 1) == 0);
 }
 
 static TEST_UNUSED int
 villain_attempt (struct villain *v)
 {
-  char uri[160];
+  char uri[400];
   int rc;
 
   villain_listen (v, uri, sizeof uri);
@@ -105,7 +130,7 @@ villain_attempt (struct villain *v)
   pthread_join (v->thread, NULL);
   close (v->listener);
   if (!v->tcp)
-    unlink (strchr (uri, '=') + 1);
+    unlink (v->where);
   return rc;
 }
 
