@@ -448,6 +448,7 @@ struct nbdm_limits {
   uint32_t max_clients;
   uint32_t stall_ms; /* how long a client that blocks others may move nothing */
   uint64_t max_memory; /* bytes of all clients' requests together */
+  uint32_t call_ms;    /* how long another node's call may go unanswered */
 };
 
 /* Serve the volume to clients of `nr` listening sockets, which the caller still
@@ -474,6 +475,21 @@ struct nbdm_tls {
  */
 int nbdm_server_tls (struct direct_server *server, uint32_t listener,
                      const struct nbdm_tls *files);
+
+enum nbdm_listener_kind {
+  NBDM_CLIENTS = 0, /* the volume, under any name: how a listener begins */
+  NBDM_NODES = 1,   /* other nodes: NAME.meta, NAME.dirty, and claims */
+  NBDM_CLOSED = 2   /* nothing: every client gets a text that says why */
+};
+
+/* What the clients of that listening socket get from now on; those in
+ * transmission keep what they have.  `text`, of at most NBDM_TEXT_LEN - 1
+ * bytes, is for NBDM_CLOSED: who is primary, which command helps.  NULL: "".
+ * Any thread may call it at any time.  -EINVAL.
+ */
+#define NBDM_TEXT_LEN 512 /* bytes of a refusal, with the NUL */
+int nbdm_server_listener (struct direct_server *server, uint32_t listener,
+                          uint32_t kind, const char *text);
 
 /* The limit of clients: lower than requested if descriptors are short. */
 uint32_t nbdm_server_max_clients (const struct direct_server *server);
@@ -502,6 +518,90 @@ int nbdm_server_drain (struct direct_server *server, uint32_t timeout_ms);
 
 /* After nbdm_server_run has returned. */
 void nbdm_server_close (struct direct_server *server);
+
+/* --- Calls of other nodes, at the direct door -------------------------- */
+
+/* docs/PROTOCOL.md has the bytes.  C moves them; one thread of the caller, the
+ * control thread, takes each call, judges it and answers it.
+ */
+#define NBDM_CALL_LEN 65536 /* bytes of a request and of a reply, at most */
+
+enum nbdm_call_kind {
+  /* Another node claims the disk; `words` are the export's name, which begins
+   * with "NAME@" and has only printable ASCII, 255 bytes at most.  Rc 0 grants,
+   * and requests may come at once; else the bytes are the text of the refusal.
+   */
+  NBDM_CALL_CLAIM = 1,
+  /* A request to NAME.meta; `words` may be any bytes.  The bytes of the answer
+   * are the reply, with rc 0, or the text of a refusal.
+   */
+  NBDM_CALL_META = 2,
+  /* Another node opens NAME.dirty; no words.  The bytes of the answer are the
+   * export's content, or the text of a refusal.
+   */
+  NBDM_CALL_DIRTY = 3,
+  /* The last connection of a claim has ended, and none of its requests is under
+   * way at the disk; `words` are the export's name.  `clean`: each connection
+   * said goodbye (NBD_CMD_DISC) after its last answer.  No answer.
+   */
+  NBDM_CALL_SESSION_ENDED = 4
+};
+
+struct nbdm_call {
+  uint64_t number; /* for the answer; never 0 */
+  uint32_t kind;   /* enum nbdm_call_kind */
+  uint32_t clean;
+  uint32_t size; /* bytes of words */
+  uint8_t words[NBDM_CALL_LEN];
+};
+
+/* Wait for the next call; ended sessions come first.  -EAGAIN: the time is
+ * over; -ESHUTDOWN: nbdm_server_run has returned, and no call is left.
+ */
+int nbdm_server_next_call (struct direct_server *server, struct nbdm_call *call,
+                           uint32_t timeout_ms);
+
+/* As nbdm_server_next_call, for NBDM_CALL_SESSION_ENDED alone, without a wait.
+ * After a fence and before the answer to the claim: a session that the fence
+ * cut is reported here, and what it leaves behind (doubts) must be stored
+ * before the next session may write.  -EAGAIN: none.
+ */
+int nbdm_server_next_ended (struct direct_server *server,
+                            struct nbdm_call *call);
+
+/* Answer a call; `bytes` are copied.  A claim of a name that has connections is
+ * one more connection of that session.  -ENOENT: no one waits for it any more:
+ * the other node left, or the time was over; -ESTALE: a granted claim was
+ * refused all the same, as a connection of that session has ended; -EINVAL:
+ * more bytes than the kind allows; -ENOMEM.
+ */
+int nbdm_server_answer (struct direct_server *server, uint64_t number, int rc,
+                        const void *bytes, uint64_t size);
+
+/* Cut every connection of a claim but those of this call (0: none), and wait
+ * until none of their requests is under way at the disk, nor can come there.
+ * Claims that are granted later are not cut: one thread judges and fences.
+ * Returns how many connections were cut.  -ETIMEDOUT: some requests are still
+ * under way; the connections are cut, and another fence waits for them.
+ */
+int nbdm_server_fence (struct direct_server *server, uint64_t keep_call,
+                       uint32_t timeout_ms);
+
+/* Connect to an export NAME.meta (nbd://, nbds://, or +unix), make one call,
+ * disconnect; no volume is needed.  `timeout_ms` bounds all of it, but not the
+ * resolution of a host's name.  Returns the reply's length, without the NULs at
+ * its end.  -ECONNREFUSED: the other node refuses, the message has its text;
+ * -EMSGSIZE: the reply needs more room; -EPROTO: the other side is no node of
+ * ours; -ETIMEDOUT and so on.
+ */
+int nbdm_call (const char *uri, const void *request, uint32_t size, void *reply,
+               uint32_t room, uint32_t timeout_ms);
+
+/* The same for an export NAME.dirty: read all its bytes.  -ERANGE: it has
+ * another size.
+ */
+int nbdm_fetch (const char *uri, void *bits, uint64_t size,
+                uint32_t timeout_ms);
 
 /* --- The log --------------------------------------------------------- */
 

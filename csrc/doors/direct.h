@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The direct door: our own NBD server, in seven files and the list of exports
- * (export.c).
+/* The direct door: our own NBD server, in seven files, the list of exports
+ * (export.c), and the files for other nodes.
  *
  *   direct_server.c     listens, accepts, ends
  *   direct_clients.c    which clients are connected, and which may be
@@ -10,6 +10,11 @@
  *   direct_session.c    a client's requests and answers
  *   direct_io.c         translates a client's request for the executor
  *   direct_answer.c     makes an answer's bytes and sends them
+ *
+ *   node_handshake.c    what other nodes find at the door, and closed doors
+ *   node_calls.c        the questions that Python answers
+ *   node_session.c      the exports NAME.meta and NAME.dirty
+ *   claims.c            the connections that may write, and their end
  *
  * A session is one thread with a lane of the executor (executor/lane.c), which
  * carries out its requests.  A worker sends its answer straight to the socket.
@@ -23,6 +28,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/queue.h>
 
 #include "api.h"
 #include "base/atomics.h"
@@ -30,6 +36,7 @@
 #include "wire/protocol.h"
 #include "wire/stream.h"
 
+struct claim;
 struct direct_server;
 struct exported;
 struct tls_secrets;
@@ -79,6 +86,13 @@ struct clients {
 
 enum stage { SHAKING_HANDS, ADMITTED, PUT_OUT };
 
+/* What another node reads and writes in place of the disk; node_session.c. */
+struct record {
+  enum { RECORD_NONE, RECORD_META, RECORD_DIRTY } kind;
+  uint8_t *bytes; /* of RECORD_DIRTY */
+  uint32_t size;
+};
+
 /* The result of the handshake. */
 struct agreed {
   bool structured;   /* replies */
@@ -113,10 +127,12 @@ struct session {
   struct stream stream;              /* over fd */
   const struct tls_secrets *secrets; /* NULL: without TLS */
   uint64_t number;                   /* of the connection, for the log */
-  uint64_t origin; /* its host, or its user on this host; see clients_add */
+  uint64_t origin;   /* its host, or its user on this host; see clients_add */
+  uint32_t listener; /* the number of its listening socket */
   struct agreed agreed;
-  struct lane lane;   /* its thread's; other threads ring its box */
-  atomic_bool ending; /* server or volume end: receive no more requests */
+  struct record record; /* or RECORD_NONE: the disk */
+  struct lane lane;     /* its thread's; other threads ring its box */
+  atomic_bool ending;   /* server or volume end: receive no more requests */
   atomic_bool shaking_hands;
   atomic_bool asked;     /* the client has sent a request */
   atomic_u64 receiving;  /* size of the buffer that a payload fills, or 0 */
@@ -128,6 +144,12 @@ struct session {
   enum stage stage;
   uint64_t admitted_ns;
   struct pace least, whole; /* see budget_press */
+
+  /* Under the calls'; see claims.c. */
+  struct claim *claim; /* that it is a connection of, or NULL */
+  TAILQ_ENTRY (session) of_claim;
+  uint64_t call; /* that granted it */
+  bool cut;
 
   /* Under the budget's. */
   struct session *next_waiting;
@@ -145,6 +167,8 @@ struct session {
   bool no_more;       /* the end of the stream, or of the server */
   bool ended;  /* the client disconnected or sent nonsense: no requests */
   bool closed; /* by the client: poll would report it forever */
+  bool claims; /* the disk, with a claim: `claim` is not NULL */
+  bool parted; /* the client disconnected after its last answer */
 
   pthread_mutex_t lock;    /* protects all below; before the budget's */
   struct op *first, *last; /* answers to send */

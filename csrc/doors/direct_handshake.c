@@ -33,30 +33,15 @@
 #include "doors/direct_handshake.h"
 #include "doors/direct_server.h"
 #include "doors/export.h"
+#include "doors/handshake.h"
+#include "doors/node_handshake.h"
 #include "wire/protocol.h"
 #include "wire/stream.h"
 #include "wire/tls.h"
 
-#define MAX_OPTION 8192u        /* bytes; names are up to 4096 */
 #define MAX_REFUSED (32u << 20) /* longer ones end the connection */
 #define SILENCE_S 30
 #define CONTEXT "base:allocation"
-
-struct handshake {
-  struct session *session;
-  struct stream *stream;
-  const struct exports *exports;
-  const struct exported *mapped; /* the export of the agreed context, or NULL */
-  struct agreed *agreed;
-  bool needs_tls; /* the client must ask for it next */
-  bool no_zeroes;
-  uint32_t option;
-  uint32_t length;
-  uint8_t data[MAX_OPTION];
-};
-
-/* The result of an option; -errno ends the connection. */
-enum next { ANOTHER_OPTION = 0, TRANSMISSION = 1 };
 
 static int
 read_all (const struct handshake *h, void *buf, size_t size)
@@ -92,8 +77,9 @@ send_all (const struct handshake *h, struct iovec *iov, int nr)
   return (size_t)n == size ? 0 : -ECONNRESET;
 }
 
-static int
-reply (const struct handshake *h, uint32_t type, const void *data, size_t size)
+int
+handshake_reply (const struct handshake *h, uint32_t type, const void *data,
+                 size_t size)
 {
   struct nbd_option_reply head = { .magic = htobe64 (NBD_OPTION_REPLY),
                                    .option = htobe32 (h->option),
@@ -105,61 +91,17 @@ reply (const struct handshake *h, uint32_t type, const void *data, size_t size)
   return send_all (h, iov, size > 0 ? 2 : 1);
 }
 
-/* Refuse an option, with a reason for a person to read. */
-static int __attribute__ ((format (printf, 3, 4)))
-refuse (const struct handshake *h, uint32_t type, const char *fmt, ...)
+int
+handshake_refuse (const struct handshake *h, uint32_t type, const char *fmt,
+                  ...)
 {
-  char words[160];
+  char words[NBDM_TEXT_LEN];
   va_list args;
 
   va_start (args, fmt);
   vsnprintf (words, sizeof words, fmt, args);
   va_end (args);
-  return reply (h, type, words, strlen (words));
-}
-
-/* --- Parsing an option ---------------------------------------------- */
-
-struct cursor {
-  const uint8_t *at;
-  uint32_t left;
-  bool bad; /* a read went past the end */
-};
-
-static const uint8_t *
-take (struct cursor *c, uint32_t size)
-{
-  const uint8_t *at = c->at;
-
-  if (c->bad || size > c->left) {
-    c->bad = true;
-    return NULL;
-  }
-  c->at += size;
-  c->left -= size;
-  return at;
-}
-
-static uint32_t
-take_u32 (struct cursor *c)
-{
-  const uint8_t *at = take (c, 4);
-  uint32_t value = 0;
-
-  if (at)
-    memcpy (&value, at, 4);
-  return be32toh (value);
-}
-
-static uint16_t
-take_u16 (struct cursor *c)
-{
-  const uint8_t *at = take (c, 2);
-  uint16_t value = 0;
-
-  if (at)
-    memcpy (&value, at, 2);
-  return be16toh (value);
+  return handshake_reply (h, type, words, strlen (words));
 }
 
 /* --- The options --------------------------------------------------------- */
@@ -212,7 +154,8 @@ list_one (const struct handshake *h, const char *name)
   } entry = { .length = htobe32 ((uint32_t)strlen (name)) };
 
   memcpy (entry.name, name, strlen (name));
-  return reply (h, NBD_REP_SERVER, &entry, sizeof entry.length + strlen (name));
+  return handshake_reply (h, NBD_REP_SERVER, &entry,
+                          sizeof entry.length + strlen (name));
 }
 
 static int
@@ -222,11 +165,11 @@ list (struct handshake *h)
   int rc = 0;
 
   if (h->length > 0)
-    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_INVALID, NULL, 0);
   TAILQ_FOREACH (e, h->exports, entry)
     if (rc == 0)
       rc = list_one (h, e->name);
-  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+  return rc < 0 ? rc : handshake_reply (h, NBD_REP_ACK, NULL, 0);
 }
 
 static int
@@ -238,7 +181,8 @@ send_description (const struct handshake *h, const struct exported *e)
   } info = { .type = htobe16 (NBD_INFO_DESCRIPTION) };
 
   nbdm_chain (e->executor.volume, info.words, sizeof info.words);
-  return reply (h, NBD_REP_INFO, &info, sizeof info.type + strlen (info.words));
+  return handshake_reply (h, NBD_REP_INFO, &info,
+                          sizeof info.type + strlen (info.words));
 }
 
 static int
@@ -254,13 +198,13 @@ send_infos (struct handshake *h, const struct exported *e, bool block_size,
           .minimum = htobe32 (nbdm_min_block (e->executor.volume)),
           .preferred = htobe32 (NBDM_PREFERRED_BLOCK),
           .maximum = htobe32 (NBDM_MAX_REQUEST) };
-  int rc = reply (h, NBD_REP_INFO, &export, sizeof export);
+  int rc = handshake_reply (h, NBD_REP_INFO, &export, sizeof export);
 
   if (rc == 0 && block_size)
-    rc = reply (h, NBD_REP_INFO, &block, sizeof block);
+    rc = handshake_reply (h, NBD_REP_INFO, &block, sizeof block);
   if (rc == 0 && description)
     rc = send_description (h, e);
-  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+  return rc < 0 ? rc : handshake_reply (h, NBD_REP_ACK, NULL, 0);
 }
 
 /* Find the export by the name that comes next. */
@@ -273,41 +217,61 @@ take_export (const struct handshake *h, struct cursor *c)
   return exports_find (h->exports, name ? name : h->data, name ? length : 0);
 }
 
-static int
-info_or_go (struct handshake *h)
+bool
+handshake_take_wanted (const struct handshake *h, struct wanted *wanted)
 {
   struct cursor c = { h->data, h->length, false };
-  bool block_size = false, description = false;
-  struct exported *e = take_export (h, &c);
+  uint32_t length = take_u32 (&c);
+  const uint8_t *name = take (&c, length);
   uint16_t nr = take_u16 (&c);
-  int rc;
 
+  *wanted = (struct wanted){ .name = name, .length = name ? length : 0 };
   for (uint16_t i = 0; i < nr && !c.bad; i++) {
     uint16_t info = take_u16 (&c);
 
-    block_size |= info == NBD_INFO_BLOCK_SIZE && !c.bad;
-    description |= info == NBD_INFO_DESCRIPTION && !c.bad;
+    wanted->block_size |= info == NBD_INFO_BLOCK_SIZE && !c.bad;
+    wanted->description |= info == NBD_INFO_DESCRIPTION && !c.bad;
   }
-  if (c.bad || c.left > 0)
-    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
-  rc = h->option == NBD_OPT_GO ? clients_admit (h->session) : 0;
+  return !c.bad && c.left == 0;
+}
+
+int
+handshake_enter (struct handshake *h, struct exported *e, bool block_size,
+                 bool description)
+{
+  int rc = clients_admit (h->session);
+
   if (rc == -EUSERS)
-    return refuse (h, NBD_REP_ERR_POLICY, "%s", last_error ());
+    return handshake_refuse (h, NBD_REP_ERR_POLICY, "%s", last_error ());
   if (rc == 0)
     rc = send_infos (h, e, block_size, description);
-  if (rc < 0 || h->option != NBD_OPT_GO)
-    return rc; /* or another option */
+  if (rc < 0)
+    return rc;
   choose (h, e);
   return TRANSMISSION;
+}
+
+static int
+info_or_go (struct handshake *h)
+{
+  struct wanted wanted;
+  struct exported *e;
+
+  if (!handshake_take_wanted (h, &wanted))
+    return handshake_reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  e = exports_find (h->exports, wanted.name, wanted.length);
+  if (h->option == NBD_OPT_GO)
+    return handshake_enter (h, e, wanted.block_size, wanted.description);
+  return send_infos (h, e, wanted.block_size, wanted.description);
 }
 
 static int
 structured_reply (struct handshake *h)
 {
   if (h->length > 0)
-    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_INVALID, NULL, 0);
   h->agreed->structured = true;
-  return reply (h, NBD_REP_ACK, NULL, 0);
+  return handshake_reply (h, NBD_REP_ACK, NULL, 0);
 }
 
 /* Does a query ask for the only context?  In a list, "base:" does too. */
@@ -349,7 +313,7 @@ meta_context (struct handshake *h)
   if (!listing)
     h->agreed->block_status = false; /* an earlier choice is void */
   if (c.bad || c.left > 0 || !h->agreed->structured)
-    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_INVALID, NULL, 0);
   if (listing && nr == 0)
     wanted = true;
   if (!listing) {
@@ -357,14 +321,14 @@ meta_context (struct handshake *h)
     h->mapped = e;
   }
   if (wanted)
-    rc = reply (h, NBD_REP_META_CONTEXT, &context, sizeof context);
-  return rc < 0 ? rc : reply (h, NBD_REP_ACK, NULL, 0);
+    rc = handshake_reply (h, NBD_REP_META_CONTEXT, &context, sizeof context);
+  return rc < 0 ? rc : handshake_reply (h, NBD_REP_ACK, NULL, 0);
 }
 
 static int
 leave (struct handshake *h)
 {
-  (void)reply (h, NBD_REP_ACK, NULL, 0);
+  (void)handshake_reply (h, NBD_REP_ACK, NULL, 0);
   return -ECONNRESET;
 }
 
@@ -374,7 +338,7 @@ needs_tls (struct handshake *h)
 {
   if (h->option == NBD_OPT_EXPORT_NAME)
     return -EPROTO;
-  return refuse (h, NBD_REP_ERR_TLS_REQD, "this server needs TLS");
+  return handshake_refuse (h, NBD_REP_ERR_TLS_REQD, "this server needs TLS");
 }
 
 static int
@@ -383,10 +347,10 @@ start_tls (struct handshake *h)
   int rc;
 
   if (h->session->secrets == NULL)
-    return reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
   if (!h->needs_tls || h->length > 0)
-    return reply (h, NBD_REP_ERR_INVALID, NULL, 0);
-  rc = reply (h, NBD_REP_ACK, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_INVALID, NULL, 0);
+  rc = handshake_reply (h, NBD_REP_ACK, NULL, 0);
   if (rc < 0)
     return rc;
   rc = tls_accept (h->stream, h->session->secrets,
@@ -415,9 +379,9 @@ too_long (struct handshake *h)
   }
   if (h->needs_tls)
     return needs_tls (h);
-  return refuse (h, NBD_REP_ERR_TOO_BIG,
-                 "an option of %u bytes: at most %u are allowed", h->length,
-                 MAX_OPTION);
+  return handshake_refuse (h, NBD_REP_ERR_TOO_BIG,
+                           "an option of %u bytes: at most %u are allowed",
+                           h->length, MAX_OPTION);
 }
 
 static int
@@ -431,6 +395,9 @@ answer_option (struct handshake *h)
   }
   if (h->needs_tls)
     return needs_tls (h);
+  if (direct_listener (h->session, NULL) != NBDM_CLIENTS
+      && h->option != NBD_OPT_STRUCTURED_REPLY)
+    return node_option (h);
   switch (h->option) {
   case NBD_OPT_EXPORT_NAME:
     return export_name (h);
@@ -445,7 +412,7 @@ answer_option (struct handshake *h)
   case NBD_OPT_SET_META_CONTEXT:
     return meta_context (h);
   default:
-    return reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
+    return handshake_reply (h, NBD_REP_ERR_UNSUP, NULL, 0);
   }
 }
 

@@ -25,12 +25,14 @@
 #include "api.h"
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/lock.h"
 #include "base/thread.h"
 #include "doors/direct.h"
 #include "doors/direct_clients.h"
 #include "doors/direct_server.h"
 #include "doors/direct_session.h"
 #include "doors/export.h"
+#include "doors/node_calls.h"
 #include "wire/receive.h"
 #include "wire/tls_secrets.h"
 
@@ -40,6 +42,9 @@
 struct listener {
   int fd;                      /* the caller closes it */
   struct tls_secrets *secrets; /* NULL: without TLS */
+  /* Under the server's lock. */
+  uint32_t kind; /* enum nbdm_listener_kind */
+  char text[NBDM_TEXT_LEN];
 };
 
 struct direct_server {
@@ -47,6 +52,8 @@ struct direct_server {
   struct clients clients;
   struct listener listeners[NBDM_MAX_LISTENERS];
   uint32_t nr_listeners;
+  pthread_mutex_t lock; /* of the listeners; none is taken under it */
+  struct node_calls calls;
   int end_fd; /* an eventfd: nbdm_server_end */
   uint64_t accepted;
 };
@@ -79,6 +86,7 @@ session_free (struct session *s)
 {
   lane_destroy (&s->lane);
   free (s->inbox);
+  free (s->record.bytes);
   stream_end (&s->stream);
   close_socket (s->fd);
   pthread_mutex_destroy (&s->lock);
@@ -103,7 +111,7 @@ set_options (int fd)
 
 static struct session *
 session_new (struct direct_server *server, int fd,
-             const struct tls_secrets *secrets)
+             const struct listener *listener)
 {
   struct session *s = calloc (1, sizeof *s);
 
@@ -114,7 +122,8 @@ session_new (struct direct_server *server, int fd,
   s->server = server;
   s->fd = fd;
   s->stream = stream_plain (fd);
-  s->secrets = secrets;
+  s->secrets = listener->secrets;
+  s->listener = (uint32_t)(listener - server->listeners);
   s->number = ++server->accepted;
   atomic_init (&s->shaking_hands, true);
   pthread_mutex_init (&s->lock, NULL);
@@ -141,9 +150,9 @@ session_main (void *opaque)
 
 static int
 begin_session (struct direct_server *server, int fd,
-               const struct tls_secrets *secrets)
+               const struct listener *listener)
 {
-  struct session *s = session_new (server, fd, secrets);
+  struct session *s = session_new (server, fd, listener);
   int rc;
 
   if (s == NULL)
@@ -169,7 +178,7 @@ accept_one (struct direct_server *server, const struct listener *listener)
 
   if (fd < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED))
     return true;
-  if (fd >= 0 && begin_session (server, fd, listener->secrets) == 0)
+  if (fd >= 0 && begin_session (server, fd, listener) == 0)
     return true;
   (void)clients_make_room (&server->clients);
   return false;
@@ -230,6 +239,8 @@ nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
     receive_prepare (listen_fds[i]);
     server->listeners[server->nr_listeners++].fd = listen_fds[i];
   }
+  pthread_mutex_init (&server->lock, NULL);
+  node_calls_init (&server->calls, limits->call_ms);
   clients_init (&server->clients, limits);
   *out = server;
   return 0;
@@ -250,6 +261,44 @@ nbdm_server_tls (struct direct_server *server, uint32_t listener,
   tls_secrets_free (server->listeners[listener].secrets);
   server->listeners[listener].secrets = secrets;
   return 0;
+}
+
+int
+nbdm_server_listener (struct direct_server *server, uint32_t listener,
+                      uint32_t kind, const char *text)
+{
+  size_t size = text ? strlen (text) : 0;
+
+  if (listener >= server->nr_listeners)
+    return set_message (-EINVAL, "there is no listener %u", listener);
+  if (kind > NBDM_CLOSED)
+    return set_message (-EINVAL, "there is no kind %u of listeners", kind);
+  if (size >= NBDM_TEXT_LEN)
+    return set_message (-EINVAL, "a listener's text has %u bytes at most",
+                        NBDM_TEXT_LEN - 1);
+  LOCK_FOR_SCOPE (&server->lock);
+  server->listeners[listener].kind = kind;
+  memset (server->listeners[listener].text, 0, NBDM_TEXT_LEN);
+  if (size > 0)
+    memcpy (server->listeners[listener].text, text, size);
+  return 0;
+}
+
+uint32_t
+direct_listener (const struct session *s, char *text)
+{
+  const struct listener *listener = &s->server->listeners[s->listener];
+
+  LOCK_FOR_SCOPE (&s->server->lock);
+  if (text)
+    memcpy (text, listener->text, NBDM_TEXT_LEN);
+  return listener->kind;
+}
+
+struct node_calls *
+direct_calls (struct direct_server *server)
+{
+  return &server->calls;
 }
 
 struct exports *
@@ -293,6 +342,7 @@ nbdm_server_run (struct direct_server *server)
   accept_all (server);
   end_sessions (server);
   exports_end (&server->exports);
+  node_calls_over (&server->calls);
 }
 
 void
@@ -315,6 +365,8 @@ nbdm_server_close (struct direct_server *server)
 {
   close (server->end_fd);
   clients_destroy (&server->clients);
+  node_calls_destroy (&server->calls);
+  pthread_mutex_destroy (&server->lock);
   exports_free (&server->exports);
   for (uint32_t i = 0; i < server->nr_listeners; i++)
     tls_secrets_free (server->listeners[i].secrets);

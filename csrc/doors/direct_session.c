@@ -23,6 +23,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/lock.h"
+#include "doors/claims.h"
 #include "doors/direct.h"
 #include "doors/direct_answer.h"
 #include "doors/direct_handshake.h"
@@ -31,6 +32,7 @@
 #include "doors/direct_server.h"
 #include "doors/direct_session.h"
 #include "doors/export.h"
+#include "doors/node_session.h"
 #include "executor/lane.h"
 #include "wire/mailbox.h"
 #include "wire/protocol.h"
@@ -156,6 +158,18 @@ may_take_more (struct session *s, size_t room)
   return may;
 }
 
+/* Has every request been carried out?  Answers on their way may remain. */
+static bool
+has_all_answers (struct session *s)
+{
+  uint32_t nr = 0;
+
+  LOCK_FOR_SCOPE (&s->lock);
+  for (const struct op *op = s->first; op; op = op->next)
+    nr++;
+  return nr == s->nr_ops && !s->dead;
+}
+
 /* Make an op from the next request's header; NULL: none has come. */
 static struct op *
 take_header (struct session *s)
@@ -177,8 +191,10 @@ take_header (struct session *s)
   if (!atomic_load_explicit (&s->asked, memory_order_relaxed))
     atomic_store (&s->asked, true);
   if (wire.magic != htobe32 (NBD_REQUEST_MAGIC) || type == NBD_CMD_DISC) {
-    if (type != NBD_CMD_DISC)
+    if (type != NBD_CMD_DISC || wire.magic != htobe32 (NBD_REQUEST_MAGIC))
       direct_log (s, "it sent a request without the magic number of one");
+    else
+      s->parted = has_all_answers (s);
     s->ended = true;
     return NULL;
   }
@@ -383,6 +399,29 @@ serve (struct session *s)
   } while (wait_and_receive (s));
 }
 
+/* The requests of a client that may use the disk. */
+static void
+serve_disk (struct session *s)
+{
+  struct nbdm *v = s->exported->executor.volume;
+
+  if (!s->claims)
+    nbdm_count_client (v, +1);
+  serve (s);
+  if (!s->claims)
+    nbdm_count_client (v, -1);
+  claims_leave (s, s->parted); /* none of its requests is at the disk */
+}
+
+static void
+say_goodbye (struct session *s)
+{
+  if (atomic_load (&s->ending) && !s->dead)
+    answers_part (s);
+  else if (!s->dead)
+    stream_part (&s->stream);
+}
+
 void
 session_run (struct session *s)
 {
@@ -390,17 +429,16 @@ session_run (struct session *s)
 
   lane_enter (&s->lane);
   agreed = direct_handshake (s) == 0;
+  if (agreed && s->record.kind != RECORD_NONE)
+    node_serve (s);
   atomic_store (&s->shaking_hands, false);
-  if (agreed) {
-    nbdm_count_client (s->exported->executor.volume, +1);
-    serve (s);
-    nbdm_count_client (s->exported->executor.volume, -1);
-  }
+  if (agreed && s->record.kind == RECORD_NONE)
+    serve_disk (s);
+  else
+    claims_leave (s, false);
   lane_leave (&s->lane);
-  if (agreed && atomic_load (&s->ending) && !s->dead)
-    answers_part (s);
-  else if (agreed && !s->dead)
-    stream_part (&s->stream);
+  if (agreed)
+    say_goodbye (s);
   if (atomic_load (&s->stalled_ns))
     direct_log (
         s,

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* NBD URIs with TLS: doc/uri.md of the NBD project, with libnbd's parameters.
+/* NBD URIs: doc/uri.md of the NBD project, with libnbd's parameters.
  *
  *   nbds://[USER@]HOST[:PORT][/EXPORT][?tls-psk-file=FILE][&...]
  *   nbds+unix://[USER@]/[EXPORT]?socket=PATH[&...]
  *
- * libnbd takes apart the URIs without TLS.  The configuration has checked the
+ * and the same with nbd, without TLS: libnbd takes those of remotes apart, and
+ * this file those of calls between nodes.  The configuration has checked the
  * characters (nbd_mirror/volume/config_values.py).  An unknown parameter of TLS
  * is refused: it may have been meant to protect.
  */
@@ -21,6 +22,8 @@
 
 #define TCP "nbds://"
 #define UNIX "nbds+unix://"
+#define PLAIN_TCP "nbd://"
+#define PLAIN_UNIX "nbd+unix://"
 #define DEFAULT_PORT "10809"
 
 static bool
@@ -158,15 +161,40 @@ parse_query (struct nbd_uri *uri, char *text)
   return rc;
 }
 
+/* What is behind the scheme; NULL: it is none of these. */
+static const char *
+take_scheme (const char *text, struct nbd_uri *uri, bool *tcp)
+{
+  static const struct {
+    const char *text;
+    bool secure, tcp;
+  } known[] = { { TCP, true, true },
+                { UNIX, true, false },
+                { PLAIN_TCP, false, true },
+                { PLAIN_UNIX, false, false } };
+
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+    if (begins_with (text, known[i].text)) {
+      uri->secure = known[i].secure;
+      *tcp = known[i].tcp;
+      return text + strlen (known[i].text);
+    }
+  return NULL;
+}
+
 int
 nbd_uri_parse (const char *text, struct nbd_uri *uri)
 {
-  bool tcp = begins_with (text, TCP);
   char *authority, *path, *query;
+  const char *rest;
+  bool tcp;
   int rc;
 
   *uri = (struct nbd_uri){ .export = "" };
-  uri->room = strdup (text + strlen (tcp ? TCP : UNIX));
+  rest = take_scheme (text, uri, &tcp);
+  if (rest == NULL)
+    return bad ("scheme", text);
+  uri->room = strdup (rest);
   if (uri->room == NULL)
     return set_error (-ENOMEM, "connect");
   authority = uri->room;

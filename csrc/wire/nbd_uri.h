@@ -9,6 +9,7 @@
 
 /* All texts are decoded; they lie in `room`. */
 struct nbd_uri {
+  bool secure;              /* with TLS */
   const char *host, *port;  /* of TCP */
   const char *socket;       /* of a unix socket, else NULL */
   const char *export;       /* or "" */
@@ -20,7 +21,8 @@ struct nbd_uri {
 
 /* Does the URI ask for TLS? */
 bool nbd_uri_is_secure (const char *text);
-/* Take apart an nbds:// or nbds+unix:// URI.  -EINVAL with a message, -ENOMEM.
+/* Take apart an nbds://, nbds+unix://, nbd:// or nbd+unix:// URI.  -EINVAL with
+ * a message, -ENOMEM.
  */
 int nbd_uri_parse (const char *text, struct nbd_uri *uri);
 void nbd_uri_free (struct nbd_uri *uri);

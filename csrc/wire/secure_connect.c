@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* Connect to a server with TLS, and make NBD's handshake: fixed newstyle, as in
- * doc/proto.md of the NBD project.
+ * doc/proto.md of the NBD project.  Also without TLS, for calls between nodes.
  *
  * libnbd does this too, but keeps its TLS session to itself: it would have to
  * carry all data, and a thread could not wait in poll for such a remote.
@@ -50,8 +50,9 @@ struct greeter {
   const struct nbd_uri *uri;
   uint64_t until_ns;
   uint32_t timeout_ms;
-  uint16_t flags; /* of the export */
-  bool described; /* the export came */
+  bool structured; /* replies are wanted */
+  uint16_t flags;  /* of the export */
+  bool described;  /* the export came */
   uint32_t type, length;
   uint8_t data[MAX_REPLY];
 };
@@ -240,7 +241,7 @@ receive_reply (struct greeter *g, uint32_t option)
 static int
 refused (struct greeter *g, const char *what)
 {
-  char words[80];
+  char words[NBDM_TEXT_LEN];
   size_t size = g->length < sizeof words - 1 ? g->length : sizeof words - 1;
 
   for (size_t i = 0; i < size; i++)
@@ -262,7 +263,8 @@ greet (struct greeter *g)
   if (greeting.magic != htobe64 (NBD_MAGIC)
       || greeting.option != htobe64 (NBD_OPTION)
       || !(be16toh (greeting.flags) & NBD_FLAG_FIXED_NEWSTYLE))
-    return set_message (-EPROTO, "this is no NBD server with TLS");
+    return set_message (-EPROTO, "this is no NBD server%s",
+                        g->uri->secure ? " with TLS" : "");
   flags |= be16toh (greeting.flags) & NBD_FLAG_NO_ZEROES;
   flags = htobe32 (flags);
   return send_all (g, &flags, sizeof flags);
@@ -283,6 +285,20 @@ start_tls (struct greeter *g)
     return set_message (-EPROTO, "the server sent a reply that is none");
   return tls_connect (&g->conn->stream, g->conn->secrets,
                       g->uri->socket ? NULL : g->uri->host, g->until_ns);
+}
+
+static int
+structure (struct greeter *g)
+{
+  int rc = send_option (g, NBD_OPT_STRUCTURED_REPLY, NULL, 0);
+
+  if (rc == 0)
+    rc = receive_reply (g, NBD_OPT_STRUCTURED_REPLY);
+  if (rc < 0)
+    return rc;
+  return g->type == NBD_REP_ACK
+             ? 0
+             : refused (g, "the server has no structured replies");
 }
 
 static bool
@@ -413,8 +429,10 @@ negotiate (struct greeter *g)
   receive_prepare (conn->fd);
   conn->stream = stream_plain (conn->fd);
   rc = greet (g);
-  if (rc == 0)
+  if (rc == 0 && g->uri->secure)
     rc = start_tls (g);
+  if (rc == 0 && g->structured)
+    rc = structure (g);
   if (rc == 0)
     rc = go (g);
   if (rc < 0)
@@ -425,21 +443,41 @@ negotiate (struct greeter *g)
   return 0;
 }
 
+static int
+connect_by (struct greeter *g, const char *text)
+{
+  struct nbd_uri uri;
+  int rc = nbd_uri_parse (text, &uri);
+
+  if (rc < 0)
+    return rc;
+  g->uri = &uri;
+  if (uri.secure)
+    rc = tls_secrets_of_uri (&uri, &g->conn->secrets);
+  if (rc == 0)
+    rc = negotiate (g);
+  nbd_uri_free (&uri);
+  return rc;
+}
+
 int
 secure_connect (struct conn *conn, const char *text, uint64_t until_ns,
                 uint32_t timeout_ms)
 {
   struct greeter g
       = { .conn = conn, .until_ns = until_ns, .timeout_ms = timeout_ms };
-  struct nbd_uri uri;
-  int rc = nbd_uri_parse (text, &uri);
 
-  if (rc < 0)
-    return rc;
-  g.uri = &uri;
-  rc = tls_secrets_of_uri (&uri, &conn->secrets);
-  if (rc == 0)
-    rc = negotiate (&g);
-  nbd_uri_free (&uri);
-  return rc;
+  return connect_by (&g, text);
+}
+
+int
+call_connect (struct conn *conn, const char *text, uint64_t until_ns,
+              uint32_t timeout_ms)
+{
+  struct greeter g = { .conn = conn,
+                       .until_ns = until_ns,
+                       .timeout_ms = timeout_ms,
+                       .structured = true };
+
+  return connect_by (&g, text);
 }

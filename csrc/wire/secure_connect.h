@@ -15,4 +15,10 @@ struct conn;
 int secure_connect (struct conn *conn, const char *uri, uint64_t until_ns,
                     uint32_t timeout_ms);
 
+/* The same for a call between nodes: structured replies are agreed on, and the
+ * URI may also be one without TLS.
+ */
+int call_connect (struct conn *conn, const char *uri, uint64_t until_ns,
+                  uint32_t timeout_ms);
+
 #endif /* NBDM_SECURE_CONNECT_H */

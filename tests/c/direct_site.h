@@ -109,7 +109,7 @@ wait_no_clients (void)
 }
 
 /* Stop, and fail unless every remote has what local has. */
-static void
+static TEST_UNUSED void
 take_down (void)
 {
   door_close (&served);

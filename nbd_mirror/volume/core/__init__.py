@@ -12,24 +12,32 @@ from ..model import Params, RemoteParams
 from .boundary import Buffer, lib
 from .engine import FAST_ZERO, FUA, MAY_TRIM, Engine
 from .log import bound_log, flush_log, log_counts, start_log, write_log, write_text
+from .node_calls import CALL_LEN, TEXT_LEN, Call, CallKind, ListenerKind, call, fetch
 from .server import Server
 from .state import create, fault_points, peek, peek_logs, peek_map
 
 __all__ = [
+    "CALL_LEN",
     "FAST_ZERO",
     "FUA",
     "MAX_REMOTES",
     "MAX_REQUEST",
     "MAY_TRIM",
     "PREFERRED_BLOCK",
+    "TEXT_LEN",
     "Buffer",
+    "Call",
+    "CallKind",
     "Engine",
+    "ListenerKind",
     "Params",
     "RemoteParams",
     "Server",
     "bound_log",
+    "call",
     "create",
     "fault_points",
+    "fetch",
     "flush_log",
     "log_counts",
     "peek",

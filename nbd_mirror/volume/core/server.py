@@ -9,8 +9,14 @@ from collections.abc import Sequence
 
 from ...base.threads import no_thread
 from ..model import TlsFiles
-from .boundary import check, ffi, lib, whole_ms
+from .boundary import c_text, check, ffi, lib, whole_ms
 from .engine import Engine
+from .node_calls import TEXT_LEN, Call, ListenerKind, make_call
+
+
+def _bounded(text: str) -> bytes:
+    """Encode a text for another node without cutting a character."""
+    return c_text(text)[:TEXT_LEN].decode(errors="ignore").encode()
 
 
 class Server:
@@ -61,6 +67,93 @@ class Server:
         tls = ffi.new("struct nbdm_tls *")
         tls.psk, tls.certificate, tls.private_key, tls.ca = texts
         check(lib.nbdm_server_tls(self._handle, listener, tls), "TLS")
+
+    def set_listener(self, listener: int, kind: ListenerKind, text: str = "") -> None:
+        """
+        Change what clients of a listening socket get; at any time, from any thread.
+
+        Args:
+            listener: the socket's index in *listen_fds*.
+            kind: CLIENTS until the first call.
+            text: CLOSED: why, and which command helps; cut to TEXT_LEN bytes.
+        """
+        words = _bounded(text)
+        rc = lib.nbdm_server_listener(self._handle, listener, kind.value, words)
+        check(rc, "serve")
+
+    def next_call(self, timeout_s: float) -> Call | None:
+        """
+        Wait for the next call of another node; ended sessions come first.
+
+        Returns:
+            None: none has come within *timeout_s*.
+        Raises:
+            NotRunningError: `run` has returned, and no call is left.
+        """
+        taken = ffi.new("struct nbdm_call *")
+        ms = whole_ms(timeout_s)
+        rc = lib.nbdm_server_next_call(self._handle, taken, ms)
+        if rc == -errno.EAGAIN:
+            return None
+        check(rc, "wait for a call")
+        return make_call(taken)
+
+    def take_ended(self) -> list[Call]:
+        """
+        Take the calls of sessions that have ended, without waiting.
+
+        Call it between `fence` and the answer to the claim, and store what an unclean
+        session leaves behind: once the next session writes, its regions are active too.
+        """
+        taken = ffi.new("struct nbdm_call *")
+        calls = []
+        while lib.nbdm_server_next_ended(self._handle, taken) == 0:
+            calls.append(make_call(taken))
+        return calls
+
+    def answer(self, call: Call, content: bytes = b"") -> bool:
+        """
+        Grant a claim (without content), reply to a META, or serve a DIRTY its map.
+
+        Returns:
+            False: the other node does not get the answer: it has left, or its time is
+            over, or a connection of the claimed session has ended.
+        Raises:
+            ConfigError: the content is longer than the kind of call allows.
+        """
+        return self._answer(call, 0, content)
+
+    def refuse(self, call: Call, text: str) -> bool:
+        """Refuse a call with a *text*, cut to TEXT_LEN bytes; as `answer`."""
+        return self._answer(call, -errno.EPERM, _bounded(text))
+
+    def _answer(self, call: Call, verdict: int, content: bytes) -> bool:
+        rc = lib.nbdm_server_answer(
+            self._handle, call.number, verdict, content, len(content)
+        )
+        if rc in (-errno.ENOENT, -errno.ESTALE):
+            return False
+        check(rc, "answer a call")
+        return True
+
+    def fence(self, timeout_s: float, keep: Call | None = None) -> int:
+        """
+        Cut the sessions of all claims, and wait for their requests at the disk.
+
+        No request of theirs changes the disk after this returns. Blocks up to
+        *timeout_s*. Only the thread that answers claims calls it.
+
+        Args:
+            timeout_s: then it fails; the sessions are cut all the same.
+            keep: the connections that this claim's answer granted stay.
+        Returns:
+            How many connections were cut; then `take_ended` reports their sessions.
+        Raises:
+            RemoteError: some requests are still at the disk, or under way to it.
+        """
+        number = 0 if keep is None else keep.number
+        rc: int = lib.nbdm_server_fence(self._handle, number, whole_ms(timeout_s))
+        return check(rc, "fence")
 
     @property
     def max_clients(self) -> int:
