@@ -19,13 +19,18 @@ from .unix import MAX_UNIX_PATH
 
 __all__ = [
     "ADDRESS_RULE",
+    "CLIENTS",
     "LISTEN_RULE",
+    "NODES",
     "Address",
     "Listen",
     "parse_address",
     "parse_listen",
     "plain_host",
 ]
+
+# Names of listening sockets, by who connects there.
+CLIENTS, NODES = "clients", "nodes"
 
 LISTEN_RULE = (
     '"unix:/absolute/path" (at most 107 bytes), "tcp:HOST:PORT", "tcp::PORT", or '

@@ -5,6 +5,9 @@ Bind the sockets that a volume listens on, before its server starts.
 This process binds them and passes them on. So it can report a socket in use with its
 own clear error, replace a stale socket of a killed server, and make a unix socket 0600
 from its first moment.
+
+A node listens for clients, and at its address for the other nodes. The server is told
+which socket is which as systemd does it: by names, in LISTEN_FDNAMES.
 """
 
 from __future__ import annotations
@@ -21,11 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from ..base import unix
-from ..base.errors import AccessError, BusyError, MirrorError, from_errno
+from ..base.errors import (
+    AccessError,
+    BusyError,
+    ConfigError,
+    MirrorError,
+    from_errno,
+)
 from ..base.files import user_name
-from ..base.listen import Listen
+from ..base.listen import CLIENTS, NODES, Listen
+from ..volume.config import VolumeConfig
+from ..volume.config_tables import NodeConfig
 
-__all__ = ["MAX_LISTENERS", "Listeners", "bind", "remove_stale"]
+__all__ = ["MAX_LISTENERS", "Listeners", "bind", "bind_all", "remove_stale"]
 
 FOLDER_LOCK_S = 2.0  # limit for the lock of the socket's folder; then go on without
 STALE_LOOKS, STALE_PAUSE_S = 3, 0.03  # checks of a socket on which no server answers
@@ -34,15 +45,66 @@ BACKLOG = 128  # connections that wait to be accepted
 
 
 class Listeners(contextlib.ExitStack):
-    """The *sockets* that a volume listens on; they are closed with this object."""
+    """
+    The *sockets* that a volume listens on; they are closed with this object.
+
+    Each has a name: CLIENTS or NODES, by who connects there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sockets: list[socket.socket] = []
+        self.names: list[str] = []
 
-    def add(self, sock: socket.socket) -> None:
+    def add(self, sock: socket.socket, name: str) -> None:
         """Add *sock*, which this object closes."""
         self.sockets.append(self.enter_context(sock))
+        self.names.append(name)
+
+    def environment(self) -> dict[str, str]:
+        """Return what tells a server of them, by the protocol of systemd."""
+        return {
+            "LISTEN_FDS": str(len(self.sockets)),
+            "LISTEN_FDNAMES": ":".join(self.names),
+            "LISTEN_PID": str(os.getpid()),
+        }
+
+
+def bind_all(config: VolumeConfig) -> Listeners:
+    """
+    Bind `listen`, and with nodes this one's address.
+
+    Raises:
+        BusyError: another server listens at one of them. Others: see bind().
+    """
+    listeners = Listeners()
+    try:
+        _bind(listeners, config.listen)
+        for node in config.nodes:
+            if node.name == config.node:
+                _bind_node(listeners, node)
+        if len(listeners.sockets) > MAX_LISTENERS:
+            raise ConfigError(
+                f"`listen` and `address` of node {config.node} together stand for "
+                f"{len(listeners.sockets)} addresses, more than {MAX_LISTENERS}"
+            )
+    except BaseException:
+        listeners.close()
+        raise
+    return listeners
+
+
+def _bind_node(listeners: Listeners, node: NodeConfig) -> None:
+    listen = Listen(host=node.address.host, port=node.address.port)
+    shown = f'the address of node "{node.name}", {node.address}'
+    try:
+        _bind_tcp(listeners, listen, shown, NODES)
+    except ConfigError as error:
+        error.hint = (
+            f"correct `address` of node {node.name}; or, if this host is another node, "
+            "name it: --node NODE"
+        )
+        raise
 
 
 def bind(listen: Listen) -> Listeners:
@@ -56,11 +118,20 @@ def bind(listen: Listen) -> Listeners:
         BusyError: another server listens there. MissingError, AccessError: the
         folder does not exist or may not be written. ConfigError: no such address.
     """
-    if listen.path is None:
-        return _bind_tcp(listen)
     listeners = Listeners()
-    listeners.add(_bind_unix(Path(listen.path)))
+    try:
+        _bind(listeners, listen)
+    except BaseException:
+        listeners.close()
+        raise
     return listeners
+
+
+def _bind(listeners: Listeners, listen: Listen) -> None:
+    if listen.path is None:
+        _bind_tcp(listeners, listen, str(listen), CLIENTS)
+    else:
+        listeners.add(_bind_unix(Path(listen.path)), CLIENTS)
 
 
 def _bind_unix(path: Path) -> socket.socket:
@@ -146,36 +217,37 @@ def _is_stale(path: Path, dir_fd: int) -> bool:
     return (first.st_dev, first.st_ino) == (last.st_dev, last.st_ino)
 
 
-def _bind_tcp(listen: Listen) -> Listeners:
-    found = _addresses(listen)
+def _bind_tcp(listeners: Listeners, listen: Listen, shown: str, name: str) -> None:
+    """Add a socket for each address; *shown* is *listen* in messages."""
+    found = _addresses(listen, shown)
     both = {family for family, _ in found} == {socket.AF_INET, socket.AF_INET6}
-    listeners = Listeners()
+    before = len(listeners.sockets)
     missing: OSError | None = None
     try:
         for family, address in found:
             try:
-                listeners.add(_listen_on(family, address, v6only=both))
+                listeners.add(_listen_on(family, address, v6only=both), name)
             except OSError as error:
                 # "localhost" is also ::1 on a host without IPv6.
                 if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
                     raise
                 missing = error
-        if not listeners.sockets and missing is not None:
+        if len(listeners.sockets) == before and missing is not None:
             raise missing
     except OSError as error:
-        listeners.close()
         if error.errno == errno.EADDRINUSE:
             raise BusyError(
-                f"socket in use: another server listens on {listen}"
+                f"socket in use: another server listens on {shown}"
             ) from None
         number = errno.EINVAL if error is missing else error.errno
         raise from_errno(
-            number or errno.EIO, f"cannot listen on {listen}: {error.strerror}"
+            number or errno.EIO, f"cannot listen on {shown}: {error.strerror}"
         ) from None
-    return listeners
 
 
-def _addresses(listen: Listen) -> Sequence[tuple[socket.AddressFamily, Any]]:
+def _addresses(
+    listen: Listen, shown: str
+) -> Sequence[tuple[socket.AddressFamily, Any]]:
     try:
         found = socket.getaddrinfo(
             listen.host or None,
@@ -185,12 +257,12 @@ def _addresses(listen: Listen) -> Sequence[tuple[socket.AddressFamily, Any]]:
         )
     except (OSError, ValueError) as error:  # the latter for a name that can be none
         words = getattr(error, "strerror", None) or error
-        raise from_errno(errno.EINVAL, f"cannot listen on {listen}: {words}") from None
+        raise from_errno(errno.EINVAL, f"cannot listen on {shown}: {words}") from None
     unique = list(dict.fromkeys((one[0], one[4]) for one in found))
     if len(unique) > MAX_LISTENERS:
         raise from_errno(
             errno.EINVAL,
-            f"cannot listen on {listen}: it stands for {len(unique)} addresses, "
+            f"cannot listen on {shown}: it stands for {len(unique)} addresses, "
             f"more than {MAX_LISTENERS}",
         )
     return unique

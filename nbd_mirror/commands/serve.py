@@ -47,7 +47,7 @@ from ..volume.config_nodes import NODE_VARIABLE
 from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
 from ..volume.tls_files import check_tls
-from .listeners import Listeners, bind
+from .listeners import Listeners, bind_all
 from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_since
 
 __all__ = ["DOORS", "ServerEndedError", "exec_server", "start"]
@@ -150,13 +150,9 @@ def exec_server(
     """
     check_startable(config)
     command = _command(config, door)
-    listeners = bind(config.listen)
-    environment = _environment(asked, config.node) | {
-        "NBD_MIRROR_DOOR": door,
-        CHOICE_VARIABLE: choice,
-        "LISTEN_FDS": str(len(listeners.sockets)),
-        "LISTEN_PID": str(os.getpid()),
-    }
+    listeners = bind_all(config)
+    environment = _environment(asked, config.node) | listeners.environment()
+    environment |= {"NBD_MIRROR_DOOR": door, CHOICE_VARIABLE: choice}
     sys.stdout.flush()
     try:
         _hand_on(listeners)
@@ -183,6 +179,12 @@ def _hand_on(listeners: Listeners) -> None:
 def _command(config: VolumeConfig, door: str) -> list[str]:
     if door == "direct":
         return [*PYTHON, "nbd_mirror.server", os.fspath(config.source)]
+    if config.node:
+        raise UnsupportedError(
+            f"the {door} door cannot serve a node: other nodes connect to the direct "
+            "door alone",
+            "nbd-mirror serve CONFIG --door direct",
+        )
     if config.listen.tls:
         raise UnsupportedError(
             f'the {door} door has no TLS, and listen = "{config.listen}" needs it',

@@ -2,9 +2,9 @@
 """
 The direct door: `python -m nbd_mirror.server CONFIG` (__main__.py) calls it.
 
-`serve` execs it, and passes the listening sockets as descriptors 3, 4 ... C serves the
-clients (csrc/doors/direct_server.c) while the main thread waits there; Python keeps the
-volume.
+`serve` execs it, and passes the listening sockets as descriptors 3, 4 ... and their
+names in LISTEN_FDNAMES, as systemd does. C serves the clients
+(csrc/doors/direct_server.c) while the main thread waits there; Python keeps the volume.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 
 from ..base.errors import MetadataFailedError
+from ..base.listen import CLIENTS, NODES
 from ..volume.config import VolumeConfig
 from ..volume.core import Server, start_log
 from ..volume.model import TlsFiles
@@ -53,17 +54,26 @@ def _tls_files(config: VolumeConfig) -> TlsFiles:
     return TlsFiles(tls.key, tls.certificate, tls.private_key, tls.ca)
 
 
+def listening() -> list[str]:
+    """Return who connects to each socket from _LISTEN_FD on: CLIENTS or NODES."""
+    count = int(os.environ.get("LISTEN_FDS", "1"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    # Another program that passes sockets on may have names of its own, or none.
+    known = [NODES if name == NODES else CLIENTS for name in names[:count]]
+    return known + [CLIENTS] * (count - len(known))
+
+
 def _make_server(volume: Volume) -> Server:
     config = volume.config
-    listeners = int(os.environ.get("LISTEN_FDS", "1"))
+    sockets = listening()
     server = Server(
         volume.engine,
-        range(_LISTEN_FD, _LISTEN_FD + listeners),
+        [_LISTEN_FD + i for i, name in enumerate(sockets) if name == CLIENTS],
         max_clients=config.max_clients,
         max_memory=config.max_memory,
     )
     if config.listen.tls:
-        for listener in range(listeners):
+        for listener in range(sockets.count(CLIENTS)):
             server.require_tls(listener, _tls_files(config))
     volume.max_clients = server.max_clients
     if server.max_clients < config.max_clients:

@@ -25,9 +25,10 @@ from nbd_mirror.base.errors import (
 )
 from nbd_mirror.base.listen import Listen, parse_listen
 from nbd_mirror.commands import listeners
-from nbd_mirror.commands.listeners import Listeners, bind
+from nbd_mirror.commands.listeners import Listeners, bind, bind_all
 from nbd_mirror.device.handshake import Connection
-from nbd_mirror.volume.config import load
+from nbd_mirror.server import direct
+from nbd_mirror.volume.config import VolumeConfig, load
 from nbd_mirror.volume.loops import own_address
 
 NOBODY = 65534
@@ -295,3 +296,87 @@ def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/s")
         sockets[0].close()
+
+
+# --- a node ---
+
+
+def node_volume(folder: Path, listen: str, address: str) -> VolumeConfig:
+    """Read the file of two nodes, as on alpha."""
+    (folder / "pg.toml").write_text(
+        f'name = "pg"\nsize = "1MiB"\nlocal = "d"\nstate = "st"\ntls = "off"\n'
+        f'listen = "{listen}"\n'
+        f'[[node]]\nname = "alpha"\naddress = "{address}"\n'
+        '[[node]]\nname = "beta"\naddress = "127.0.0.9:1"\n'
+    )
+    return load(folder / "pg.toml", "alpha")
+
+
+def test_node_listens_for_clients_and_at_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is told by names which socket is which, whatever their number."""
+    ports = _free_port(), _free_port()
+    for listen, clients in (
+        (f"unix:{tmp_path}/s", 1),
+        (f"tcp:127.0.0.1:{ports[0]}", 1),
+        (f"tcp::{ports[0]}", 2),
+    ):
+        volume = node_volume(tmp_path, listen, f"127.0.0.2:{ports[1]}")
+        with bind_all(volume) as listeners:
+            for name, value in listeners.environment().items():
+                monkeypatch.setenv(name, value)
+            names = direct.listening()
+            assert names == ["clients"] * (len(names) - 1) + ["nodes"]
+            assert len(names) <= clients + 1
+            last = listeners.sockets[-1]
+            assert last.getsockname() == ("127.0.0.2", ports[1])
+    monkeypatch.delenv("LISTEN_FDNAMES")
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    assert direct.listening() == ["clients", "clients"]
+    monkeypatch.setenv("LISTEN_FDNAMES", "pg.socket:nodes:other")
+    assert direct.listening() == ["clients", "nodes"]
+
+
+def test_address_of_another_host_is_one_clear_line(tmp_path: Path) -> None:
+    """And the client's socket is free again."""
+    volume = node_volume(tmp_path, f"unix:{tmp_path}/s", "192.0.2.1:10810")
+    with pytest.raises(ConfigError) as caught:
+        bind_all(volume)
+    assert caught.value.message == (
+        'cannot listen on the address of node "alpha", 192.0.2.1:10810: '
+        "Cannot assign requested address"
+    )
+    assert "correct `address` of node alpha; or, if this host" in caught.value.hint
+    with bind(volume.listen):
+        pass
+
+
+def test_address_in_use_is_told_apart_from_listen(tmp_path: Path) -> None:
+    """The line names the address of the node."""
+    port = _free_port()
+    volume = node_volume(tmp_path, f"unix:{tmp_path}/s", f"127.0.0.1:{port}")
+    with bind(parse_listen(f"tcp:127.0.0.1:{port}")), pytest.raises(BusyError) as busy:
+        bind_all(volume)
+    assert f'listens on the address of node "alpha", 127.0.0.1:{port}' in str(
+        busy.value
+    )
+
+
+def test_addresses_of_listen_and_node_share_the_servers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names may stand for many addresses; too many are refused, and none is kept."""
+    ports = _free_port(), _free_port()
+
+    def many(host: str, port: int, **_: object) -> list[Any]:
+        count = 12 if host == "many" else 5
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, (f"127.0.0.{10 + i}", port)) for i in range(count)]
+
+    volume = node_volume(tmp_path, f"tcp:many:{ports[0]}", f"some:{ports[1]}")
+    monkeypatch.setattr(socket, "getaddrinfo", many)
+    with pytest.raises(ConfigError, match="together stand for 17 addresses"):
+        bind_all(volume)
+    with bind(volume.listen):
+        pass
