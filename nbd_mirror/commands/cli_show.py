@@ -38,8 +38,11 @@ def status(
     words = words_for(config, node)
     if as_json:
         found = answer.dump()
-        for about in (found, found["local"], *found["remotes"]):
+        nodes = [found["node"]] if "node" in found else []
+        for about in (found, found["local"], *found["remotes"], *nodes):
             about["hint"] = name_volume(about["hint"], words)
+        for promotable in (one["promotable"] for one in nodes):
+            promotable["command"] = name_volume(promotable["command"], words)
         say(json.dumps(found, indent=2))
     else:
         show_status(console(), answer, words)

@@ -24,6 +24,7 @@ from ..volume.status import Disk, Local, Remote, Resync, Status
 from .asked import name_volume
 from .output import one_line
 from .picture import picture
+from .show_nodes import show_nodes
 
 __all__ = [
     "NAME_WIDTH",
@@ -128,6 +129,7 @@ def show_status(console: Console, status: Status, asked: str | Asked) -> None:
     if status.log_lines_lost:
         lines = _count(status.log_lines_lost, "line")
         _line(console, f"  log: {lines} lost: it cannot be written, or was too slow")
+    show_nodes(lambda *parts: _line(console, *parts), status, asked)
     width = min(max(len(disk.name) for disk in status.disks), NAME_WIDTH)
     _show_local(console, status.local, asked, width)
     for remote in status.remotes:

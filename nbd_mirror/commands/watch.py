@@ -35,6 +35,7 @@ from ..volume.status import Disk, Status
 from .asked import name_volume
 from .output import one_line, reader_ended
 from .show import NAME_WIDTH, describe_resync, state_text
+from .show_nodes import node_lines
 
 __all__ = ["reached", "status_of", "wait_for", "watch"]
 
@@ -65,11 +66,14 @@ def reached(status: Status, state: str, remote: str | None) -> bool:
     Return whether the remote, or without a name each of them, is in *state*.
 
     For in_sync of all disks, the local disk counts too, with its state ok; if *remote*
-    is "local", only the local disk counts. While the volume itself is failed, no disk
+    is "local", only the local disk counts. A secondary has no remotes: it is itself in
+    the state that its primary has it in. While the volume itself is failed, no disk
     is in any other state.
     """
     if _metadata_failed(status):
         return state == "failed"
+    if status.secondary and remote != "local":
+        return status.pid is not None and status.state == state
     states = [_word(one) for one in _asked(status, state, remote)]
     return status.pid is not None and all(one == state for one in states)
 
@@ -124,7 +128,8 @@ def wait_for(
         else:
             _check_served(config, status, remote)
             if reached(status, state, remote):
-                return [disk.name for disk in status.remotes]
+                mine = [status.node.name] if status.secondary and status.node else []
+                return mine or [disk.name for disk in status.remotes]
             if _metadata_failed(status):
                 raise MetadataFailedError(
                     f"volume {config.name} is failed: {status.reason}",
@@ -141,7 +146,9 @@ def _check_served(config: VolumeConfig, status: Status, remote: str | None) -> N
 
     It has those of the configuration that it was started with.
     """
-    wanted = [remote] if remote else [one.name for one in config.remotes]
+    if status.secondary:
+        return
+    wanted = [remote] if remote else [one.name for one in config.copies]
     served = [one.name for one in status.remotes]
     missing = [name for name in wanted if name not in ("local", *served)]
     if missing:
@@ -162,6 +169,9 @@ def _not_reached(
     status: Status, state: str, timeout_s: float, remote: str | None
 ) -> WaitTimeoutError:
     lines, hint = [], ""
+    if status.secondary and remote != "local":
+        why = f": {status.reason}" if status.reason else ""
+        lines, hint = [f"this node is {status.state}{why}"], status.hint
     for one in _asked(status, state, remote):
         if _word(one) != state:
             why = f": {one.reason}" if one.reason else ""
@@ -234,6 +244,11 @@ def _lines(status: Status) -> Iterator[tuple[_Facts, str]]:
         text = f"{status.volume}: {status.reason}"
         yield (text,), text
         return
+    for text in node_lines(status):
+        yield (text,), text
+    if status.secondary:
+        text = f"{status.volume}: {status.state}"
+        yield (text,), text
     for disk in _disks(status):
         head = f"{disk.name}: {disk.state}"
         total = disk.resync.total_bytes if disk.resync else 0
@@ -260,6 +275,8 @@ def _picture(status: Status, asked: str | Asked) -> Group:
         f"{status.active_extents} active extents",
     )
     lines: list[Text | Table | Padding] = [head]
+    for text in node_lines(status):
+        lines.append(Padding(Text(one_line(text)), (0, 0, 0, 2)))
     disks = _disks(status)
     longest = max((len(one_line(disk.name)) for disk in disks), default=0)
     name_width = min(longest, NAME_WIDTH)

@@ -34,6 +34,7 @@ from .config import VolumeConfig
 from .control import peer
 from .mapview import DirtyMaps, open_map
 from .model import Peek, RemoteStatus, VolumeStatus
+from .node_stopped import stopped_node
 from .report import LocalView, RemoteView, report
 from .status import Status
 
@@ -305,9 +306,13 @@ def stopped_status(config: VolumeConfig) -> Status:
                 "and may find more dirty than is shown"
             )
         silent = reason, "nbd-mirror serve CONFIG"
-    remotes = [_remote(config, one, volume) for one in peek.remotes]
+    node = stopped_node(config, peek.node)
+    copies = peek.remotes if node is None or node.role == "primary" else ()
+    remotes = [_remote(config, one, volume) for one in copies]
     verdict = (state, *silent)
-    return report(config, volume, _local(config, volume), remotes, verdict=verdict)
+    return report(
+        config, volume, _local(config, volume), remotes, node=node, verdict=verdict
+    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..rules.reasons import describe, describe_local, describe_stored
 from ..rules.state import Facts, LocalFacts, LocalState, RemoteState, volume_state
 from .config import VolumeConfig
 from .model import LocalStatus, RemoteStatus, VolumeStatus
-from .status import Disk, Local, Persists, Remote, Resync, Status
+from .status import Disk, Local, NodeStatus, Persists, Remote, Resync, Status
 
 __all__ = ["LocalView", "RemoteView", "Server", "report"]
 
@@ -62,6 +62,7 @@ def report(
     views: Sequence[RemoteView],
     *,
     server: Server | None = None,
+    node: NodeStatus | None = None,
     verdict: tuple[str, str, str] = ("", "", ""),
 ) -> Status:
     """
@@ -70,6 +71,7 @@ def report(
     Args:
         config, volume, local_view, views: of one moment.
         server: the process that serves it.
+        node: this node of a volume of nodes. A secondary has no *views*.
         verdict: without a server, the volume's state, reason and hint.
     """
     local = _local(local_view)
@@ -83,6 +85,8 @@ def report(
             silent=local_view.facts.silent,
         )
         verdict = word, *_explain(volume, word, config.state, (local, *remotes))
+        if node and node.role != "primary" and word == RemoteState.IN_SYNC.value:
+            verdict = _of_secondary(node)
     state, reason, hint = verdict
     return Status(
         volume=config.name,
@@ -110,8 +114,21 @@ def report(
         log_lines_lost=server.log_lines_lost if server else 0,
         log_lines_left_out=server.log_lines_left_out if server else 0,
         clean_stop=None if server else volume.clean,
+        node=node,
         remotes=remotes,
     )
+
+
+def _of_secondary(node: NodeStatus) -> tuple[str, str, str]:
+    """Return the state of a secondary whose own disk is ok, in a remote's words."""
+    state = _NODE_STATES.get(node.state, RemoteState.OUT_OF_SYNC)
+    return state.value, node.why, node.hint
+
+
+_NODE_STATES = {
+    "in_sync": RemoteState.IN_SYNC,
+    "inconsistent": RemoteState.RESYNCING,  # its image is of no instant yet
+}
 
 
 def _explain(

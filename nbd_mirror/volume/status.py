@@ -198,7 +198,18 @@ class Status(Answer):
         None,
         description="whether the last server stopped cleanly; left out while one runs",
     )
-    remotes: tuple[Remote, ...] = Field(description="the remotes")
+    node: NodeStatus | None = Field(
+        None, description="this node and the others; left out without nodes"
+    )
+    remotes: tuple[Remote, ...] = Field(
+        description="the remotes; on a primary also the other nodes, which come first; "
+        "on a secondary none"
+    )
+
+    @property
+    def secondary(self) -> bool:
+        """Whether this is a secondary, which copies to nobody."""
+        return self.node is not None and self.node.role == "secondary"
 
     @property
     def disks(self) -> tuple[Disk, ...]:
@@ -207,6 +218,7 @@ class Status(Answer):
 
     def dump(self) -> dict[str, Any]:
         """Return it as JSON carries it."""
+        left_out = ("clean_stop", "node")
         return self.model_dump(
-            exclude={"clean_stop"} if self.clean_stop is None else None
+            exclude={key for key in left_out if getattr(self, key) is None}
         )

@@ -52,7 +52,7 @@ def a_status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "volume": "v",
         "uuid": "u",
         "size": 1 << 20,
-        "state": remotes[0]["state"],
+        "state": remotes[0]["state"] if remotes else "in_sync",
         "reason": "",
         "hint": "",
         "local": a_local(),
@@ -68,3 +68,31 @@ def a_status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "remotes": list(remotes),
     }
     return {**status, **changes}
+
+
+def a_node(**changes: Any) -> dict[str, Any]:
+    """Return a node's part: a secondary in sync with its primary, with *changes*."""
+    node = {
+        "name": "beta",
+        "role": "secondary",
+        "epoch": 3,
+        "leader": "alpha",
+        "generation": "00000000000000ab",
+        "state": "in_sync",
+        "peers": [a_peer()],
+        "promotable": {"answer": "yes", "command": "nbd-mirror promote CONFIG"},
+    }
+    return {**node, **changes}
+
+
+def a_peer(**changes: Any) -> dict[str, Any]:
+    """Return what a node sees of another one: its primary, with *changes*."""
+    peer = {
+        "name": "alpha",
+        "address": "10.0.0.1:10810",
+        "connected": True,
+        "role": "primary",
+        "in_sync": True,
+        "since": "2024-01-01T00:00:00+00:00",
+    }
+    return {**peer, **changes}

@@ -49,7 +49,16 @@ from nbd_mirror.volume import config as config_module
 from nbd_mirror.volume import core
 from nbd_mirror.volume.answers import Answer, Flag, Unit
 from nbd_mirror.volume.config_tables import NodeConfig, RemoteConfig, TlsConfig
-from nbd_mirror.volume.status import Local, Persists, Remote, Resync, Status
+from nbd_mirror.volume.status import (
+    Local,
+    NodeStatus,
+    OtherNode,
+    Persists,
+    Promotable,
+    Remote,
+    Resync,
+    Status,
+)
 
 LAYOUT = ROOT / "csrc" / "logs" / "layout.h"
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -242,13 +251,16 @@ def kind(annotation: Any) -> str:
         ("Each of `remotes`", Remote),
         ("A `resync`", Resync),
         ("Its `persists`", Persists),
+        ("Its `node`", NodeStatus),
+        ("Each of its `peers`", OtherNode),
+        ("Its `promotable`", Promotable),
     ],
 )
 def test_status_json_tables_are_the_models(title: str, model: type[Answer]) -> None:
     """The manual lists each key of the JSON in its order, as the model has it."""
     hints = get_type_hints(model, include_extras=True)
-    if "clean_stop" in hints:
-        hints["clean_stop"] = Flag  # left out where it would be null
+    if model is Status:  # left out where they would be null
+        hints |= {"clean_stop": Flag, "node": NodeStatus}
     expected = [
         [f"`{name}`", kind(hints[name]), field.description]
         for name, field in model.model_fields.items()
