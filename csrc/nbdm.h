@@ -100,6 +100,9 @@ struct nbdm_params {
   uint32_t flush_bytes;  /* unflushed, and a remote is flushed; 0: 64 MiB */
   uint32_t flush_ms;     /* or when the oldest is of that age; 0: 5 s */
   uint32_t local_choice; /* enum nbdm_local_choice; of nbdm_open alone */
+  /* Of nbdm_open of a node alone: be primary in this epoch; else secondary. */
+  uint32_t primary;
+  uint64_t epoch;
   uint32_t nr_remotes;
   struct nbdm_remote_params {
     const char *name;        /* at most NBDM_NAME_LEN - 1 bytes */
@@ -111,6 +114,7 @@ struct nbdm_params {
 
 struct nbdm_status {
   uint8_t uuid[NBDM_UUID_LEN];
+  uint32_t role;        /* enum nbdm_role, as opened; 0: no nodes, or a peek */
   uint64_t size;        /* bytes */
   uint64_t region_size; /* bytes */
   uint64_t generation;
@@ -159,6 +163,8 @@ struct nbdm_disk_status {
     uint32_t assumed;   /* in sync only because the operator said so */
     uint32_t connected; /* connected; admitted says whether it is used */
     uint32_t admitted;
+    uint32_t is_node;      /* another node of the volume */
+    uint64_t doubts;       /* of a node: regions of which no copy is newer */
     uint64_t late_regions; /* dirty ones, held back for late writes */
     uint64_t unflushed_regions;
     uint64_t flush_bound;    /* bytes of data that may be unflushed, measured */
@@ -260,7 +266,8 @@ int nbdm_create (const struct nbdm_params *params, int force);
  * -EPROTONOSUPPORT: it is a newer program's; -EINVAL: the parameters do not
  * match this volume; -EMEDIUMTYPE: the local disk is not the one of the last
  * session; -ENOMEDIUM: it is too small; -ENOTCONN: NBDM_LOCAL_LOST, and no
- * remote was in sync; -ENOSPC.
+ * remote was in sync; -EPERM: a node may not be primary in `epoch`; -ENOSPC.
+ * The role of a node is fixed until nbdm_close: see "Nodes" below.
  */
 int nbdm_open (const struct nbdm_params *params, struct nbdm **volume);
 
@@ -431,6 +438,88 @@ int nbdm_local_sample (struct nbdm *volume, uint32_t least);
  * persists the dirty maps first.
  */
 int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
+
+/* --- Nodes ------------------------------------------------------------ */
+
+/* A node is opened as secondary or as primary, and keeps that role until
+ * nbdm_close.  The record's `role` is the caller's: the engine never changes
+ * it, and does not read it.  Another node is a disk (`is_node`) with two more
+ * things than a remote: its entry in the record, and a map of *doubts*, regions
+ * of which neither copy is known to be newer.  docs/nodes.md has the rules.
+ *
+ * nbdm_open after an unclean end enters into the doubts towards every node what
+ * may differ: the open slots if the page cache outlived the process, else all
+ * active extents; with two other nodes or more always these.  `crash` becomes
+ * at least PROCESS or HOST, and NONE if there are no doubts.  A lost map, or
+ * log, of a node counts as doubts in all regions.  `zero` is proven again.  All
+ * of it is durable when nbdm_open returns.
+ *
+ * A secondary connects to nobody: nbdm_remote_connect gives -EPERM.  A write
+ * goes to the local disk alone and enters no map; its error is the caller's,
+ * and nothing takes the disk's place.  Before the first write of a session
+ * every plain remote becomes all dirty and late, durably: nothing tells what it
+ * has.  There is no policy: it counts as NBDM_DEGRADE.
+ *
+ * nbdm_open as primary: -EPERM unless the record has this `epoch`, this node as
+ * its leader, and data.  If it doubts regions, it begins a generation that no
+ * other node can hold; then the doubts become dirty, and no longer doubts;
+ * `crash` becomes NONE; durable in this order.  Then local is flushed.
+ *
+ * On a primary, a node is *counted* if its entry has `shared` and no base.  A
+ * connected node of which nothing is dirty is in_sync only if it is counted.
+ * Else it stays resyncing, with 0 dirty regions, until nbdm_node_store counts
+ * it.  A write that a node with `shared` will not get begins a generation,
+ * durable before the write is answered: exactly `begin` of
+ * nbd_mirror/rules/generation.py, for the nodes that do not get the write.
+ */
+
+/* The record as it is now.  -EINVAL: the volume has no nodes. */
+int nbdm_node_get (struct nbdm *volume, struct nbdm_node *node);
+
+/* Compare and swap the whole record, durable: `after` replaces `before`.  The
+ * engine begins generations by itself, so -EAGAIN: it is no longer `before`;
+ * get it, and apply the rule again.  -EINVAL: `after` has another name or id,
+ * other peers or another order of them, an unknown role or crash, an earlier
+ * term (epoch, then leader), or no generation where there was one; -ESHUTDOWN:
+ * a stop has begun; -EIO: the volume has failed.  If this counts a node of
+ * which nothing is dirty, it is in_sync when the call returns.
+ */
+int nbdm_node_store (struct nbdm *volume, const struct nbdm_node *before,
+                     const struct nbdm_node *after);
+
+#define NBDM_MAP_DIRTY 0  /* what the node misses, as far as this one knows */
+#define NBDM_MAP_DOUBTS 1 /* towards the node */
+#define NBDM_MAP_MISSED 2 /* what the local disk misses; all, if it failed */
+
+/* The regions of a map towards a node: bit r % 8 of byte r / 8 is region r.
+ * -EINVAL: the disk is no node, there is no such map, or `size` is not the
+ * number of regions / 8, rounded up.
+ */
+int nbdm_node_map (struct nbdm *volume, uint32_t disk, uint32_t map,
+                   uint8_t *bits, uint64_t size);
+
+/* Add regions to NBDM_MAP_DIRTY or NBDM_MAP_DOUBTS, durably; bits behind the
+ * last region are ignored.  A node that was in_sync is resyncing, if any region
+ * became dirty.  Where the local disk misses a region and that node has its
+ * only copy, it does not become dirty.  -EINVAL as above; -ESHUTDOWN, -EIO.
+ */
+int nbdm_node_mark (struct nbdm *volume, uint32_t disk, uint32_t map,
+                    const uint8_t *bits, uint64_t size);
+
+/* Nothing is dirty or doubted towards that node any more, durably: this node
+ * has adopted its generation.  -EPERM: this node is primary, -EINVAL,
+ * -ESHUTDOWN, -EIO.
+ */
+int nbdm_node_clear (struct nbdm *volume, uint32_t disk);
+
+/* On a secondary: its primary's session ended without a clean close.  All
+ * active extents become doubts towards every node, and if there are doubts
+ * then, `crash` becomes at least SESSION; durable.  Call it when no request of
+ * that session is under way any more.  After a clean close call nbdm_cool (v,
+ * 0) instead, which flushes and forgets the active extents.  -EPERM: this node
+ * is primary; -EINVAL: the volume has no nodes; -ESHUTDOWN, -EIO.
+ */
+int nbdm_node_session_lost (struct nbdm *volume);
 
 /* The volumes that a client of this server reaches: this one, and those that
  * its remotes reported.  Each door sends it as its export's description, so

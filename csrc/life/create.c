@@ -68,10 +68,12 @@ make_logs (const struct nbdm_params *params, const struct disk_superblock *sb,
                            params->region_size, 0);
   for (uint32_t i = 0; i < params->nr_remotes && rc == 0; i++) {
     const struct nbdm_remote_params *remote = &params->remotes[i];
-    bool empty = remote->assume_in_sync || remote->is_node;
+    unsigned map = remote->is_node          ? NEW_MAP_NODE
+                   : remote->assume_in_sync ? 0
+                                            : contents;
 
     rc = dirty_map_create (dirfd, remote->name, sb->uuid, session, nr_regions,
-                           params->region_size, empty ? 0 : contents);
+                           params->region_size, map);
   }
   return rc;
 }
@@ -86,7 +88,8 @@ fill_remotes (const struct nbdm_params *params, struct disk_superblock *sb)
     snprintf (disk->name, sizeof disk->name, "%s", params->remotes[i].name);
     disk->state = htole32 (assumed ? NBDM_IN_SYNC : NBDM_OUT_OF_SYNC);
     disk->flags = htole32 (assumed ? REMOTE_ASSUMED : 0);
-    disk->generation = assumed ? sb->generation : 0;
+    /* A node has no generation yet: fill_nodes. */
+    disk->generation = assumed && !params->node ? sb->generation : 0;
     disk->since = (int64_t)htole64 ((uint64_t)time (NULL));
     snprintf (disk->reason, sizeof disk->reason, "%s",
               assumed ? "assumed to be a copy" : "never copied yet");
@@ -114,6 +117,7 @@ fill_nodes (const struct nbdm_params *params, bool zero,
 
       snprintf (peer->name, sizeof peer->name, "%s", params->remotes[i].name);
     }
+  sb->incompatible |= htole64 (FEATURE_DOUBTS);
   nodes_put (&node, sb, nodes);
   return 0;
 }

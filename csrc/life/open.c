@@ -66,6 +66,7 @@
 #include "base/file.h"
 #include "life/identity_check.h"
 #include "life/local_map.h"
+#include "life/node_open.h"
 #include "life/open.h"
 #include "life/recover.h"
 #include "life/remote_address.h"
@@ -264,7 +265,7 @@ begin_session (struct nbdm *v)
   identity_begin (v);
   memcpy (v->sb.boot_id, v->boot_id, sizeof v->boot_id);
   memcpy (v->sb.mount_id, v->mount_id, sizeof v->mount_id);
-  rc = volume_persist_locked (v);
+  rc = node_first_store (v);
   fault_point ("begin_superblock");
   if (rc == 0)
     rc = remove_left_out_maps (v, stored);
@@ -298,19 +299,9 @@ check_params (const struct nbdm *v, const struct nbdm_params *params,
 }
 
 static int
-refuse_nodes (const struct nbdm *v, const char *state_dir)
+load_superblock (struct nbdm *v, const struct nbdm_params *params)
 {
-  if (!superblock_has_nodes (&v->sb))
-    return 0;
-  return set_message (-EPROTONOSUPPORT,
-                      "%s is the state of node \"%.63s\", and this version "
-                      "does not serve nodes yet",
-                      state_dir, v->nodes.name);
-}
-
-static int
-load_superblock (struct nbdm *v, const char *state_dir)
-{
+  const char *state_dir = params->state_dir;
   bool torn;
   int rc;
 
@@ -324,7 +315,7 @@ load_superblock (struct nbdm *v, const char *state_dir)
   if (rc == 0)
     rc = superblock_load (v->sb_fd, &v->sb, &v->nodes, &torn);
   if (rc == 0)
-    rc = refuse_nodes (v, state_dir);
+    rc = node_load (v, params);
   if (rc == 0)
     rc = superblock_settle (v->sb_fd, &v->sb, &v->nodes);
   if (rc < 0)
@@ -366,7 +357,7 @@ begin_fence (struct nbdm *v)
 
   for (uint32_t i = 0; i < v->nr_remotes; i++)
     behind = behind || v->remotes[i].state != NBDM_IN_SYNC;
-  v->fenced = behind && v->policy == NBDM_STOP;
+  v->fenced = behind && v->policy == NBDM_STOP; /* never of a secondary */
 }
 
 /* In sync and not connected yet is holding: early writes wait for the first
@@ -492,8 +483,11 @@ start_session (struct nbdm *v)
   if (rc < 0)
     return rc;
   identity_take_by_force (v);
+  for (uint32_t i = 0; i < v->nr_remotes; i++)
+    node_begin_state (&v->remotes[i]);
   begin_fence (v);
-  return begin_session (v);
+  rc = begin_session (v);
+  return rc == 0 ? node_settle_doubts (v) : rc;
 }
 
 /* Make the next start recover as after lost power. */
@@ -518,7 +512,7 @@ load (struct nbdm *v, const struct nbdm_params *params)
     return rc;
   rc = state_lock (v->dirfd, params->state_dir, &v->lock_fd);
   if (rc == 0)
-    rc = load_superblock (v, params->state_dir);
+    rc = load_superblock (v, params);
   fault_point ("open_loaded");
   if (rc == 0)
     rc = open_local (v, params, &local_size);
@@ -575,8 +569,10 @@ nbdm_open (const struct nbdm_params *params, struct nbdm **volume)
   v->local.deadline_ms = params->local_deadline_ms;
   v->nr_remotes = params->nr_remotes;
   disk_init (&v->local.disk, v, 0, LOCAL_NAME);
-  for (uint32_t i = 0; i < v->nr_remotes; i++)
+  for (uint32_t i = 0; i < v->nr_remotes; i++) {
     disk_init (&v->remotes[i].disk, v, i + 1, params->remotes[i].name);
+    v->remotes[i].disk.is_node = params->remotes[i].is_node != 0;
+  }
   snprintf (v->name, sizeof v->name, "%s", params->name);
   init_sync (v);
   flushers_init (v, params);

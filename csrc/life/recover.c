@@ -52,6 +52,7 @@
 #include "base/error.h"
 #include "base/fault.h"
 #include "life/local_map.h"
+#include "life/node_open.h"
 #include "life/recover.h"
 #include "logs/activity.h"
 #include "logs/bitmap.h"
@@ -157,13 +158,15 @@ worth (const struct remote *r)
 }
 
 /* The last remote that has a region is spared, so the least worth comes first.
+ * Towards a node the range is doubted: node_open.c.
  */
 static void
 mark_remotes (struct nbdm *v, uint64_t offset, uint64_t length, bool late)
 {
+  node_doubt_locked (v, offset, length);
   for (int step = 0; step <= 2; step++)
     for (uint32_t i = 0; i < v->nr_remotes; i++)
-      if (worth (&v->remotes[i]) == step)
+      if (worth (&v->remotes[i]) == step && !v->remotes[i].disk.is_node)
         mark_dirty_locked (&v->remotes[i], offset, length, late);
 }
 
@@ -340,7 +343,10 @@ renew_dirty_map (struct nbdm *v, struct remote *r)
   snprintf (file, sizeof file, "dirty.%s", r->disk.name);
   if (r->disk.map_lost)
     rc = put_away (v, file);
-  return rc == 0 ? disk_map_make (&r->disk, NEW_MAP_DIRTY | NEW_MAP_LATE) : rc;
+  return rc == 0 ? disk_map_make (&r->disk, r->disk.is_node
+                                                ? NEW_MAP_DOUBTED
+                                                : NEW_MAP_DIRTY | NEW_MAP_LATE)
+                 : rc;
 }
 
 int
@@ -461,7 +467,7 @@ prepare_maps (struct nbdm *v)
       rc = dirty_map_unseal (&d->dm, session);
   fault_point ("maps_unsealed");
   for (uint32_t i = 0; i < v->nr_remotes && rc == 0; i++)
-    if (v->remotes[i].disk.map_lost)
+    if (v->remotes[i].disk.map_lost && !v->remotes[i].disk.is_node)
       dirty_map_mark (&v->remotes[i].disk.dm, 0, v->nr_regions, true);
   return rc;
 }
@@ -472,7 +478,8 @@ prepare_maps (struct nbdm *v)
 static void
 check_generation (struct nbdm *v, struct remote *r)
 {
-  if (r->state != NBDM_IN_SYNC || r->generation == v->generation)
+  if (r->state != NBDM_IN_SYNC || r->generation == v->generation
+      || r->disk.is_node)
     return;
   mark_all_dirty_and_late (r);
   snprintf (v->reason, sizeof v->reason,
@@ -527,8 +534,9 @@ static void
 make_all_late (struct nbdm *v)
 {
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    bitmap_merge (&v->remotes[i].disk.dm.map[MAP_LATE],
-                  &v->remotes[i].disk.dm.map[MAP_DIRTY]);
+    if (!v->remotes[i].disk.is_node) /* it fences late writes */
+      bitmap_merge (&v->remotes[i].disk.dm.map[MAP_LATE],
+                    &v->remotes[i].disk.dm.map[MAP_DIRTY]);
 }
 
 int
@@ -557,15 +565,22 @@ volume_recover (struct nbdm *v)
      * crash has anything to do here.  Local's marks come first, as above: what
      * such a disk had not flushed may be lost with it.
      */
+    if (v->node.nr_peers > 1)
+      activity_visit (&v->activity, node_doubt_extent, v);
     if (local_lost_at_start (v))
       activity_visit (&v->activity, miss_extent, v);
     for (uint32_t i = 0; i < v->nr_remotes; i++)
-      unflushed_lost_locked (&v->remotes[i]);
+      if (v->remotes[i].disk.is_node)
+        node_doubt_unflushed_locked (&v->remotes[i]);
+      else
+        unflushed_lost_locked (&v->remotes[i]);
     fault_point ("recover_lost");
     if (!same_page_cache (v)) {
       activity_visit (&v->activity, mark_extent, v);
       make_all_late (v);
     }
   }
+  if (v->has_nodes)
+    node_recovered (v, v->was_in_use, !same_page_cache (v));
   return 0;
 }

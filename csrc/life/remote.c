@@ -48,6 +48,15 @@ find (struct nbdm *v, uint32_t disk)
                                                      : NULL;
 }
 
+/* The role is fixed, so this needs no lock. */
+static int
+primary_only (const struct nbdm *v)
+{
+  return v->secondary ? set_message (-EPERM, "this node is secondary: the "
+                                             "primary connects the disks")
+                      : 0;
+}
+
 #define FIND_OR_RETURN(r, v, disk)                                             \
   struct remote *r = find (v, disk);                                           \
   if (r == NULL)                                                               \
@@ -133,8 +142,10 @@ nbdm_remote_connect (struct nbdm *v, uint32_t disk, const char *uri,
 {
   FIND_OR_RETURN (r, v, disk);
   struct conn *conn;
-  int rc = conn_open (uri, timeout_ms, &conn);
+  int rc = primary_only (v);
 
+  if (rc == 0)
+    rc = conn_open (uri, timeout_ms, &conn);
   if (rc < 0)
     return rc;
   rc = check_server (v, conn_info (conn));
@@ -372,6 +383,8 @@ nbdm_remote_fail (struct nbdm *v, uint32_t disk, const char *reason)
 
   LOCK_FOR_SCOPE (&v->lock);
   rc = command_gate_locked (v);
+  if (rc == 0)
+    rc = primary_only (v);
   if (rc == 0) {
     remote_broken_locked (r, r->conn, reason);
     disk_explain_locked (&r->disk, "%s", reason);
@@ -392,6 +405,8 @@ nbdm_remote_reset (struct nbdm *v, uint32_t disk)
 
   LOCK_FOR_SCOPE (&v->lock);
   rc = command_gate_locked (v);
+  if (rc == 0)
+    rc = primary_only (v);
   if (rc == 0 && r->state == NBDM_FAILED) {
     remote_set_locked (r, NBDM_OUT_OF_SYNC, "an operator resumed it");
     rc = volume_persist_locked (v);
@@ -448,6 +463,8 @@ nbdm_remote_invalidate (struct nbdm *v, uint32_t disk)
 
   LOCK_FOR_SCOPE (&v->lock);
   rc = command_gate_locked (v);
+  if (rc == 0)
+    rc = primary_only (v);
   if (rc == 0)
     rc = invalidate_locked (r);
   return rc;

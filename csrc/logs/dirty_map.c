@@ -49,10 +49,17 @@ file_name (char *file, size_t max, const char *remote)
   return 0;
 }
 
+static uint64_t
+file_bytes (int nr_maps, uint64_t nr_regions)
+{
+  return LAYOUT_PAGE + (uint64_t)nr_maps * bitmap_bytes (nr_regions);
+}
+
 /* What dirty_map_create writes. */
 struct contents {
   struct disk_log_header header;
-  bool full[NR_MAPS]; /* every region is in this map */
+  int nr_maps;
+  bool full[NR_NODE_MAPS]; /* every region is in this map */
 };
 
 /* Write one map, whose first `nr_set` bits are ones, and add it to the CRC; the
@@ -91,8 +98,8 @@ fill (int fd, const void *opaque)
   uint64_t size = bitmap_bytes (nr_regions);
   uint32_t crc = 0;
 
-  for (uint64_t i = 0; i < NR_MAPS; i++) {
-    int r = fill_map (fd, LAYOUT_PAGE + i * size,
+  for (int i = 0; i < contents->nr_maps; i++) {
+    int r = fill_map (fd, LAYOUT_PAGE + (uint64_t)i * size,
                       contents->full[i] ? nr_regions : 0, size, &crc);
     if (r < 0)
       return r;
@@ -108,8 +115,11 @@ dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
                   uint64_t session, uint64_t nr_regions, uint32_t region_size,
                   unsigned contents)
 {
-  struct contents new = { .full[MAP_DIRTY] = contents & NEW_MAP_DIRTY,
-                          .full[MAP_LATE] = contents & NEW_MAP_LATE };
+  struct contents new
+      = { .nr_maps = contents & NEW_MAP_NODE ? NR_NODE_MAPS : NR_MAPS,
+          .full[MAP_DIRTY] = contents & NEW_MAP_DIRTY,
+          .full[MAP_LATE] = contents & NEW_MAP_LATE,
+          .full[MAP_DOUBTS] = contents & NEW_MAP_DOUBTED };
   char file[sizeof ((struct dirty_map *)0)->file];
   int r;
 
@@ -118,10 +128,9 @@ dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
     return r;
   log_header_init (&new.header, DIRTY_MAGIC, remote, uuid, session, nr_regions,
                    region_size);
-  if (contents & NEW_MAP_RENEWED)
-    new.header.flags = htole32 (LOG_RENEWED);
-  return file_make_filled (dirfd, file,
-                           LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions),
+  new.header.flags = htole32 ((contents & NEW_MAP_RENEWED ? LOG_RENEWED : 0)
+                              | (contents & NEW_MAP_NODE ? LOG_DOUBTS : 0));
+  return file_make_filled (dirfd, file, file_bytes (new.nr_maps, nr_regions),
                            fill, &new);
 }
 
@@ -225,7 +234,7 @@ init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
   char *words = bits (dm);
   int r = 0;
 
-  for (int i = 0; i < NR_MAPS && r == 0; i++) {
+  for (int i = 0; i < dm->nr_maps && r == 0; i++) {
     r = bitmap_init (&dm->map[i], words, nr_regions);
     words += bitmap_bytes (nr_regions);
   }
@@ -234,6 +243,26 @@ init_bitmaps (struct dirty_map *dm, uint64_t nr_regions)
     r = bitmap_init (in_memory[i], words, nr_regions);
     words += bitmap_bytes (nr_regions);
   }
+  return r;
+}
+
+/* The header says how many maps follow, and log_header_load checks that the
+ * file has room for them.
+ */
+static int
+load_header (struct dirty_map *dm, const struct disk_log_header *expect,
+             uint64_t nr_regions)
+{
+  uint64_t size = file_bytes (NR_MAPS, nr_regions);
+  int r = log_header_load (dm->fd, dm->file, expect, size, &dm->header);
+
+  dm->nr_maps = NR_MAPS;
+  if (r == 0 && le32toh (dm->header.flags) & LOG_DOUBTS) {
+    dm->nr_maps = NR_NODE_MAPS;
+    size = file_bytes (NR_NODE_MAPS, nr_regions);
+    r = log_header_load (dm->fd, dm->file, expect, size, &dm->header);
+  }
+  dm->mapping_size = size;
   return r;
 }
 
@@ -250,12 +279,10 @@ open_file (struct dirty_map *dm, int dirfd, int access, const char *remote,
     return r;
   log_header_init (&expect, DIRTY_MAGIC, remote, uuid, session, nr_regions,
                    region_size);
-  dm->mapping_size = LAYOUT_PAGE + NR_MAPS * bitmap_bytes (nr_regions);
   dm->fd = openat (dirfd, dm->file, access | PLAIN_FILE);
   if (dm->fd == -1)
     return set_error (-errno, "cannot open %s", dm->file);
-  r = log_header_load (dm->fd, dm->file, &expect, dm->mapping_size,
-                       &dm->header);
+  r = load_header (dm, &expect, nr_regions);
   if (r < 0)
     close (dm->fd);
   return r;
@@ -318,7 +345,7 @@ dirty_map_open (struct dirty_map *dm, int dirfd, const char *remote,
     return r;
   }
   /* Only once the file is trusted: a file that is not stays unchanged. */
-  for (int i = 0; i < NR_MAPS; i++)
+  for (int i = 0; i < map.nr_maps; i++)
     bitmap_clear_padding (&map.map[i]);
   *dm = map;
   *clean = le32toh (map.header.flags) & LOG_CLEAN;
@@ -333,7 +360,7 @@ store_header (struct dirty_map *dm, uint64_t session, uint32_t flags,
   int r;
 
   header.session = htole64 (session);
-  header.flags = htole32 (flags);
+  header.flags = htole32 (flags) | (dm->header.flags & htole32 (LOG_DOUBTS));
   header.bits_crc = htole32 (crc);
   r = log_header_store (dm->fd, dm->file, &header);
   if (r == 0)
@@ -404,7 +431,7 @@ dirty_map_begin (struct dirty_map *dm, uint64_t session)
 {
   int r;
 
-  for (int i = 0; i < NR_MAPS; i++)
+  for (int i = 0; i < dm->nr_maps; i++)
     touch_pages (&dm->map[i]);
   r = sync_bits (dm);
   return r < 0 ? r : store_header (dm, session, 0, 0);
@@ -436,7 +463,7 @@ dirty_map_finish (struct dirty_map *dm)
 void
 dirty_map_close (struct dirty_map *dm)
 {
-  for (int i = 0; i < NR_MAPS; i++)
+  for (int i = 0; i < dm->nr_maps; i++)
     bitmap_free (&dm->map[i]);
   bitmap_free (&dm->copied);
   bitmap_free (&dm->lost);
@@ -444,7 +471,8 @@ dirty_map_close (struct dirty_map *dm)
   bitmap_free (&dm->owed_late);
   if (dm->volatile_words)
     munmap (dm->volatile_words,
-            NR_VOLATILE * ((dm->mapping_size - LAYOUT_PAGE) / NR_MAPS));
+            NR_VOLATILE
+                * ((dm->mapping_size - LAYOUT_PAGE) / (size_t)dm->nr_maps));
   if (dm->mapping)
     munmap (dm->mapping, dm->mapping_size);
   if (dm->file[0]) /* a struct never opened is all zero, and fd 0 is not ours */
@@ -472,6 +500,14 @@ dirty_map_mark (struct dirty_map *dm, uint64_t first, uint64_t count, bool late)
   if (late)
     bitmap_set (&dm->map[MAP_LATE], first, count);
   bitmap_clear (&dm->copied, first, count);
+  dm->changed = true;
+}
+
+void
+dirty_map_doubt (struct dirty_map *dm, uint64_t first, uint64_t count)
+{
+  assert (dm->nr_maps == NR_NODE_MAPS);
+  bitmap_set (&dm->map[MAP_DOUBTS], first, count);
   dm->changed = true;
 }
 
@@ -575,6 +611,8 @@ dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count)
 
     if (late > region) {
       total += bitmap_clear (&dm->map[MAP_DIRTY], region, late - region);
+      if (dm->nr_maps == NR_NODE_MAPS)
+        bitmap_clear (&dm->map[MAP_DOUBTS], region, late - region);
       bitmap_clear (&dm->copied, region, late - region);
       bitmap_clear (&dm->lost, region, late - region);
     }

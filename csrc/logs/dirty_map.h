@@ -12,10 +12,11 @@
 #include "logs/bitmap.h"
 #include "logs/layout.h"
 
-/* The file `dirty.<remote>`: its four maps over one shared mapping, and the
- * volatile `copied` map.  A region is in `copied` from the answer of its resync
- * copy to the flush that lets its dirty bit be cleared: between the two, writes
- * treat it as clean (both legs), and a crash or loss as dirty.
+/* The file `dirty.<remote>`: its four maps, of a node five, over one shared
+ * mapping, and the volatile `copied` map.  A region is in `copied` from the
+ * answer of its resync copy to the flush that lets its dirty bit be cleared:
+ * between the two, writes treat it as clean (both legs), and a crash or loss as
+ * dirty.
  */
 struct dirty_map {
   int fd;
@@ -23,7 +24,8 @@ struct dirty_map {
   void *mapping;
   size_t mapping_size;
   struct disk_log_header header;
-  struct bitmap map[NR_MAPS];
+  struct bitmap map[NR_NODE_MAPS];
+  int nr_maps; /* in the file: NR_MAPS, or NR_NODE_MAPS */
   struct bitmap copied;
   /* Volatile; a subset of the dirty regions: the remote answered bytes there
    * and may have lost them with its cache.  A region that is late and lost must
@@ -43,9 +45,11 @@ struct dirty_map {
 };
 
 /* What a new map holds; 0: nothing is dirty. */
-#define NEW_MAP_DIRTY 1u   /* every region is dirty */
-#define NEW_MAP_LATE 2u    /* every region is late */
-#define NEW_MAP_RENEWED 4u /* LOG_RENEWED, until dirty_map_begin */
+#define NEW_MAP_DIRTY 1u    /* every region is dirty */
+#define NEW_MAP_LATE 2u     /* every region is late */
+#define NEW_MAP_RENEWED 4u  /* LOG_RENEWED, until dirty_map_begin */
+#define NEW_MAP_NODE 8u     /* of another node: with a map of doubts */
+#define NEW_MAP_DOUBTED 16u /* every region is doubted */
 
 /* Make the file; durable. */
 int dirty_map_create (int dirfd, const char *remote, const uint8_t *uuid,
@@ -83,9 +87,11 @@ void dirty_map_close (struct dirty_map *dm);
 /* Mark regions dirty and not copied; with `late` also late. */
 void dirty_map_mark (struct dirty_map *dm, uint64_t first, uint64_t count,
                      bool late);
-/* A flush has covered the copies of these regions: clear dirty where they are
- * still copied.  Late regions stay dirty, and only their `lost` bits are
- * cleared.  Returns how many became clean.
+/* Regions of a node's map are doubted from now on. */
+void dirty_map_doubt (struct dirty_map *dm, uint64_t first, uint64_t count);
+/* A flush has covered the copies of these regions: clear dirty, and doubts,
+ * where they are still copied.  Late regions stay dirty, and only their `lost`
+ * bits are cleared.  Returns how many became clean.
  */
 uint64_t dirty_map_clean (struct dirty_map *dm, uint64_t first, uint64_t count);
 /* Set `lost` on those of these regions that are dirty. */

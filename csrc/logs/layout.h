@@ -44,9 +44,11 @@
  * Bits of `compatible`: a program clears those it does not know with its first
  * store, as it does not maintain the fields that they vouch for.
  */
-#define FEATURE_NODES 1 /* incompatible: each slot has a page of nodes */
-#define FEATURES_INCOMPATIBLE FEATURE_NODES /* all that this program knows */
-#define FEATURE_IDENTITY 1 /* compatible: the identity fields count */
+#define FEATURE_NODES 1  /* incompatible: each slot has a page of nodes */
+#define FEATURE_DOUBTS 2 /* incompatible: dirty.NODE has a map of doubts */
+#define FEATURES_INCOMPATIBLE                                                  \
+  (FEATURE_NODES | FEATURE_DOUBTS) /* all that this program knows */
+#define FEATURE_IDENTITY 1         /* compatible: the identity fields count */
 
 #define ROLE_PRIMARY 1
 #define ROLE_SECONDARY 2 /* only of a volume of nodes */
@@ -195,6 +197,7 @@ _Static_assert(sizeof (struct disk_nodes) == LAYOUT_PAGE, "layout");
 #define LOG_CLEAN 1 /* closed by a clean stop; `bits_crc` is valid */
 #define LOG_RENEWED                                                            \
   2 /* dirty.*: a start that has not ended made it to replace a lost one */
+#define LOG_DOUBTS 4 /* dirty.NODE: it has a fifth map, of doubts */
 
 struct disk_log_header {
   char magic[8];
@@ -243,14 +246,17 @@ struct disk_slot {
 _Static_assert(sizeof (struct disk_slot) == 64, "layout");
 
 /* `dirty.<remote>`: after the header four maps of the same size, each padded
- * with zeroes to a page.  Region i is bit i % 8 of byte i / 8.
+ * with zeroes to a page; of another node five, and LOG_DOUBTS.  Region i is bit
+ * i % 8 of byte i / 8.
  */
 enum dirty_map_index {
   MAP_DIRTY,      /* may differ on that remote */
   MAP_UNFLUSHED0, /* answered by that remote, not flushed since: one set */
   MAP_UNFLUSHED1, /*   fills while a flush for the other is under way */
   MAP_LATE,       /* a lost connection's command may still change it */
-  NR_MAPS
+  NR_MAPS,
+  MAP_DOUBTS = NR_MAPS, /* of a node: may differ, and neither copy is newer */
+  NR_NODE_MAPS
 };
 
 #endif /* NBDM_LAYOUT_H */

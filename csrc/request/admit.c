@@ -32,6 +32,7 @@
 #include "request/long_zero.h"
 #include "volume/backlog.h"
 #include "volume/local_state.h"
+#include "volume/node.h"
 #include "volume/state.h"
 #include "volume/volume.h"
 #include "wire/conn.h"
@@ -257,6 +258,8 @@ static void
 classify_locked (struct nbdm *v, struct request *req)
 {
   classify_local_locked (v, req);
+  if (v->secondary)
+    node_forget_plain_locked (v);
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
     struct leg *leg = &req->legs[i];
@@ -267,7 +270,9 @@ classify_locked (struct nbdm *v, struct request *req)
     leg->nr = 0;
     leg->first = false;
     leg->conn = NULL;
-    leg->active = remote_used_locked (r);
+    leg->active = !v->secondary && remote_used_locked (r);
+    if (v->secondary)
+      continue;
     if (!leg->active)
       remote_miss_locked (r, req);
     else if (long_zero_leave_locked (req, r, 0))

@@ -47,6 +47,7 @@
 #include "volume/flusher.h"
 #include "volume/local.h"
 #include "volume/local_state.h"
+#include "volume/node.h"
 #include "volume/state.h"
 #include "volume/volume.h"
 #include "wire/conn.h"
@@ -73,6 +74,7 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
   if (leg->result == 0) {
     if (!req->remote_fua && r->conn == leg->conn)
       unflushed_add_locked (r, req->offset, req->length);
+    node_left_behind_locked (r, req);
     return true;
   }
   /* Both disks refused with the same error, so neither is the worse one; resync
@@ -88,6 +90,8 @@ leg_account_locked (struct request *req, struct leg *leg, int alike)
    * nothing, and does not depend on which thread changed the state.
    */
   mark_dirty_locked (r, req->offset, req->length, leg->sent);
+  if (r->disk.is_node && leg->result != alike)
+    node_missed_locked (v, r);
   if (leg->result == LEG_LOST && r->state == NBDM_IN_SYNC)
     remote_update_state_locked (r); /* back, but the request gave up */
   /* A remote that refused the request and was lost at once may be on hold, and
@@ -107,6 +111,8 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
 {
   uint64_t first, count;
 
+  if (v->secondary) /* the primary gets the error, and marks the range */
+    return;
   region_span (v, req->offset, req->length, &first, &count);
   bitmap_clear (&v->local.disk.dm.copied, first, count);
   for (uint32_t i = 0; i < v->nr_remotes; i++) {

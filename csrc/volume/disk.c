@@ -67,19 +67,26 @@ disk_map_open (struct disk *d)
 {
   const struct nbdm *v = d->volume;
   bool clean;
+  int rc = dirty_map_open (&d->dm, v->dirfd, d->name, v->uuid,
+                           le64toh (v->sb.session), v->nr_regions,
+                           v->region_size, &clean);
 
-  return dirty_map_open (&d->dm, v->dirfd, d->name, v->uuid,
-                         le64toh (v->sb.session), v->nr_regions, v->region_size,
-                         &clean);
+  if (rc == 0 && d->is_node && d->dm.nr_maps < NR_NODE_MAPS) {
+    dirty_map_close (&d->dm);
+    rc = set_message (-EUCLEAN, "dirty.%s has no map of doubts", d->name);
+  }
+  return rc;
 }
 
 int
 disk_map_make (struct disk *d, unsigned contents)
 {
   const struct nbdm *v = d->volume;
-  int rc = dirty_map_create (
-      v->dirfd, d->name, v->uuid, le64toh (v->sb.session), v->nr_regions,
-      v->region_size, contents | (d->map_lost ? NEW_MAP_RENEWED : 0));
+  int rc
+      = dirty_map_create (v->dirfd, d->name, v->uuid, le64toh (v->sb.session),
+                          v->nr_regions, v->region_size,
+                          contents | (d->map_lost ? NEW_MAP_RENEWED : 0)
+                              | (d->is_node ? NEW_MAP_NODE : 0));
 
   return rc == 0 ? disk_map_open (d) : rc;
 }

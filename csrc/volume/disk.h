@@ -44,6 +44,7 @@ struct disk {
    * used.
    */
   struct dirty_map dm;
+  bool is_node;  /* another node of the volume: its map has doubts */
   bool map_lost; /* at the start: the map is lost, so all is dirty */
   /* Why it is in this state.  For local in state ok: its last error. */
   char reason[NBDM_REASON_LEN];

@@ -62,6 +62,9 @@ nbdm_set_policy (struct nbdm *v, uint32_t policy, uint32_t fail_fenced_reads)
     return set_message (-ESHUTDOWN, "the volume is stopping");
   if (v->failed)
     return set_message (-EIO, "the volume has failed: %s", v->reason);
+  if (v->secondary)
+    return set_message (-EPERM, "this node is secondary: the policy is the "
+                                "primary's");
   atomic_store (&v->fail_fenced_reads, fail_fenced_reads != 0);
   return switch_locked (v, policy);
 }

@@ -45,6 +45,7 @@
 #include "logs/superblock.h"
 #include "volume/backlog.h"
 #include "volume/local_state.h"
+#include "volume/node.h"
 #include "volume/state.h"
 #include "volume/volume.h"
 #include "wire/conn.h"
@@ -225,10 +226,13 @@ remote_used_locked (const struct remote *r)
 static uint32_t
 persistent_state (const struct remote *r)
 {
+  if (r->disk.volume->secondary)
+    return r->kept_state;
   if (r->state == NBDM_FAILED)
     return NBDM_FAILED;
   if (r->state == NBDM_OUT_OF_SYNC || r->disk.dm.map[MAP_DIRTY].nr_set > 0
-      || r->generation != r->disk.volume->generation)
+      || (r->disk.is_node ? !node_counted_locked (r)
+                          : r->generation != r->disk.volume->generation))
     return NBDM_OUT_OF_SYNC;
   return NBDM_IN_SYNC;
 }
@@ -274,6 +278,7 @@ volume_persist_locked (struct nbdm *v)
       v->sb.remotes[i] = disk_remote (&v->remotes[i]);
     v->sb.nr_remotes = htole32 (v->nr_remotes);
     v->sb.generation = htole64 (v->generation);
+    node_put_locked (v);
     v->sb.local_state = htole32 (local_persistent_state (v));
     v->sb.local_since = (int64_t)htole64 ((uint64_t)v->local.disk.since);
     snprintf (v->sb.local_reason, sizeof v->sb.local_reason, "%s",
@@ -393,13 +398,26 @@ requests_need_locked (const struct remote *r)
   return false;
 }
 
-void
+/* In a volume of nodes only nodes count, and the record says which: node.c. */
+static bool
+node_advance_locked (struct nbdm *v, struct remote *r)
+{
+  if (r->disk.is_node)
+    return node_missed_locked (v, r);
+  r->generation = 0;
+  volume_persist_locked (v);
+  return true;
+}
+
+bool
 generation_advance_locked (struct nbdm *v, struct remote *r)
 {
   uint64_t next = 0;
 
-  if (r->generation != v->generation)
-    return;
+  if (!r->disk.is_node && r->generation != v->generation)
+    return false;
+  if (v->has_nodes)
+    return node_advance_locked (v, r);
   while (next == 0 || next == v->generation)
     if (getrandom (&next, sizeof next, 0) != (ssize_t)sizeof next)
       next = v->generation + 1;
@@ -416,6 +434,7 @@ generation_advance_locked (struct nbdm *v, struct remote *r)
   v->generation = next;
   fault_point ("generation_new");
   volume_persist_locked (v);
+  return true;
 }
 
 void
@@ -431,9 +450,7 @@ remote_degrade_locked (struct remote *r)
   fault_point ("degrade_marked");
   if (v->policy == NBDM_STOP)
     v->fenced = true;
-  if (writes && r->generation == v->generation)
-    generation_advance_locked (v, r); /* persists */
-  else
+  if (!writes || !generation_advance_locked (v, r))
     volume_persist_locked (v);
 }
 
@@ -523,7 +540,7 @@ remote_update_state_locked (struct remote *r)
 
   if (!r->admitted || v->failed)
     return;
-  if (r->disk.dm.map[MAP_DIRTY].nr_set > 0) {
+  if (r->disk.dm.map[MAP_DIRTY].nr_set > 0 || !node_counted_locked (r)) {
     if (r->state != NBDM_RESYNCING) {
       remote_set_locked (r, NBDM_RESYNCING, "%s", "");
       volume_persist_locked (v);

@@ -63,8 +63,10 @@ void remote_broken_locked (struct remote *r, struct conn *conn,
 void remote_heed_refusal (struct remote *r, const struct command *cmd);
 /* Set in_sync if that is proven (rule 8), else resyncing; durable. */
 void remote_update_state_locked (struct remote *r);
-/* This remote misses a write: the first such write begins a new generation. */
-void generation_advance_locked (struct nbdm *v, struct remote *r);
+/* This remote misses a write: the first such write begins a new generation,
+ * durably; false: it had begun already.
+ */
+bool generation_advance_locked (struct nbdm *v, struct remote *r);
 /* The regions that a byte range touches, rounded outwards. */
 void region_span (const struct nbdm *v, uint64_t offset, uint64_t length,
                   uint64_t *first, uint64_t *count);

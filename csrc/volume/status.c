@@ -51,6 +51,8 @@ nbdm_get_status (struct nbdm *v, struct nbdm_status *status)
   memset (status, 0, sizeof *status);
   LOCK_FOR_SCOPE (&v->lock);
   memcpy (status->uuid, v->uuid, sizeof status->uuid);
+  if (v->has_nodes)
+    status->role = v->secondary ? NBDM_SECONDARY : NBDM_PRIMARY;
   status->size = v->size;
   status->region_size = v->region_size;
   status->generation = v->generation;
@@ -136,6 +138,8 @@ tell_remote_locked (const struct remote *r, struct nbdm_disk_status *status)
     .assumed = r->assumed,
     .connected = r->conn != NULL,
     .admitted = r->admitted,
+    .is_node = r->disk.is_node,
+    .doubts = dm->map[MAP_DOUBTS].nr_set,
     .late_regions = held_back_locked (dm),
     .unflushed_regions
     = dm->map[MAP_UNFLUSHED0].nr_set + dm->map[MAP_UNFLUSHED1].nr_set,

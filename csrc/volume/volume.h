@@ -119,6 +119,8 @@ struct remote {
   bool admitted;               /* its sample matched: the connection is used */
   enum nbdm_remote_state state; /* never NBDM_PAUSED: see disk.paused */
   bool assumed;
+  uint32_t peer;       /* of a node: its entry in volume->node.peers */
+  uint32_t kept_state; /* on a secondary: what is stored as its state */
   uint64_t generation; /* the volume's when last in sync */
   uint64_t hold_until_ns;
   unsigned filling; /* 0 or 1: the unflushed map that answers go into */
@@ -272,6 +274,8 @@ struct nbdm {
   uint32_t nr_remotes;
   uint8_t boot_id[NBDM_UUID_LEN];
   uint64_t mount_id[3];
+  bool has_nodes;
+  bool secondary; /* of nodes: no remote is used, and no write is marked */
 
   pthread_mutex_t lock;
   pthread_cond_t changed; /* signals all that a request may wait for */
@@ -284,6 +288,8 @@ struct nbdm {
 
   struct disk_superblock sb;
   struct disk_nodes nodes;  /* stored with `sb`, of a volume of nodes */
+  struct nbdm_node node;    /* the same, as it is stored next */
+  bool plain_forgotten;     /* on a secondary: see node.c */
   struct identity identity; /* the rest is in `sb` */
   struct activity activity;
   struct inflight inflight;

@@ -12,11 +12,13 @@ import errno
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, NewType
 
 from ..base.errors import MirrorError
+from ..rules.node_side import Role
 from ..rules.state import LocalState, RemoteState
-from .node_record import NodeRecord
+from .node_record import ROLES, NodeRecord
 
 __all__ = [
     "LOCAL",
@@ -24,6 +26,7 @@ __all__ = [
     "Disk",
     "Extent",
     "LocalStatus",
+    "NodeMap",
     "Params",
     "Peek",
     "RemoteParams",
@@ -98,6 +101,8 @@ class Params:
     local_deadline_ms: int = 0  # 0: local may keep a request forever
     local_choice: str = ""  # the operator's, at a start: "forced" or "lost"
     node: str = ""  # this node's name; "": the volume has no nodes
+    primary: bool = False  # of a node, at a start: be primary in `epoch`
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,7 @@ class VolumeStatus:
     superblock_persists: int
     dirty_persists: int
     reason: str
+    role: Role | None = None  # as opened; None: no nodes, or from a peek
 
     def bytes_of(self, regions: int) -> int:
         """Return the bytes of so many regions; the last one may be shorter."""
@@ -187,6 +193,8 @@ class RemoteStatus:
     since: int
     serial: int
     reason: str
+    is_node: bool = False  # another node of the volume
+    doubts: int = 0  # of a node: regions of which neither copy is newer
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +229,14 @@ class Extent:
     offset: int
     length: int
     type: int
+
+
+class NodeMap(IntEnum):
+    """A map towards another node; only the first two can be marked."""
+
+    DIRTY = 0  # what the node misses, as far as this one knows
+    DOUBTS = 1  # may differ, and neither copy is known to be newer
+    MISSED = 2  # what the local disk misses; all, if it failed
 
 
 class Verdict:
@@ -261,6 +277,7 @@ def volume_status(c: Any, local: Any, text: Callable[[Any], str]) -> VolumeStatu
         superblock_persists=c.superblock_persists,
         dirty_persists=c.dirty_persists,
         reason=text(c.reason),
+        role=ROLES.get(c.role),
     )
 
 
@@ -304,4 +321,6 @@ def remote_status(c: Any, text: Callable[[Any], str]) -> RemoteStatus:
         since=c.since,
         serial=c.serial,
         reason=text(c.reason),
+        is_node=bool(c.remote.is_node),
+        doubts=c.remote.doubts,
     )

@@ -17,9 +17,9 @@ from ..rules.claim import Claim
 from ..rules.generation import Lineage, Peer
 from ..rules.node_side import Crash, Role
 
-__all__ = ["NodeRecord", "PeerRecord", "node_record"]
+__all__ = ["ROLES", "NodeRecord", "PeerRecord", "fill_node", "node_record"]
 
-_ROLES = {1: Role.PRIMARY, 2: Role.SECONDARY}  # enum nbdm_role
+ROLES = {1: Role.PRIMARY, 2: Role.SECONDARY}  # enum nbdm_role
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def node_record(c: Any, text: Callable[[Any], str]) -> NodeRecord | None:
     return NodeRecord(
         node=name,
         id=uuid.UUID(bytes=bytes(c.id)),
-        role=_ROLES[c.role],
+        role=ROLES[c.role],
         lineage=Lineage(
             generation=c.generation,
             history=_known(c.history),
@@ -98,6 +98,44 @@ def node_record(c: Any, text: Callable[[Any], str]) -> NodeRecord | None:
         replaced=c.replaced,
         peers=tuple(_peer(peer, text) for peer in peers),
     )
+
+
+def fill_node(c: Any, record: NodeRecord) -> None:
+    """
+    Translate a record into *c*, a struct nbdm_node of zeroes.
+
+    Raises:
+        ValueError: a name or a list is too long for its field.
+    """
+    c.name, c.id = record.node.encode(), record.id.bytes
+    c.role = next(number for number, role in ROLES.items() if role is record.role)
+    c.crash = record.crash.value
+    c.inconsistent, c.zero = int(record.inconsistent), int(record.zero)
+    c.generation = record.lineage.generation
+    _put(c.history, record.lineage.history)
+    c.epoch, c.leader = record.epoch, record.leader.encode()
+    c.handed, c.replaced = record.handed.encode(), record.replaced
+    c.own_session = record.own_session
+    if record.claim is not None:
+        c.claim.epoch, c.claim.node = record.claim.epoch, record.claim.node.encode()
+        c.claim.session = record.claim.session
+        c.claim.nonce = bytes.fromhex(record.claim.nonce)
+    c.nr_peers = len(record.peers)
+    both = zip(record.peers, record.lineage.peers, strict=True)
+    for entry, (peer, line) in zip(c.peers, both, strict=False):
+        entry.name = peer.node.encode()
+        if peer.id is not None:
+            entry.id = peer.id.bytes
+        entry.replaced, entry.met = peer.replaced, peer.met
+        entry.shared = int(line.shared)
+        _put(entry.bases, line.bases)
+
+
+def _put(field: Any, generations: tuple[int, ...]) -> None:
+    if len(generations) > len(field):
+        raise ValueError("more generations than a record has room for")
+    for at, number in enumerate(generations):
+        field[at] = number
 
 
 def _known(generations: Any) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from nbd_mirror.base.errors import (
     BusyError,
     ConfigError,
     ExistsError,
-    FormatError,
     MissingError,
     NotRunningError,
     RemoteError,
@@ -111,20 +110,6 @@ class TestLife:
         again = core.peek(params.state_dir).node
         assert again is not None
         assert again.id != node.id
-
-    def test_open_of_a_node_is_refused_and_changes_nothing(self, run_dir: Path) -> None:
-        """An engine that would ignore the rules of nodes does not begin a session."""
-        params = replace(make_params(run_dir), node="alpha")
-        core.create(params)
-        before = {
-            path.name: path.read_bytes() for path in Path(params.state_dir).iterdir()
-        }
-        with pytest.raises(FormatError, match='of node "alpha"'):
-            core.Engine(params)
-        before.pop("lock")
-        assert before == {
-            name: (Path(params.state_dir) / name).read_bytes() for name in before
-        }
 
     def test_create_leaves_the_local_disk_as_it_is(self, run_dir: Path) -> None:
         """An existing image is adopted without touching a byte of it."""

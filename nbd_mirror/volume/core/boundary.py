@@ -88,6 +88,7 @@ def make_params(params: Params) -> tuple[Any, list[Any]]:
     out.local_choice = _LOCAL_CHOICES[params.local_choice]
     out.hold_ms = params.hold_ms
     out.local_deadline_ms = params.local_deadline_ms
+    out.primary, out.epoch = int(params.primary), params.epoch
     out.nr_remotes = len(params.remotes)
     for entry, remote in zip(out.remotes, params.remotes, strict=False):
         alive.append(ffi.new("char[]", remote.name.encode()))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..model import (
     Batch,
     Disk,
     Extent,
+    NodeMap,
     Params,
     RemoteStatus,
     Verdict,
@@ -20,6 +22,7 @@ from ..model import (
     remote_status,
     volume_status,
 )
+from ..node_record import NodeRecord, fill_node, node_record
 from .boundary import (
     FOREVER_MS,
     POLICIES,
@@ -333,6 +336,73 @@ class Engine:
         """
         rc = lib.nbdm_local_attach(self.handle, os.fsencode(path), int(replaced))
         check(rc, f"attach {path}")
+
+    # --- nodes: csrc/nbdm.h says what the engine does by itself ---
+
+    def node_get(self) -> NodeRecord:
+        """
+        Return the record as it is now.
+
+        Raises:
+            ConfigError: the volume has no nodes.
+        """
+        node = ffi.new("struct nbdm_node *")
+        check(lib.nbdm_node_get(self.handle, node), "get the record of nodes")
+        record = node_record(node, text_of)
+        assert record is not None
+        return record
+
+    def node_store(self, before: NodeRecord, after: NodeRecord) -> bool:
+        """
+        Replace the record, durably, if it is still *before*.
+
+        Returns False if it is not: the engine began a generation, or another thread
+        stored. Then the caller gets it and applies its rule again. If *after* counts a
+        connected node of which nothing is dirty, that node is in sync now.
+
+        Raises:
+            ConfigError: *after* is of other nodes, or of an earlier promotion.
+            MirrorIOError: the volume has failed. NotRunningError: it is stopping.
+        """
+        both = ffi.new("struct nbdm_node[]", 2)
+        fill_node(both[0], before)
+        fill_node(both[1], after)
+        rc = lib.nbdm_node_store(self.handle, ffi.addressof(both, 0), both + 1)
+        if rc == -errno.EAGAIN:
+            return False
+        check(rc, "store the record of nodes")
+        return True
+
+    def node_map(self, disk: Disk, which: NodeMap) -> bytes:
+        """Return a map towards a node: bit r % 8 of byte r // 8 is region r."""
+        bits = ffi.new("uint8_t[]", self._map_bytes())
+        rc = lib.nbdm_node_map(self.handle, disk, which, bits, len(bits))
+        check(rc, "read a map")
+        return bytes(ffi.buffer(bits))
+
+    def node_mark(self, disk: Disk, which: NodeMap, bits: Buffer) -> None:
+        """Add regions to the dirty map or the doubts towards a node, durably."""
+        data = ffi.from_buffer("uint8_t[]", bits)
+        rc = lib.nbdm_node_mark(self.handle, disk, which, data, len(data))
+        check(rc, "mark regions")
+
+    def node_clear(self, disk: Disk) -> None:
+        """Empty both maps towards a node, durably: its generation was adopted."""
+        check(lib.nbdm_node_clear(self.handle, disk), "clear the maps")
+
+    def node_session_lost(self) -> None:
+        """
+        Doubt, durably, all that may have been under way in the primary's session.
+
+        For a secondary, after a session that was not closed cleanly, once none of its
+        requests is under way. After a clean one call `cool(0)` instead.
+        """
+        check(lib.nbdm_node_session_lost(self.handle), "session lost")
+
+    def _map_bytes(self) -> int:
+        status = self.status()
+        regions = -(-status.size // status.region_size)
+        return -(-regions // 8)
 
     # --- looking at it ---
 
