@@ -84,7 +84,8 @@ miss_where_remote_is_clean (struct nbdm *v)
 
 /* While the superblock says ok, local misses nothing, by rule 7, whatever the
  * map says.  So a lost map is no loss, and a volume of an earlier version has
- * none.
+ * none.  Marks of a takeover that ended before the superblock knew of it do not
+ * count, so such a map is closed.
  */
 int
 local_map_open (struct nbdm *v)
@@ -110,10 +111,39 @@ local_map_open (struct nbdm *v)
   return 0;
 }
 
+/* Open the closed map again: a new one needs room. */
+static bool
+opens_again (struct disk *d)
+{
+  if (disk_map_open (d) == 0 && volume_check_map (d) == 0)
+    return true;
+  dirty_map_close (&d->dm);
+  return false;
+}
+
 int
 local_map_renew (struct nbdm *v)
 {
-  return v->local.disk.dm.mapping ? 0 : disk_map_make (&v->local.disk, 0);
+  struct disk *d = &v->local.disk;
+  int rc = 0;
+
+  if (d->dm.mapping || (!d->map_lost && opens_again (d)))
+    return 0;
+  if (d->map_lost)
+    rc = volume_put_away (v, "dirty." LOCAL_NAME);
+  return rc == 0 ? disk_map_make (d, 0) : rc;
+}
+
+/* The map may be changed from now on.  See local_map_open. */
+static void
+drop_old_marks (struct nbdm *v)
+{
+  struct dirty_map *dm = &v->local.disk.dm;
+
+  if (v->local.state == NBDM_LOCAL_OK && dm->map[MAP_DIRTY].nr_set > 0) {
+    bitmap_clear_all (&dm->map[MAP_DIRTY]);
+    dm->changed = true;
+  }
 }
 
 /* A region that local misses and that is dirty in every remote's map: local
@@ -184,6 +214,7 @@ take_back (struct nbdm *v)
 void
 local_map_recover (struct nbdm *v)
 {
+  drop_old_marks (v);
   if (v->local.disk.map_lost)
     miss_where_remote_is_clean (v);
   if (v->local.state == NBDM_LOCAL_RESYNCING && !v->local.unflushed

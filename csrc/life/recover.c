@@ -64,11 +64,8 @@
 #include "volume/state.h"
 #include "volume/volume.h"
 
-/* Rename a log that cannot be believed, to keep it.  With "~", which no remote
- * has in its name: the bad map of "a" must not replace the map of "a.bad".
- */
-static int
-put_away (struct nbdm *v, const char *file)
+int
+volume_put_away (struct nbdm *v, const char *file)
 {
   char bad[96];
 
@@ -193,7 +190,7 @@ forget_log (struct nbdm *v, const char *file)
   if (rc < 0)
     return rc;
   say_copied_again (v, what);
-  return put_away (v, file);
+  return volume_put_away (v, file);
 }
 
 static int
@@ -342,7 +339,7 @@ renew_dirty_map (struct nbdm *v, struct remote *r)
     return 0;
   snprintf (file, sizeof file, "dirty.%s", r->disk.name);
   if (r->disk.map_lost)
-    rc = put_away (v, file);
+    rc = volume_put_away (v, file);
   return rc == 0 ? disk_map_make (&r->disk, r->disk.is_node
                                                 ? NEW_MAP_DOUBTED
                                                 : NEW_MAP_DIRTY | NEW_MAP_LATE)

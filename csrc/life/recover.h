@@ -28,6 +28,10 @@ int volume_check_log (struct nbdm *v, const char *file,
  * -EUCLEAN: or it stands in for one that was lost.
  */
 int volume_check_map (struct disk *d);
+/* Rename a log that cannot be believed, to keep it.  With "~", which no remote
+ * has in its name: the bad map of "a" must not replace the map of "a.bad".
+ */
+int volume_put_away (struct nbdm *v, const char *file);
 /* With all dirty maps loaded: may the volume be served?  -EINVAL: a remote that
  * may have the only copy of some data is not in the configuration;
  * -ENOTRECOVERABLE: local is not ok, and it is unknown which disk has the

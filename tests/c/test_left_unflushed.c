@@ -12,8 +12,7 @@
 #include "base/file.h"
 #include "volume/flush.h"
 #include "interrupted.h"
-
-#include <stdarg.h>
+#include "no_room.h"
 
 static struct bench bench;
 static struct left created;
@@ -41,27 +40,6 @@ __wrap_fdatasync (int fd)
     }
   }
   return __real_fdatasync (fd);
-}
-
-static bool no_room; /* in the state directory, for one more file */
-
-int __real_openat (int dirfd, const char *name, int flags, ...);
-int __wrap_openat (int dirfd, const char *name, int flags, ...);
-
-int
-__wrap_openat (int dirfd, const char *name, int flags, ...)
-{
-  va_list args;
-  mode_t mode;
-
-  va_start (args, flags);
-  mode = flags & O_CREAT ? va_arg (args, mode_t) : 0;
-  va_end (args);
-  if (no_room && flags & O_CREAT && strcmp (name, "lock") != 0) {
-    errno = ENOSPC;
-    return -1;
-  }
-  return __real_openat (dirfd, name, flags, mode);
 }
 
 static void

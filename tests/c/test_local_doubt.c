@@ -7,9 +7,8 @@
 #include "base/lock.h"
 #include "volume/backlog.h"
 #include "volume/flush.h"
+#include "no_room.h"
 #include "schedules.h"
-
-#include <stdarg.h>
 
 /* A flush of local has failed, and its page cache has lost a write.  Local now
  * has a hole there, but neither the copy to a remote nor the answer to a client
@@ -271,27 +270,6 @@ loss_told_before_an_admission (void)
   assert (nbdm_disk_admit (site.volume, 1) == 0);
   assert (local_status ().state == NBDM_LOCAL_FAILED);
   assert (read_at (5 * REGION) == 7);
-}
-
-static atomic_bool no_room; /* in the state directory, for one more file */
-
-int __real_openat (int dirfd, const char *name, int flags, ...);
-int __wrap_openat (int dirfd, const char *name, int flags, ...);
-
-int
-__wrap_openat (int dirfd, const char *name, int flags, ...)
-{
-  va_list args;
-  mode_t mode;
-
-  va_start (args, flags);
-  mode = flags & O_CREAT ? va_arg (args, mode_t) : 0;
-  va_end (args);
-  if (no_room && flags & O_CREAT && strcmp (name, DISTRUST_FILE) == 0) {
-    errno = ENOSPC;
-    return -1;
-  }
-  return __real_openat (dirfd, name, flags, mode);
 }
 
 /* The server is killed before a remote takes local's place, and has no room for

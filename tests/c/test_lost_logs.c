@@ -118,6 +118,25 @@ test_lost_log_means_all_dirty (void)
   }
 }
 
+/* The map of a local disk that has failed. */
+static void
+test_lost_map_of_local_is_kept (void)
+{
+  struct nbdm_status s;
+
+  make_volume (SIZE, REGION);
+  params.local_choice = NBDM_LOCAL_LOST;
+  nbdm_close (open_volume ());
+  params.local_choice = NBDM_LOCAL_CHECKED;
+  flip ("dirty.local", 40);
+  struct nbdm *v = open_volume ();
+  nbdm_get_status (v, &s);
+  assert (strstr (s.reason, "dirty.local"));
+  assert (faccessat (site.fd, "dirty.local~bad", F_OK, 0) == 0);
+  nbdm_close (v);
+  end_volume ();
+}
+
 static void
 test_old_copy_of_a_log_means_all_dirty (void)
 {
@@ -225,6 +244,7 @@ main (void)
   RUN (test_lost_power_ignores_torn_slots);
   RUN (test_start_killed_after_renewing_a_log_is_still_all_dirty);
   RUN (test_lost_log_means_all_dirty);
+  RUN (test_lost_map_of_local_is_kept);
   RUN (test_old_copy_of_a_log_means_all_dirty);
   RUN (test_log_in_use_under_a_clean_superblock_means_all_dirty);
   RUN (test_one_torn_superblock_slot_goes_on);
