@@ -75,6 +75,7 @@ struct pace {
 /* All connections; see direct_clients.c. */
 struct clients {
   uint32_t max_admitted;
+  uint64_t handshake_ns; /* a handshake's limit */
   struct budget budget;
 
   pthread_mutex_t lock; /* protects all below; before a session's */

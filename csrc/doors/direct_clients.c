@@ -42,6 +42,7 @@
 #define UNUSED_NS (60 * NS_PER_S)
 #define DESCRIPTORS 512u /* for remotes, logs, the control socket */
 #define STALL_MS 10000u
+#define HANDSHAKE_MS 120000u
 
 static uint64_t
 default_memory (void)
@@ -88,6 +89,9 @@ clients_init (struct clients *clients, const struct nbdm_limits *limits)
   pthread_mutex_init (&clients->lock, NULL);
   cond_init (&clients->gone);
   clients->max_admitted = make_room (max);
+  clients->handshake_ns
+      = (limits->handshake_ms ? limits->handshake_ms : HANDSHAKE_MS)
+        * NS_PER_MS;
   if (memory < NBDM_MAX_REQUEST)
     memory = NBDM_MAX_REQUEST;
   budget_init (&clients->budget, memory, stall_ms * NS_PER_MS);

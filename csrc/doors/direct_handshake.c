@@ -37,44 +37,32 @@
 #include "doors/node_handshake.h"
 #include "wire/protocol.h"
 #include "wire/stream.h"
+#include "wire/stream_whole.h"
 #include "wire/tls.h"
 
 #define MAX_REFUSED (32u << 20) /* longer ones end the connection */
 #define SILENCE_S 30
 #define CONTEXT "base:allocation"
 
+/* Neither silence nor a byte now and then keeps the door here. */
+static uint64_t
+step_until (const struct handshake *h)
+{
+  uint64_t until = now_ns () + SILENCE_S * NS_PER_S;
+
+  return until < h->until_ns ? until : h->until_ns;
+}
+
 static int
 read_all (const struct handshake *h, void *buf, size_t size)
 {
-  struct iovec iov = { buf, size };
-  ssize_t n;
-
-  if (size == 0)
-    return 0;
-  do
-    n = stream_receive (h->stream, &iov, 1, MSG_WAITALL);
-  while (n < 0 && errno == EINTR);
-  if (n < 0)
-    return -errno;
-  return (size_t)n == size ? 0 : -ECONNRESET;
+  return stream_receive_whole (h->stream, buf, size, step_until (h));
 }
 
-/* It fits into the socket's buffer, so all of it is sent or nothing. */
 static int
 send_all (const struct handshake *h, struct iovec *iov, int nr)
 {
-  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = (size_t)nr };
-  size_t size = 0;
-  ssize_t n;
-
-  for (int i = 0; i < nr; i++)
-    size += iov[i].iov_len;
-  do
-    n = stream_send (h->stream, &msg, 0);
-  while (n < 0 && errno == EINTR);
-  if (n < 0)
-    return -errno;
-  return (size_t)n == size ? 0 : -ECONNRESET;
+  return stream_send_whole (h->stream, iov, nr, step_until (h));
 }
 
 int
@@ -353,8 +341,7 @@ start_tls (struct handshake *h)
   rc = handshake_reply (h, NBD_REP_ACK, NULL, 0);
   if (rc < 0)
     return rc;
-  rc = tls_accept (h->stream, h->session->secrets,
-                   now_ns () + SILENCE_S * NS_PER_S);
+  rc = tls_accept (h->stream, h->session->secrets, step_until (h));
   if (rc == -EACCES) /* a client that only left needs no line */
     direct_log (h->session, "turned away: %s", last_error ());
   h->needs_tls = rc < 0;
@@ -463,16 +450,14 @@ direct_handshake (struct session *s)
                          .stream = &s->stream,
                          .exports = direct_exports (s->server),
                          .agreed = &s->agreed,
+                         .until_ns = now_ns () + s->clients->handshake_ns,
                          .needs_tls = s->secrets != NULL };
-  struct timeval silence = { .tv_sec = SILENCE_S };
+  const struct timeval wait = { .tv_usec = DIRECT_SEND_MS * 1000 };
 
   s->agreed = (struct agreed){ false, false };
-  (void)setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &silence, sizeof silence);
-  (void)setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &silence, sizeof silence);
   rc = greet (&h);
   while (rc == ANOTHER_OPTION)
     rc = one_option (&h);
-  silence = (struct timeval){ .tv_usec = DIRECT_SEND_MS * 1000 };
-  (void)setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &silence, sizeof silence);
+  (void)setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof wait);
   return rc < 0 ? rc : 0;
 }

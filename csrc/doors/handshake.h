@@ -28,7 +28,8 @@ struct handshake {
   const struct exports *exports;
   const struct exported *mapped; /* the export of the agreed context, or NULL */
   struct agreed *agreed;
-  bool needs_tls; /* the client must ask for it next */
+  uint64_t until_ns; /* all of it ends by then */
+  bool needs_tls;    /* the client must ask for it next */
   bool no_zeroes;
   uint32_t option;
   uint32_t length;

@@ -35,6 +35,7 @@
 #include "wire/receive.h"
 #include "wire/secure_connect.h"
 #include "wire/stream.h"
+#include "wire/stream_whole.h"
 #include "wire/tls.h"
 #include "wire/tls_secrets.h"
 #include "wire/transport.h"
@@ -147,60 +148,35 @@ connect_tcp (const struct greeter *g)
  */
 
 static int
-describe (const struct greeter *g, int err)
+describe (const struct greeter *g, int rc)
 {
   const char *trouble = tls_trouble (&g->conn->stream);
 
-  if (err == EPROTO && trouble)
+  if (rc == 0)
+    return 0;
+  if (rc == -ETIMEDOUT)
+    return too_late (g);
+  if (rc == -EPROTO && trouble)
     return set_message (-EACCES, "TLS: the server refuses: %s", trouble);
-  if (err == EPIPE || err == ECONNRESET)
+  if (rc == -EPIPE || rc == -ECONNRESET)
     return set_message (-ECONNRESET, "the server closed the connection");
-  return set_error (-err, "connect");
+  return set_error (rc, "connect");
 }
 
 static int
 receive_all (const struct greeter *g, void *to, size_t size)
 {
-  int rc = 0;
-
-  while (size > 0 && rc == 0) {
-    struct iovec iov = { to, size };
-    ssize_t n = stream_receive (&g->conn->stream, &iov, 1, MSG_DONTWAIT);
-
-    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-      return describe (g, n == 0 ? ECONNRESET : errno);
-    if (n < 0)
-      rc = await (g, g->conn->fd, POLLIN);
-    else if (now_ns () >= g->until_ns)
-      rc = too_late (g);
-    if (n > 0) {
-      to = (char *)to + n;
-      size -= (size_t)n;
-    }
-  }
-  return rc;
+  return describe (
+      g, stream_receive_whole (&g->conn->stream, to, size, g->until_ns));
 }
 
 static int
 send_all (const struct greeter *g, const void *from, size_t size)
 {
-  int rc = 0;
+  struct iovec iov = { (void *)(uintptr_t)from, size };
 
-  while (size > 0 && rc == 0) {
-    struct iovec iov = { (void *)(uintptr_t)from, size };
-    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
-    ssize_t n = stream_send (&g->conn->stream, &msg, MSG_DONTWAIT);
-
-    if (n < 0 && errno != EAGAIN && errno != EINTR)
-      return describe (g, errno);
-    if (n < 0)
-      rc = await (g, g->conn->fd, POLLOUT);
-    else {
-      from = (const char *)from + n;
-      size -= (size_t)n;
-    }
-  }
-  return rc;
+  return describe (g,
+                   stream_send_whole (&g->conn->stream, &iov, 1, g->until_ns));
 }
 
 /* --- Options ---------------------------------------------------------------

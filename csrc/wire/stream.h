@@ -19,7 +19,7 @@ struct stream;
 struct tls;
 
 struct stream_kind {
-  /* As recvmsg, with MSG_DONTWAIT or MSG_WAITALL.  0: the other side has said
+  /* As recvmsg, perhaps with MSG_DONTWAIT.  0: the other side has said
    * that it sends no more.  EBADMSG: see receive.h.
    */
   ssize_t (*receive) (struct stream *stream, struct iovec *iov, size_t nr,

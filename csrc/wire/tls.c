@@ -322,14 +322,13 @@ struct opened {
 };
 
 static struct opened
-open_all (struct tls *t, struct iovec *iov, size_t nr, size_t skip)
+open_all (struct tls *t, struct iovec *iov, size_t nr)
 {
   struct opened opened = { .last = 1 };
 
   for (size_t i = 0; i < nr && opened.last > 0; i++) {
-    size_t done = skip < iov[i].iov_len ? skip : iov[i].iov_len;
+    size_t done = 0;
 
-    skip -= done;
     while (done < iov[i].iov_len && opened.last > 0) {
       opened.last = open_some (t, (uint8_t *)iov[i].iov_base + done,
                                iov[i].iov_len - done);
@@ -342,14 +341,14 @@ open_all (struct tls *t, struct iovec *iov, size_t nr, size_t skip)
   return opened;
 }
 
-/* Open what has come into the free room.  Returns how many bytes. */
+/* Open what has come.  Returns how many bytes. */
 static size_t
-take_opened (struct tls *t, struct iovec *iov, size_t nr, size_t skip)
+take_opened (struct tls *t, struct iovec *iov, size_t nr)
 {
   struct opened opened = { .last = GNUTLS_E_AGAIN };
 
   if (!t->over)
-    opened = open_all (t, iov, nr, skip);
+    opened = open_all (t, iov, nr);
   t->over = t->over || (opened.last <= 0 && opened.last != GNUTLS_E_AGAIN);
   if (opened.last < 0 && opened.last != GNUTLS_E_AGAIN) {
     t->over_with = EPROTO;
@@ -364,30 +363,27 @@ static ssize_t
 tls_receive (struct stream *stream, struct iovec *iov, size_t nr, int flags)
 {
   struct tls *t = stream->tls;
-  size_t bytes = 0, room = 0;
   bool filled = false;
 
-  for (size_t i = 0; i < nr; i++)
-    room += iov[i].iov_len;
   for (;;) {
+    size_t bytes = take_opened (t, iov, nr);
     ssize_t n;
 
-    bytes += take_opened (t, iov, nr, bytes);
-    if (bytes == room || t->over || (bytes > 0 && !(flags & MSG_WAITALL)))
-      break;
+    if (bytes > 0 || t->over) {
+      errno = t->over_with;
+      return bytes > 0 || errno == 0 ? (ssize_t)bytes : -1;
+    }
     errno = EAGAIN;
     /* Once: records without a byte must not keep the thread here. */
     if (filled && (flags & MSG_DONTWAIT))
       return -1;
-    n = fill (stream, flags & MSG_DONTWAIT);
+    n = fill (stream, flags);
     if (n == 0)
       errno = ECONNRESET; /* without close_notify: cut */
     if (n <= 0)
-      return bytes > 0 ? (ssize_t)bytes : -1;
+      return -1;
     filled = true;
   }
-  errno = t->over_with;
-  return bytes > 0 || errno == 0 ? (ssize_t)bytes : -1;
 }
 
 static bool

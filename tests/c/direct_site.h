@@ -68,6 +68,17 @@ bring_up (uint32_t nr_peers, uint32_t hold_ms)
   open_door ();
 }
 
+static TEST_UNUSED void
+bring_up_with (const struct nbdm_limits *limits)
+{
+  char path[96];
+
+  bring_up (1, 1000);
+  door_close (&served);
+  snprintf (path, sizeof path, "%s/direct", site.dir);
+  door_open_limited (&served, site.volume, path, limits);
+}
+
 /* The door has these limits, and its clients share the least memory that is
  * allowed.
  */
@@ -76,12 +87,8 @@ bring_up_limited (uint32_t max_clients, uint32_t stall_ms)
 {
   const struct nbdm_limits limits
       = { .max_clients = max_clients, .stall_ms = stall_ms, .max_memory = 1 };
-  char path[96];
 
-  bring_up (1, 1000);
-  door_close (&served);
-  snprintf (path, sizeof path, "%s/direct", site.dir);
-  door_open_limited (&served, site.volume, path, &limits);
+  bring_up_with (&limits);
 }
 
 static TEST_UNUSED void

@@ -7,10 +7,12 @@
 #define _GNU_SOURCE
 
 #include "api.h"
+#include "base/clock.h"
 #include "wire/protocol.h"
 #include "direct_site.h"
 
 #define STALL_MS 400
+#define HANDSHAKE_MS UINT64_C (600)
 #define SHAKING 64 /* as many as are let in at once */
 
 /* --- how many there may be --------------------------------------------------
@@ -93,6 +95,62 @@ test_silent_handshakes (void)
   take_down ();
 }
 
+/* --- handshakes that do not end --------------------------------------------
+ */
+
+/* One byte of an option every so often; false: the door has closed. */
+static bool
+send_a_byte (struct client *c, unsigned n)
+{
+  struct nbd_option_header head
+      = { htobe64 (NBD_OPTION), htobe32 (NBD_OPT_LIST), htobe32 (8000) };
+  const uint8_t *bytes = (const uint8_t *)&head;
+
+  return client_send (c, n < sizeof head ? &bytes[n] : &bytes[8], 1);
+}
+
+/* A whole option, again and again. */
+static bool
+send_an_option (struct client *c, unsigned n)
+{
+  struct nbd_option_header head = { htobe64 (NBD_OPTION), htobe32 (99), 0 };
+  struct nbd_option_reply reply;
+
+  (void)n;
+  return client_send (c, &head, sizeof head)
+         && client_receive (c, &reply, sizeof reply);
+}
+
+/* The handshake ends after its time, however much comes within it; clients
+ * have all the time they want.
+ */
+static void
+test_endless_handshakes (void)
+{
+  static bool (*const steps[]) (struct client *, unsigned)
+      = { send_a_byte, send_an_option };
+  const struct nbdm_limits limits = { .handshake_ms = HANDSHAKE_MS };
+  struct client idle;
+
+  bring_up_with (&limits);
+  idle = client_open (door, false);
+  for (unsigned i = 0; i < sizeof steps / sizeof *steps; i++) {
+    struct client c = greeted ();
+    uint64_t begun = now_ns ();
+
+    c.may_end = true;
+    for (unsigned n = 0; steps[i](&c, n); n++) {
+      assert (now_ns () - begun < 10 * HANDSHAKE_MS * NS_PER_MS);
+      poll (NULL, 0, 20);
+    }
+    assert (now_ns () - begun >= (HANDSHAKE_MS - 100) * NS_PER_MS);
+    client_close (&c);
+  }
+  assert_works (&idle);
+  client_leave (&idle);
+  take_down ();
+}
+
 /* --- options that are long --------------------------------------------------
  */
 
@@ -125,6 +183,7 @@ main (void)
   dice = site_seed (1);
   RUN (test_too_many_clients);
   RUN (test_silent_handshakes);
+  RUN (test_endless_handshakes);
   RUN (test_long_options);
   return 0;
 }
