@@ -19,11 +19,16 @@ end_life (struct bench *bench, bool stop)
 }
 
 static void
+drop (struct bench *bench, uint32_t disk)
+{
+  nbdm_disk_drop (bench->volume, disk, "the test dropped it");
+}
+
+static void
 begin_life (struct bench *bench)
 {
   bench_must (bench_open (bench));
-  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
-    bench_connect (bench, i);
+  bench_connect_all (bench);
   bench_write (bench, 0, 6, 1);
   bench_must (nbdm_flush (bench->volume));
 }
@@ -40,21 +45,28 @@ static void
 behind (struct bench *bench, bool stop)
 {
   begin_life (bench);
-  nbdm_disk_drop (bench->volume, 2, "the test dropped it");
+  drop (bench, 2);
   bench_write (bench, 3, 8, 2);
   end_life (bench, stop);
 }
 
-/* The seventh write fails on local.  b misses the next writes; then a does. */
+/* The seventh write fails on local, and b misses the next ones. */
 static void
-local_failed (struct bench *bench, bool stop)
+lose_local (struct bench *bench)
 {
   begin_life (bench);
   bench_write (bench, 6, 1, 2);
-  nbdm_disk_drop (bench->volume, 2, "the test dropped it");
+  drop (bench, 2);
   bench_write (bench, 4, 3, 3);
+}
+
+/* Then a misses some. */
+static void
+local_failed (struct bench *bench, bool stop)
+{
+  lose_local (bench);
   bench_connect (bench, 1);
-  nbdm_disk_drop (bench->volume, 1, "the test dropped it");
+  drop (bench, 1);
   bench_write (bench, 8, 4, 4);
   end_life (bench, stop);
 }
@@ -68,15 +80,12 @@ local_resyncing (struct bench *bench, bool stop)
   struct nbdm_resync batch
       = { .max_bytes = 5 * BENCH_REGION, .pace.copy_bytes = BENCH_REGION };
 
-  begin_life (bench);
-  bench_write (bench, 6, 1, 2);
-  nbdm_disk_drop (bench->volume, 2, "the test dropped it");
-  bench_write (bench, 4, 3, 3);
+  lose_local (bench);
   bench_must (nbdm_local_attach (bench->volume, bench->local, 0));
   bench_must (nbdm_disk_admit (bench->volume, NBDM_LOCAL));
   bench_must (nbdm_disk_resync (bench->volume, NBDM_LOCAL, &batch));
   bench_write (bench, 6, 2, 5);
-  nbdm_disk_drop (bench->volume, 1, "the test dropped it");
+  drop (bench, 1);
   bench_write (bench, 1, 2, 6);
   if (!stop) /* else regions that only a has cannot be written */
     bench_connect (bench, 0);
@@ -114,7 +123,7 @@ takeover_lost (struct bench *bench, bool stop)
   bench_servers (bench, SERVERS_LOSE_CACHE);
   pthread_join (thread, NULL);
   bench_connect_all (bench);
-  nbdm_disk_drop (bench->volume, 2, "the test dropped it");
+  drop (bench, 2);
   bench_write (bench, 10, 2, 4);
   end_life (bench, stop);
 }
@@ -127,7 +136,7 @@ operated (struct bench *bench, bool stop)
 
   begin_life (bench);
   bench_must (nbdm_remote_pause (bench->volume, 2, 1));
-  nbdm_disk_drop (bench->volume, 2, "the test dropped it");
+  drop (bench, 2);
   bench_write (bench, 3, 4, 2);
   bench_connect (bench, 1);
   bench_must (nbdm_remote_invalidate (bench->volume, 1));
@@ -143,10 +152,10 @@ operated (struct bench *bench, bool stop)
 }
 
 const struct life lives[NR_LIVES] = {
-  { "well", well, NULL, true },
-  { "a remote behind", behind, NULL, true },
-  { "operated", operated, NULL, true },
-  { "local failed", local_failed, "local_write:7=error", false },
-  { "local resyncing", local_resyncing, "local_write:7=error", false },
-  { "takeover lost", takeover_lost, "local_write:12=error", true },
+  { "well", well, NULL, true, false },
+  { "a remote behind", behind, NULL, true, false },
+  { "operated", operated, NULL, true, false },
+  { "local failed", local_failed, "local_write:7=error", false, false },
+  { "local resyncing", local_resyncing, "local_write:7=error", false, false },
+  { "takeover lost", takeover_lost, "local_write:12=error", true, true },
 };

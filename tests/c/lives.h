@@ -20,6 +20,7 @@ struct life {
   void (*live) (struct bench *bench, bool stop);
   const char *fault; /* that it needs, or NULL */
   bool local_ok;     /* at its end */
+  bool loses_caches; /* the remotes', before it ends */
 };
 
 extern const struct life lives[NR_LIVES];

@@ -499,7 +499,7 @@ test_hopeless_disk_is_named (void)
 int
 main (void)
 {
-  alarm (110); /* nothing here may hang */
+  alarm (150); /* nothing here may hang */
   RUN (test_bound_finds_the_rate);
   RUN (test_bound_comes_down);
   RUN (test_bound_is_kept_where_less_does_not_help);

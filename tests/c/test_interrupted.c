@@ -178,7 +178,8 @@ ends_in_flush (const char *fault)
 static bool
 loses_both (const char *fault)
 {
-  return now.caches_lost && left_in_takeover (&now.left)
+  return (now.caches_lost || now.life->loses_caches)
+         && left_in_takeover (&now.left)
          && strncmp (fault, "local_flush", strlen ("local_flush")) == 0;
 }
 

@@ -223,7 +223,7 @@ main (void)
 {
   pthread_t threads[WRITERS];
 
-  alarm (110); /* nothing here may hang */
+  alarm (300); /* nothing here may hang */
   site.seed = dice = site_seed (1);
   site.size = SIZE;
   site.region_size = REGION;

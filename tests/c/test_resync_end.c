@@ -230,7 +230,7 @@ run (void)
 int
 main (void)
 {
-  alarm (110); /* nothing here may hang */
+  alarm (300); /* nothing here may hang */
   run ();
   return 0;
 }

@@ -287,7 +287,7 @@ main (void)
 {
   char fault[128];
 
-  alarm (110); /* nothing here may hang */
+  alarm (150); /* nothing here may hang */
   snprintf (gate, sizeof gate, "/tmp/nbdm-gate-%d", (int)getpid ());
   snprintf (fault, sizeof fault, "resync_flush_begun:1=wait:%s", gate);
   setenv ("NBDM_FAULT", fault, 1);
