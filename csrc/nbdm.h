@@ -536,7 +536,7 @@ struct direct_server; /* opaque */
 struct nbdm_limits {
   uint32_t max_clients;
   uint32_t stall_ms; /* how long a client that blocks others may move nothing */
-  uint64_t max_memory;   /* bytes of all clients' requests together */
+  uint64_t max_memory;   /* bytes of all clients and their requests together */
   uint32_t call_ms;      /* how long another node's call may go unanswered */
   uint32_t handshake_ms; /* how long a handshake may take */
 };

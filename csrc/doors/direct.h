@@ -61,6 +61,7 @@ struct tls_secrets;
 struct budget {
   uint64_t limit, stall_ns;
   atomic_u64 used;
+  atomic_u64 fixed; /* what all sessions take without any request */
   atomic_uint nr_waiting;
   pthread_mutex_t lock;         /* protects the queue; none is taken under it */
   struct session *first, *last; /* sessions that wait */
@@ -129,6 +130,7 @@ struct session {
   const struct tls_secrets *secrets; /* NULL: without TLS */
   uint64_t number;                   /* of the connection, for the log */
   uint64_t origin;   /* its host, or its user on this host; see clients_add */
+  uint64_t fixed;    /* bytes that it takes without any request */
   uint32_t listener; /* the number of its listening socket */
   struct agreed agreed;
   struct record record; /* or RECORD_NONE: the disk */

@@ -267,6 +267,7 @@ void
 clients_add (struct clients *clients, struct session *s)
 {
   s->origin = origin_of (s->fd);
+  budget_come (&clients->budget, s->fixed);
   LOCK_FOR_SCOPE (&clients->lock);
   await_ends_locked (clients);
   if (clients->nr_shaking >= MAX_SHAKING)
@@ -297,6 +298,7 @@ clients_remove (struct session *s)
   struct clients *clients = s->clients;
   struct session **p = &clients->first;
 
+  budget_go (&clients->budget, s->fixed);
   LOCK_FOR_SCOPE (&clients->lock);
   if (s->stage == SHAKING_HANDS)
     clients->nr_shaking--;

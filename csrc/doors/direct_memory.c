@@ -23,6 +23,10 @@
  * starves: sessions are served in the order they came, and the largest request
  * fits the smallest budget.
  *
+ * A session's own buffers, which it has without any request, lower what is left
+ * for requests, down to the largest one: their number has its own limit.  A
+ * session may come while more is used; then the others get less from then on.
+ *
  * A session reserves in whole chunks, so small buffers that come and go cost
  * only a comparison.
  */
@@ -73,13 +77,23 @@ held_locked (const struct session *s)
   return s->bytes + s->kept + s->promised;
 }
 
+static uint64_t
+room_for_requests (struct budget *budget)
+{
+  uint64_t fixed = atomic_load (&budget->fixed);
+
+  return budget->limit > fixed + NBDM_MAX_REQUEST ? budget->limit - fixed
+                                                  : NBDM_MAX_REQUEST;
+}
+
 static bool
 reserve (struct budget *budget, uint64_t bytes)
 {
-  uint64_t used = atomic_load (&budget->used);
+  uint64_t used = atomic_load (&budget->used),
+           room = room_for_requests (budget);
 
   do
-    if (bytes > budget->limit || used > budget->limit - bytes)
+    if (bytes > room || used > room - bytes)
       return false;
   while (!atomic_compare_exchange_weak (&budget->used, &used, used + bytes));
   return true;
@@ -107,9 +121,9 @@ grant (struct budget *budget)
  * finds it there.
  */
 static void
-give_back (struct budget *budget, uint64_t bytes)
+give_back (struct budget *budget, atomic_u64 *to, uint64_t bytes)
 {
-  atomic_fetch_sub (&budget->used, bytes);
+  atomic_fetch_sub (to, bytes);
   if (atomic_load (&budget->nr_waiting) == 0)
     return;
   LOCK_FOR_SCOPE (&budget->lock);
@@ -148,6 +162,19 @@ leave_queue (struct budget *budget, struct session *s)
   }
 }
 
+void
+budget_come (struct budget *budget, uint64_t bytes)
+{
+  atomic_fetch_add (&budget->fixed, bytes);
+}
+
+void
+budget_go (struct budget *budget, uint64_t bytes)
+{
+  give_back (budget, &budget->fixed, bytes);
+  mailbox_ring_all ();
+}
+
 /* --- A session's part ----------------------------------------------------- */
 
 void
@@ -159,7 +186,7 @@ budget_settle_locked (struct session *s)
     uint64_t surplus = s->charged - due;
 
     s->charged = due;
-    give_back (&s->clients->budget, surplus);
+    give_back (&s->clients->budget, &s->clients->budget.used, surplus);
   }
 }
 

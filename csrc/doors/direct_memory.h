@@ -15,6 +15,9 @@ struct session;
 
 void budget_init (struct budget *budget, uint64_t limit, uint64_t stall_ns);
 void budget_end (struct budget *budget);
+/* A session takes these bytes by being there, and gives them back. */
+void budget_come (struct budget *budget, uint64_t bytes);
+void budget_go (struct budget *budget, uint64_t bytes);
 /* Reserve a new buffer of that size for the next op.  False: the mailbox
  * rings when there is memory; until then the thread calls budget_press.
  * Only the session's thread calls it.

@@ -34,6 +34,7 @@
 #include "doors/export.h"
 #include "doors/node_calls.h"
 #include "wire/receive.h"
+#include "wire/tls.h"
 #include "wire/tls_secrets.h"
 
 #define STACK_BYTES (512u << 10)
@@ -128,6 +129,7 @@ session_new (struct direct_server *server, int fd,
   atomic_init (&s->shaking_hands, true);
   pthread_mutex_init (&s->lock, NULL);
   s->inbox = malloc (DIRECT_INBOX);
+  s->fixed = DIRECT_INBOX + (s->secrets ? tls_bytes () : 0);
   set_options (fd);
   if (lane_init (&s->lane) == 0 && s->inbox)
     return s;

@@ -485,6 +485,12 @@ tls_begin (struct stream *stream, unsigned flags)
   return 0;
 }
 
+size_t
+tls_bytes (void)
+{
+  return sizeof (struct tls);
+}
+
 gnutls_session_t
 tls_session (const struct stream *stream)
 {

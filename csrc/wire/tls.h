@@ -5,6 +5,7 @@
 #ifndef NBDM_TLS_H
 #define NBDM_TLS_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 struct stream;
@@ -22,6 +23,7 @@ int tls_accept (struct stream *stream, const struct tls_secrets *secrets,
  */
 int tls_connect (struct stream *stream, const struct tls_secrets *secrets,
                  const char *host, uint64_t until_ns);
+size_t tls_bytes (void); /* that a stream takes, without GnuTLS's own */
 /* After EPROTO from a stream: what went wrong, or NULL. */
 const char *tls_trouble (const struct stream *stream);
 

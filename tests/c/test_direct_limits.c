@@ -12,6 +12,9 @@
 #include "direct_site.h"
 
 #define STALL_MS 400
+#define MEMORY (12 * BIG)
+#define IDLE 300     /* clients, which take a third of it */
+#define WAITS_MS 400 /* a client without memory */
 #define HANDSHAKE_MS UINT64_C (600)
 #define SHAKING 64 /* as many as are let in at once */
 
@@ -151,6 +154,68 @@ test_endless_handshakes (void)
   take_down ();
 }
 
+/* --- the memory of clients ---------------------------------------------------
+ */
+
+/* A write without its last byte: true if the door had memory for all of it. */
+static bool
+gets_memory (const struct client *c)
+{
+  static const uint8_t data[BIG];
+  struct nbd_request header = client_header (NBD_CMD_WRITE, 0, 1, 0, BIG);
+  struct pollfd fd = { .fd = c->fd, .events = POLLOUT };
+  size_t sent = 0;
+
+  client_send (c, &header, sizeof header);
+  while (sent < BIG - 1 && poll (&fd, 1, WAITS_MS) == 1) {
+    ssize_t n = send (c->fd, data + sent, BIG - 1 - sent,
+                      MSG_DONTWAIT | MSG_NOSIGNAL);
+
+    assert (n > 0 || (n < 0 && errno == EAGAIN));
+    sent += n > 0 ? (size_t)n : 0;
+  }
+  return sent == BIG - 1;
+}
+
+static unsigned
+count_that_get_memory (void)
+{
+  struct client hogs[MEMORY / BIG + 1];
+  unsigned nr = 0;
+
+  for (unsigned i = 0; i < MEMORY / BIG + 1; i++) {
+    hogs[i] = client_open (door, false);
+    nr += gets_memory (&hogs[i]);
+  }
+  for (unsigned i = 0; i < MEMORY / BIG + 1; i++)
+    client_close (&hogs[i]);
+  return nr;
+}
+
+/* What a client takes by being there is part of the memory of all; but so much
+ * is always left that the largest request fits.
+ */
+static void
+test_clients_count_as_memory (void)
+{
+  static struct client idle[IDLE];
+  const struct nbdm_limits limits = { .max_clients = 2 * IDLE,
+                                      .max_memory = MEMORY,
+                                      .stall_ms = CLIENT_DEADLINE_S * 1000 };
+
+  bring_up_with (&limits);
+  assert (count_that_get_memory () == MEMORY / BIG - 1);
+  wait_no_clients ();
+  for (unsigned i = 0; i < IDLE; i++)
+    idle[i] = client_open (door, false);
+  assert (count_that_get_memory () == NBDM_MAX_REQUEST / BIG);
+  for (unsigned i = 0; i < IDLE; i++)
+    client_leave (&idle[i]);
+  wait_no_clients ();
+  assert (count_that_get_memory () == MEMORY / BIG - 1);
+  take_down ();
+}
+
 /* --- options that are long --------------------------------------------------
  */
 
@@ -184,6 +249,7 @@ main (void)
   RUN (test_too_many_clients);
   RUN (test_silent_handshakes);
   RUN (test_endless_handshakes);
+  RUN (test_clients_count_as_memory);
   RUN (test_long_options);
   return 0;
 }
