@@ -51,8 +51,11 @@ enum nbdm_local_state {
 /* An operator's statement about the local disk at a start. */
 enum nbdm_local_choice {
   NBDM_LOCAL_CHECKED = 0, /* none: it must be the disk of the last session */
-  NBDM_LOCAL_FORCED = 1,  /* use this disk; the remotes become all dirty */
-  NBDM_LOCAL_LOST = 2     /* do not use it: failed, a remote in sync serves */
+  /* Use this disk; the remotes become all dirty.  Towards nodes all of it is
+   * doubted, with `crash` HOST.
+   */
+  NBDM_LOCAL_FORCED = 1,
+  NBDM_LOCAL_LOST = 2 /* do not use it: failed, a remote in sync serves */
 };
 
 enum nbdm_policy {

@@ -34,6 +34,7 @@
 #include "base/fault.h"
 #include "base/file.h"
 #include "life/identity_check.h"
+#include "life/node_open.h"
 #include "life/recover.h"
 #include "logs/activity.h"
 #include "logs/dirty_map.h"
@@ -41,6 +42,7 @@
 #include "logs/superblock.h"
 #include "volume/device_id.h"
 #include "volume/identity.h"
+#include "volume/node.h"
 #include "volume/volume.h"
 
 struct comparison {
@@ -189,6 +191,8 @@ identity_take_by_force (struct nbdm *v)
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
 
+    if (r->disk.is_node)
+      continue;
     dirty_map_mark (&r->disk.dm, 0, v->nr_regions, true);
     r->assumed = false;
     if (r->state == NBDM_IN_SYNC)
@@ -197,6 +201,7 @@ identity_take_by_force (struct nbdm *v)
                          "the local disk was taken by force: all of it is "
                          "copied");
   }
+  node_took_disk (v);
   snprintf (v->reason, sizeof v->reason,
             "the local disk is not the same disk as before, and was taken by "
             "force: everything is copied to every remote");
@@ -370,11 +375,12 @@ identity_check_attached (const struct nbdm *v, struct attached_check *check,
  * lost.
  */
 static bool
-has_everything (const struct nbdm *v, const struct remote *r)
+has_everything (const struct remote *r)
 {
-  return r->state == NBDM_IN_SYNC && r->generation == v->generation
+  return r->state == NBDM_IN_SYNC && node_has_generation_locked (r)
          && !r->disk.map_lost && r->disk.dm.mapping
-         && r->disk.dm.map[MAP_DIRTY].nr_set == 0;
+         && r->disk.dm.map[MAP_DIRTY].nr_set == 0
+         && r->disk.dm.map[MAP_DOUBTS].nr_set == 0;
 }
 
 /* Delete local's map before the superblock says failed: if this start ends
@@ -405,7 +411,7 @@ identity_give_up_local (struct nbdm *v)
   if (!v->identity.given_up)
     return 0;
   for (uint32_t i = 0; i < v->nr_remotes; i++)
-    found = found || has_everything (v, &v->remotes[i]);
+    found = found || has_everything (&v->remotes[i]);
   if (!found)
     return set_message (-ENOTCONN,
                         "no remote was in sync at the end: without the local "

@@ -140,6 +140,8 @@ node_load (struct nbdm *v, const struct nbdm_params *params)
   rc = find_peers (v);
   if (rc == 0)
     rc = check_role (v, params);
+  if (rc == 0 && !params->primary && params->local_choice == NBDM_LOCAL_LOST)
+    rc = set_message (-EINVAL, "a secondary has no other disk than its own");
   v->secondary = !params->primary;
   if (v->secondary) {
     v->policy = NBDM_DEGRADE;
@@ -211,6 +213,15 @@ node_recovered (struct nbdm *v, bool crashed, bool host)
   if (!node_any_doubts (v))
     v->node.crash = NBDM_CRASH_NONE;
   fault_point ("doubts_marked");
+}
+
+void
+node_took_disk (struct nbdm *v)
+{
+  if (!v->has_nodes)
+    return;
+  node_doubt_locked (v, 0, v->size);
+  v->node.crash = NBDM_CRASH_HOST;
 }
 
 /* The disk was not locked since the proof. */

@@ -27,6 +27,10 @@ void node_doubt_unflushed_locked (struct remote *r);
  * was not closed; `host`: and the page cache is another one.
  */
 void node_recovered (struct nbdm *v, bool crashed, bool host);
+/* An operator chose another disk: neither copy is known to be newer, and any
+ * other one is a better source.
+ */
+void node_took_disk (struct nbdm *v);
 /* The first store of a session. */
 int node_first_store (struct nbdm *v);
 /* A primary's clients read the regions that it doubts: from now on its content

@@ -183,6 +183,9 @@ remote_address_locked (struct remote *r, const char *uri)
   struct remote *other = find_other (r, address);
   int rc = 0;
 
+  /* A node shows its identity, and its address names a session. */
+  if (r->disk.is_node)
+    return 0;
   if (r->address != address && other)
     rc = exchange_locked (r, other, address);
   else if (r->address != address && was_left_out (r->disk.volume, address))

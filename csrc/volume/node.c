@@ -59,6 +59,13 @@ node_counted_locked (const struct remote *r)
   return !r->disk.is_node || lineage_counted (peer_of (r));
 }
 
+bool
+node_has_generation_locked (const struct remote *r)
+{
+  return r->disk.is_node ? lineage_counted (peer_of (r))
+                         : r->generation == r->disk.volume->generation;
+}
+
 void
 node_begin_locked (struct nbdm *v, const bool *missing)
 {

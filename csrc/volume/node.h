@@ -16,6 +16,8 @@ struct request;
 void node_put_locked (struct nbdm *v);
 /* Is it in sync once nothing is dirty?  True of every plain remote. */
 bool node_counted_locked (const struct remote *r);
+/* Does its entry say that it has the volume's generation? */
+bool node_has_generation_locked (const struct remote *r);
 /* This node will not get a write.  If it may hold the present generation, begin
  * another one, durably; false: it may not.
  */

@@ -231,8 +231,7 @@ persistent_state (const struct remote *r)
   if (r->state == NBDM_FAILED)
     return NBDM_FAILED;
   if (r->state == NBDM_OUT_OF_SYNC || r->disk.dm.map[MAP_DIRTY].nr_set > 0
-      || (r->disk.is_node ? !node_counted_locked (r)
-                          : r->generation != r->disk.volume->generation))
+      || !node_has_generation_locked (r))
     return NBDM_OUT_OF_SYNC;
   return NBDM_IN_SYNC;
 }

@@ -58,6 +58,7 @@ site_make (struct site *site)
                               .policy = NBDM_DEGRADE,
                               .hold_ms = site->hold_ms,
                               .local_deadline_ms = local_deadline_of_tests (),
+                              .node = site->node,
                               .nr_remotes = site->nr_peers };
   for (uint32_t i = 0; i < site->nr_peers; i++) {
     struct peer_params peer = site->peer;
@@ -70,6 +71,7 @@ site_make (struct site *site)
     peer.opaque = (void *)(uintptr_t)i;
     site->peers[i] = peer_start (&peer);
     site->params.remotes[i].name = names[i];
+    site->params.remotes[i].is_node = site->node != NULL;
     site->params.remotes[i].deadline_ms = SITE_DEADLINE_S * 1000;
   }
   assert (nbdm_create (&site->params, 0) == 0);

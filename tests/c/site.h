@@ -37,6 +37,7 @@ struct site {
   uint32_t region_size;
   uint32_t hold_ms;
   uint32_t nr_peers;
+  const char *node; /* the peers are nodes, and this is the site's own; NULL */
   struct peer_params peer; /* the socket, size and seed are ours; `opaque` is
                             * the peer's number */
   uint64_t seed;

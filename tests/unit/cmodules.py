@@ -57,6 +57,28 @@ MODULES: dict[str, CModule] = {
     "fault": CModule("void fault_init (void);", needs=("clock", "error")),
     "file": CModule("", needs=("error", "fault")),
     "log_header": CModule("", needs=("error", "crc32c", "fault", "file")),
+    "lineage": CModule(
+        """
+        struct nbdm_peer {
+          char name[64];
+          uint64_t bases[4];
+          uint32_t shared;
+          ...;
+        };
+        struct nbdm_node {
+          uint64_t generation;
+          uint64_t history[32];
+          uint32_t nr_peers;
+          struct nbdm_peer peers[8];
+          ...;
+        };
+        struct nbdm_peer *lineage_peer (struct nbdm_node *node, const char *name);
+        bool lineage_counted (const struct nbdm_peer *peer);
+        bool lineage_is_fresh (const struct nbdm_node *node, uint64_t generation);
+        void lineage_begin (struct nbdm_node *node, uint64_t fresh,
+                            const bool *missing);
+        """
+    ),
     "bitmap": CModule(
         """
         struct bitmap {

@@ -1,0 +1,472 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* A primary and another node, whose disk is a server inside the test: which
+ * writes begin a generation, when the node is in sync, and what a session
+ * leaves in the maps.
+ *
+ * Each test asks the rule of generations: a write that was answered and that
+ * the other node lacks is of a generation which that node cannot hold.
+ */
+
+#include "api.h"
+#include "logs/lineage.h"
+#include "site.h"
+
+#define REGION 4096u
+#define REGIONS 64u
+#define FIRST 1000u /* the generation that the tests begin with */
+
+static struct site site;
+
+/* --- the site ----------------------------------------------------------- */
+
+static struct nbdm_node
+record (void)
+{
+  struct nbdm_node node;
+
+  assert (nbdm_node_get (site.volume, &node) == 0);
+  return node;
+}
+
+static void
+store (const struct nbdm_node *before, const struct nbdm_node *after)
+{
+  assert (nbdm_node_store (site.volume, before, after) == 0);
+}
+
+/* As the control thread does at the end of a resync: see rules/generation.py.
+ */
+static void
+count (void)
+{
+  struct nbdm_node before = record (), after = before;
+
+  memset (after.peers[0].bases, 0, sizeof after.peers[0].bases);
+  after.peers[0].shared = 1;
+  store (&before, &after);
+}
+
+static void
+open_primary (void)
+{
+  site.params.primary = 1;
+  site.params.epoch = 1;
+  site_open (&site);
+}
+
+/* A new pair, of which this node was promoted; the other one was counted, or
+ * was never met.
+ */
+static void
+make (bool counted)
+{
+  struct nbdm_node before, after;
+
+  site = (struct site){ .size = REGIONS * REGION,
+                        .region_size = REGION,
+                        .nr_peers = 1,
+                        .node = "alpha",
+                        .seed = 1 };
+  site_make (&site);
+  site_open (&site);
+  before = after = record ();
+  after.generation = FIRST;
+  after.epoch = 1;
+  after.role = NBDM_PRIMARY;
+  strcpy (after.leader, "alpha");
+  after.peers[0].shared = counted;
+  store (&before, &after);
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+  open_primary ();
+}
+
+static void
+write_regions (unsigned first, unsigned nr, uint8_t value)
+{
+  static uint8_t buf[REGIONS * REGION];
+
+  memset (buf, value, nr * REGION);
+  assert (nbdm_pwrite (site.volume, buf, nr * REGION, first * REGION, 0) == 0);
+}
+
+static uint64_t
+map_of (uint32_t map)
+{
+  uint64_t bits = 0;
+
+  assert (nbdm_node_map (site.volume, 1, map, (uint8_t *)&bits, sizeof bits)
+          == 0);
+  return bits;
+}
+
+static void
+mark (uint32_t map, uint64_t bits)
+{
+  assert (
+      nbdm_node_mark (site.volume, 1, map, (const uint8_t *)&bits, sizeof bits)
+      == 0);
+}
+
+static void
+resync (void)
+{
+  struct nbdm_resync batch = { .max_bytes = 1u << 20, .pace.depth = 4 };
+
+  while (site_status (&site, 0).dirty_regions > 0) {
+    nbdm_remote_release_late (site.volume, 1); /* a claim fences late writes */
+    assert (nbdm_disk_resync (site.volume, 1, &batch) == 0);
+    batch.first_region = batch.next_region;
+  }
+}
+
+/* Resync all, and count the node. */
+static void
+join (void)
+{
+  site_connect (&site, 0);
+  mark (NBDM_MAP_DIRTY, UINT64_MAX);
+  resync ();
+  count ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+}
+
+/* The present generation began with the one `before`, for a write that the
+ * node misses.
+ */
+static void
+assert_began (const struct nbdm_node *before)
+{
+  struct nbdm_node now = record (), expect = *before;
+  bool missing = true;
+
+  assert (now.generation != before->generation);
+  lineage_begin (&expect, now.generation, &missing);
+  assert (memcmp (&now, &expect, sizeof now) == 0);
+  assert (!now.peers[0].shared && now.peers[0].bases[0] == before->generation);
+}
+
+static void
+assert_same_record (const struct nbdm_node *before)
+{
+  struct nbdm_node now = record ();
+
+  assert (memcmp (&now, before, sizeof now) == 0);
+}
+
+static void
+assert_equal_disks (void)
+{
+  assert (nbdm_flush (site.volume) == 0);
+  assert (memcmp (site.image, peer_image (site.peers[0]), site.size) == 0);
+}
+
+/* --- in sync ------------------------------------------------------------- */
+
+static void
+test_nodes_engine_in_sync_needs_a_counted_node (void)
+{
+  struct nbdm_disk_status status;
+
+  make (false);
+  write_regions (0, 8, 1);
+  site_connect (&site, 0);
+  mark (NBDM_MAP_DIRTY, UINT64_MAX);
+  resync ();
+  status = site_status (&site, 0);
+  assert (status.state == NBDM_RESYNCING && status.dirty_regions == 0);
+  assert (status.remote.admitted && status.remote.is_node);
+  count ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert_equal_disks ();
+  site_end (&site);
+}
+
+/* A clean stop in sync: the next start waits for it, as it misses nothing. */
+static void
+test_nodes_engine_counted_node_is_held_at_a_start (void)
+{
+  make (false);
+  join ();
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+  site.params.hold_ms = 60000;
+  open_primary ();
+  assert (site_status (&site, 0).state == NBDM_HOLDING);
+  site_connect (&site, 0);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  site_end (&site);
+}
+
+static void
+test_nodes_engine_a_store_that_counts_no_more_ends_in_sync (void)
+{
+  struct nbdm_node before, after;
+
+  make (false);
+  join ();
+  before = after = record ();
+  after.peers[0].bases[0] = 999;
+  store (&before, &after);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  count ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  site_end (&site);
+}
+
+/* --- doubts --------------------------------------------------------------- */
+
+static void
+test_nodes_engine_a_copy_clears_dirty_and_doubts (void)
+{
+  make (false);
+  join ();
+  mark (NBDM_MAP_DOUBTS, 0xf0);
+  mark (NBDM_MAP_DIRTY, 0x30);
+  resync ();
+  assert (map_of (NBDM_MAP_DIRTY) == 0);
+  assert (map_of (NBDM_MAP_DOUBTS) == 0xc0);
+  assert (site_status (&site, 0).remote.doubts == 2);
+  site_end (&site);
+}
+
+/* --- which writes begin a generation -------------------------------------- */
+
+static void
+test_nodes_engine_no_generation_while_the_node_gets_all (void)
+{
+  struct nbdm_node before;
+
+  make (false);
+  join ();
+  before = record ();
+  write_regions (3, 5, 2);
+  assert (nbdm_zero (site.volume, 2 * REGION, REGION, 0) == 0);
+  assert_same_record (&before);
+  assert (map_of (NBDM_MAP_DIRTY) == 0);
+  assert_equal_disks ();
+  site_end (&site);
+}
+
+/* An outage in which no client writes costs no generation. */
+static void
+test_nodes_engine_no_generation_with_an_outage_alone (void)
+{
+  struct nbdm_node before;
+
+  make (false);
+  join ();
+  before = record ();
+  write_regions (3, 1, 2); /* answered, and not flushed there */
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_OUT_OF_SYNC);
+  assert_same_record (&before);
+  site_connect (&site, 0);
+  resync ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert_same_record (&before);
+  write_regions (4, 1, 3);
+  assert_same_record (&before);
+  site_end (&site);
+}
+
+static void
+test_nodes_engine_the_first_missed_write_begins_one (void)
+{
+  struct nbdm_node before, after;
+
+  make (false);
+  join ();
+  before = record ();
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_OUT_OF_SYNC);
+  write_regions (9, 2, 2);
+  assert_began (&before);
+  after = record ();
+  write_regions (20, 2, 2);
+  assert_same_record (&after);
+  assert (map_of (NBDM_MAP_DIRTY) == (UINT64_C (3) << 9 | UINT64_C (3) << 20));
+  /* What is copied does not make it hold the generation. */
+  site_connect (&site, 0);
+  resync ();
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  assert_same_record (&after);
+  site_end (&site);
+}
+
+static void *
+write_under_way (void *opaque)
+{
+  (void)opaque;
+  write_regions (5, 1, 7);
+  return NULL;
+}
+
+/* The write was sent, and the node is lost before it answers. */
+static void
+test_nodes_engine_a_write_under_way_begins_one (void)
+{
+  struct nbdm_node before;
+  pthread_t writer;
+
+  make (false);
+  join ();
+  before = record ();
+  peer_hold (site.peers[0], PEER_HOLD_ANSWERS);
+  assert (pthread_create (&writer, NULL, write_under_way, NULL) == 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
+  peer_cut (site.peers[0], false);
+  pthread_join (writer, NULL);
+  assert_began (&before);
+  assert (map_of (NBDM_MAP_DIRTY) & 1u << 5);
+  site_end (&site);
+}
+
+/* The same within a hold: the write is sent again, and the node has it. */
+static void
+test_nodes_engine_a_write_sent_again_begins_none (void)
+{
+  struct nbdm_node before;
+  pthread_t writer;
+
+  make (false);
+  join ();
+  site.volume->hold_ms = 60000;
+  before = record ();
+  peer_hold (site.peers[0], PEER_HOLD_ANSWERS);
+  assert (pthread_create (&writer, NULL, write_under_way, NULL) == 0);
+  WAIT_FOR (site_status (&site, 0).remote.outstanding > 0);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  peer_hold (site.peers[0], PEER_GO);
+  site_connect (&site, 0);
+  pthread_join (writer, NULL);
+  resync ();
+  assert_same_record (&before);
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert_equal_disks ();
+  site_end (&site);
+}
+
+/* The node shares the generation and is copied to: a write of a region that
+ * comes later is answered without it.
+ */
+static void
+test_nodes_engine_a_write_left_to_resync_begins_one (void)
+{
+  struct nbdm_node before;
+
+  make (true);
+  site_connect (&site, 0);
+  mark (NBDM_MAP_DIRTY, 0xff00);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  before = record ();
+  write_regions (3, 2, 4); /* the node gets it */
+  assert_same_record (&before);
+  write_regions (6, 4, 5); /* it gets half of it */
+  assert_began (&before);
+  resync ();
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  count ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert_equal_disks ();
+  site_end (&site);
+}
+
+/* What the node was offered counts as held. */
+static void
+test_nodes_engine_a_missed_write_after_an_offer_begins_one (void)
+{
+  struct nbdm_node before, after;
+
+  make (false);
+  site_connect (&site, 0);
+  mark (NBDM_MAP_DIRTY, UINT64_MAX);
+  resync ();
+  before = after = record ();
+  after.peers[0].shared = 1;
+  after.peers[0].bases[0] = 900;
+  store (&before, &after);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_OUT_OF_SYNC);
+  write_regions (1, 1, 2);
+  assert_began (&after);
+  assert (record ().peers[0].bases[1] == 900);
+  site_end (&site);
+}
+
+/* --- a record that two threads change --------------------------------------
+ */
+
+static atomic_bool racing;
+
+static void *
+count_again_and_again (void *opaque)
+{
+  unsigned *refused = opaque;
+
+  while (racing) {
+    struct nbdm_node before = record (), after = before;
+    int rc;
+
+    after.own_session++;
+    memset (after.peers[0].bases, 0, sizeof after.peers[0].bases);
+    after.peers[0].shared = 1;
+    rc = nbdm_node_store (site.volume, &before, &after);
+    assert (rc == 0 || rc == -EAGAIN);
+    *refused += rc != 0;
+  }
+  return NULL;
+}
+
+/* No generation that the engine began is overwritten by a record that was made
+ * before it: each is an ancestor of the next.
+ */
+static void
+test_nodes_engine_a_store_does_not_undo_a_generation (void)
+{
+  unsigned refused = 0;
+  uint64_t latest;
+  pthread_t other;
+
+  make (true); /* not connected: each write is missed */
+  racing = true;
+  latest = record ().generation;
+  assert (pthread_create (&other, NULL, count_again_and_again, &refused) == 0);
+  for (unsigned i = 0; i < 300; i++) {
+    struct nbdm_node now;
+    bool found;
+
+    write_regions (i % REGIONS, 1, (uint8_t)i);
+    now = record ();
+    found = now.generation == latest;
+    for (unsigned at = 0; at < NBDM_ANCESTORS; at++)
+      found = found || now.history[at] == latest;
+    assert (found);
+    latest = now.generation;
+  }
+  racing = false;
+  pthread_join (other, NULL);
+  printf ("%u stores were refused\n", refused);
+  site_end (&site);
+}
+
+int
+main (void)
+{
+  RUN (test_nodes_engine_in_sync_needs_a_counted_node);
+  RUN (test_nodes_engine_counted_node_is_held_at_a_start);
+  RUN (test_nodes_engine_a_store_that_counts_no_more_ends_in_sync);
+  RUN (test_nodes_engine_a_copy_clears_dirty_and_doubts);
+  RUN (test_nodes_engine_no_generation_while_the_node_gets_all);
+  RUN (test_nodes_engine_no_generation_with_an_outage_alone);
+  RUN (test_nodes_engine_the_first_missed_write_begins_one);
+  RUN (test_nodes_engine_a_write_under_way_begins_one);
+  RUN (test_nodes_engine_a_write_sent_again_begins_none);
+  RUN (test_nodes_engine_a_write_left_to_resync_begins_one);
+  RUN (test_nodes_engine_a_missed_write_after_an_offer_begins_one);
+  RUN (test_nodes_engine_a_store_does_not_undo_a_generation);
+  return 0;
+}
