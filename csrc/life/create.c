@@ -182,7 +182,7 @@ measure_local (const struct nbdm_params *params, struct found *found)
 {
   struct local_file disk = { .fd = -1 };
   uint64_t local_size = 0;
-  int rc = local_open (&disk, params->local, &local_size);
+  int rc = local_open_patiently (&disk, params->local, &local_size);
 
   if (rc == 0)
     rc = check_size (params, local_size, found);

@@ -130,9 +130,8 @@ lock_patiently (int fd)
   return 0;
 }
 
-/* Only a start may wait here, as no other thread waits for a start. */
-static int
-open_patiently (struct local_file *disk, const char *path, uint64_t *size)
+int
+local_open_patiently (struct local_file *disk, const char *path, uint64_t *size)
 {
   uint64_t until = now_ns () + LOCK_PATIENCE_NS;
   int rc;
@@ -458,7 +457,7 @@ open_local (struct nbdm *v, const struct nbdm_params *params, uint64_t *size)
     disk_explain_locked (&v->local.disk, "an operator gave it up");
     return 0;
   }
-  rc = open_patiently (&v->local.file, path, size);
+  rc = local_open_patiently (&v->local.file, path, size);
   if (rc == 0 && *size < v->size && v->local.state != NBDM_LOCAL_OK)
     rc = set_message (-ENOMEDIUM, "the local disk %s has become too small",
                       path);

@@ -5,6 +5,10 @@
 #ifndef NBDM_OPEN_H
 #define NBDM_OPEN_H
 
+#include <stdint.h>
+
+struct local_file;
+
 /* The beginning of nbdm_chain's text. */
 #define VOLUME_CHAIN "nbd_mirror volumes:"
 
@@ -23,5 +27,11 @@ int state_lock (int dirfd, const char *state_dir, int *lock_fd);
  * file of the first one.  -EBUSY.  The lock ends with the descriptor.
  */
 int superblock_lock (int fd, const char *state_dir);
+
+/* local_open, which waits a moment for a server that ends.  Only a start or a
+ * create may wait here, as no other thread waits for it.
+ */
+int local_open_patiently (struct local_file *disk, const char *path,
+                          uint64_t *size);
 
 #endif /* NBDM_OPEN_H */

@@ -19,7 +19,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ __all__ = ["MAX_LISTENERS", "Listeners", "bind", "bind_all", "remove_stale"]
 
 FOLDER_LOCK_S = 2.0  # limit for the lock of the socket's folder; then go on without
 STALE_LOOKS, STALE_PAUSE_S = 3, 0.03  # checks of a socket on which no server answers
+# A server that ends keeps its sockets until its last moment, as its locks (open.c).
+BUSY_PATIENCE_S, BUSY_PAUSE_S = 1.0, 0.02
 MAX_LISTENERS = 16  # NBDM_MAX_LISTENERS
 BACKLOG = 128  # connections that wait to be accepted
 
@@ -77,8 +79,8 @@ def bind_all(config: VolumeConfig) -> Listeners:
     Raises:
         BusyError: another server listens at one of them. Others: see bind().
     """
-    listeners = Listeners()
-    try:
+
+    def add_all(listeners: Listeners) -> None:
         _bind(listeners, config.listen)
         for node in config.nodes:
             if node.name == config.node:
@@ -88,10 +90,24 @@ def bind_all(config: VolumeConfig) -> Listeners:
                 f"`listen` and `address` of node {config.node} together stand for "
                 f"{len(listeners.sockets)} addresses, more than {MAX_LISTENERS}"
             )
-    except BaseException:
-        listeners.close()
-        raise
-    return listeners
+
+    return _patiently(add_all)
+
+
+def _patiently(add_all: Callable[[Listeners], None]) -> Listeners:
+    """Return what *add_all* adds; wait a moment for a server that still listens."""
+    until = time.monotonic() + BUSY_PATIENCE_S
+    while True:
+        listeners = Listeners()
+        try:
+            add_all(listeners)
+        except BaseException as error:
+            listeners.close()
+            if not isinstance(error, BusyError) or time.monotonic() >= until:
+                raise
+        else:
+            return listeners
+        time.sleep(BUSY_PAUSE_S)
 
 
 def _bind_node(listeners: Listeners, node: NodeConfig) -> None:
@@ -118,13 +134,7 @@ def bind(listen: Listen) -> Listeners:
         BusyError: another server listens there. MissingError, AccessError: the
         folder does not exist or may not be written. ConfigError: no such address.
     """
-    listeners = Listeners()
-    try:
-        _bind(listeners, listen)
-    except BaseException:
-        listeners.close()
-        raise
-    return listeners
+    return _patiently(lambda listeners: _bind(listeners, listen))
 
 
 def _bind(listeners: Listeners, listen: Listen) -> None:

@@ -38,7 +38,7 @@ lock_file (const char *name)
  * that ends releases its locks one after the other.
  */
 static void
-lock_of_a_moment_is_waited_for (const char *name)
+lock_of_a_moment_is_waited_for (const char *name, bool create)
 {
   int ready[2], status;
   char byte;
@@ -55,7 +55,10 @@ lock_of_a_moment_is_waited_for (const char *name)
   }
   close (ready[1]);
   assert (read (ready[0], &byte, 1) == 1);
-  nbdm_close (open_volume ());
+  if (create)
+    assert (nbdm_create (&params, 1) == 0);
+  else
+    nbdm_close (open_volume ());
   waitpid (pid, &status, 0);
   assert (status == 0);
   close (ready[0]);
@@ -65,9 +68,12 @@ lock_of_a_moment_is_waited_for (const char *name)
 static void
 test_locks_of_a_moment_are_waited_for (void)
 {
-  lock_of_a_moment_is_waited_for ("lock");
-  lock_of_a_moment_is_waited_for ("superblock");
-  lock_of_a_moment_is_waited_for ("disk");
+  static const char *const files[] = { "lock", "superblock", "disk" };
+
+  for (unsigned i = 0; i < sizeof files / sizeof files[0]; i++) {
+    lock_of_a_moment_is_waited_for (files[i], false);
+    lock_of_a_moment_is_waited_for (files[i], true);
+  }
 }
 
 /* While local has failed nothing locks it. */

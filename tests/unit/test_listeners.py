@@ -71,6 +71,19 @@ def test_bind_to_a_socket_in_use_is_refused_and_leaves_it(tmp_path: Path) -> Non
             client.connect(f"{tmp_path}/s")
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_bind_waits_a_moment_for_a_server_that_ends(tmp_path: Path, kind: str) -> None:
+    """It keeps its socket until its last moment."""
+    where = f"unix:{tmp_path}/s" if kind == "unix" else f"tcp:127.0.0.1:{_free_port()}"
+    listen = parse_listen(where)
+    ending = bind(listen)
+    timer = threading.Timer(0.2, ending.close)
+    timer.start()
+    with bind(listen) as started:
+        assert started.sockets
+    timer.join()
+
+
 def test_bind_replaces_a_stale_socket_with_mode_0600(tmp_path: Path) -> None:
     """A killed server's socket is replaced; only the owner may connect."""
     listen = parse_listen(f"unix:{tmp_path}/s")
@@ -274,8 +287,11 @@ def test_bind_passes_over_an_address_this_host_does_not_have(
         assert [one.getsockname()[0] for one in listeners.sockets] == ["127.0.0.1"]
 
 
-def test_bind_by_two_at_once_leaves_one_winner(tmp_path: Path) -> None:
+def test_bind_by_two_at_once_leaves_one_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However they interleave, exactly one gets a stale socket's place."""
+    monkeypatch.setattr(listeners, "BUSY_PATIENCE_S", 0)
     listen = parse_listen(f"unix:{tmp_path}/s")
     for _ in range(20):
         results: list[object] = []
