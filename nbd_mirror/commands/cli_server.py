@@ -11,7 +11,7 @@ import typer
 from ..base.errors import MetadataFailedError
 from ..base.units import format_size
 from ..volume import offline
-from ..volume.client import ask_policy
+from ..volume.client import ask_policy, ask_status
 from ..volume.config import VolumeConfig, load
 from .asked import asked_for, name_volume, words_for
 from .cli_app import say
@@ -111,6 +111,10 @@ def serve(
     if foreground:
         exec_server(volume, door.value, choice, asked)
     pid = start(volume, door.value, choice, asked)
+    if volume.node and ask_status(volume).secondary:
+        say(f"node {volume.node} of volume {volume.name} is secondary, process {pid}")
+        say(name_volume("its state: nbd-mirror status CONFIG", words_for(config, node)))
+        return
     say(f"volume {volume.name} is served at {volume.listen.uri} by process {pid}")
 
 
@@ -131,7 +135,8 @@ def stop(config: Config, node: NodeOption = None) -> None:
         + (f" ({format_size(one.dirty_bytes)} dirty)" if one.dirty_bytes else "")
         for one in status.remotes
     )
-    say(f"volume {volume.name} stopped cleanly, {', '.join(remotes)}")
+    found = ", ".join(remotes)
+    say(f"volume {volume.name} stopped cleanly" + (f", {found}" if found else ""))
 
 
 def policy(

@@ -71,7 +71,7 @@ TAKE_BACK_S = 10.0  # for the kernel to notice that the old connection is lost
 
 def timeout_s(config: VolumeConfig) -> int:
     """Return the device's time-out for one request, in seconds."""
-    deadline = max(remote.deadline for remote in config.remotes)
+    deadline = max(copy.deadline for copy in config.copies)
     return 30 + math.ceil(config.hold + STARVED_DEADLINES * deadline)
 
 

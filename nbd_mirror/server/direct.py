@@ -14,8 +14,9 @@ import sys
 
 from ..base.errors import MetadataFailedError
 from ..base.listen import CLIENTS, NODES
+from ..rules.node_side import Role
 from ..volume.config import VolumeConfig
-from ..volume.core import Server, start_log
+from ..volume.core import ListenerKind, Server, start_log
 from ..volume.model import TlsFiles
 from .process import log, or_exit
 from .volume import Volume
@@ -63,18 +64,42 @@ def listening() -> list[str]:
     return known + [CLIENTS] * (count - len(known))
 
 
+def _is_secure(config: VolumeConfig, name: str) -> bool:
+    if name == NODES:
+        return config.tls is not None and config.tls.on
+    return config.listen.tls
+
+
+def close_door(server: Server, config: VolumeConfig, leader: str = "") -> None:
+    """
+    Turn clients away, and tell them where to connect.
+
+    Args:
+        leader: the node that is primary, as far as this one knows; "": none.
+    """
+    primary = f"{leader} is primary: connect there" if leader else "no node is primary"
+    text = f"node {config.node} is secondary; {primary}, or nbd-mirror promote CONFIG"
+    for listener, name in enumerate(listening()):
+        if name == CLIENTS:
+            server.set_listener(listener, ListenerKind.CLOSED, text)
+
+
 def _make_server(volume: Volume) -> Server:
     config = volume.config
     sockets = listening()
     server = Server(
         volume.engine,
-        [_LISTEN_FD + i for i, name in enumerate(sockets) if name == CLIENTS],
+        range(_LISTEN_FD, _LISTEN_FD + len(sockets)),
         max_clients=config.max_clients,
         max_memory=config.max_memory,
     )
-    if config.listen.tls:
-        for listener in range(sockets.count(CLIENTS)):
+    for listener, name in enumerate(sockets):
+        if _is_secure(config, name):
             server.require_tls(listener, _tls_files(config))
+        if name == NODES:
+            server.set_listener(listener, ListenerKind.NODES)
+    if volume.engine.status().role is Role.SECONDARY:
+        close_door(server, config)
     volume.max_clients = server.max_clients
     if server.max_clients < config.max_clients:
         log(

@@ -230,7 +230,8 @@ class Volume:
             return self._clean
 
     def _join(self) -> None:
-        timeout_s = 2 * max(r.deadline for r in self._config.remotes) + JOIN_S
+        deadlines = [copy.deadline for copy in self._config.copies]
+        timeout_s = 2 * max(deadlines) + JOIN_S
         timeout_s += self._config.local_deadline
         for keeper in self._threads():
             self._exit.doing = f"the thread {keeper.name} is at work"
