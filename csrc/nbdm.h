@@ -542,6 +542,7 @@ struct nbdm_limits {
   uint64_t max_memory;   /* bytes of all clients and their requests together */
   uint32_t call_ms;      /* how long another node's call may go unanswered */
   uint32_t handshake_ms; /* how long a handshake may take */
+  uint32_t silence_ms;   /* how long a node with a claim may be silent */
 };
 
 /* Serve the volume to clients of `nr` listening sockets, which the caller still

@@ -15,6 +15,7 @@
  *   node_calls.c        the questions that Python answers
  *   node_session.c      the exports NAME.meta and NAME.dirty
  *   claims.c            the connections that may write, and their end
+ *   node_silence.c      notices that their other side is gone
  *
  * A session is one thread with a lane of the executor (executor/lane.c), which
  * carries out its requests.  A worker sends its answer straight to the socket.
@@ -93,6 +94,8 @@ struct record {
   enum { RECORD_NONE, RECORD_META, RECORD_DIRTY } kind;
   uint8_t *bytes; /* of RECORD_DIRTY */
   uint32_t size;
+  uint64_t until_ns; /* and it must have been read */
+  bool has_place;    /* among the maps that are served at a time */
 };
 
 /* The result of the handshake. */
@@ -119,6 +122,13 @@ struct op {
   size_t head_size;
   size_t body_size; /* of buf */
   bool refused;     /* the volume stops: no answer is sent */
+};
+
+/* When the other side of a claim was last alive. */
+struct quiet {
+  uint64_t heard_ns;
+  uint64_t moved;  /* as the session's, when last seen */
+  uint64_t unread; /* bytes that it had not acknowledged then */
 };
 
 struct session {
@@ -172,6 +182,7 @@ struct session {
   bool closed; /* by the client: poll would report it forever */
   bool claims; /* the disk, with a claim: `claim` is not NULL */
   bool parted; /* the client disconnected after its last answer */
+  struct quiet quiet; /* of a claim: see node_silence.c */
 
   pthread_mutex_t lock;    /* protects all below; before the budget's */
   struct op *first, *last; /* answers to send */

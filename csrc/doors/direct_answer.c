@@ -397,11 +397,8 @@ answer_send_shared (struct op *op, int rc)
   queue_and_push (op, rc, 0, false);
 }
 
-/* Bytes that the client's machine has not acknowledged; 0 on a unix socket,
- * where sent bytes have arrived.
- */
-static int
-unacknowledged (int fd)
+int
+answers_unread (int fd)
 {
   int domain, bytes = 0;
   socklen_t size = sizeof domain;
@@ -429,7 +426,7 @@ answers_part (struct session *s)
 
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
       break;
-    if (n < 0 && unacknowledged (s->fd) == 0)
+    if (n < 0 && answers_unread (s->fd) == 0)
       break;
     if (n < 0)
       (void)poll (&fd, 1, LINGER_STEP_MS);

@@ -29,6 +29,10 @@ void answers_push (struct session *session);
  * answers and the client.  Only the session's thread calls it.
  */
 void answers_give_up (struct session *session);
+/* Bytes that the client's machine has not acknowledged; 0 on a unix socket,
+ * where sent bytes have arrived.
+ */
+int answers_unread (int fd);
 /* All answers are sent, and the server ends the connection.  Wait until they
  * have arrived, for a bounded time.  Only the session's thread calls it.
  */

@@ -33,6 +33,7 @@
 #include "doors/direct_session.h"
 #include "doors/export.h"
 #include "doors/node_calls.h"
+#include "doors/node_session.h"
 #include "wire/receive.h"
 #include "wire/tls.h"
 #include "wire/tls_secrets.h"
@@ -87,7 +88,7 @@ session_free (struct session *s)
 {
   lane_destroy (&s->lane);
   free (s->inbox);
-  free (s->record.bytes);
+  record_end (s);
   stream_end (&s->stream);
   close_socket (s->fd);
   pthread_mutex_destroy (&s->lock);
@@ -242,7 +243,7 @@ nbdm_server_open (struct nbdm *v, const int *listen_fds, uint32_t nr,
     server->listeners[server->nr_listeners++].fd = listen_fds[i];
   }
   pthread_mutex_init (&server->lock, NULL);
-  node_calls_init (&server->calls, limits->call_ms);
+  node_calls_init (&server->calls, limits);
   clients_init (&server->clients, limits);
   *out = server;
   return 0;

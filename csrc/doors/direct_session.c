@@ -33,6 +33,7 @@
 #include "doors/direct_session.h"
 #include "doors/export.h"
 #include "doors/node_session.h"
+#include "doors/node_silence.h"
 #include "executor/lane.h"
 #include "wire/mailbox.h"
 #include "wire/protocol.h"
@@ -297,6 +298,8 @@ receive_once (struct session *s)
   if (wanted > 0)
     fill (s, (size_t)n < wanted ? (size_t)n : wanted);
   s->end += (size_t)n < wanted ? 0 : (size_t)n - wanted;
+  if (s->claims)
+    node_heard (s);
   return true;
 }
 
@@ -379,7 +382,10 @@ wait_and_receive (struct session *s)
                      at_once      ? 0
                      : ending     ? END_MS
                      : s->waiting ? PRESS_MS
+                     : s->claims  ? NODE_LOOK_MS
                                   : -1);
+  if (found == 0 && s->claims && node_is_gone (s))
+    s->ended = true;
   if (found == 0 && ending && !at_once)
     answers_give_up (s);
   else if (s->waiting)
@@ -405,7 +411,9 @@ serve_disk (struct session *s)
 {
   struct nbdm *v = s->exported->executor.volume;
 
-  if (!s->claims)
+  if (s->claims)
+    node_heard (s);
+  else
     nbdm_count_client (v, +1);
   serve (s);
   if (!s->claims)

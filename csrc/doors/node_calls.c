@@ -31,9 +31,14 @@
 #include "wire/mailbox.h"
 
 #define PATIENCE_MS 60000u /* a fence waits for a disk */
+/* The other side asks an idle server after 4.5 s, and waits as long for the
+ * answer (wire/silence.c).
+ */
+#define SILENCE_MS 9000u
+#define MAX_MAPS 2u /* served at a time, 32 MiB each of a disk of 16 TiB */
 
 void
-node_calls_init (struct node_calls *calls, uint32_t call_ms)
+node_calls_init (struct node_calls *calls, const struct nbdm_limits *limits)
 {
   memset (calls, 0, sizeof *calls);
   pthread_mutex_init (&calls->lock, NULL);
@@ -42,7 +47,10 @@ node_calls_init (struct node_calls *calls, uint32_t call_ms)
   TAILQ_INIT (&calls->waiting);
   TAILQ_INIT (&calls->claims);
   TAILQ_INIT (&calls->ended);
-  calls->patience_ns = (call_ms ? call_ms : PATIENCE_MS) * NS_PER_MS;
+  calls->patience_ns
+      = (limits->call_ms ? limits->call_ms : PATIENCE_MS) * NS_PER_MS;
+  calls->silence_ns
+      = (limits->silence_ms ? limits->silence_ms : SILENCE_MS) * NS_PER_MS;
 }
 
 void
@@ -61,6 +69,23 @@ node_calls_over (struct node_calls *calls)
   LOCK_FOR_SCOPE (&calls->lock);
   calls->over = true;
   pthread_cond_broadcast (&calls->come);
+}
+
+bool
+node_calls_take_place (struct node_calls *calls)
+{
+  LOCK_FOR_SCOPE (&calls->lock);
+  if (calls->nr_maps == MAX_MAPS)
+    return false;
+  calls->nr_maps++;
+  return true;
+}
+
+void
+node_calls_give_place (struct node_calls *calls)
+{
+  LOCK_FOR_SCOPE (&calls->lock);
+  calls->nr_maps--;
 }
 
 /* --- The session's side -------------------------------------------------- */

@@ -13,6 +13,7 @@
 #include "api.h"
 #include "doors/claims.h"
 
+struct nbdm_limits;
 struct session;
 
 /* On the stack of the session's thread, which waits for the answer. */
@@ -40,12 +41,14 @@ struct node_calls {
   TAILQ_HEAD (, node_call) waiting; /* not answered, the oldest first */
   struct claims claims, ended;
   uint64_t numbers;
-  uint64_t patience_ns;
+  uint64_t patience_ns, silence_ns; /* set once */
+  uint32_t nr_maps;
   uint32_t nr_cut; /* connections that a fence waits for */
   bool over;
 };
 
-void node_calls_init (struct node_calls *calls, uint32_t call_ms);
+void node_calls_init (struct node_calls *calls,
+                      const struct nbdm_limits *limits);
 void node_calls_destroy (struct node_calls *calls);
 /* No session is left: nbdm_server_next_call ends once it has reported all. */
 void node_calls_over (struct node_calls *calls);
@@ -54,5 +57,9 @@ void node_calls_over (struct node_calls *calls);
  * session was ended.  Only the session's thread calls it.
  */
 int node_calls_ask (struct session *session, struct node_call *call);
+
+/* Another map may be served; false: too many are already. */
+bool node_calls_take_place (struct node_calls *calls);
+void node_calls_give_place (struct node_calls *calls);
 
 #endif /* NBDM_NODE_CALLS_H */

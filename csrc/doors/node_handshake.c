@@ -121,21 +121,35 @@ refuse_call (const struct handshake *h, const struct node_call *call)
 }
 
 static int
-enter_dirty (struct handshake *h)
+take_map (struct handshake *h)
 {
   struct node_call call = { .kind = NBDM_CALL_DIRTY };
   int rc = node_calls_ask (h->session, &call);
 
   if (rc == 0 && call.rc < 0)
     rc = refuse_call (h, &call);
-  else if (rc == 0) {
-    h->session->record = (struct record){ .kind = RECORD_DIRTY,
-                                          .bytes = call.bytes,
-                                          .size = call.nr_bytes };
-    rc = send_infos (h, call.nr_bytes, RECORD_MAX_READ, NBD_FLAG_READ_ONLY);
-    return rc < 0 ? rc : TRANSMISSION;
+  if (rc < 0 || call.rc < 0) {
+    free (call.bytes);
+    return rc;
   }
-  free (call.bytes);
+  record_begin (h->session, call.bytes, call.nr_bytes);
+  rc = send_infos (h, call.nr_bytes, RECORD_MAX_READ, NBD_FLAG_READ_ONLY);
+  return rc < 0 ? rc : TRANSMISSION;
+}
+
+/* A map may be large, so few are served at a time. */
+static int
+enter_dirty (struct handshake *h)
+{
+  int rc;
+
+  if (!node_calls_take_place (direct_calls (h->session->server)))
+    return handshake_refuse (h, NBD_REP_ERR_POLICY,
+                             "other nodes are reading the map: try again");
+  h->session->record.has_place = true;
+  rc = take_map (h);
+  if (rc != TRANSMISSION)
+    record_end (h->session);
   return rc;
 }
 
@@ -151,6 +165,8 @@ enter_disk (struct handshake *h, const struct wanted *w)
   else if (rc == 0) {
     h->session->claims = true;
     rc = handshake_enter (h, disk_of (h), w->block_size, w->description);
+    if (rc == ANOTHER_OPTION)
+      rc = -ECONNRESET; /* it has a claim, and could make another one */
   }
   free (call.bytes);
   return rc;

@@ -4,7 +4,8 @@
  *
  * These carry a few calls and no data, so they need neither the executor nor
  * the clients' memory: the session's thread reads a request, carries it out and
- * answers it, and each step has a time.  The connection counts as one in the
+ * answers it, and each step has a time; so has the reading of a map, which
+ * takes memory as long as it lasts.  The connection counts as one in the
  * handshake (node_calls.c), and so gives way when too many come.
  *
  * A request longer than these exports allow ends the connection: nothing here
@@ -39,9 +40,36 @@ struct asked {
 };
 
 static uint64_t
-time_for (size_t bytes)
+slowest (uint64_t bytes)
 {
   return now_ns () + SILENCE_NS + bytes * (NS_PER_S / SLOWEST);
+}
+
+/* When a step with so many bytes must have ended. */
+static uint64_t
+time_for (const struct asked *a, size_t bytes)
+{
+  uint64_t until = slowest (bytes), end = a->session->record.until_ns;
+
+  return until < end ? until : end;
+}
+
+void
+record_begin (struct session *s, void *bytes, uint32_t size)
+{
+  s->record.kind = RECORD_DIRTY;
+  s->record.bytes = bytes;
+  s->record.size = size;
+  s->record.until_ns = slowest (size);
+}
+
+void
+record_end (struct session *s)
+{
+  if (s->record.has_place)
+    node_calls_give_place (direct_calls (s->server));
+  free (s->record.bytes);
+  s->record = (struct record){ .kind = RECORD_NONE };
 }
 
 static int
@@ -49,7 +77,7 @@ receive_request (struct asked *a)
 {
   struct nbd_request wire;
   int rc = stream_receive_whole (&a->session->stream, &wire, sizeof wire,
-                                 time_for (sizeof wire));
+                                 time_for (a, sizeof wire));
 
   if (rc < 0)
     return rc;
@@ -70,7 +98,7 @@ send_parts (struct asked *a, struct iovec *iov, int nr)
 
   for (int i = 0; i < nr; i++)
     size += iov[i].iov_len;
-  return stream_send_whole (&a->session->stream, iov, nr, time_for (size));
+  return stream_send_whole (&a->session->stream, iov, nr, time_for (a, size));
 }
 
 /* A simple reply, or the answer to a read without structured replies. */
@@ -125,7 +153,7 @@ take_request (struct asked *a)
     return -EPROTO;
   a->request = 0;
   rc = stream_receive_whole (&a->session->stream, a->room, a->length,
-                             time_for (a->length));
+                             time_for (a, a->length));
   if (rc < 0)
     return rc;
   if (a->offset != 0 || a->length == 0 || (a->flags & ~NBD_CMD_FLAG_FUA))
@@ -205,6 +233,8 @@ node_serve (struct session *s)
     return;
   }
   a->session = s;
+  if (s->record.kind == RECORD_META)
+    s->record.until_ns = NEVER;
   while (serve_one (a) == 0)
     ;
   free (a);
