@@ -61,7 +61,19 @@ def describe_stored(facts: Facts, config_name: str = "CONFIG") -> tuple[str, str
     if facts.state is RemoteState.IN_SYNC and facts.assumed:
         hint = f"nbd-mirror invalidate {config_name} {facts.name} (copies it all)"
         return _ASSUMED, hint
-    return facts.reason, ""
+    return facts.reason or _why_stored(facts), ""
+
+
+def _why_stored(facts: Facts) -> str:
+    """Return why a remote is not in sync that has no reason of its own."""
+    if facts.state is RemoteState.IN_SYNC:
+        return ""
+    if facts.late_bytes > 0:
+        return (
+            "writes of a lost connection may still be carried out in "
+            f"{_size(facts.late_bytes)}: the next server copies that again afterwards"
+        )
+    return f"resync had not ended: {_size(facts.dirty_bytes)} left to copy"
 
 
 def describe_local(facts: LocalFacts, config_name: str = "CONFIG") -> tuple[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from unit.facts import FACTS, LOCAL_FACTS
 
-from nbd_mirror.rules.reasons import describe, describe_local
+from nbd_mirror.rules.reasons import describe, describe_local, describe_stored
 from nbd_mirror.rules.state import (
     STALLED_S,
     Facts,
@@ -108,6 +108,28 @@ class TestDescribe:
         assert reason == (
             "3.0 MiB left to copy; the last copy failed: local: Input/output error; "
             "next attempt in 5 s"
+        )
+
+
+class TestDescribeStored:
+    """The same for a remote of a volume without a server."""
+
+    @given(FACTS)
+    def test_whatever_is_not_in_sync_has_a_reason(self, facts: Facts) -> None:
+        """A stopped volume says why too."""
+        reason, _ = describe_stored(facts, "pg")
+        if facts.state is not RemoteState.IN_SYNC or facts.assumed:
+            assert reason.strip()
+
+    def test_reason_within_the_late_window_says_so(self) -> None:
+        """The server ended while writes of a lost connection could still come."""
+        facts = Facts(
+            "dr", RemoteState.OUT_OF_SYNC, dirty_bytes=1 << 20, late_bytes=1 << 16
+        )
+        assert describe_stored(facts) == (
+            "writes of a lost connection may still be carried out in 64 KiB: the next "
+            "server copies that again afterwards",
+            "",
         )
 
 
