@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..base import strangers, unix
+from ..base import processes, strangers, unix
 from ..base.errors import (
     BusyError,
     FormatError,
@@ -144,8 +144,7 @@ def silent_server(config: VolumeConfig) -> tuple[str, str] | None:
 
 def _server_of_another_state(config: VolumeConfig) -> tuple[str, str] | None:
     """Return the same for a server whose state directory was replaced or removed."""
-    # A TCP socket does not tell its process.
-    pid = _listening(config.listen) if config.listen.path is not None else None
+    pid = _listening(config.listen)
     if not pid:
         return None
     ours = None
@@ -273,8 +272,8 @@ def _listening(listen: Listen) -> int | None:
     try:
         if listen.path is None:
             address = listen.client_host, listen.port
-            with socket.create_connection(address, CONNECT_S):
-                return 0
+            with socket.create_connection(address, CONNECT_S) as found:
+                return processes.tcp_listener(*found.getpeername()[:2])
         with (
             unix.short_name(Path(listen.path)) as name,
             strangers.closing(unix.unix_socket()) as probe,

@@ -12,14 +12,24 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 
 import pytest
 from e2e.lib.disks import small_disk, wait_local
-from e2e.lib.harness import MIB, Site
+from e2e.lib.harness import MIB, Site, free_port
 
 
-def test_no_command_makes_a_new_state_beside_the_server(site: Site) -> None:
+@pytest.fixture(params=["unix", "tcp"])
+def listening(new_site: Callable[..., Site], request: pytest.FixtureRequest) -> Site:
+    """Give a site that listens there."""
+    return new_site(
+        **{"listen": f"tcp:127.0.0.1:{free_port()}"} if request.param == "tcp" else {}
+    )
+
+
+def test_no_command_makes_a_new_state_beside_the_server(listening: Site) -> None:
     """`create` is refused too, with --force as well, until the server has ended."""
+    site = listening
     site.bring_up()
     shutil.rmtree(site.state)
     file = str(site.config)
@@ -34,9 +44,10 @@ def test_no_command_makes_a_new_state_beside_the_server(site: Site) -> None:
 
 
 def test_state_that_was_replaced_is_not_taken_for_that_of_a_stopped_volume(
-    site: Site,
+    listening: Site,
 ) -> None:
     """A copy in its place knows nothing of the server: none is said to be stopped."""
+    site = listening
     site.bring_up()
     file, kept = str(site.config), site.folder / "kept"
     site.state.rename(kept)
