@@ -66,7 +66,7 @@ def test_state_that_was_removed_under_a_server_is_not_just_missing(
     path, pid = tmp_path / "v.sock", os.getpid()
     with socket.create_server(("127.0.0.1", 0)) as tcp:
         config = configure(tmp_path, f"tcp:127.0.0.1:{tcp.getsockname()[1]}")
-        with pytest.raises(MissingError, match="a process listens on tcp:"):
+        with pytest.raises(MissingError, match=f"process {pid} listens on tcp:"):
             stopped_status(config)
     for gone in (config, configure(tmp_path, f"unix:{path}")):
         with pytest.raises(MissingError, match="not created yet"):
