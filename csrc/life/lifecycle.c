@@ -175,7 +175,7 @@ nbdm_stop (struct nbdm *v)
     return v->stopped
                ? 0
                : set_message (-EIO, "the stop was not clean: %s", v->reason);
-  rc = volume_flush (v);
+  rc = volume_flush (v, false);
   /* Local has failed: the remotes have made durable all that they answered. */
   if (v->local.state == NBDM_LOCAL_FAILED)
     rc = 0;

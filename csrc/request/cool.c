@@ -54,7 +54,7 @@ cool_relock (struct nbdm *v, uint32_t max, uint64_t before_ns)
     return -EAGAIN;
   fault_point ("cool_picked");
   pthread_mutex_unlock (&v->lock);
-  rc = volume_flush (v);
+  rc = volume_flush (v, true);
   fault_point ("cool_flushed");
   pthread_mutex_lock (&v->lock);
   if (rc < 0) /* failed, or only remotes serve and none could flush */

@@ -159,7 +159,7 @@ over_locked (const struct remote_flush *flush, int *rc)
   *rc = done_locked (flush) ? 0 : -ENOTCONN;
   return *rc == 0 || !remote_used_locked (r) || v->failed
          || (flush->conn && flush->conn != r->conn)
-         || (v->drained && !r->admitted);
+         || ((v->drained || (flush->upkeep && v->waking)) && !r->admitted);
 }
 
 /* Send a flush if none is under way.  Releases the lock to send it. */
@@ -186,6 +186,7 @@ remote_flush_begin (struct remote *r, struct remote_flush *flush)
 
   flush->remote = r;
   flush->conn = NULL;
+  flush->upkeep = false;
   pthread_mutex_lock (&v->lock);
   flush->ticket = ++r->disk.flush.asked;
   start_relock (r);
@@ -346,7 +347,7 @@ flush_local_or_replace (struct nbdm *v)
 }
 
 int
-volume_flush (struct nbdm *v)
+volume_flush (struct nbdm *v, bool upkeep)
 {
   struct remote_flush flushes[NBDM_MAX_REMOTES];
   bool begun[NBDM_MAX_REMOTES] = { false };
@@ -363,8 +364,10 @@ volume_flush (struct nbdm *v)
     begun[i] = remote_used_locked (&v->remotes[i])
                && (v->remotes[i].admitted || !v->drained);
     pthread_mutex_unlock (&v->lock);
-    if (begun[i])
+    if (begun[i]) {
       remote_flush_begin (&v->remotes[i], &flushes[i]);
+      flushes[i].upkeep = upkeep;
+    }
   }
   rc = atomic_load (&v->local.state) == NBDM_LOCAL_FAILED
            ? 0
@@ -495,7 +498,7 @@ nbdm_flush (struct nbdm *v)
   if (rc < 0)
     return rc;
 
-  rc = volume_flush (v);
+  rc = volume_flush (v, false);
 
   fault_point ("flush_before_answer");
   pthread_mutex_lock (&v->lock);

@@ -18,7 +18,8 @@ struct remote_flush {
   struct remote *remote;
   uint64_t ticket;
   const struct conn
-      *conn; /* wait only for this one; NULL: for any later one too */
+      *conn;   /* wait only for this one; NULL: for any later one too */
+  bool upkeep; /* of a policy thread: see nbdm_wake */
 };
 
 /* Flush all that the remote has answered so far, or report that the remote is
@@ -55,8 +56,10 @@ int flush_local_group (struct nbdm *v);
 int flush_local_or_replace (struct nbdm *v);
 /* Flush all legs.  -EIO: no disk that has all data was flushed.  A lost remote
  * is no error while local is ok.  What a remote that is not connected has alone
- * may still be unflushed: nbdm_flush reports that.
+ * may still be unflushed: nbdm_flush reports that.  `upkeep`: wait for no
+ * remote on hold once the policy threads end, because all that it misses is
+ * dirty.
  */
-int volume_flush (struct nbdm *v);
+int volume_flush (struct nbdm *v, bool upkeep);
 
 #endif /* NBDM_FLUSH_H */

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* The local disk fails while the volume stops: a read finds a bad sector, a
- * copy back to it fails, or its flush after a copy from it.
+ * copy back to it fails, or its flush after a copy from it.  And the policy
+ * threads wait for no hold then.
  */
 
 #define _GNU_SOURCE
 #include "api.h"
+#include "base/lock.h"
 #include "volume/flush.h"
 #include "schedules.h"
 
@@ -193,6 +195,44 @@ copy_beside_a_hold (void)
   assert (nbdm_stop (site.volume) == 0);
 }
 
+/* --- extents go cold --------------------------------------------------------
+ */
+
+static int
+do_cool (struct job *job)
+{
+  (void)job;
+  return nbdm_cool (site.volume, 0);
+}
+
+static bool
+waits_for_a_flush (void)
+{
+  struct remote *r = &site.volume->remotes[0];
+
+  LOCK_FOR_SCOPE (&site.volume->lock);
+  return r->flush_sent.sleep > 0;
+}
+
+/* The maintenance thread does not wait for the end of a hold either. */
+static void
+cool_beside_a_hold (void)
+{
+  struct job cool = { 0 };
+
+  bring_up (1, 1000 * SITE_DEADLINE_S * 2);
+  assert (write_at (5 * REGION, 7) == 0);
+  peer_cut (site.peers[0], false);
+  site_wait_state (&site, 0, NBDM_HOLDING);
+  start (&cool, do_cool);
+  WAIT_FOR (waits_for_a_flush ());
+  nbdm_wake (site.volume);
+  WAIT_FOR (cool.over);
+  assert (end (&cool) == 0);
+  open_again ();
+  assert (site_status (&site, 0).dirty_regions == 1);
+}
+
 static const struct schedule schedules[] = {
   { "stop_while_a_read_mends",
     "local_read:1=error,local_read:2=error,flush_answered:3=wait:gate",
@@ -212,6 +252,7 @@ static const struct schedule schedules[] = {
     "flush_answered:5=wait:gate,flush_answered:7=wait:late",
     copy_back_waits_past_a_stop },
   { "copy_beside_a_hold", "local_flush:2=error", copy_beside_a_hold },
+  { "cool_beside_a_hold", NULL, cool_beside_a_hold },
 };
 
 int
