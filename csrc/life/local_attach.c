@@ -241,13 +241,13 @@ begin_opening (struct nbdm *v, const char *path, bool replaced,
   rc = command_gate_locked (v);
   if (rc == 0) {
     identity_choose_locked (v, &o->check);
-    v->local.nr_opening += !replaced;
-    if (!replaced) /* before its flush: a kill would take the report along */
-      (void)volume_note (v, UNFLUSHED_FILE);
+    v->local.nr_opening += !replaced; /* so no thread removes the note */
   }
   pthread_mutex_unlock (&v->lock);
   if (rc < 0)
     free (o);
+  else if (!replaced) /* before its flush: a kill would take the report along */
+    (void)volume_note (v, UNFLUSHED_FILE);
   *out = o;
   return rc;
 }

@@ -46,10 +46,10 @@
  * blocks that requests hold.
  *
  * No thread does disk or network I/O under volume->lock, except to write the
- * superblock and to msync the maps at a change of state.  Such changes are
- * rare, and rule 7 requires that no request is answered until the change is
- * durable.  One thread at a time writes the activity log, without the lock
- * (volume->activity_writing).
+ * superblock, to msync the maps, and to make or remove a note, at a change of
+ * state.  Such changes are rare, and rule 7 requires that no request is
+ * answered until the change is durable.  One thread at a time writes the
+ * activity log, without the lock (volume->activity_writing).
  */
 
 #ifndef NBDM_VOLUME_H
