@@ -29,6 +29,7 @@ code  meaning
 15    not permitted
 16    the output could not be written
 17    the local disk is not the same as before, or has become too small
+18    a node may not have that role now, or only with --force
 130   interrupted (Ctrl-C)
 ====  ==================================================================
 """
@@ -51,6 +52,7 @@ __all__ = [
     "NotRunningError",
     "OutputError",
     "RemoteError",
+    "RoleError",
     "SpaceError",
     "UnsupportedError",
     "WaitTimeoutError",
@@ -204,6 +206,13 @@ class WrongDiskError(MirrorError):
     meaning = "the local disk is not the same as before, or has become too small"
 
 
+class RoleError(MirrorError):
+    """A node may not become primary or secondary now, or only by force."""
+
+    exit_code = 18
+    meaning = "a node may not have that role now, or only with --force"
+
+
 _CLASSES: tuple[type[MirrorError], ...] = (
     ConfigError,
     MissingError,
@@ -220,6 +229,7 @@ _CLASSES: tuple[type[MirrorError], ...] = (
     AccessError,
     OutputError,
     WrongDiskError,
+    RoleError,
 )
 
 # All exit codes, for `nbd-mirror --help` and the manual.

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..base.errors import RoleError
 from ..device import attach as kernel
 from ..volume.client import ask_status
-from ..volume.config import load
+from ..volume.config import VolumeConfig, load
 from .cli_app import say
 from .cli_types import BlockSizeOption, Config, NodeOption
 
@@ -30,6 +31,8 @@ def attach(
 ) -> None:
     """Attach a served volume to the kernel, as /dev/nbdN."""
     volume = load(config, node)
+    if volume.node:
+        _check_primary(volume)
     kernel.check_kernel(volume, device or "")
     answer = ask_status(volume)
     name, choice = kernel.attach(
@@ -43,6 +46,19 @@ def attach(
     )
     if choice.warning:
         typer.echo(f"nbd-mirror: warning: {choice.warning}", err=True)
+
+
+def _check_primary(volume: VolumeConfig) -> None:
+    """Refuse a secondary before a kernel without nbd is told what else would work."""
+    status = ask_status(volume)
+    if not status.secondary or status.node is None:
+        return
+    leaders = [one.name for one in status.node.peers if one.role == "primary"]
+    primary = f"{leaders[0]} is primary" if leaders else "no node is primary"
+    raise RoleError(
+        f"node {volume.node} is secondary and serves no clients: {primary}",
+        "nbd-mirror status CONFIG (tells whether this node may be promoted)",
+    )
 
 
 def detach(

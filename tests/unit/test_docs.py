@@ -80,7 +80,8 @@ def options_of(command: Any) -> set[str]:
 
 def common_option(command: Any) -> Any:
     """Return a command's `--node NODE`, or None."""
-    found = [one for one in command.params if one.metavar == "NODE"]
+    options = [one for one in command.params if one.param_type_name == "option"]
+    found = [one for one in options if one.metavar == "NODE"]
     return found[0] if found else None
 
 
