@@ -158,7 +158,9 @@ struct nbdm_disk_status {
     uint64_t errors;    /* since start: reads, writes, flushes */
     uint64_t repaired;  /* regions it could not read, rewritten since start */
     uint64_t silent_ms; /* age of its oldest unanswered call */
-    /* How the local disk has changed since the last session; or "". */
+    /* How the local disk has changed since the last session, or why the start
+     * trusted no page cache; or "".
+     */
     char note[NBDM_REASON_LEN];
   } local;
   struct nbdm_remote_status {

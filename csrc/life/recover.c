@@ -260,6 +260,24 @@ same_page_cache (const struct nbdm *v)
          && memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) == 0;
 }
 
+/* An operator wonders about the copies that follow. */
+static void
+note_lost_cache (struct nbdm *v)
+{
+  const char *why = "the page cache may have been lost";
+
+  if (memcmp (v->sb.boot_id, v->boot_id, sizeof v->boot_id) != 0)
+    why = "this host was started again";
+  else if (memcmp (v->sb.mount_id, v->mount_id, sizeof v->mount_id) != 0)
+    why = "the state is on another mount, or in another mount namespace";
+  if (v->identity.note[0] == '\0')
+    snprintf (
+        v->identity.note, sizeof v->identity.note,
+        "no clean stop, and then %s: all active extents are copied to the "
+        "remotes again",
+        why);
+}
+
 static int
 open_inflight (struct nbdm *v)
 {
@@ -575,6 +593,7 @@ volume_recover (struct nbdm *v)
     if (!same_page_cache (v)) {
       activity_visit (&v->activity, mark_extent, v);
       make_all_late (v);
+      note_lost_cache (v);
     }
   }
   if (v->has_nodes)

@@ -126,7 +126,7 @@ class LocalStatus:
     reason: str
     silent_s: float = 0.0
     unproven: bool = False  # attached; another device, and nothing was compared
-    note: str = ""  # how it has changed since the last session
+    note: str = ""  # how it has changed since then, or why no cache was trusted
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 import support
 from e2e.lib.clients import checksum, dirty_set
-from e2e.lib.harness import MIB, Site
+from e2e.lib.harness import MIB, Site, command
 from e2e.lib.servers import Secondary
 
 Sites = Callable[..., Site]
@@ -373,3 +373,19 @@ def test_serve_in_background_stays_after_the_command(site: Site, door: str) -> N
     assert not support.is_running(pid)
     assert not site.socket.exists()
     site.assert_equal()
+
+
+def test_start_in_another_mount_namespace_says_why_it_copies(site: Site) -> None:
+    """After a crash the start trusts no page cache there, and the log says so."""
+    support.requires_program("unshare")
+    site.bring_up()
+    handle = site.client()
+    handle.pwrite(b"x" * 512, 0)
+    handle.shutdown()
+    site.kill()
+    serve = ["unshare", "--mount", *command(), "serve", str(site.config)]
+    done = site.processes.run(serve, env=site.environment())
+    words = "or in another mount namespace: all active extents are copied to the"
+    assert words in done.stderr
+    site.wait_in_sync()
+    site.cli("stop", str(site.config))
