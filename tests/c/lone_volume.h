@@ -23,11 +23,11 @@ static struct folder site;
 static struct nbdm_params params;
 static char local[PATH_MAX + 16];
 
+/* The folder, an empty disk, and the parameters. */
 static TEST_UNUSED void
-make_volume (uint64_t size, uint32_t region_size)
+describe_volume (uint64_t size, uint32_t region_size)
 {
-  int fd, status;
-  pid_t pid;
+  int fd;
 
   site = folder_make ();
   snprintf (local, sizeof local, "%s/disk", site.path);
@@ -44,6 +44,14 @@ make_volume (uint64_t size, uint32_t region_size)
   params.remotes[0].name = "dr";
   params.remotes[0].deadline_ms = 1000;
   params.remotes[0].assume_in_sync = 1;
+}
+
+static TEST_UNUSED void
+create_volume (void)
+{
+  int status;
+  pid_t pid;
+
   /* In a child: NBDM_FAULT is read once a process, and not before the one
    * that is to be killed.
    */
@@ -53,6 +61,13 @@ make_volume (uint64_t size, uint32_t region_size)
     _exit (nbdm_create (&params, 0) == 0 ? 0 : 1);
   waitpid (pid, &status, 0);
   assert (status == 0);
+}
+
+static TEST_UNUSED void
+make_volume (uint64_t size, uint32_t region_size)
+{
+  describe_volume (size, region_size);
+  create_volume ();
 }
 
 static TEST_UNUSED void
