@@ -57,8 +57,8 @@ def decide(mine: Side, other: Side) -> Plan:
         3    same generation, nothing  in sync; of two primaries the later one stays
              marked, both consistent
         4    same, one inconsistent    it is the target
-        5,6  same, doubts              the source is the only primary, else the better
-                                       copy (`Crash`), else the last primary
+        5,6  same, doubts              the source is the only primary, else the node
+                                       whose host stayed up, else the last primary
         7    same, one map not empty   the source is the only primary, else the map's
                                        owner
         8    same, both maps           split brain
@@ -284,7 +284,7 @@ def _preferred(mine: Side, other: Side) -> bool:
         (mine.role is Role.PRIMARY, other.role is Role.PRIMARY),
         (mine.dirty > 0, other.dirty > 0),
         (mine.missed == 0, other.missed == 0),
-        (_crash(mine) < _crash(other), _crash(other) < _crash(mine)),
+        (not _lost_cache(mine), not _lost_cache(other)),
     ):
         if first != second:
             return first
@@ -302,8 +302,15 @@ def _later(mine: Side, other: Side) -> bool:
     return mine.node < other.node
 
 
-def _crash(side: Side) -> int:
-    return side.crash.value if side.doubts else Crash.NONE.value
+def _lost_cache(side: Side) -> bool:
+    """
+    Tell whether a side may lack answered writes, as its host went down.
+
+    A server that was killed, or a session that broke off, costs no answered write: the
+    other copy of what was under way is as good. So the last primary stays the source,
+    and resumes at once.
+    """
+    return side.crash is Crash.HOST and side.doubts > 0
 
 
 def _marked(side: Side) -> int:

@@ -34,7 +34,7 @@ class Role(Enum):
 
 
 class Crash(Enum):
-    """How a node's doubts came about, best copy first."""
+    """How a node's doubts came about; only `HOST` can cost an answered write."""
 
     NONE = 0  # its last session ended cleanly
     SESSION = 1  # it stayed up; its primary's session ended without a clean close

@@ -84,10 +84,10 @@ ROWS = {
         "a>b",
         Extent.MARKED,
     ),
-    "5 both doubt, and one stayed up": (
+    "5 the server of the last primary was killed": (
         replace(A, doubts=3, crash=Crash.PROCESS),
         replace(B, doubts=3, crash=Crash.SESSION),
-        "b>a",
+        "a>b",
         Extent.MARKED,
     ),
     "5 a killed server, and a host that lost power": (
@@ -424,10 +424,12 @@ def test_resolve_never_copies_from_an_inconsistent_image() -> None:
 
 def test_the_last_primary_resumes() -> None:
     """A node may resume only if none was promoted since, and only with all data."""
-    crashed = replace(A, doubts=2, crash=Crash.PROCESS)
+    killed = replace(A, doubts=2, crash=Crash.PROCESS)
+    crashed = replace(A, doubts=2, crash=Crash.HOST)
     assert may_resume(A, B)
     assert may_resume(replace(A, dirty=1), B)  # the other one waits for its data
     assert not may_resume(B, A)
+    assert may_resume(killed, replace(B, doubts=2, crash=Crash.SESSION))
     assert not may_resume(crashed, B)  # it waits for the other's data first
     assert not may_resume(A, replace(B, role=Role.PRIMARY))
     assert not may_resume(A, replace(B, epoch=2, leader="b"))

@@ -207,7 +207,7 @@ LEFT_OUT = {
     "flush, then promote": (2, Budget(2, 1, 2, 1, 0), Rules(flushes_first=False)),
     "a promotion settles doubts": (
         2,
-        Budget(1, 0, 2, 0, 1),
+        Budget(1, 0, 3, 0, 1),
         Rules(counts_doubts=False),
     ),
     "each session consents to a promotion": (
