@@ -603,6 +603,11 @@ int nbdm_server_start (struct direct_server *server);
  */
 void nbdm_server_run (struct direct_server *server);
 
+/* The sockets go on listening after the end: new clients wait for the program
+ * that this process executes next.  Call it before the end.
+ */
+void nbdm_server_hand_on (struct direct_server *server);
+
 /* Make nbdm_server_run return; from any thread, any number of times. */
 void nbdm_server_end (struct direct_server *server);
 
@@ -732,6 +737,11 @@ void nbdm_log_raw (const char *text);
 /* Wait until all lines are written, or the time is over. */
 void nbdm_log_flush (uint32_t timeout_ms);
 
+/* Descriptors 1 and 2 are the output again, for a program that this process
+ * executes.  Call it last, after nbdm_log_flush.
+ */
+void nbdm_log_hand_on (void);
+
 /* Counts of the lines that could not be written, and of those left out by the
  * limit.
  */
@@ -778,3 +788,6 @@ int nbdm_peek_logs (const char *state_dir);
  * `*fails`: NBDM_FAULT may have it return an error.
  */
 const char *nbdm_fault_point (uint32_t index, int *fails);
+
+/* Pass a fault point of the control, which is in the same table. */
+int nbdm_reach (const char *name);

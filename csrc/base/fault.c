@@ -33,7 +33,7 @@
 #include "base/error.h"
 #include "base/fault.h"
 
-#define MAX_FAULTS 128 /* more than there are points */
+#define MAX_FAULTS 256 /* more than there are points */
 #define WAIT_S 60
 #define MAX_ERRNO 133
 #define POLL_NS (10 * NS_PER_MS) /* how often a waiting point looks */
@@ -166,6 +166,36 @@ static const struct point points[] = {
   { "file_rename", true },
   { "file_rename_sync", true },
   { "create_logs_made", false },
+  /* the control of nodes, in Python */
+  { "claim_judged", false },
+  { "claim_stored", false },
+  { "claim_fenced", false },
+  { "claim_flushed", false },
+  { "session_ended", false },
+  { "begin_agreed", false },
+  { "begin_stored", false },
+  { "adopt_flushed", false },
+  { "adopt_stored", false },
+  { "adopt_cleared", false },
+  { "consent_asked", false },
+  { "consent_stored", false },
+  { "meeting_epoch", false },
+  { "meeting_agreed", false },
+  { "claim_numbered", false },
+  { "begin_marked", false },
+  { "offer_stored", false },
+  { "adopt_answered", false },
+  { "settle_stored", false },
+  { "promote_asked", false },
+  { "promote_consented", false },
+  { "promote_stored", false },
+  { "promote_fenced", false },
+  { "demote_drained", false },
+  { "demote_stored", false },
+  { "handover_met", false },
+  { "handover_stored", false },
+  { "token_sent", false },
+  { "role_left", false },
 };
 #define NR_POINTS (sizeof points / sizeof points[0])
 
@@ -207,6 +237,12 @@ nbdm_fault_point (uint32_t index, int *fails)
     return NULL;
   *fails = points[index].fails;
   return points[index].name;
+}
+
+int
+nbdm_reach (const char *name)
+{
+  return fault_point (name);
 }
 
 static int

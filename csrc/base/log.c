@@ -575,6 +575,15 @@ nbdm_log_flush (uint32_t timeout_ms)
 }
 
 void
+nbdm_log_hand_on (void)
+{
+  if (!started)
+    return;
+  (void)dup2 (out_fd, STDOUT_FILENO);
+  (void)dup2 (out_fd, STDERR_FILENO);
+}
+
+void
 nbdm_log_counts (uint64_t *nr_lost, uint64_t *nr_left_out)
 {
   LOCK_FOR_SCOPE (&lock);

@@ -56,7 +56,8 @@ struct direct_server {
   uint32_t nr_listeners;
   pthread_mutex_t lock; /* of the listeners; none is taken under it */
   struct node_calls calls;
-  int end_fd; /* an eventfd: nbdm_server_end */
+  int end_fd;           /* an eventfd: nbdm_server_end */
+  atomic_bool hands_on; /* the sockets listen for the next program */
   uint64_t accepted;
 };
 
@@ -324,8 +325,9 @@ nbdm_server_max_clients (const struct direct_server *server)
 static void
 end_sessions (struct direct_server *server)
 {
-  for (uint32_t i = 0; i < server->nr_listeners; i++)
-    (void)shutdown (server->listeners[i].fd, SHUT_RDWR); /* new clients fail */
+  if (!atomic_load (&server->hands_on))
+    for (uint32_t i = 0; i < server->nr_listeners; i++)
+      (void)shutdown (server->listeners[i].fd, SHUT_RDWR); /* clients fail */
   clients_disconnect (&server->clients);
 }
 
@@ -346,6 +348,12 @@ nbdm_server_run (struct direct_server *server)
   end_sessions (server);
   exports_end (&server->exports);
   node_calls_over (&server->calls);
+}
+
+void
+nbdm_server_hand_on (struct direct_server *server)
+{
+  atomic_store (&server->hands_on, true);
 }
 
 void

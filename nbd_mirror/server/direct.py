@@ -14,9 +14,8 @@ import sys
 
 from ..base.errors import MetadataFailedError
 from ..base.listen import CLIENTS, NODES
-from ..rules.node_side import Role
 from ..volume.config import VolumeConfig
-from ..volume.core import ListenerKind, Server, start_log
+from ..volume.core import Server, start_log
 from ..volume.model import TlsFiles
 from .process import log, or_exit
 from .volume import Volume
@@ -46,7 +45,9 @@ def main(path: str) -> None:
     or_exit(lambda: volume.serve(server.start))
     server.run()
     clean = volume.stop()  # a late `end` may still come, so nothing is freed
-    sys.exit(0 if clean else MetadataFailedError.exit_code)
+    code = 0 if clean else MetadataFailedError.exit_code
+    volume.execute_again(code)
+    sys.exit(code)
 
 
 def _tls_files(config: VolumeConfig) -> TlsFiles:
@@ -70,36 +71,22 @@ def _is_secure(config: VolumeConfig, name: str) -> bool:
     return config.listen.tls
 
 
-def close_door(server: Server, config: VolumeConfig, leader: str = "") -> None:
-    """
-    Turn clients away, and tell them where to connect.
-
-    Args:
-        leader: the node that is primary, as far as this one knows; "": none.
-    """
-    primary = f"{leader} is primary: connect there" if leader else "no node is primary"
-    text = f"node {config.node} is secondary; {primary}, or nbd-mirror promote CONFIG"
-    for listener, name in enumerate(listening()):
-        if name == CLIENTS:
-            server.set_listener(listener, ListenerKind.CLOSED, text)
-
-
 def _make_server(volume: Volume) -> Server:
     config = volume.config
-    sockets = listening()
+    names = listening()
+    used = [i for i, name in enumerate(names) if volume.node or name == CLIENTS]
+    sockets = [names[i] for i in used]
     server = Server(
         volume.engine,
-        range(_LISTEN_FD, _LISTEN_FD + len(sockets)),
+        [_LISTEN_FD + i for i in used],
         max_clients=config.max_clients,
         max_memory=config.max_memory,
     )
     for listener, name in enumerate(sockets):
         if _is_secure(config, name):
             server.require_tls(listener, _tls_files(config))
-        if name == NODES:
-            server.set_listener(listener, ListenerKind.NODES)
-    if volume.engine.status().role is Role.SECONDARY:
-        close_door(server, config)
+    if volume.node:
+        volume.node.attach(server, sockets)
     volume.max_clients = server.max_clients
     if server.max_clients < config.max_clients:
         log(

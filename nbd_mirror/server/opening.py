@@ -14,6 +14,9 @@ from ..base.errors import MirrorError
 from ..base.files import is_there
 from ..volume import config as _config
 from ..volume.core import Engine
+from ..volume.model import Params
+from .node_role import GRANT_VARIABLE
+from .process import log
 
 __all__ = ["open_engine"]
 
@@ -39,11 +42,25 @@ def open_engine(config: _config.VolumeConfig) -> Engine:
     """
     choice = os.environ.pop(_config.CHOICE_VARIABLE, "")
     params = dataclasses.replace(_config.to_params(config), local_choice=choice)
+    grant = os.environ.pop(GRANT_VARIABLE, "") if config.node else ""
     try:
+        if grant:
+            return _open_granted(params, int(grant))
         return Engine(params)
     except MirrorError as error:
         error.hint = error.hint or _hint(error, config)
         raise
+
+
+def _open_granted(params: Params, epoch: int) -> Engine:
+    """Open as primary; as secondary, if another node was promoted in the meantime."""
+    try:
+        return Engine(dataclasses.replace(params, primary=True, epoch=epoch))
+    except MirrorError as error:
+        if error.errno != errno.EPERM:
+            raise
+        log("warning", f"volume {params.name}: not primary: {error}")
+    return Engine(params)
 
 
 def _hint(error: MirrorError, config: _config.VolumeConfig) -> str:

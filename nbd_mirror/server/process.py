@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from ..base.errors import MetadataFailedError, MirrorError
@@ -25,7 +26,7 @@ from ..base.hints import Asked
 from ..base.threads import begin
 from ..volume import core
 
-__all__ = ["End", "log", "on_signal", "or_exit"]
+__all__ = ["End", "execute_again", "log", "on_signal", "or_exit"]
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 LAST_WORDS_S = 2.0  # for the log, before the process ends
@@ -86,6 +87,27 @@ def on_signal(act: Callable[[], object]) -> None:
     begin(threading.Thread(target=wait, name="signals", daemon=True))
 
 
+def execute_again(environment: Mapping[str, str]) -> None:
+    """
+    Replace this process by the same program, with more variables in its environment.
+
+    It keeps the process's number, its output, and the sockets that were passed to it.
+    Signals to end stay blocked: one that comes now stops the new program. Returns only
+    if the kernel refuses.
+    """
+    core.reach("role_left")
+    core.flush_log(LAST_WORDS_S)
+    core.hand_on_log()
+    try:
+        os.execve(  # noqa: S606
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, **environment},
+        )
+    except OSError as error:
+        core.write_text(f"nbd-mirror: cannot start again: {error.strerror}\n")
+
+
 class End:
     """
     The end of the process, which is certain once it has begun.
@@ -97,12 +119,21 @@ class End:
         name: of the volume, for the log.
         limit_s: how long a stop may take.
         grace_s: how long remaining clients may keep the process after it.
+        instead: called with the exit code before the process ends; may execute another
+            program instead.
     """
 
-    def __init__(self, name: str, limit_s: float, grace_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        limit_s: float,
+        grace_s: float,
+        instead: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._name = name
         self._limit_s = limit_s
         self._grace_s = grace_s
+        self._instead = instead
         self._begun = threading.Event()
         self._stopped = threading.Event()
         self._closed = threading.Event()
@@ -138,5 +169,6 @@ class End:
             self._code = MetadataFailedError.exit_code
         elif self._closed.wait(self._grace_s):
             return
+        self._instead(self._code)
         core.flush_log(LAST_WORDS_S)
         os._exit(self._code)

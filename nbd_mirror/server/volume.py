@@ -19,12 +19,14 @@ from ..base.errors import (
     ConfigError,
     MetadataFailedError,
     MirrorError,
+    RoleError,
     UnsupportedError,
 )
 from ..base.hints import quote
 from ..base.threads import begin, keep_going
 from ..device.attach import RECONNECT_S, attached_device, let_go, take_back
 from ..volume import config as _config
+from ..volume.config_tables import Copy
 from ..volume.control import control_path
 from ..volume.core import bound_log, log_counts, start_log
 from ..volume.loops import own_address
@@ -34,9 +36,10 @@ from ..volume.status import Status
 from .control_server import ControlServer
 from .keeper import Keeper, RemotePolicy
 from .local_keeper import LocalKeeper
+from .node_server import NodeControl
 from .opening import open_engine
 from .policy import switch_policy
-from .process import End, log, on_signal
+from .process import End, execute_again, log, on_signal
 
 __all__ = ["Volume"]
 
@@ -76,6 +79,17 @@ class Volume:
         self.max_clients: int | None = None  # of the direct door
         self.engine = open_engine(config)
         self._logged: set[str] = set()  # texts logged once
+        self._lock = threading.Lock()  # of the next two
+        # What the server executes itself again with, or None: it ends.
+        self._again: dict[str, str] | None = None
+        self._for_good = False
+        self._leaves = threading.Event()
+        self._leaver = threading.Thread(target=self._leave, name="leave", daemon=True)
+        self.node = (
+            NodeControl(config, self.engine, log, self._leave_with)
+            if config.node
+            else None
+        )
         self._local = self._make_local_keeper()
         self._keepers = self._make_keepers()
         self._control = ControlServer(
@@ -85,7 +99,7 @@ class Volume:
             prepare=log_counts,  # CFFI has a variable for each thread that calls C
         )
         self._ending = threading.Event()
-        self._exit = End(config.name, config.stop_limit_s, GRACE_S)
+        self._exit = End(config.name, config.stop_limit_s, GRACE_S, self.execute_again)
         self._rest_s = 0.0  # before the next turn of maintenance
         self._sample_at = 0.0  # when to take samples of local again
         self._maintenance = threading.Thread(
@@ -120,7 +134,7 @@ class Volume:
         keeper = LocalKeeper(
             self.engine,
             config.local,
-            len(config.remotes),
+            0 if self.node and not self.node.local.primary else len(config.copies),
             log,
             asked=quote(os.fspath(config.source)),
         )
@@ -136,22 +150,31 @@ class Volume:
 
     def _make_keepers(self) -> list[Keeper]:
         self._log_status(self.engine.status())
+        if self.node and not self.node.local.primary:
+            return []  # only a primary connects to other copies
         return [
-            Keeper(
-                self.engine,
-                disk_of(index),
-                RemotePolicy(
-                    name=remote.name,
-                    uri=remote.uri,
-                    deadline_s=remote.deadline,
-                    hold_s=self._config.hold,
-                    late_window_s=self._config.late_write_window,
-                ),
-                log,
-                refuse=lambda uri: own_address(uri, self._config.listen),
-            )
-            for index, remote in enumerate(self._config.remotes)
+            self._make_keeper(index, copy)
+            for index, copy in enumerate(self._config.copies)
         ]
+
+    def _make_keeper(self, index: int, copy: Copy) -> Keeper:
+        policy = RemotePolicy(
+            name=copy.name,
+            uri=copy.uri,
+            deadline_s=copy.deadline,
+            hold_s=self._config.hold,
+            late_window_s=self._config.late_write_window,
+        )
+        if copy.is_node:
+            assert self.node is not None
+            return self.node.make_keeper(self.engine, disk_of(index), policy)
+        return Keeper(
+            self.engine,
+            disk_of(index),
+            policy,
+            log,
+            refuse=lambda uri: own_address(uri, self._config.listen),
+        )
 
     def serve(self, start_door: Callable[[], None] = lambda: None) -> None:
         """
@@ -173,10 +196,15 @@ class Volume:
         for keeper in self._threads():
             keeper.start()
         begin(self._maintenance)
+        begin(self._leaver)
         start_door()
+        if self.node:
+            self.node.start()
         log("info", f"volume {self._config.name}: served, {self._door} door")
-        # It waits for the door, so it needs a thread; no thread joins it at the end.
-        begin(threading.Thread(target=self._take_back, name="device", daemon=True))
+        if self.node is None or self.node.local.primary:
+            # It waits for the door, so it needs a thread; no thread joins it at the
+            # end.
+            begin(threading.Thread(target=self._take_back, name="device", daemon=True))
         # Last: an answer tells `serve` that the start did not fail.
         self._control.start()
 
@@ -204,6 +232,8 @@ class Volume:
         clean = self._halt()
         self._control.close()  # joins its threads: one may still send an answer
         threads_ended = all(keeper.join(0) for keeper in self._threads())
+        if self.node and not self.node.join(0):
+            threads_ended = False
         if threads_ended and not self._maintenance.is_alive():
             self.engine.close()
         self._exit.closed()
@@ -211,15 +241,50 @@ class Volume:
 
     def _end(self) -> bool:
         """Stop cleanly, and ask nbdkit to end, whatever clients remain."""
+        with self._lock:
+            self._again, self._for_good = None, True
+        return self._end_server()
+
+    def _end_server(self) -> bool:
         clean = self._halt()
         self._shutdown()
         return clean
+
+    # --- another role: the server executes itself again ---
+
+    def _leave_with(self, environment: Mapping[str, str]) -> None:
+        """Have the server end and start again; called from any thread of a node."""
+        with self._lock:
+            if self._for_good:
+                return  # a stop came first
+            self._again = dict(environment)
+        self._leaves.set()
+
+    def _leave(self) -> None:
+        self._leaves.wait()
+        if self.node:
+            self.node.hand_on()
+        self._end_server()
+
+    def execute_again(self, code: int) -> None:
+        """
+        Replace this process by a server in the new role, if that was asked for.
+
+        Args:
+            code: with which it would exit; after an unclean stop it exits.
+        """
+        with self._lock:
+            again = self._again
+        if again is not None and code == 0:
+            execute_again(again)
 
     def _halt(self) -> bool:
         """End the policy threads, then the engine, which then refuses requests."""
         self._exit.begin()
         with self._halt_lock:
             if self._clean is None:
+                if self.node:
+                    self.node.close()
                 self._ending.set()
                 for keeper in self._threads():
                     keeper.end()
@@ -247,12 +312,23 @@ class Volume:
             let_go(self._config)
         self._drain()
         try:
+            if self.node:
+                self._stop_node(self.node)
             self.engine.stop()
         except MirrorError as error:
             log("error", f"volume {name}: {error}; the next start recovers")
             return False
         log("info", f"volume {name}: stopped cleanly")
         return True
+
+    def _stop_node(self, node: NodeControl) -> None:
+        """Store what the end changes of a node, and end its threads."""
+        try:
+            node.before_stop()
+        finally:
+            node.end()
+            if not node.join(JOIN_S):
+                log("error", "a thread of the node does not end; the stop goes on")
 
     # --- maintenance ---
 
@@ -321,6 +397,8 @@ class Volume:
                 return switch_policy(self.engine, args, self._config.name)
             case "stop":
                 return self._stop_command()
+            case "promote" | "demote" | "switchover" if self.node:
+                return self.node.handle(command, args)
         raise UnsupportedError(f'the server does not know the command "{command}"')
 
     def _each(self, args: Mapping[str, Any], act: Callable[[int], None]) -> object:
@@ -328,11 +406,20 @@ class Volume:
         name = args.get("remote")
         if name is not None:
             self._config.copy_called(name)  # raises if there is none
-        names = [remote.name for remote in self._config.remotes]
+        self._check_has_copies()
+        names = [copy.name for copy in self._config.copies]
         chosen = [i for i, one in enumerate(names) if name in (None, one)]
         for index in chosen:
             act(index)
         return {"remotes": [names[i] for i in chosen]}
+
+    def _check_has_copies(self) -> None:
+        """Refuse what is about other copies on a secondary, which connects to none."""
+        if self.node and not self.node.local.primary:
+            raise RoleError(
+                f"{self._config.node} is secondary, and connects to no other copy",
+                "the same command on the primary",
+            )
 
     def _invalidate(self, args: Mapping[str, Any]) -> object:
         """Overwrite a remote, or, for the name "local", a replaced local disk."""
@@ -367,10 +454,10 @@ class Volume:
         if args.get("remote") == LOCAL:
             self._local.resume(found.local)
             return {"remotes": [LOCAL]}
-        uris = {one.name: one.uri for one in found.remotes}
+        uris = {one.name: one.uri for one in found.copies}
 
         def resume(index: int) -> None:
-            remote = self._config.remotes[index]
+            remote = self._config.copies[index]
             self._keepers[index].retry_now(uris.get(remote.name, remote.uri))
             self.engine.reset(disk_of(index))
             self.engine.pause(disk_of(index), paused=False)  # wakes the keeper
@@ -396,4 +483,5 @@ class Volume:
             self._local.view(),
             [keeper.view() for keeper in self._keepers],
             server=Server(self._door, os.getpid(), self.max_clients, *log_counts()),
+            node=self.node.status() if self.node else None,
         )

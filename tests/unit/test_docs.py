@@ -22,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import typer.main
+from e2e.lib.node_points import CONTROL_POINTS
 from support import ROOT
 from unit.pages import (
     BLOCK,
@@ -45,6 +46,7 @@ from nbd_mirror.base.units import parse_duration, parse_size
 from nbd_mirror.commands.cli import app
 from nbd_mirror.commands.create import create_volume
 from nbd_mirror.rules.state import RemoteState
+from nbd_mirror.server.node_role import GRANT_VARIABLE, HAND_OVER_VARIABLE
 from nbd_mirror.volume import config as config_module
 from nbd_mirror.volume import core
 from nbd_mirror.volume.answers import Answer, Flag, Unit
@@ -321,6 +323,8 @@ def test_environment_variables_are_documented() -> None:
     used = set(re.findall(r"\b(?:NBD_MIRROR_[A-Z_]+[A-Z]|NBDM_FAULT)\b", text))
     # Set by `serve` for the door it starts, never by a user.
     ours = {"NBD_MIRROR_DOOR", config_module.CHOICE_VARIABLE, ASKED_VARIABLE}
+    # A server sets them for itself, as it changes its role.
+    ours |= {GRANT_VARIABLE, HAND_OVER_VARIABLE}
     assert used - ours == listed
 
 
@@ -509,6 +513,7 @@ def test_fault_points_in_the_source_are_those_of_the_table() -> None:
     ignored: set[str] = set()
     for before, name in re.findall(r'(.*)fault_point \("(\w+)"\)', sources):
         (looked_at if before.strip() else ignored).add(name)
+    ignored |= CONTROL_POINTS
     fails = core.fault_points()
     assert looked_at == {name for name, may_fail in fails.items() if may_fail}
     assert ignored == {name for name, may_fail in fails.items() if not may_fail}

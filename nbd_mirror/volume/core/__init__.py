@@ -11,10 +11,18 @@ from __future__ import annotations
 from ..model import Params, RemoteParams
 from .boundary import Buffer, lib
 from .engine import FAST_ZERO, FUA, MAY_TRIM, Engine
-from .log import bound_log, flush_log, log_counts, start_log, write_log, write_text
+from .log import (
+    bound_log,
+    flush_log,
+    hand_on_log,
+    log_counts,
+    start_log,
+    write_log,
+    write_text,
+)
 from .node_calls import CALL_LEN, TEXT_LEN, Call, CallKind, ListenerKind, call, fetch
 from .server import Server
-from .state import create, fault_points, peek, peek_logs, peek_map
+from .state import create, fault_points, peek, peek_logs, peek_map, reach
 
 __all__ = [
     "CALL_LEN",
@@ -39,10 +47,12 @@ __all__ = [
     "fault_points",
     "fetch",
     "flush_log",
+    "hand_on_log",
     "log_counts",
     "peek",
     "peek_logs",
     "peek_map",
+    "reach",
     "start_log",
     "write_log",
     "write_text",

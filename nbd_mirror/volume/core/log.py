@@ -41,6 +41,11 @@ def flush_log(timeout_s: float) -> None:
     lib.nbdm_log_flush(whole_ms(timeout_s))
 
 
+def hand_on_log() -> None:
+    """Give the output back, for a program that this process executes."""
+    lib.nbdm_log_hand_on()
+
+
 def log_counts() -> tuple[int, int]:
     """Return how many lines could not be written, and how many were left out."""
     lost, left_out = ffi.new("uint64_t *"), ffi.new("uint64_t *")

@@ -176,6 +176,14 @@ class Server:
         """Serve. Blocks until `end`, and then until requests under way are answered."""
         lib.nbdm_server_run(self._handle)
 
+    def hand_on(self) -> None:
+        """
+        Let the sockets go on listening after the end; before `end`.
+
+        New clients wait for the program that this process executes next.
+        """
+        lib.nbdm_server_hand_on(self._handle)
+
     def end(self) -> None:
         """Make `run` return. May be called from any thread, any number of times."""
         lib.nbdm_server_end(self._handle)

@@ -71,3 +71,8 @@ def fault_points() -> dict[str, bool]:
     while (name := lib.nbdm_fault_point(len(found), fails)) != ffi.NULL:
         found[text_of(name)] = bool(fails[0])
     return found
+
+
+def reach(point: str) -> None:
+    """Pass a fault point of the control of nodes."""
+    lib.nbdm_reach(point.encode())

@@ -1,0 +1,578 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+The role of this node: how it becomes primary, and how it stops to be.
+
+A role change is a start. The engine's role is fixed while it is open, so this module
+stores the new role durably, and then the server stops cleanly and executes itself again
+(`leave`). A start never trusts memory: it opens as secondary, unless its environment
+has the grant of the process that it replaces. A process that is killed and started
+again has no grant, whatever its record says.
+
+A promotion asks the other nodes, takes their consents, stores its term, cuts all
+sessions at its own disk, and leaves with the grant. `may_promote` and `may_resume`
+(rules/promotion.py) decide, once before the consents and once after them.
+
+A node that was primary last, and was neither demoted nor handed its role away, tries to
+resume by itself: `turn`. Until it may, it is a secondary, and says why.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ..base.errors import BusyError, MirrorError, RoleError
+from ..rules.generation import NO_DATA, create, share
+from ..rules.node_handshake import decide
+from ..rules.node_side import Action, Crash, Role, Side
+from ..rules.promotion import (
+    Answer,
+    Contact,
+    Standing,
+    Verdict,
+    may_hand_over,
+    may_promote,
+    may_resume,
+)
+from ..rules.state import RemoteState
+from ..volume.node_record import NodeRecord
+from .node_calls import Fence, NodeCalls
+from .node_local import LocalNode, Term, term_of
+from .node_others import Others
+
+__all__ = [
+    "GRANT_VARIABLE",
+    "HAND_OVER_VARIABLE",
+    "NodeRole",
+    "Promotion",
+    "contact_of",
+    "standing_of",
+]
+
+# The environment of the process that replaces this one.
+GRANT_VARIABLE = "NBD_MIRROR_GRANT"  # the epoch in which it opens as primary
+HAND_OVER_VARIABLE = "NBD_MIRROR_HAND_OVER"  # the node that it gives its role to
+
+RESUME_S = 1.0  # between two attempts to resume
+MEET_S = 5.0  # between two meetings of a secondary that no primary writes to
+HAND_OVER_S = 15.0  # then a demoted node takes its role back
+HAND_OVER_REST_S = 0.2
+FENCE_S = 10.0  # of a promotion
+
+
+class Promotion(Enum):
+    """Why a node is promoted."""
+
+    ASKED = "asked"  # by an operator, without force
+    FORCED = "forced"
+    RESUMED = "resumed"  # it was primary last
+    ALONE = "alone"  # the same, and start_alone is over
+    TOKEN = "token"  # noqa: S105  # the last primary handed it the role
+
+
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """What all nodes show now; a side is None if its node cannot be reached."""
+
+    record: NodeRecord
+    sides: Mapping[str, tuple[Side, Side] | None]
+    errors: Mapping[str, str]
+
+
+class NodeRole:
+    """
+    Changes the role.
+
+    Args:
+        leave: ends this process's service, and executes the server again with more
+            variables in its environment; may return before that.
+        start_alone_s: after that time the last primary resumes although it cannot reach
+            the other nodes; 0: never.
+        hand_over: the node that this one, just demoted, gives its role to, or "".
+        clock: gives seconds, monotonic.
+        fresh: gives random numbers for generations.
+    """
+
+    def __init__(
+        self,
+        local: LocalNode,
+        others: Others,
+        calls: NodeCalls,
+        door: Fence,
+        *,
+        leave: Callable[[Mapping[str, str]], object],
+        log: Callable[[str, str], object],
+        start_alone_s: float = 0.0,
+        hand_over: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        fresh: Callable[[], int] = lambda: secrets.randbits(64) or 1,
+    ) -> None:
+        self._local = local
+        self._others = others
+        self._calls = calls
+        self._door = door
+        self._leave = leave
+        self._log = log
+        self._start_alone_s = start_alone_s
+        self._hand_over = hand_over
+        self._clock = clock
+        self._fresh = fresh
+        self._started = clock()
+        self._wake = threading.Event()
+        # One change of role at a time; taken before the node's lock.
+        self._acting = threading.Lock()
+        self._token: tuple[int, Term] | None = None
+        self._overruled_by = ""  # the later primary for which this one steps down
+        self._demoting = False
+        # What status shows; only whole values are stored.
+        self.waits: tuple[str, str] = ("", "")  # why it is not primary, and a hint
+
+    # --- the thread ---
+
+    def wake(self) -> None:
+        """End the rest between two turns."""
+        self._wake.set()
+
+    def rest(self, seconds: float) -> None:
+        """Wait for the next turn."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+
+    def turn(self) -> float:
+        """Do what is to be done without an operator; return the seconds until then."""
+        local = self._local
+        if local.leaving:
+            return MEET_S
+        if local.primary:
+            if self._overruled_by:
+                self._step_down()
+            return MEET_S
+        if self._token is not None:
+            self._take_over()
+            return RESUME_S
+        if self._hand_over:
+            return self._give()
+        record = local.record()
+        if _was_primary(record):
+            self._resume()
+            return RESUME_S
+        self.waits = ("", "")
+        if local.session is None:
+            self._meet_all()
+        return MEET_S
+
+    def take_token(self, generation: int, term: Term) -> None:
+        """Have the thread take the role of a primary that demoted itself."""
+        self._token = (generation, term)
+        self.wake()
+
+    def overrule(self, later: str) -> None:
+        """Have the thread close the door: *later* is the later primary."""
+        self._overruled_by = later
+        self.wake()
+
+    # --- promotion ---
+
+    def promote(self, *, force: bool) -> dict[str, object]:
+        """
+        Make this node primary, as an operator asks.
+
+        Raises:
+            RoleError: it may not be, or only by force. BusyError: its role is changing.
+            MirrorError: a node refused, or something could not be stored.
+        """
+        kind = Promotion.FORCED if force else Promotion.ASKED
+        return {"role": Role.PRIMARY.value, "epoch": self._promote(kind)}
+
+    def _promote(self, kind: Promotion) -> int:
+        with self._acting:
+            self._check_free(primary=False)
+            met = self._meet_all()
+            self._require(kind, met)
+            known = [one[1].epoch for one in met.sides.values() if one]
+            epoch = 1 + max(met.record.epoch, *known, 0)
+            term = (epoch, met.record.node)
+            with self._local.lock:
+                self._check_free(primary=False)
+                self._local.asks = term
+            try:
+                self._ask_and_store(kind, met, term)
+            finally:
+                with self._local.lock:
+                    self._local.asks = None
+        words = f"promoted in epoch {epoch} ({kind.value})"
+        self._log("info", f"node {term[1]}: {words}: this server starts again")
+        self._leave({GRANT_VARIABLE: str(epoch)})
+        return epoch
+
+    def _ask_and_store(self, kind: Promotion, met: _Met, term: Term) -> None:
+        local = self._local
+        local.reach("promote_asked")
+        now = dict(met.sides)
+        for name, one in met.sides.items():
+            if one is not None:
+                now[name] = one[0], self._others.consent(name, term[0])
+        local.reach("promote_consented")
+        # A node may have changed between its answer and its consent.
+        record = local.record()
+        self._require(kind, replace(met, record=record, sides=now), consented=term)
+        with local.lock:
+            if local.asks != term:
+                raise RoleError("another node is promoted: this one has consented")
+            local.change(lambda record: self._promoted(record, term))
+            local.reach("promote_stored")
+            self._door.fence(FENCE_S)
+            self._calls.end_session(clean=False)
+            local.engine.flush()
+            local.reach("promote_fenced")
+            local.leaving = True
+
+    def _promoted(self, record: NodeRecord, term: Term) -> NodeRecord:
+        if term_of(record) >= term:
+            raise RoleError(f"{record.leader} is promoted in epoch {record.epoch}")
+        lineage = record.lineage
+        if lineage.generation == NO_DATA:
+            lineage = create(lineage, self._fresh())
+        else:
+            lineage = share(lineage)
+        return replace(
+            record,
+            lineage=lineage,
+            role=Role.PRIMARY,
+            epoch=term[0],
+            leader=term[1],
+            handed="",
+            zero=False,
+        )
+
+    def _require(
+        self, kind: Promotion, met: _Met, consented: Term | None = None
+    ) -> None:
+        """Raise RoleError unless the rules allow the promotion."""
+        if kind in (Promotion.RESUMED, Promotion.ALONE):
+            reason = self._why_not_resume(met, alone=kind is Promotion.ALONE)
+            # The consents have made the term of the others that of this promotion.
+            if reason and consented is None:
+                raise RoleError(*reason)
+            if consented is None:
+                return
+        verdict = self.verdict(met, token=kind is Promotion.TOKEN)
+        if kind is Promotion.RESUMED and consented is not None:
+            self._check_resumed(met, consented)
+            return
+        if verdict.answer is Answer.NO:
+            primary = any(
+                one and one[1].role is Role.PRIMARY for one in met.sides.values()
+            )
+            raise RoleError(
+                f"this node may not be promoted: {verdict.reason}",
+                "nbd-mirror switchover CONFIG (on the primary)" if primary else "",
+            )
+        forced = kind in (Promotion.FORCED, Promotion.ALONE)
+        if verdict.answer is Answer.FORCE and not forced:
+            raise RoleError(
+                f"this node is promoted only by force: {verdict.reason}",
+                "nbd-mirror promote CONFIG --force",
+            )
+
+    def _check_resumed(self, met: _Met, term: Term) -> None:
+        for name, one in met.sides.items():
+            if one is None:
+                continue
+            later = one[1].role is Role.PRIMARY or one[1].term > term
+            plan = decide(*one)
+            ready = plan.action is Action.IN_SYNC or plan.source == met.record.node
+            if later or not ready:
+                raise RoleError(f"{name} has changed in the meantime: {plan.row}")
+
+    def verdict(self, met: _Met | None = None, *, token: bool = False) -> Verdict:
+        """Say whether this node may be promoted, by what all nodes show."""
+        met = met or self._known()
+        local = self._local
+        side = local.side(local.others[0], met.record)
+        return may_promote(
+            standing_of(met.record, side, met.sides, behind=local.behind, token=token)
+        )
+
+    # --- what the others show ---
+
+    def _meet_all(self) -> _Met:
+        record = self._local.record()
+        sides: dict[str, tuple[Side, Side] | None] = {}
+        errors = {}
+        for name in self._local.others:
+            try:
+                mine, side, _ = self._others.meet(name)
+                sides[name] = (mine, side)
+            except MirrorError as error:
+                sides[name], errors[name] = None, str(error)
+        return _Met(record, sides, errors)
+
+    def _known(self) -> _Met:
+        """Return what the nodes showed last, without asking them."""
+        contacts = self._others.contacts
+        sides: dict[str, tuple[Side, Side] | None] = {}
+        for name in self._local.others:
+            contact = contacts.get(name)
+            side = contact.side if contact else None
+            sides[name] = (self._local.side(name), side) if side else None
+        return _Met(self._local.record(), sides, {})
+
+    # --- the start ---
+
+    def _resume(self) -> None:
+        """Become primary again, if no other node was promoted since."""
+        waited = self._clock() - self._started
+        alone = 0 < self._start_alone_s <= waited
+        kind = Promotion.ALONE if alone else Promotion.RESUMED
+        try:
+            self._promote(kind)
+            self.waits = ("", "")
+        except MirrorError as error:
+            self._wait_because(error.message, error.hint)
+
+    def _wait_because(self, why: str, hint: str) -> None:
+        if self.waits[0] != why:
+            self._log("warning", f"node {self._local.record().node}: waits: {why}")
+        self.waits = (why, hint)
+
+    def _why_not_resume(self, met: _Met, *, alone: bool) -> tuple[str, str] | None:
+        """Return why the last primary does not resume, and a hint; None: it does."""
+        if not _was_primary(met.record):
+            return "another node was promoted since", ""
+        for name, one in met.sides.items():
+            if one is None:
+                if alone:
+                    continue
+                return (
+                    f"{name} may have been promoted, and cannot be asked: "
+                    f"{met.errors.get(name, '')}",
+                    "nbd-mirror promote CONFIG --force, if it was not",
+                )
+            if may_resume(*one):
+                continue
+            return _why_waits(name, *one)
+        return None
+
+    # --- demotion ---
+
+    def demote(self, *, force: bool) -> dict[str, object]:
+        """
+        Make this node secondary, as an operator asks; no node is primary then.
+
+        Raises:
+            RoleError: clients are connected, and *force* is not given; or it is
+            secondary. BusyError: its role is changing.
+        """
+        with self._acting:
+            self._check_free(primary=True)
+            clients = self._local.engine.status().clients
+            if clients and not force:
+                raise RoleError(
+                    f"{clients} connections of clients would be cut",
+                    "disconnect them first, or nbd-mirror demote CONFIG --force; "
+                    "nbd-mirror switchover CONFIG moves the role",
+                )
+            self._close({})
+        return {"role": Role.SECONDARY.value}
+
+    def switchover(self, node: str | None) -> dict[str, object]:
+        """
+        Give the role to another node, which is in sync.
+
+        Raises:
+            RoleError: it cannot be given now. BusyError: the role is changing.
+        """
+        with self._acting:
+            self._check_free(primary=True)
+            target = self._heir(node)
+            status = self._local.engine.remote_status(self._local.disk_of(target))
+            in_sync = status.admitted and status.state is RemoteState.IN_SYNC
+            if not in_sync or self._lacks(target):
+                raise RoleError(
+                    f"{target} is not in sync: {status.reason or status.state.value}",
+                    "nbd-mirror wait CONFIG --for in_sync",
+                )
+            self._close({HAND_OVER_VARIABLE: target})
+        return {"role": Role.SECONDARY.value, "to": target}
+
+    def _heir(self, node: str | None) -> str:
+        others = self._local.others
+        if node is None and len(others) == 1:
+            return others[0]
+        if node not in others:
+            names = ", ".join(others)
+            raise RoleError(f"name another node of the volume: {names}")
+        return node
+
+    def _lacks(self, other: str) -> bool:
+        """Tell whether *other* is not counted as a holder of this generation."""
+        peer = self._local.record().lineage.peer(other)
+        return bool(peer.bases) or not peer.shared
+
+    def _step_down(self) -> None:
+        """Close the door for a later primary, which this node has no write over."""
+        with self._acting:
+            later, self._overruled_by = self._overruled_by, ""
+            self._check_free(primary=True)
+            self._log("warning", f"node {later} is the later primary: the door closes")
+            self._close({})
+
+    def _close(self, environment: Mapping[str, str]) -> None:
+        """Leave as a secondary; `before_stop` stores it once no client is left."""
+        with self._local.lock:
+            self._local.leaving = True
+            self._demoting = True
+        self._leave(environment)
+
+    def before_stop(self) -> None:
+        """
+        Store what the stop changes: clients are gone, and the engine still runs.
+
+        Raises:
+            MirrorError: it could not be stored; the role is as before.
+        """
+        local = self._local
+        self._calls.end_session(clean=False)
+        if not self._demoting:
+            return
+        local.engine.flush()
+        local.reach("demote_drained")
+        local.change(lambda record: replace(record, role=Role.SECONDARY))
+        local.reach("demote_stored")
+
+    # --- switchover, after the demotion ---
+
+    def _give(self) -> float:
+        """Give the token to the other node, or take the role back in the end."""
+        target, local = self._hand_over, self._local
+        record = local.record()
+        if record.leader != record.node:
+            self._hand_over = ""  # the other node is promoted
+            return 0.0
+        try:
+            mine, side, _ = self._others.meet(target)
+            if not may_hand_over(mine, side):
+                raise RoleError(
+                    f"{target} cannot take the role: {decide(mine, side).row}"
+                )
+            local.reach("handover_met")
+            local.change(lambda record: _handed(record, mine, target))
+            local.reach("handover_stored")
+            self._others.token(target, mine.generation, mine.term)
+            local.reach("token_sent")
+        except MirrorError as error:
+            self._wait_because(
+                f"its role goes to {target}: {error.message}", error.hint
+            )
+            if self._clock() - self._started > HAND_OVER_S:
+                self._take_back(target)
+        return HAND_OVER_REST_S
+
+    def _take_back(self, target: str) -> None:
+        """End a switchover that does not come about; both nodes must agree to it."""
+        self._hand_over = ""
+        self._log("warning", f"node {target} did not take the role within the time")
+        try:
+            self._promote(Promotion.ASKED)
+        except MirrorError as error:
+            self._wait_because(error.message, error.hint)
+
+    def _take_over(self) -> None:
+        """Take the role that the token is good for."""
+        token, self._token = self._token, None
+        record = self._local.record()
+        if token != (record.lineage.generation, term_of(record)):
+            self._log("warning", "the token of the role is of another promotion")
+            return
+        try:
+            self._promote(Promotion.TOKEN)
+        except MirrorError as error:
+            self._wait_because(
+                f"the role was handed to it: {error.message}", error.hint
+            )
+
+    def _check_free(self, *, primary: bool) -> None:
+        with self._local.lock:
+            if self._local.leaving or self._local.asks:
+                raise BusyError("the role of this node is just changing")
+            if self._local.primary and not primary:
+                raise RoleError("this node is primary already")
+            if primary and not self._local.primary:
+                raise RoleError("this node is secondary already")
+
+
+def contact_of(name: str, sides: tuple[Side, Side] | None) -> Contact:
+    """Return another node as `may_promote` judges it; None: it cannot be reached."""
+    if sides is None:
+        return Contact(name)
+    mine, side = sides
+    plan = decide(mine, side)
+    waits = mine.generation == side.generation == NO_DATA  # for the first promotion
+    # A primary that answers counts even if the two nodes would stop: it serves.
+    connected = plan.action is not Action.STOP or waits or side.role is Role.PRIMARY
+    return Contact(
+        name,
+        connected=connected,
+        role=side.role,
+        has_data=side.generation != NO_DATA,
+    )
+
+
+def standing_of(
+    record: NodeRecord,
+    side: Side,
+    sides: Mapping[str, tuple[Side, Side] | None],
+    *,
+    behind: bool,
+    token: bool,
+) -> Standing:
+    """Return this node as `may_promote` judges it."""
+    targets = [
+        decide(*one).target == record.node for one in sides.values() if one is not None
+    ]
+    return Standing(
+        has_data=record.lineage.generation != NO_DATA,
+        behind=behind or (record.lineage.generation != NO_DATA and any(targets)),
+        inconsistent=record.inconsistent,
+        missed=side.missed,
+        lost_power=record.crash is Crash.HOST and side.doubts > 0,
+        token=token,
+        others=tuple(contact_of(name, one) for name, one in sides.items()),
+    )
+
+
+def _was_primary(record: NodeRecord) -> bool:
+    """Tell whether the node was primary last, and neither demoted nor handed over."""
+    last = record.role is Role.PRIMARY and record.leader == record.node
+    return last and not record.handed and record.lineage.generation != NO_DATA
+
+
+def _handed(record: NodeRecord, mine: Side, target: str) -> NodeRecord:
+    if (record.lineage.generation, term_of(record)) != (mine.generation, mine.term):
+        raise RoleError("another node was promoted in the meantime")
+    return replace(record, handed=target)
+
+
+def _why_waits(name: str, mine: Side, side: Side) -> tuple[str, str]:
+    """Return why *mine* does not resume now that it has met *side*."""
+    plan = decide(mine, side)
+    if side.role is Role.PRIMARY:
+        return f"{name} is primary since epoch {side.epoch}", ""
+    if side.term > mine.term:
+        return (
+            f"{side.leader} was promoted in epoch {side.epoch}, after this node",
+            "nbd-mirror promote CONFIG (on the node that is to serve)",
+        )
+    if plan.action is Action.STOP:
+        return plan.reason, plan.hint
+    if plan.target == mine.node:
+        return (
+            f"{name} has the better copy, as this host went down with its cache",
+            f"nbd-mirror promote CONFIG (on {name})",
+        )
+    return f"this node's disk misses {mine.missed} regions", ""
