@@ -35,7 +35,7 @@ connect_plain (void)
 }
 
 /* What another client of TLS gets: no transmission. */
-static void
+static TEST_UNUSED void
 assert_turned_away (const struct tls_options *other)
 {
   struct client c = connect_plain ();
