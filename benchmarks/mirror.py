@@ -84,6 +84,11 @@ class Mirror(SetUp):
         self.prepare()
         self.start_servers()
 
+    @property
+    def far_uri(self) -> str:
+        """The address of the remote, for the mirror."""
+        return uri_of(self.far_socket)
+
     # --- step by step, for rows that need more than `start` ---
 
     def prepare(self) -> None:
@@ -99,7 +104,7 @@ class Mirror(SetUp):
         }
         lines = [f'{key} = "{value}"' for key, value in keys.items()]
         lines += [f"size = {self.size}", "", "[[remote]]", f'name = "{REMOTE}"']
-        lines.append(f'uri = "{uri_of(self.far_socket)}"')
+        lines.append(f'uri = "{self.far_uri}"')
         self.config.write_text("\n".join(lines) + "\n")
 
     def start_servers(self, *options: str) -> None:

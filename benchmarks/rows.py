@@ -20,6 +20,7 @@ from .resync_rows import (
     resync_scattered,
 )
 from .scale_rows import memory_16t, rate_16t, start_16t
+from .tls_rows import over_tls
 from .vm import run_vm
 
 __all__ = ["ROWS", "chosen"]
@@ -104,6 +105,21 @@ FIO_ROWS = (
         "4 KiB random write QD16, the plain transport",
         against(Workload.writes(16), "libnbd"),
         (Claim("libnbd", "against libnbd's", 1.25),),
+    ),
+    Row(
+        "tls_4k_qd16",
+        "4 KiB random write QD16, a remote over TCP with TLS",
+        over_tls(Workload.writes(16), "tcp"),
+        (Claim("tcp", "against the same without TLS", 0.75, 0.85),),
+    ),
+    Row(
+        "tls_1m_qd8",
+        "1 MiB sequential write QD8, a remote over TCP with TLS",
+        over_tls(WRITE_1M, "relay", "tcp"),
+        (
+            Claim("relay", "against a bare GnuTLS relay", 0.9, 1.0),
+            Claim("tcp", "against the same without TLS"),
+        ),
     ),
     Row(
         "native_door",

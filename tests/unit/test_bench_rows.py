@@ -22,6 +22,8 @@ WANTED = {
     ("degraded_4k_qd16", "one_copy"): (0.85, 0.95, False),
     ("activity_log", "off"): (0.97, 1.0, False),
     ("transport_4k_qd16", "libnbd"): (1.25, None, False),
+    ("tls_4k_qd16", "tcp"): (0.75, 0.85, False),
+    ("tls_1m_qd8", "relay"): (0.9, 1.0, False),
     ("resync_full", "nbdcopy"): (0.9, 1.1, False),
     ("resync_link", "share"): (0.8, 0.95, False),
     ("resync_scattered", "sent"): (1.1, 1.0, True),
