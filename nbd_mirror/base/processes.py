@@ -8,7 +8,7 @@ import ipaddress
 import socket
 from pathlib import Path
 
-__all__ = ["START_TIME", "STATE", "stat_fields", "tcp_listener"]
+__all__ = ["START_TIME", "STATE", "real_user", "stat_fields", "tcp_listener"]
 
 STATE, START_TIME = 0, 19  # fields, counted from the one behind the name
 _LISTENS = "0A"  # TCP_LISTEN, in /proc/net/tcp
@@ -26,6 +26,20 @@ def stat_fields(pid: int) -> list[str]:
     """
     stat = Path(f"/proc/{pid}/stat").read_bytes()
     return stat.rpartition(b")")[2].decode().split()
+
+
+def real_user(pid: int) -> int:
+    """
+    Return the user that started a process.
+
+    Not the owner of its folder in /proc, which is root once the process hides its
+    memory: any may do so.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
+    return int(next(line for line in lines if line.startswith(b"Uid:")).split()[1])
 
 
 def tcp_listener(host: str, port: int) -> int:

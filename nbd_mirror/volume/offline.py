@@ -145,7 +145,7 @@ def silent_server(config: VolumeConfig) -> tuple[str, str] | None:
 def _server_of_another_state(config: VolumeConfig) -> tuple[str, str] | None:
     """Return the same for a server whose state directory was replaced or removed."""
     pid = _listening(config.listen)
-    if not pid:
+    if not pid or not _may_serve(pid, config):
         return None
     ours = None
     with contextlib.suppress(OSError):
@@ -164,6 +164,24 @@ def _server_of_another_state(config: VolumeConfig) -> tuple[str, str] | None:
         "if so, put back the directory that it was started with\n"
         f"or, if it is lost, {_make_anew(config, f'kill -TERM {pid}', ' --force')}",
     )
+
+
+def _may_serve(pid: int, config: VolumeConfig) -> bool:
+    """
+    Return whether the volume's server may be the process that listens.
+
+    Any user may take a TCP port while no server does. A unix socket is in a folder that
+    its owner protects.
+    """
+    if config.listen.path is not None:
+        return True
+    users = {0, os.geteuid()}
+    with contextlib.suppress(OSError):  # removed, which is why we are asked
+        users.add(config.state_dir.stat().st_uid)
+    try:
+        return processes.real_user(pid) in users
+    except OSError:
+        return False  # it has ended
 
 
 def mapped_disks(config: VolumeConfig) -> list[str]:

@@ -16,13 +16,14 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
 import typer.main
-from e2e.lib.harness import Site
+from e2e.lib.harness import Site, free_port
 from e2e.lib.oracle import crc32c
 
 from nbd_mirror.base import strangers, unix
@@ -477,3 +478,34 @@ def test_folder_locked_by_another_user_does_not_keep_us(
     site.cli("serve", str(site.config), timeout_s=15)
     site.cli("stop", str(site.config), timeout_s=15)
     assert holder.poll() is None
+
+
+LISTENER = """
+import ctypes, pathlib, socket, sys, tempfile
+ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: now root owns its folder in /proc
+lock = (pathlib.Path(tempfile.mkdtemp(prefix="nbdm-")) / "lock").open("w")
+sock = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+pathlib.Path(lock.name).unlink()
+pathlib.Path(lock.name).parent.rmdir()
+print("listens", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_listener_of_another_user_is_not_taken_for_the_server(
+    new_site: Callable[..., Site],
+) -> None:
+    """While no server runs, any user can have the port, and a file `lock` open."""
+    port = free_port()
+    site = new_site(listen=f"tcp:127.0.0.1:{port}")
+    site.create()
+    words = [sys.executable, "-c", LISTENER, str(port)]
+    with subprocess.Popen(
+        words, user=NOBODY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+    ) as listener:
+        assert listener.stdout is not None
+        assert listener.stdout.readline() == b"listens\n"
+        shown = site.cli("status", str(site.config)).stdout
+        listener.communicate()
+    assert "no server runs for this volume" in shown
+    assert str(listener.pid) not in shown
