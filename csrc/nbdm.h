@@ -512,8 +512,9 @@ int nbdm_node_mark (struct nbdm *volume, uint32_t disk, uint32_t map,
                     const uint8_t *bits, uint64_t size);
 
 /* Nothing is dirty or doubted towards that node any more, durably: this node
- * has adopted its generation.  -EPERM: this node is primary, -EINVAL,
- * -ESHUTDOWN, -EIO.
+ * has adopted its generation.  The resync has also written all that the local
+ * disk missed, so if it was resyncing, it is flushed and ok.  -EPERM: this node
+ * is primary; -EINVAL, -ESHUTDOWN, -EIO.
  */
 int nbdm_node_clear (struct nbdm *volume, uint32_t disk);
 

@@ -63,6 +63,17 @@ gate_locked (const struct nbdm *v)
   return 0;
 }
 
+/* Is there a disk to write to?  The writes of a primary fill what a secondary's
+ * disk misses.
+ */
+static bool
+has_place_locked (const struct nbdm *v, const struct request *req)
+{
+  if (v->secondary)
+    return v->local.state != NBDM_LOCAL_FAILED;
+  return range_has_source_locked (v, req->offset, req->length);
+}
+
 /* May the request continue after a wait?  Waits for the end of a takeover,
  * which may leave the range with local.
  */
@@ -71,11 +82,10 @@ go_on_relock (struct nbdm *v, const struct request *req)
 {
   int rc;
 
-  while (v->local.taking_over
-         && !range_has_source_locked (v, req->offset, req->length))
+  while (v->local.taking_over && !has_place_locked (v, req))
     pthread_cond_wait (&v->changed, &v->lock);
   rc = gate_locked (v);
-  if (rc < 0 || range_has_source_locked (v, req->offset, req->length))
+  if (rc < 0 || has_place_locked (v, req))
     return rc;
   return set_message (-EIO, "the local disk has failed, and no remote in sync "
                             "is connected");

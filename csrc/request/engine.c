@@ -242,7 +242,7 @@ decide_relock (struct nbdm *v, struct request *req, int local_rc)
       everywhere = leg_account_locked (req, &req->legs[i], alike) && everywhere;
   if (rc < 0 && remote_has && local_takeover_relock (v) == 0)
     rc = 0;
-  if (rc == 0 && v->local.state != NBDM_LOCAL_OK)
+  if (rc == 0 && v->local.state != NBDM_LOCAL_OK && !v->secondary)
     rc = secure_relock (v, req, local_rc == 0 && req->on_local);
   if (local_rc < 0 && remote_has)
     miss_unreadable_relock (v, req, local_rc);

@@ -45,10 +45,11 @@ _MAGIC = b"NBDMDRTY"
 _VERSION = 1
 _PAGE = 4096
 _LOG_CLEAN = 1
+_LOG_DOUBTS = 4
 _MAX_SIZE = 1 << 50  # of a volume, bytes
 _MIN_REGION, _MAX_REGION = 4 << 10, 4 << 20
 _PIECE = 1 << 20  # read from a map at a time
-_DIRTY, _UNFLUSHED0, _UNFLUSHED1, _LATE = range(4)
+_DIRTY, _UNFLUSHED0, _UNFLUSHED1, _LATE, _DOUBTS = range(5)
 
 # A map with more runs is read in part: Python visits a run in about 0.3 us.
 MAX_RUNS = 2_000_000
@@ -70,7 +71,7 @@ class Run:
 
 class DirtyMaps:
     """
-    The four maps of one remote, read-only, in the file itself.
+    The maps of one remote, read-only, in the file itself: four, of a node five.
 
     Use it as a context manager. Counts, runs and shares read the file each time and
     keep one piece in memory, so maps of any size can be read. Each of them raises
@@ -122,14 +123,15 @@ class DirtyMaps:
         self.nr_regions: int = regions
         self.region_size: int = region_size
         self.clean_stop = bool(flags & _LOG_CLEAN)
+        self._nr_maps = 5 if flags & _LOG_DOUBTS else 4
 
     def _check_size(self, size: int) -> int:
         """Return the bytes from one map to the next."""
         step = -(-self.nr_regions // (8 * _PAGE)) * _PAGE
-        if size < _PAGE + 4 * step:
+        if size < _PAGE + self._nr_maps * step:
             raise FormatError(
                 f"{self.path} is truncated: {size} bytes long, "
-                f"{_PAGE + 4 * step} belong to {self.nr_regions} regions"
+                f"{_PAGE + self._nr_maps * step} belong to {self.nr_regions} regions"
             )
         return step
 
@@ -192,6 +194,18 @@ class DirtyMaps:
     def late(self) -> frozenbitarray:
         """A copy of the regions that a lost connection's command may still change."""
         return self._whole(_LATE)
+
+    @property
+    def doubts(self) -> frozenbitarray:
+        """A copy of the regions of which neither copy is newer; of no plain remote."""
+        if self._nr_maps <= _DOUBTS:
+            return frozenbitarray(self.nr_regions)
+        return self._whole(_DOUBTS)
+
+    @property
+    def doubted_regions(self) -> int:
+        """The number of regions of which neither copy is newer."""
+        return self._count(_DOUBTS) if self._nr_maps > _DOUBTS else 0
 
     @property
     def dirty_regions(self) -> int:

@@ -143,7 +143,7 @@ read_superblock (struct disk_superblock *sb)
 static void
 named_by_logs (uint32_t remote, uint64_t *bits)
 {
-  static uint64_t file[(LAYOUT_PAGE * (1 + NR_MAPS * 2)) / 8];
+  static uint64_t file[(LAYOUT_PAGE * (1 + NR_NODE_MAPS * 2)) / 8];
   const uint64_t words = bitmap_bytes (UNITS) / 8;
   const uint64_t *map = file + LAYOUT_PAGE / 8;
   struct disk_superblock sb;
@@ -154,6 +154,8 @@ named_by_logs (uint32_t remote, uint64_t *bits)
   assert (superblock_identity (crash_fd, boot, mount) == 0);
   read_file (remote ? "dirty.dr1" : "dirty.dr0", file, sizeof file);
   memcpy (bits, map + MAP_DIRTY * words, WORDS * 8);
+  for (uint64_t w = 0; w < WORDS && crashed.node; w++)
+    bits[w] |= map[MAP_DOUBTS * words + w];
   if (le32toh (sb.flags) & SUPERBLOCK_CLEAN)
     return;
   for (uint64_t w = 0; w < WORDS; w++)
@@ -161,8 +163,8 @@ named_by_logs (uint32_t remote, uint64_t *bits)
         |= map[MAP_UNFLUSHED0 * words + w] | map[MAP_UNFLUSHED1 * words + w];
   if (memcmp (boot, sb.boot_id, sizeof boot) == 0)
     add_open_slots (bits);
-  else
-    add_active_extents (bits);
+  if (memcmp (boot, sb.boot_id, sizeof boot) != 0 || crashed.node)
+    add_active_extents (bits); /* there are three nodes */
 }
 
 static void
@@ -177,7 +179,8 @@ judge_remote (const struct verdict *verdict, const struct nbdm *v, uint32_t i,
   all_in (verdict, i, differ, dirty, "may differ and is clean");
   disk_may_change (1 + i, change);
   all_in (verdict, i, change, dirty, "may change and is clean");
-  all_in (verdict, i, change, late, "may change late and is not late");
+  if (crashed.node == NULL) /* a node fences what may come late */
+    all_in (verdict, i, change, late, "may change late and is not late");
   all_in (verdict, i, dirty, named, "is dirty and no log says so");
   all_in (verdict, i, named, dirty, "is clean and a log says dirty");
 }

@@ -88,6 +88,27 @@ site_open (struct site *site)
 }
 
 void
+site_promote (struct site *site, bool counted)
+{
+  struct nbdm_node before, after;
+
+  site_open (site);
+  assert (nbdm_node_get (site->volume, &before) == 0);
+  after = before;
+  after.generation = SITE_GENERATION;
+  after.epoch = 1;
+  after.role = NBDM_PRIMARY;
+  snprintf (after.leader, sizeof after.leader, "%s", site->node);
+  for (uint32_t i = 0; i < after.nr_peers; i++)
+    after.peers[i].shared = counted;
+  assert (nbdm_node_store (site->volume, &before, &after) == 0);
+  assert (nbdm_stop (site->volume) == 0);
+  nbdm_close (site->volume);
+  site->params.primary = 1;
+  site->params.epoch = 1;
+}
+
+void
 site_remove (struct site *site)
 {
   char command[128];

@@ -53,6 +53,11 @@ struct site {
 /* Images of zeroes, peers that listen, a volume that was created. */
 void site_make (struct site *site);
 void site_open (struct site *site); /* and start */
+/* Of nodes: have this one be primary from the next open on, in a generation
+ * that the others hold (`counted`), or have never met.
+ */
+#define SITE_GENERATION 1000u
+void site_promote (struct site *site, bool counted);
 /* Stop cleanly, and free all. */
 void site_end (struct site *site);
 /* The same without the stop, for a volume that was closed. */

@@ -10,11 +10,11 @@
 
 #include "api.h"
 #include "logs/lineage.h"
+#include "volume/local_state.h"
 #include "site.h"
 
 #define REGION 4096u
 #define REGIONS 64u
-#define FIRST 1000u /* the generation that the tests begin with */
 
 static struct site site;
 
@@ -47,39 +47,20 @@ count (void)
   store (&before, &after);
 }
 
-static void
-open_primary (void)
-{
-  site.params.primary = 1;
-  site.params.epoch = 1;
-  site_open (&site);
-}
-
 /* A new pair, of which this node was promoted; the other one was counted, or
  * was never met.
  */
 static void
 make (bool counted)
 {
-  struct nbdm_node before, after;
-
   site = (struct site){ .size = REGIONS * REGION,
                         .region_size = REGION,
                         .nr_peers = 1,
                         .node = "alpha",
                         .seed = 1 };
   site_make (&site);
+  site_promote (&site, counted);
   site_open (&site);
-  before = after = record ();
-  after.generation = FIRST;
-  after.epoch = 1;
-  after.role = NBDM_PRIMARY;
-  strcpy (after.leader, "alpha");
-  after.peers[0].shared = counted;
-  store (&before, &after);
-  assert (nbdm_stop (site.volume) == 0);
-  nbdm_close (site.volume);
-  open_primary ();
 }
 
 static void
@@ -192,7 +173,7 @@ test_nodes_engine_counted_node_is_held_at_a_start (void)
   assert (nbdm_stop (site.volume) == 0);
   nbdm_close (site.volume);
   site.params.hold_ms = 60000;
-  open_primary ();
+  site_open (&site);
   assert (site_status (&site, 0).state == NBDM_HOLDING);
   site_connect (&site, 0);
   assert (site_status (&site, 0).state == NBDM_IN_SYNC);
@@ -438,6 +419,56 @@ test_nodes_engine_a_missed_write_after_an_offer_begins_one (void)
   site_end (&site);
 }
 
+/* --- a local disk that misses regions ---------------------------------------
+ */
+
+/* The node took the place of the local disk, and is primary later: its resync
+ * to this one writes what the new disk misses, and then it is whole.
+ */
+static void
+test_nodes_engine_an_adoption_heals_the_local_disk (void)
+{
+  struct nbdm_status status;
+  struct nbdm_disk_status disk;
+  uint64_t all = UINT64_MAX;
+  uint8_t buf[REGION];
+
+  make (false);
+  join ();
+  write_regions (0, 8, 1);
+  pthread_mutex_lock (&site.volume->lock);
+  assert (local_takeover_relock (site.volume) == 0);
+  pthread_mutex_unlock (&site.volume->lock);
+  assert (map_of (NBDM_MAP_MISSED) == all); /* it is not open */
+  write_regions (4, 8, 2);
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+
+  site.params.primary = 0;
+  site_open (&site);
+  assert (map_of (NBDM_MAP_MISSED) == all);
+  assert (nbdm_pwrite (site.volume, buf, REGION, 0, 0) == -EIO);
+  assert (nbdm_local_attach (site.volume, site.local, 1) == 0);
+  assert (nbdm_disk_admit (site.volume, NBDM_LOCAL) == 0);
+  assert (map_of (NBDM_MAP_MISSED) == all);
+  assert (nbdm_pread (site.volume, buf, REGION, 0) == -EIO);
+  for (unsigned i = 0; i < REGIONS; i++)
+    write_regions (i, 1, (uint8_t)(3 + i)); /* the primary's copies */
+  assert (nbdm_node_clear (site.volume, 1) == 0);
+  assert (map_of (NBDM_MAP_MISSED) == 0);
+  assert (nbdm_get_disk_status (site.volume, NBDM_LOCAL, &disk) == 0);
+  assert (disk.state == NBDM_LOCAL_OK);
+  assert (nbdm_pread (site.volume, buf, REGION, 5 * REGION) == 0);
+  assert (buf[0] == 8);
+  assert (nbdm_stop (site.volume) == 0);
+  nbdm_close (site.volume);
+  site_open (&site);
+  nbdm_get_status (site.volume, &status);
+  assert (status.role == NBDM_SECONDARY);
+  assert (map_of (NBDM_MAP_MISSED) == 0);
+  site_end (&site);
+}
+
 /* --- a record that both change ----------------------------------------------
  */
 
@@ -475,6 +506,7 @@ main (void)
   RUN (test_nodes_engine_a_write_sent_again_begins_none);
   RUN (test_nodes_engine_a_write_left_to_resync_begins_one);
   RUN (test_nodes_engine_a_missed_write_after_an_offer_begins_one);
+  RUN (test_nodes_engine_an_adoption_heals_the_local_disk);
   RUN (test_nodes_engine_a_store_does_not_undo_a_generation);
   return 0;
 }

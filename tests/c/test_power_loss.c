@@ -4,6 +4,9 @@
  * synced.  The model is loss.h's, the judge loss_judge.h's; here are the load
  * and the crashes that really happen between two of its lives.
  *
+ * With NBDM_TEST_NODES the remotes are other nodes, and this one is primary:
+ * the same must hold of what it doubts after the loss.
+ *
  * Besides: what was answered with FUA, or before a flush, is on local and on
  * every remote that was in sync, and stays there.
  */
@@ -376,7 +379,11 @@ main (void)
   site.peer.leave = loss_leave;
   disks_init (SIZE, 1 + PEERS);
   reboot ();
+  if (getenv ("NBDM_TEST_NODES"))
+    site.node = "alpha";
   site_make (&site);
+  if (site.node)
+    site_promote (&site, true);
   judge_begin (&site, dice + 1);
   make_caught_directory ();
   loss_record (&site, at_event);

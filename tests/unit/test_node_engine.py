@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from unit.volumes import REGION, make_params
 
-from nbd_mirror.base.errors import AccessError, ConfigError
+from nbd_mirror.base.errors import AccessError, ConfigError, WrongDiskError
 from nbd_mirror.rules.generation import Lineage, Peer, begin
 from nbd_mirror.rules.node_side import Crash, Role
 from nbd_mirror.rules.state import RemoteState
 from nbd_mirror.volume import core
+from nbd_mirror.volume.mapview import DirtyMaps
 from nbd_mirror.volume.model import NodeMap, disk_of
 from nbd_mirror.volume.node_record import NodeRecord
 
@@ -190,10 +191,11 @@ class TestRecord:
     def test_a_disk_that_no_longer_reads_as_zeroes_has_lost_the_proof(
         self, run_dir: Path
     ) -> None:
-        """No lock was on it between two sessions."""
+        """No lock was on it since `create`, and no sample was taken yet."""
         params = node_params(run_dir)
-        with opened(params) as engine:
-            assert engine.node_get().zero
+        node = core.peek(params.state_dir).node
+        assert node is not None
+        assert node.zero
         with open(params.local, "r+b") as file:
             file.seek(REGION)
             file.write(b"x")
@@ -335,6 +337,13 @@ class TestMaps:
             engine.node_mark(BETA, NodeMap.DOUBTS, bits_of(engine, 9, 10))
             engine.node_mark(BETA, NodeMap.DOUBTS, bits_of(engine, 11))
             assert engine.remote_status(BETA).doubts == 3
+            with DirtyMaps(f"{params.state_dir}/dirty.beta") as maps:
+                assert set(maps.dirty.search(1)) == {0, 9, 255}
+                assert set(maps.doubts.search(1)) == {9, 10, 11}
+                assert maps.doubted_regions == 3
+            with DirtyMaps(f"{params.state_dir}/dirty.local") as maps:
+                assert not maps.doubts.any()
+                assert maps.doubted_regions == 0
         with opened(params) as engine:
             assert dirty(engine) == {0, 9, 255}
             assert doubts(engine) == {9, 10, 11}
@@ -379,6 +388,33 @@ class TestMaps:
             assert after.crash is Crash.NONE
             assert dirty(engine) == {4, 5}
             assert doubts(engine) == set()
+
+
+class TestForcedDisk:
+    """An operator chose a disk that is another one."""
+
+    def test_it_is_doubted_and_never_the_better_source(self, run_dir: Path) -> None:
+        """Dirty regions would make this node the source of the other one."""
+        lineage = Lineage(1000, (), (Peer("beta", shared=True),))
+        params = replace(promote(node_params(run_dir), lineage), primary=False)
+        with opened(params) as engine:
+            engine.pwrite(b"x" * REGION, 0)
+        with open(params.local, "r+b") as file:
+            file.write(b"y" * REGION)  # the latest write: it has a sample
+        with pytest.raises(WrongDiskError):
+            core.Engine(params)
+        with opened(replace(params, local_choice="forced")) as engine:
+            everything = set(range(engine.status().size // REGION))
+            assert doubts(engine) == everything
+            assert dirty(engine) == set()
+            assert engine.node_get().crash is Crash.HOST
+            assert engine.node_get().lineage == lineage
+
+    def test_a_secondary_cannot_do_without_its_own(self, run_dir: Path) -> None:
+        """No remote serves in its place."""
+        params = replace(node_params(run_dir), local_choice="lost")
+        with pytest.raises(ConfigError, match="no other disk"):
+            core.Engine(params)
 
 
 class TestCrashes:
