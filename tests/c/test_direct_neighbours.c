@@ -275,7 +275,7 @@ test_flushes_of_the_deaf (void)
   struct answer answer;
   bool simple;
 
-  bring_up_limited (100, CLIENT_DEADLINE_S * 1000);
+  bring_up_limited (120, CLIENT_DEADLINE_S * 1000);
   for (int i = 0; i < NR; i++)
     deafs[i] = full (nr);
   first = client_open (door, false);
