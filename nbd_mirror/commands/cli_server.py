@@ -73,7 +73,7 @@ def _about_nodes(volume: VolumeConfig) -> Iterator[str]:
     if record is None:
         return
     if record.zero:
-        yield "  local: reads as zeroes; if the other node's does, nothing is copied"
+        yield "  local: reads as zeroes"
     else:
         yield "  local: has content, which counts if this node is promoted first"
     for other in volume.others:

@@ -70,6 +70,15 @@ def switchover(config: VolumeConfig, name: str | None) -> str:
         raise ConfigError(
             f"volume {config.name} has these other nodes: {', '.join(names)}; {asked}"
         )
+    before = _node(config)
+    if before.role != "primary":
+        primary = [one.name for one in before.peers if one.role == "primary"]
+        where = f"{primary[0]} is primary" if primary else "no node is primary"
+        raise RoleError(
+            f"{before.name} is secondary: {where}, and only a primary can give its "
+            "role away",
+            "nbd-mirror status CONFIG",
+        )
     taken = _change(
         config,
         "switchover",

@@ -294,7 +294,7 @@ def _check_tables(config: VolumeConfig) -> str:
 
 def check_nodes(config: VolumeConfig) -> None:
     """
-    Check that this version serves so many nodes.
+    Check that this version serves such nodes.
 
     Raises:
         UnsupportedError: it does not.
@@ -304,6 +304,12 @@ def check_nodes(config: VolumeConfig) -> None:
             f"volume {config.name} has {len(config.nodes)} [[node]] tables: this "
             "version serves two nodes",
             "two [[node]] tables, and a [[remote]] table for each further copy",
+        )
+    if config.nodes and config.tls is not None and config.tls.certificate is not None:
+        raise UnsupportedError(
+            f"volume {config.name} has certificates for its nodes: this version "
+            "connects nodes by a shared key",
+            'key = "PATH" in the [tls] table, then nbd-mirror key CONFIG',
         )
 
 

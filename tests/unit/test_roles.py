@@ -95,7 +95,7 @@ def test_switchover_waits_until_the_other_node_is_primary(
 ) -> None:
     """Between the two no node is primary, which is not the end."""
     none = a_node(peers=[a_peer(role="secondary")])
-    with Server(config, PRIMARY, PRIMARY, none, none, a_node()) as server:
+    with Server(config, PRIMARY, PRIMARY, PRIMARY, none, a_node()) as server:
         assert roles.switchover(config, None) == "alpha"
     assert server.asked == [("switchover", {"node": "alpha"})]
 
@@ -105,10 +105,20 @@ def test_switchover_that_does_not_come_about_is_an_error(config: VolumeConfig) -
     none = a_node(peers=[a_peer(role="secondary")])
     again = {**PRIMARY, "epoch": 5}
     with (
-        Server(config, PRIMARY, PRIMARY, none, again),
+        Server(config, PRIMARY, PRIMARY, PRIMARY, none, again),
         pytest.raises(RoleError, match="alpha did not take the role: beta is primary"),
     ):
         roles.switchover(config, "alpha")
+
+
+def test_switchover_runs_on_the_primary(config: VolumeConfig) -> None:
+    """A secondary says where that is."""
+    with (
+        Server(config, a_node()) as server,
+        pytest.raises(RoleError, match="beta is secondary: alpha is primary"),
+    ):
+        roles.switchover(config, None)
+    assert server.asked == []
 
 
 def test_names_of_no_other_node_are_refused_before_anything(
