@@ -22,6 +22,8 @@
 #include "lives.h"
 
 #include <inttypes.h>
+#include <poll.h>
+#include <pthread.h>
 #include <time.h>
 
 #define MAX_FAULTS 600u
@@ -90,6 +92,31 @@ open_only (void *opaque)
   _exit (bench_open (&bench) < 0);
 }
 
+static bool
+any_connected (void)
+{
+  bool connected = false;
+
+  pthread_mutex_lock (&bench.volume->lock);
+  for (uint32_t i = 0; i < BENCH_REMOTES; i++)
+    connected = connected || bench.volume->remotes[i].conn;
+  pthread_mutex_unlock (&bench.volume->lock);
+  return connected;
+}
+
+/* What an answered flush covers outlives the remotes' caches. */
+static void
+lose_caches_after_a_flush (void)
+{
+  if (nbdm_flush (bench.volume) < 0)
+    _exit (1);
+  bench_servers (&bench, SERVERS_LOSE_CACHE);
+  while (any_connected ())
+    poll (NULL, 0, 1);
+  bench_connect_all (&bench);
+  bench_check_reads (&bench);
+}
+
 /* The start that goes through; 2: refused. */
 static void
 go_through (void *opaque)
@@ -114,6 +141,8 @@ go_through (void *opaque)
       = now.control.local_state == NBDM_LOCAL_RESYNCING
         && bench.board->found.local_state == NBDM_LOCAL_FAILED;
   bench_check_reads (&bench);
+  if (nr_runs % 8 == 0) /* it takes longer than all the rest */
+    lose_caches_after_a_flush ();
   bench.local_went_away = false;
   bench_mend (&bench);
 }
