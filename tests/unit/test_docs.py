@@ -425,7 +425,7 @@ def test_no_path_of_one_machine(page: Path) -> None:
 def test_readme_names_the_two_commands() -> None:
     """README's two commands stand in it and can be run."""
     text = section(README, "Two commands")
-    for name in ("scripts/demo", "scripts/test", "scripts/setup"):
+    for name in ("scripts/demo", "scripts/demo-failover", "scripts/test"):
         assert name in text
         assert os.access(ROOT / name, os.X_OK), name
     for name in re.findall(r"\b(?:scripts|benchmarks)/(?:\w+)\b", README.read_text()):
@@ -437,6 +437,7 @@ def test_readme_names_the_two_commands() -> None:
     [
         "benchmarks/run",
         "scripts/demo",
+        "scripts/demo-failover",
         "scripts/setup",
         "scripts/soak/run",
         "scripts/test",
