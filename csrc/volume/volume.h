@@ -12,7 +12,8 @@
  * Lock order (defined only here):
  *
  *   0. clients->lock, session->lock, budget->lock  of the direct door, in this
- *                         order; executor->lock, alone: no function of the
+ *                         order; executor->lock, calls->lock and the lock of
+ *                         the listeners, each alone: no function of the
  *                         engine is called with these locks held
  *   1. volume->lock       every log, map and state of the volume
  *   2. libnbd's own lock  inside the handle, held while libnbd calls us back

@@ -204,13 +204,14 @@ static int
 make_connection (struct conn *conn, const char *uri, uint64_t until_ns,
                  uint32_t timeout_ms)
 {
-  bool secure = nbd_uri_is_secure (uri) && plain_can_secure ();
-  int rc = (secure ? secure_connect : libnbd_connect) (conn, uri, until_ns,
-                                                       timeout_ms);
+  bool ours = (nbd_uri_is_secure (uri) || nbd_uri_is_claim (uri))
+              && plain_can_secure ();
+  int rc = (ours ? secure_connect : libnbd_connect) (conn, uri, until_ns,
+                                                     timeout_ms);
 
   if (rc < 0)
     return rc;
-  return secure ? plain_begin (conn) : plain_take_over (conn);
+  return ours ? plain_begin (conn) : plain_take_over (conn);
 }
 
 int

@@ -25,6 +25,7 @@
 #define PLAIN_TCP "nbd://"
 #define PLAIN_UNIX "nbd+unix://"
 #define DEFAULT_PORT "10809"
+#define NONCE_DIGITS 32
 
 static bool
 begins_with (const char *text, const char *begin)
@@ -221,4 +222,20 @@ nbd_uri_free (struct nbd_uri *uri)
 {
   free (uri->room);
   uri->room = NULL;
+}
+
+bool
+nbd_uri_is_claim (const char *text)
+{
+  struct nbd_uri uri;
+  const char *nonce;
+  bool is;
+
+  if (nbd_uri_parse (text, &uri) < 0)
+    return false;
+  nonce = strrchr (uri.export, '.');
+  is = nonce && strchr (uri.export, '@') && strlen (nonce + 1) == NONCE_DIGITS
+       && strspn (nonce + 1, "0123456789abcdef") == NONCE_DIGITS;
+  nbd_uri_free (&uri);
+  return is;
 }

@@ -21,6 +21,8 @@ struct nbd_uri {
 
 /* Does the URI ask for TLS? */
 bool nbd_uri_is_secure (const char *text);
+/* Is its export a claim of a node's disk (docs/PROTOCOL.md)? */
+bool nbd_uri_is_claim (const char *text);
 /* Take apart an nbds://, nbds+unix://, nbd:// or nbd+unix:// URI.  -EINVAL with
  * a message, -ENOMEM.
  */

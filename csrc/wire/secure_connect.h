@@ -10,14 +10,14 @@
 struct conn;
 
 /* Connect to an nbds:// or nbds+unix:// URI and negotiate by `until_ns`;
- * conn->fd, conn->stream and conn->info are set.  -errno with a message.
+ * conn->fd, conn->stream and conn->info are set.  -errno with a message.  Also
+ * without TLS, for a claim: the message has the text of a refusal, which libnbd
+ * does not tell.
  */
 int secure_connect (struct conn *conn, const char *uri, uint64_t until_ns,
                     uint32_t timeout_ms);
 
-/* The same for a call between nodes: structured replies are agreed on, and the
- * URI may also be one without TLS.
- */
+/* The same for a call between nodes: structured replies are agreed on. */
 int call_connect (struct conn *conn, const char *uri, uint64_t until_ns,
                   uint32_t timeout_ms);
 

@@ -95,10 +95,37 @@ test_refused (void)
     assert (nbd_uri_parse (texts[i], &uri) == -EINVAL);
 }
 
+#define NONCE "0123456789abcdef0123456789abcdef"
+
+static void
+test_claims (void)
+{
+  static const char *const claims[] = {
+    "nbd://h/pg@1.alpha.2." NONCE,
+    "nbds://u@h:1/pg%401.alpha.2." NONCE "?tls-psk-file=/k",
+    "nbd+unix:///pg@1.a.b.2." NONCE "?socket=/s",
+  };
+  static const char *const others[] = {
+    "nbd://h",
+    "nbd://h/pg.meta",
+    "nbd://u@h/pg." NONCE,
+    "nbd://h/pg@1.alpha.2." NONCE "0",
+    "nbd://h/pg@1.alpha.2.0123456789abcdef0123456789abcdeF",
+    "nbd://h/?x=pg@1.alpha.2." NONCE,
+    "http://h/pg@1.alpha.2." NONCE,
+  };
+
+  for (unsigned i = 0; i < sizeof claims / sizeof *claims; i++)
+    assert (nbd_uri_is_claim (claims[i]));
+  for (unsigned i = 0; i < sizeof others / sizeof *others; i++)
+    assert (!nbd_uri_is_claim (others[i]));
+}
+
 int
 main (void)
 {
   RUN (test_parts);
   RUN (test_refused);
+  RUN (test_claims);
   return 0;
 }

@@ -12,6 +12,7 @@
 #include "node_door.h"
 
 #define TIMEOUT_MS 20000u
+#define OTHER_CLAIM VOLUME "@1.beta.1.00000000000000000000000000000001"
 
 static atomic_int nr_ended, nr_clean;
 
@@ -123,6 +124,36 @@ test_a_map (void)
   take_down_node ();
 }
 
+/* A volume of ours claims the disk: the refusal's text is the error's, with and
+ * without TLS.
+ */
+static void
+test_our_claim (void)
+{
+  struct site primary = { .size = SIZE,
+                          .region_size = REGION,
+                          .hold_ms = 1000,
+                          .nr_peers = 1,
+                          .seed = 1 };
+
+  bring_up_node ();
+  site_make (&primary);
+  site_open (&primary);
+  assert (nbdm_remote_connect (primary.volume, 1,
+                               node_uri (&served, OTHER_CLAIM), TIMEOUT_MS)
+          == -ECONNREFUSED);
+  ASSERT_SAYS ("beta was promoted in epoch 2");
+  assert (nbdm_remote_connect (primary.volume, 1, node_uri (&served, CLAIM),
+                               TIMEOUT_MS)
+          == 0);
+  assert (nbdm_disk_admit (primary.volume, 1) == 0);
+  site_resync_to_end (&primary, 0);
+  site_end (&primary);
+  WAIT_FOR (atomic_load (&nr_ended) == 1);
+  assert (atomic_load (&nr_clean) == 1);
+  take_down_node ();
+}
+
 int
 main (void)
 {
@@ -130,5 +161,6 @@ main (void)
   RUN (test_a_call);
   RUN (test_a_claim);
   RUN (test_a_map);
+  RUN (test_our_claim);
   return 0;
 }

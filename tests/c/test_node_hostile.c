@@ -308,7 +308,7 @@ test_never_answered (void)
   uint8_t bits[8];
   struct client c;
 
-  bring_up_node (200);
+  bring_up_node (1000);
   atomic_store (&keep_calls, true);
   assert (nbdm_call (node_uri (&served, META), "{}", 2, bits, sizeof bits,
                      TIMEOUT_MS)

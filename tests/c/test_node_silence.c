@@ -153,7 +153,7 @@ with_requests_now_and_then (void)
   c = node_open (&served, CLAIM);
   for (begin = now_ns (); since_ms (begin) < 3 * SILENCE_MS;) {
     assert_works (&c);
-    poll (NULL, 0, SILENCE_MS / 2);
+    poll (NULL, 0, SILENCE_MS / 8);
   }
   client_leave (&c);
   WAIT_FOR (atomic_load (&nr_ended) == 1);
