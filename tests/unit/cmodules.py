@@ -131,7 +131,7 @@ MODULES: dict[str, CModule] = {
     "classify": CModule(
         """
         struct dirty_map {
-          struct bitmap map[4];
+          struct bitmap map[5];
           struct bitmap copied;
           ...;
         };
