@@ -18,7 +18,7 @@ from .cli_app import app, command
 from .cli_device import attach, detach
 from .cli_nodes import init, key, nodes
 from .cli_remote import invalidate, pause, resume
-from .cli_roles import demote, promote, switchover
+from .cli_roles import demote, promote, replace, switchover
 from .cli_server import create, policy, serve, stop
 from .cli_show import inspect, status, wait, watch
 from .ending import run
@@ -31,7 +31,7 @@ for _function in (
     *(init, key, nodes),
     *(create, serve, stop),
     *(status, wait, watch),
-    *(promote, demote, switchover),
+    *(promote, demote, switchover, replace),
     *(pause, resume, invalidate, policy),
     *(attach, detach, inspect),
 ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Commands that change which node is primary: promote, demote, switchover."""
+"""Commands about the nodes: promote, demote, switchover, replace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cli_app import say
 from .cli_types import Config, NodeOption
 from .output import one_line
 
-__all__ = ["demote", "promote", "switchover"]
+__all__ = ["demote", "promote", "replace", "switchover"]
 
 
 def promote(
@@ -61,3 +61,16 @@ def switchover(
     """Give the role of primary to another node, in sync. Nothing is lost."""
     volume = load(config, node)
     say(one_line(f"node {roles.switchover(volume, target)} is primary"))
+
+
+def replace(
+    config: Config,
+    target: Annotated[
+        str, typer.Argument(metavar="NODE", help="The node that is a new host.")
+    ],
+    node: NodeOption = None,
+) -> None:
+    """Take another host as a node. What only the earlier host held is given up."""
+    volume = load(config, node)
+    roles.replace(volume, target)
+    say(one_line(f"node {target} is filled from this one as soon as it is met"))

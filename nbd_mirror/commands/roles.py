@@ -26,7 +26,7 @@ from ..volume.client import ask, ask_process, ask_status
 from ..volume.config import VolumeConfig
 from ..volume.status import NodeStatus
 
-__all__ = ["demote", "promote", "switchover"]
+__all__ = ["demote", "promote", "replace", "switchover"]
 
 ASK_S = 60.0  # for the nodes to agree, with a deadline for each of their calls
 POLL_S = 0.1
@@ -93,6 +93,24 @@ def switchover(config: VolumeConfig, name: str | None) -> str:
             "nbd-mirror status CONFIG",
         )
     return target
+
+
+def replace(config: VolumeConfig, name: str) -> None:
+    """
+    Announce that the node called *name* is a new host.
+
+    Raises:
+        RoleError: it is connected. ConfigError: there is no such node.
+        NotRunningError: no server runs.
+    """
+    _check_nodes(config)
+    names = [other.name for other in config.others]
+    if name not in names:
+        raise ConfigError(
+            f"volume {config.name} has these other nodes: {', '.join(names)}; "
+            f'none is called "{name}"'
+        )
+    ask(config, "replace", ASK_S, node=name)
 
 
 def _serves(node: NodeStatus, name: str) -> bool:

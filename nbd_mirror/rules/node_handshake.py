@@ -382,6 +382,7 @@ def _split(row: str, reason: str) -> Plan:
         row,
         split=True,
         reason=reason,
-        hint="nbd-mirror split-brain CONFIG shows what differs;"
-        " nbd-mirror resolve CONFIG --keep NODE chooses",
+        hint="on the node whose own writes are given up: nbd-mirror stop CONFIG,"
+        " nbd-mirror create CONFIG --force, nbd-mirror serve CONFIG; then, on the"
+        " other one, nbd-mirror replace CONFIG NODE",
     )

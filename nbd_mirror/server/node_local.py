@@ -22,7 +22,7 @@ from typing import Protocol
 
 from ..base.errors import BusyError
 from ..rules.claim import Claim
-from ..rules.node_identity import NO_ID, Known, learn
+from ..rules.node_identity import NO_ID, Known, announce, learn
 from ..rules.node_side import Role, Side
 from ..volume.model import Disk, NodeMap, RemoteStatus, VolumeStatus
 from ..volume.node_record import NodeRecord
@@ -31,6 +31,7 @@ __all__ = [
     "LocalNode",
     "NodeEngine",
     "Term",
+    "announced",
     "follows",
     "ids_of",
     "knows_now",
@@ -215,18 +216,26 @@ def ids_of(record: NodeRecord) -> tuple[Known, ...]:
 
 def knows_now(record: NodeRecord, other: str, told: Sequence[Known]) -> NodeRecord:
     """Return the record with what *other* told of the nodes' identities."""
-    learned = learn(record.node, ids_of(record), other, told)
-    own, *peers = learned
+    return _with_ids(record, learn(record.node, ids_of(record), other, told))
+
+
+def announced(record: NodeRecord, node: str) -> NodeRecord:
+    """Return the record once an operator has announced a new host for *node*."""
+    return _with_ids(record, announce(ids_of(record), node))
+
+
+def _with_ids(record: NodeRecord, known: Sequence[Known]) -> NodeRecord:
+    own, *peers = known
     return replace(
         record,
         replaced=own.replaced,
         peers=tuple(
             replace(
                 peer,
-                id=uuid.UUID(int=known.id) if known.id != NO_ID else None,
-                replaced=known.replaced,
+                id=uuid.UUID(int=one.id) if one.id != NO_ID else None,
+                replaced=one.replaced,
             )
-            for peer, known in zip(record.peers, peers, strict=True)
+            for peer, one in zip(record.peers, peers, strict=True)
         ),
     )
 

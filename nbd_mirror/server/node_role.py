@@ -41,7 +41,7 @@ from ..rules.promotion import (
 from ..rules.state import RemoteState
 from ..volume.node_record import NodeRecord
 from .node_calls import Fence, NodeCalls
-from .node_local import LocalNode, Term, term_of
+from .node_local import LocalNode, Term, announced, term_of
 from .node_others import Others
 
 __all__ = [
@@ -399,6 +399,26 @@ class NodeRole:
                 )
             self._close({HAND_OVER_VARIABLE: target})
         return {"role": Role.SECONDARY.value, "to": target}
+
+    def replace(self, node: str | None) -> dict[str, object]:
+        """
+        Announce that another node is a new host, which is filled from this one.
+
+        What only the earlier host of that name held is given up.
+
+        Raises:
+            RoleError: the volume has no such node, or it is connected and known.
+        """
+        target = self._heir(node)
+        with self._acting:
+            status = self._local.engine.remote_status(self._local.disk_of(target))
+            session = self._local.session
+            if status.admitted or (session is not None and session.node == target):
+                raise RoleError(f"{target} is connected, and is the node that is known")
+            stored = self._local.change(lambda record: announced(record, target))
+        self._log("warning", f"node {target}: a new host of that name is taken")
+        counts = {peer.node: peer.replaced for peer in stored.peers}
+        return {"node": target, "replaced": counts[target]}
 
     def _heir(self, node: str | None) -> str:
         others = self._local.others

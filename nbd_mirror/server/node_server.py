@@ -254,7 +254,7 @@ class NodeControl:
 
     def handle(self, command: str, args: Mapping[str, Any]) -> object:
         """
-        Execute promote, demote or switchover.
+        Execute promote, demote, switchover or replace.
 
         Raises:
             RoleError: it may not be done now. MirrorError: it cannot be done.
@@ -269,6 +269,8 @@ class NodeControl:
                 return self.role.demote(force=force)
             case "switchover":
                 return self.role.switchover(node)
+            case "replace":
+                return self.role.replace(node)
         raise RoleError(f"a node has no command {command}")
 
     def status(self) -> NodeStatus:
@@ -279,7 +281,7 @@ class NodeControl:
                 self.local,
                 self.others,
                 self.role.waits,
-                self.role.verdict(),
+                self.role.verdict,
                 self._why_not,
                 time.time(),
             )

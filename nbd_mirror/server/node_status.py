@@ -29,15 +29,15 @@ class Facts:
     """
     What the status is made of.
 
-    *waits*: why a last primary does not resume, and a hint; *verdict*: whether the node
-    may be promoted; *keeper* gives the reason and the hint of another node's keeper.
+    *waits*: why a last primary does not resume, and a hint; *verdict* says whether the
+    node may be promoted; *keeper* gives the reason and hint of another node's keeper.
     """
 
     config: VolumeConfig
     local: LocalNode
     others: Others
     waits: tuple[str, str]
-    verdict: Verdict
+    verdict: Callable[[], Verdict]
     keeper: Callable[[str], tuple[str, str]]
     now: float
 
@@ -152,7 +152,7 @@ def _promotable(
             reason="it is primary",
             command="nbd-mirror switchover CONFIG" if heirs else "",
         )
-    verdict = facts.verdict
+    verdict = facts.verdict()
     command = {
         Answer.YES: "nbd-mirror promote CONFIG",
         Answer.FORCE: "nbd-mirror promote CONFIG --force",

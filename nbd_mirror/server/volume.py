@@ -397,7 +397,7 @@ class Volume:
                 return switch_policy(self.engine, args, self._config.name)
             case "stop":
                 return self._stop_command()
-            case "promote" | "demote" | "switchover" if self.node:
+            case "promote" | "demote" | "switchover" | "replace" if self.node:
                 return self.node.handle(command, args)
         raise UnsupportedError(f'the server does not know the command "{command}"')
 

@@ -8,6 +8,8 @@ A test ends with both images compared, byte by byte, and with one node that serv
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from e2e.lib.harness import MIB
 from e2e.lib.node_site import Pair
 
 from nbd_mirror.base.errors import RoleError
+from nbd_mirror.volume import core
+from nbd_mirror.volume import node_wire as wire
 
 CONTENT = (bytes(range(1, 256)) * 258)[: 64 << 10]  # no half equals the other
 
@@ -24,6 +28,11 @@ CONTENT = (bytes(range(1, 256)) * 258)[: 64 << 10]  # no half equals the other
 def pair(run_dir: Path, processes: support.Processes) -> Pair:
     """Give two nodes, nothing created yet."""
     return Pair(run_dir, processes)
+
+
+def at(image: Path, offset: int) -> bytes:
+    """Give what an image has at an offset, as long as CONTENT."""
+    return image.read_bytes()[offset : offset + len(CONTENT)]
 
 
 def test_the_first_promotion_fills_the_other_node(pair: Pair) -> None:
@@ -101,3 +110,88 @@ def test_switchover_there_and_back_copies_nothing(pair: Pair) -> None:
     assert pair.alpha.status()["epoch"] == 3
     assert (pair.alpha.log + pair.beta.log).count("resync_start") == 1  # the first one
     pair.assert_equal()
+
+
+def test_a_primary_that_hung_gives_way(pair: Pair) -> None:
+    """Beta was forced beside it. It has no write that beta lacks: its door closes."""
+    pair.bring_up()
+    pair.alpha.write(MIB, CONTENT)
+    os.kill(pair.alpha.pid, signal.SIGSTOP)
+    pair.beta.ask("promote", force=True)
+    pair.beta.wait_role("primary")
+    pair.beta.write(2 * MIB, CONTENT)
+    os.kill(pair.alpha.pid, signal.SIGCONT)
+    pair.alpha.wait_role("secondary")
+    pair.wait_in_sync()
+    assert pair.primaries == ["beta"]
+    assert pair.beta.read(2 * MIB, len(CONTENT)) == CONTENT
+    pair.assert_equal()
+
+
+def test_two_nodes_that_both_wrote_stop(pair: Pair) -> None:
+    """A split brain: both say so, and neither overwrites the other."""
+    pair.bring_up()
+    pair.beta.kill()
+    pair.alpha.write(MIB, CONTENT)
+    pair.alpha.kill()
+    pair.beta.serve()
+    pair.beta.ask("promote", force=True)
+    pair.beta.wait_role("primary")
+    pair.beta.write(2 * MIB, CONTENT)
+    pair.alpha.serve()
+    support.wait_until(
+        lambda: "answered writes" in pair.beta.status()["why"], "beta to say why"
+    )
+    support.wait_until(
+        lambda: "beta is primary" in pair.alpha.status()["why"], "alpha to say why"
+    )
+    assert "nbd-mirror replace" in pair.beta.status()["hint"]
+    assert pair.primaries == ["beta"]
+    assert CONTENT == at(pair.alpha.local, MIB)
+    assert CONTENT == at(pair.beta.local, 2 * MIB)
+    assert CONTENT != at(pair.beta.local, MIB)
+    pair.alpha.stop()  # its own write is given up
+    pair.alpha.cli("create", str(pair.config), "--force")
+    pair.alpha.serve()
+    pair.beta.cli("replace", str(pair.config), "alpha")
+    pair.wait_in_sync()
+    pair.assert_equal()
+    assert CONTENT == at(pair.alpha.local, 2 * MIB)
+
+
+def test_a_node_that_lost_its_state_is_not_filled(pair: Pair) -> None:
+    """It has another id: an operator has to announce it."""
+    pair.bring_up()
+    pair.beta.stop()
+    shutil.rmtree(pair.beta.state)
+    pair.beta.cli("create", str(pair.config))
+    pair.beta.serve()
+    support.wait_until(
+        lambda: "is not the node that" in pair.alpha.status()["why"], "alpha to say why"
+    )
+    assert pair.primaries == ["alpha"]
+    assert "nbd-mirror replace" in pair.alpha.status()["hint"]
+    pair.alpha.cli("replace", str(pair.config), "beta")
+    pair.wait_in_sync()
+    done = pair.alpha.cli("replace", str(pair.config), "beta", check=False)
+    assert (done.returncode, "is connected" in done.stderr) == (18, True)
+    pair.assert_equal()
+
+
+def test_a_call_from_a_node_of_another_name_is_refused(pair: Pair) -> None:
+    """All nodes have one key, so each side also says who it is, and to whom."""
+    pair.bring_up()
+    pair.beta.stop()
+    uri = f"nbds://v@{pair.alpha.address}/v.meta?tls-psk-file={pair.folder}/v.psk"
+    body = wire.Consent(epoch=9)
+    message = wire.Message(
+        v=wire.VERSIONS, volume="v", sender="beta", id="0" * 32, to="gamma", body=body
+    )
+    answer = wire.decode_answer(core.call(uri, wire.encode(message), 5.0))
+    assert not answer.ok
+    assert "this node is alpha" in answer.why
+    message = message.model_copy(update={"to": "alpha"})
+    answer = wire.decode_answer(core.call(uri, wire.encode(message), 5.0))
+    assert "is not the node" in answer.why
+    assert core.call(uri, b"\xff" * 100, 5.0)  # an answer, and the server goes on
+    assert pair.alpha.status()["epoch"] == 1
