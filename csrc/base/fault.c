@@ -195,7 +195,8 @@ static const struct point points[] = {
   { "handover_met", false },
   { "handover_stored", false },
   { "token_sent", false },
-  { "role_left", false },
+  { "demotion_left", false },
+  { "promotion_left", false },
 };
 #define NR_POINTS (sizeof points / sizeof points[0])
 

@@ -152,14 +152,16 @@ def may_resume(mine: Side, other: Side) -> bool:
     Tell whether the last primary opens its door again without an operator.
 
     This node has met *other* after a restart, was not demoted and did not hand over its
-    role. The other node must not have been promoted since, and this node must not have
-    to wait for data.
+    role. The other node must not know of a promotion since, of any other node: it may
+    have consented to one of this node that was cut off. And this node must not have to
+    wait for data.
     """
     plan = decide(mine, other)
     ready = plan.action is Action.IN_SYNC or (
         plan.action is Action.RESYNC and plan.source == mine.node
     )
-    newer = other.role is Role.PRIMARY or other.term > mine.term
+    later = other.term > mine.term and other.leader != mine.node
+    newer = other.role is Role.PRIMARY or later
     last = mine.leader == mine.node and not mine.handed
     return ready and not newer and last and not mine.missed
 

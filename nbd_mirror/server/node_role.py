@@ -474,6 +474,9 @@ class NodeRole:
         if record.leader != record.node:
             self._hand_over = ""  # the other node is promoted
             return 0.0
+        if self._clock() - self._started > HAND_OVER_S:
+            self._take_back(target)
+            return RESUME_S
         try:
             mine, side, _ = self._others.meet(target)
             if not may_hand_over(mine, side):
@@ -489,8 +492,6 @@ class NodeRole:
             self._wait_because(
                 f"its role goes to {target}: {error.message}", error.hint
             )
-            if self._clock() - self._started > HAND_OVER_S:
-                self._take_back(target)
         return HAND_OVER_REST_S
 
     def _take_back(self, target: str) -> None:
@@ -583,7 +584,7 @@ def _why_waits(name: str, mine: Side, side: Side) -> tuple[str, str]:
     plan = decide(mine, side)
     if side.role is Role.PRIMARY:
         return f"{name} is primary since epoch {side.epoch}", ""
-    if side.term > mine.term:
+    if side.term > mine.term and side.leader != mine.node:
         return (
             f"{side.leader} was promoted in epoch {side.epoch}, after this node",
             "nbd-mirror promote CONFIG (on the node that is to serve)",

@@ -95,7 +95,6 @@ def execute_again(environment: Mapping[str, str]) -> None:
     Signals to end stay blocked: one that comes now stops the new program. Returns only
     if the kernel refuses.
     """
-    core.reach("role_left")
     core.flush_log(LAST_WORDS_S)
     core.hand_on_log()
     try:

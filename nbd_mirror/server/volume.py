@@ -26,6 +26,7 @@ from ..base.hints import quote
 from ..base.threads import begin, keep_going
 from ..device.attach import RECONNECT_S, attached_device, let_go, take_back
 from ..volume import config as _config
+from ..volume import core
 from ..volume.config_tables import Copy
 from ..volume.control import control_path
 from ..volume.core import bound_log, log_counts, start_log
@@ -36,6 +37,7 @@ from ..volume.status import Status
 from .control_server import ControlServer
 from .keeper import Keeper, RemotePolicy
 from .local_keeper import LocalKeeper
+from .node_role import GRANT_VARIABLE
 from .node_server import NodeControl
 from .opening import open_engine
 from .policy import switch_policy
@@ -276,6 +278,10 @@ class Volume:
         with self._lock:
             again = self._again
         if again is not None and code == 0:
+            if GRANT_VARIABLE in again:
+                core.reach("promotion_left")
+            else:
+                core.reach("demotion_left")
             execute_again(again)
 
     def _halt(self) -> bool:

@@ -433,6 +433,8 @@ def test_the_last_primary_resumes() -> None:
     assert not may_resume(crashed, B)  # it waits for the other's data first
     assert not may_resume(A, replace(B, role=Role.PRIMARY))
     assert not may_resume(A, replace(B, epoch=2, leader="b"))
+    # It consented to a promotion of this node that was cut off.
+    assert may_resume(A, replace(B, epoch=2, leader="a"))
     assert not may_resume(replace(A, handed="b"), B)
     assert not may_resume(replace(A, role=Role.PRIMARY, missed=1), B)
 
