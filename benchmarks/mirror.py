@@ -244,14 +244,6 @@ class LibnbdMirror(Mirror):
     environment: Mapping[str, str] = {"NBDM_TRANSPORT": "libnbd"}
 
 
-class NativeMirror(Mirror):
-    """Our mirror, the native door: a plugin of nbdkit."""
-
-    key = "native"
-    title = "nbd_mirror, native door"
-    door = "native"
-
-
 class PythonMirror(Mirror):
     """Our mirror, the Python door."""
 
@@ -268,7 +260,6 @@ KINDS: dict[str, type[SetUp]] = {
         TwoCopies,
         Mirror,
         LibnbdMirror,
-        NativeMirror,
         PythonMirror,
         QemuMirror,
     )

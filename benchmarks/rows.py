@@ -122,16 +122,6 @@ FIO_ROWS = (
         ),
     ),
     Row(
-        "native_door",
-        "4 KiB random write QD16 through the native door",
-        against(Workload.writes(16), "two_copies", "qemu", "direct", ours="native"),
-        (
-            Claim("two_copies", TWO_COPIES),
-            Claim("qemu", QEMU),
-            Claim("direct", "against the direct door"),
-        ),
-    ),
-    Row(
         "python_door",
         "4 KiB random write QD16 through the Python door",
         against(Workload.writes(16), "qemu", "direct", ours="python"),

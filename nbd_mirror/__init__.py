@@ -2,8 +2,8 @@
 """
 A disk mirror over NBD that needs no kernel module.
 
-This file imports nothing: the embedded native door, the Python door and the command
-line each need another part, and a command should start quickly.
+This file imports nothing: the direct door, the Python door and the command line each
+need another part, and a command should start quickly.
 """
 
 from __future__ import annotations

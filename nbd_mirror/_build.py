@@ -2,12 +2,10 @@
 """
 Build the C code through CFFI: the hatchling hook, and ``python -m nbd_mirror._build``.
 
-Two shared objects come from the same sources: ``_core``, an extension module for
-Python, and the nbdkit plugin, which embeds Python and adds csrc/doors/nbdkit_plugin.c.
-Both take their declarations from csrc/nbdm.h itself, so no second copy can differ. The
-results are always put beside this file: an editable install uses them there, a wheel
-packs them from there. A build is skipped while the hash of its inputs is the one noted
-beside the last result.
+The shared object ``_core``, an extension module for Python, takes its declarations from
+csrc/nbdm.h itself, so no second copy can differ. It is always put beside this file: an
+editable install uses it there, a wheel packs it from there. A build is skipped while
+the hash of its inputs is the one noted beside the last result.
 """
 
 from __future__ import annotations
@@ -35,9 +33,6 @@ __all__ = ["BuildError", "CffiBuildHook", "build", "main"]
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 CSRC = ROOT / "csrc"
-PLUGIN_SOURCE = CSRC / "doors" / "nbdkit_plugin.c"
-NATIVE_CODE = PACKAGE / "server" / "native.py"
-PLUGIN_FILE = "nbdkit-nbd-mirror-plugin.so"
 
 # initial-exec: thread-local variables come with a thread's stack. By default the C
 # library allocates them when the thread first uses one, and ends the process if there
@@ -46,10 +41,10 @@ C_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-pthread", "-ftls-model=initial-
 # Only for our own files: CFFI's generated code has warnings under -Wextra, and its next
 # release may have others.
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
-# Export only CFFI's entry points and nbdkit's: plain names such as crc32c must not bind
-# to another library in the same process.
+# Export only CFFI's entry points: plain names such as crc32c must not bind to another
+# library in the same process.
 HIDDEN = "-fvisibility=hidden"
-# nbdkit unloads a plugin before it exits; the log's threads run until the end.
+# The log's threads run until the process ends: nothing may unload their code.
 KEEP_MAPPED = ("-Wl,-z,nodelete",)
 
 # Requirements: pkg-config's name, the well-known header, the Debian package.
@@ -58,7 +53,6 @@ LIBRARIES = (
     ("libisal", "isa-l.h", "libisal-dev"),
     ("gnutls", "gnutls/gnutls.h", "libgnutls28-dev"),
 )
-PACKAGES = (*LIBRARIES, ("nbdkit", "nbdkit-plugin.h", "nbdkit-plugin-dev"))
 
 
 class BuildError(Exception):
@@ -66,18 +60,17 @@ class BuildError(Exception):
 
 
 class Target(NamedTuple):
-    """One shared object: its CFFI *module* name, *file* name and inputs."""
+    """A shared object: its CFFI *module* name, *file* name and inputs."""
 
     module: str
     file: str
     sources: tuple[Path, ...]
     headers: tuple[Path, ...]
-    texts: tuple[Path, ...] = ()
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Every file that the result depends on."""
-        return (*self.sources, *self.headers, *self.texts)
+        return (*self.sources, *self.headers)
 
     @property
     def output(self) -> Path:
@@ -85,14 +78,9 @@ class Target(NamedTuple):
         return PACKAGE / self.file
 
 
-def engine_sources() -> tuple[Path, ...]:
-    """Return the C files of both shared objects, sorted."""
-    return tuple(p for p in sorted(CSRC.rglob("*.c")) if p != PLUGIN_SOURCE)
-
-
-def targets() -> tuple[Target, Target]:
+def the_target() -> Target:
     """
-    Describe both shared objects.
+    Describe the shared object.
 
     Raises:
         BuildError: this is not a source tree.
@@ -102,18 +90,9 @@ def targets() -> tuple[Target, Target]:
             f"{CSRC} holds no nbdm.h: the C sources are only in a checkout or an "
             "sdist; build there"
         )
-    headers = tuple(sorted(CSRC.rglob("*.h")))
-    engine = engine_sources()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    core = Target("nbd_mirror._core", f"_core{suffix}", engine, headers)
-    plugin = Target(
-        "_nbdm_native",
-        PLUGIN_FILE,
-        (*engine, PLUGIN_SOURCE),
-        headers,
-        texts=(NATIVE_CODE,),
-    )
-    return core, plugin
+    sources, headers = (tuple(sorted(CSRC.rglob(end))) for end in ("*.c", "*.h"))
+    return Target("nbd_mirror._core", f"_core{suffix}", sources, headers)
 
 
 def compiler() -> list[str]:
@@ -167,7 +146,7 @@ def check_prerequisites() -> None:
     if shutil.which("pkg-config") is None:
         missing.append(("pkg-config", "pkg-config"))
     else:
-        for name, header, package in PACKAGES:
+        for name, header, package in LIBRARIES:
             try:
                 pkg_config("--exists", name)
             except subprocess.CalledProcessError:
@@ -181,11 +160,6 @@ def check_prerequisites() -> None:
             f"the C code cannot be built, there is no{lines}\n"
             f"Install it: apt-get install {packages}"
         )
-    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        raise BuildError(
-            f"{sys.executable} has no shared library, so nbdkit cannot embed it; "
-            "build with Debian's /usr/bin/python3 (scripts/setup does)"
-        )
 
 
 def warnings_of(out: Path) -> Path:
@@ -197,8 +171,7 @@ def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) ->
     """
     Compile one of our C files, unless it and its headers are unchanged.
 
-    Both shared objects link the same object, so each file is compiled once. The
-    compiler's warnings are kept beside it, and shown whenever the object is used.
+    The compiler's warnings are kept beside it, and shown whenever the object is used.
     """
     out = ROOT / "build" / f"{source.stem}.o"
     noted = out.with_suffix(".o.sha256")
@@ -208,7 +181,7 @@ def compile_object(source: Path, headers: tuple[Path, ...], *, verbose: bool) ->
         sys.stderr.write(warnings_of(out).read_text())
         return out
     noted.unlink(missing_ok=True)
-    flags = [flag for name, _, _ in PACKAGES for flag in pkg_config("--cflags", name)]
+    flags = [flag for name, _, _ in LIBRARIES for flag in pkg_config("--cflags", name)]
     command = [*compiler(), *C_FLAGS, *warning_flags(), HIDDEN, f"-I{CSRC}", *flags]
     command += ["-c", str(source), "-o", str(out)]
     if verbose:
@@ -246,8 +219,7 @@ def check_warnings() -> None:
     """
     with build_lock():
         check_prerequisites()
-        _, plugin = targets()  # it has all the sources
-        objects = compile_objects(plugin, verbose=False)
+        objects = compile_objects(the_target(), verbose=False)
     warned = [out.stem for out in objects if warnings_of(out).read_text()]
     if warned:
         raise BuildError(f"the compiler warns, see above: {', '.join(warned)}")
@@ -257,9 +229,6 @@ def make_ffi(target: Target, objects: list[Path]) -> cffi.FFI:
     """Describe *target* to CFFI: declarations, flags, what to link."""
     ffi = cffi.FFI()
     ffi.cdef((CSRC / "nbdm.h").read_text(encoding="utf-8"))
-    if PLUGIN_SOURCE in target.sources:
-        ffi.embedding_api((CSRC / "doors" / "door.h").read_text(encoding="utf-8"))
-        ffi.embedding_init_code(NATIVE_CODE.read_text(encoding="utf-8"))
     libraries = [x for name, _, _ in LIBRARIES for x in pkg_config("--libs", name)]
     ffi.set_source(
         target.module,
@@ -302,9 +271,9 @@ def build_lock() -> Iterator[None]:
         yield
 
 
-def build(*, force: bool = False, verbose: bool = False) -> list[Path]:
+def build(*, force: bool = False, verbose: bool = False) -> Path:
     """
-    Bring both shared objects up to date.
+    Bring the shared object up to date.
 
     Blocks while the compiler runs, about ten seconds.
 
@@ -313,26 +282,22 @@ def build(*, force: bool = False, verbose: bool = False) -> list[Path]:
         verbose: show the compiler's command lines.
 
     Returns:
-        The shared objects, built now or before.
+        The shared object, built now or before.
 
     Raises:
         BuildError: something is missing or did not compile.
     """
     with build_lock():
-        for target in targets():
-            noted = ROOT / "build" / f"{target.file}.sha256"
-            absent = [path for path in target.inputs if not path.exists()]
-            if absent:
-                raise BuildError(f"{absent[0]} is missing from the source tree")
-            wanted = digest(target.inputs)
-            current = target.output.exists() and noted.exists()
-            if current and not force and noted.read_text() == wanted:
-                continue
+        target = the_target()
+        noted = ROOT / "build" / f"{target.file}.sha256"
+        wanted = digest(target.inputs)
+        current = target.output.exists() and noted.exists()
+        if force or not current or noted.read_text() != wanted:
             check_prerequisites()
             noted.unlink(missing_ok=True)
             compile_target(target, verbose=verbose)
             noted.write_text(wanted)
-    return [target.output for target in targets()]
+    return target.output
 
 
 class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -341,7 +306,7 @@ class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build, and tell hatchling to pack the result, tied to this Python."""
         try:
-            outputs = build(verbose=self.app.verbosity > 0)
+            output = build(verbose=self.app.verbosity > 0)
         except BuildError as error:
             # SystemExit puts the message at the end of pip's output; a traceback would
             # hide it.
@@ -349,8 +314,8 @@ class CffiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
         if version != "editable":
-            # They are in .gitignore, which hatchling otherwise obeys.
-            build_data["artifacts"] += [str(path.relative_to(ROOT)) for path in outputs]
+            # It is in .gitignore, which hatchling otherwise obeys.
+            build_data["artifacts"].append(str(output.relative_to(ROOT)))
 
 
 def main(arguments: list[str]) -> int:

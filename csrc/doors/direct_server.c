@@ -5,7 +5,7 @@
  * Why a server of our own beside nbdkit: nbdkit gives each request a thread for
  * as long as it lasts.  A request that waits for a remote then costs two
  * wake-ups, more than all other work of a mirror: that halves the writes a
- * second (docs/performance.md).  The native door has nbdkit's filters.
+ * second (docs/performance.md).  The Python door has nbdkit's filters.
  */
 
 #define _GNU_SOURCE

@@ -27,10 +27,9 @@ __all__ = [
 
 
 class Door(StrEnum):
-    """The program that serves clients: our own server, or a plugin in nbdkit."""
+    """The program that serves clients: our own server, or nbdkit."""
 
     direct = "direct"
-    native = "native"
     python = "python"
 
 

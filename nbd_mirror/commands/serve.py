@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-Start a volume's server: our own, or nbdkit with one of its two doors.
+Start a volume's server: our own, or nbdkit with the Python door.
 
 listeners.py binds its listening sockets, which it gets by the protocol of systemd's
 socket activation. `exec` keeps the process, so the program that started `serve
@@ -52,9 +52,8 @@ from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_si
 
 __all__ = ["DOORS", "ServerEndedError", "exec_server", "start"]
 
-DOORS = ("direct", "native", "python")
+DOORS = ("direct", "python")
 PACKAGE = Path(__file__).resolve().parents[1]
-NATIVE_PLUGIN = PACKAGE / "nbdkit-nbd-mirror-plugin.so"
 PYTHON_PLUGIN = PACKAGE / "server" / "plugin.py"
 # -P: `-m` would import from the current folder, which may be another user's.
 PYTHON = (sys.executable, "-P", "-m")
@@ -191,17 +190,9 @@ def _command(config: VolumeConfig, door: str) -> list[str]:
             "nbd-mirror serve CONFIG --door direct",
         )
     nbdkit = find_program("nbdkit", "nbdkit")
-    if door == "native":
-        if not NATIVE_PLUGIN.exists():
-            raise UnsupportedError(
-                "the native door was not built with this installation",
-                "nbd-mirror serve CONFIG --door python, or scripts/setup",
-            )
-        plugin = [os.fspath(NATIVE_PLUGIN)]
-    else:
-        _check_python_plugin(nbdkit, config)
-        plugin = ["python", os.fspath(PYTHON_PLUGIN)]
-    return [nbdkit, "-f", *plugin, f"config={config.source}"]
+    _check_python_plugin(nbdkit, config)
+    plugin = os.fspath(PYTHON_PLUGIN)
+    return [nbdkit, "-f", "python", plugin, f"config={config.source}"]
 
 
 def _check_python_plugin(nbdkit: str, config: VolumeConfig) -> None:
@@ -209,7 +200,7 @@ def _check_python_plugin(nbdkit: str, config: VolumeConfig) -> None:
         raise UnsupportedError(
             f"nbdkit's Python plugin cannot be told of {config.source}, whose name is "
             "not UTF-8",
-            "nbd-mirror serve CONFIG --door native, or --door direct",
+            "nbd-mirror serve CONFIG --door direct",
         )
     done = run(nbdkit, "python", "--dump-plugin")
     if done.status:

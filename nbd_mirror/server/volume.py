@@ -61,7 +61,7 @@ class Volume:
 
     Args:
         config: the volume's.
-        door: "direct", "native" or "python", for status.
+        door: "direct" or "python", for status.
         shutdown: asks the server to end; called from a thread of ours.
         drain: answers the server's clients and disconnects them, before the engine
             refuses requests; called from a thread of ours, and must end in time.

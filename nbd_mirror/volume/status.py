@@ -162,9 +162,7 @@ class Status(Answer):
     reason: Text = Field(description="why it is in this state; may be empty")
     hint: Text = Field(description="which command helps; may be empty")
     local: Local = Field(description="the local disk")
-    door: Text | None = Field(
-        description="`direct`, `native` or `python`; null without a server"
-    )
+    door: Text | None = Field(description="`direct` or `python`; null without a server")
     pid: Id | None = Field(description="of the server; null without one")
     clients: Count = Field(description="connections of clients")
     max_clients: Count | None = Field(

@@ -40,7 +40,7 @@ from .nemesis import Nemesis
 from .plan import Plan
 from .sabotage import SABOTAGES, sabotage
 
-DOORS = ("direct", "native", "python")
+DOORS = ("direct", "python")
 
 
 class Soak:
@@ -204,9 +204,7 @@ def parse() -> argparse.Namespace:
     )
     add("--seed", type=int, help="of all choices; a fresh one unless told otherwise")
     add("--episode", type=int, help="run this one episode alone")
-    add(
-        "--doors", type=doors, default=list(DOORS), help="direct,native,python: in turn"
-    )
+    add("--doors", type=doors, default=list(DOORS), help="direct,python: in turn")
     add(
         "--acts",
         type=lambda text: text.split(","),

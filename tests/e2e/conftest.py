@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import support
 from e2e.lib.harness import Site
 
-DOORS = ("direct", "native", "python")
+DOORS = ("direct", "python")
 
 
 @pytest.fixture
@@ -32,19 +31,11 @@ def site(new_site: Callable[..., Site]) -> Site:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """
-    Run a test that takes a door with the direct one, and with one of nbdkit's two.
-
-    The test's name decides which of the two. The engine behind them is the same, so
-    each test with each door would show little more and take a third longer. The
-    requests themselves go through all three doors in test_requests.py.
-    """
+    """Run a test that takes a door with each of them."""
     chosen_there = any(
         "door" in mark.args[0]
         for mark in metafunc.definition.iter_markers("parametrize")
     )
     if "door" not in metafunc.fixturenames or chosen_there:
         return
-    direct, *nbdkits = DOORS
-    number = zlib.crc32(metafunc.function.__name__.encode())
-    metafunc.parametrize("door", [direct, nbdkits[number % len(nbdkits)]])
+    metafunc.parametrize("door", DOORS)

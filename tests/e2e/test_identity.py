@@ -103,9 +103,9 @@ def test_link_to_another_disk_is_refused(served: Site, door: str) -> None:
     assert "nothing was written to it" in site.log
     options = f"{'' if door == 'direct' else f' --door {door}'} --foreground"
     assert f"nbd-mirror serve {site.config}{options} --force" in site.log
-    words = ["serve", str(site.config), "--door", "native"]
+    words = ["serve", str(site.config), "--door", "python"]
     said = site.refused(17, NOT_IT, commands=words)
-    assert f"nbd-mirror serve {site.config} --door native --without-local\n" in said
+    assert f"nbd-mirror serve {site.config} --door python --without-local\n" in said
     said = refused(site, NOT_IT, "samples differ", "inode")
     assert f"nbd-mirror serve {site.config} --force" in said
     assert f"nbd-mirror serve {site.config} --without-local" in said

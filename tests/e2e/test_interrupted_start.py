@@ -26,7 +26,7 @@ from e2e.lib.harness import Site
         *((door, signal.SIGINT) for door in DOORS),
         ("direct", signal.SIGTERM),
         ("direct", signal.SIGHUP),
-        ("native", signal.SIGTERM),
+        ("python", signal.SIGTERM),
         ("python", signal.SIGHUP),
     ],
 )

@@ -39,7 +39,7 @@ def lose_power(site: Site) -> None:
 
 @pytest.mark.parametrize(
     ("door", "kind"),
-    [("direct", "kill"), ("direct", "power"), ("native", "kill"), ("python", "kill")],
+    [("direct", "kill"), ("direct", "power"), ("python", "kill"), ("python", "power")],
 )
 def test_killed_while_local_has_failed_loses_nothing(
     site: Site, door: str, kind: str

@@ -55,7 +55,6 @@ def assert_whole_again(site: Site) -> None:
     site.assert_equal()
 
 
-@pytest.mark.parametrize("door", ["direct", "native", "python"])
 def test_frozen_file_system_is_not_seen_by_clients(hanging: Site, door: str) -> None:
     """All writers go on within the deadline; thawed and attached, all is equal."""
     site = hanging

@@ -46,7 +46,7 @@ def assert_local_covered(site: Site) -> set[int]:
     [
         ("direct", "write"),
         ("direct", "flush"),
-        ("native", "flush"),
+        ("python", "flush"),
         ("python", "write"),
     ],
 )

@@ -108,13 +108,12 @@ def test_current_folder_is_never_imported_from(site: Site) -> None:
     for name in [*names, "stop"]:
         run_in(folder, site, name, file, *options.get(name, []))
         assert not mark.exists(), (name, mark.read_text())
-    for door in ("native", "python"):
-        done = run_in(folder, site, "serve", file, "--door", door)
-        assert done.returncode == 0, done.stderr
-        pid = site.status()["pid"]
-        assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
-        assert run_in(folder, site, "stop", file).returncode == 0
-        assert not mark.exists(), mark.read_text()
+    done = run_in(folder, site, "serve", file, "--door", "python")
+    assert done.returncode == 0, done.stderr
+    pid = site.status()["pid"]
+    assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+    assert run_in(folder, site, "stop", file).returncode == 0
+    assert not mark.exists(), mark.read_text()
 
 
 PLAIN = (sys.executable, "-m")
@@ -224,7 +223,7 @@ def foreign(site: Site) -> tuple[Site, Path]:
     "words",
     [
         ["serve"],
-        ["serve", "--door native", "--foreground", "--force"],
+        ["serve", "--door python", "--foreground", "--force"],
         ["create"],
         ["create", "--assume-in-sync dr", "--force"],
     ],

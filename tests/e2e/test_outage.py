@@ -54,7 +54,7 @@ def test_secondary_killed_under_load_catches_up(new_site: Sites, kind: str) -> N
 
 
 def test_secondary_killed_through_python_door_catches_up(site: Site) -> None:
-    """The python door lives through the same outage as the native one."""
+    """The python door lives through the same outage as the direct one."""
     site.bring_up("python")
     load = site.load(flush_every=20)
     load.wait_for(100)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-The engine and its native door in nbdkit under the sanitizers, while fio loads them.
+The engine and its direct door under the sanitizers, while fio loads them.
 
-tests/c/door_in_c.c stands in for the Python half, so that every thread in the process
-is one the sanitizers understand; nbdkit and libnbd are watched through what they call
-(locks, memory), their own code is not instrumented. Nothing is suppressed. Meanwhile
+tests/c/server_in_c.c stands in for the Python half, so that every thread in the process
+is one the sanitizers understand; libnbd is watched through what it calls (locks,
+memory), its own code is not instrumented. Nothing is suppressed. Meanwhile
 one remote is killed and started again, another frozen for longer than its deadline,
 resyncs run, and now and then all is invalidated or paused. Not a word may come of it,
 and in the end all sides are equal.
@@ -58,27 +58,19 @@ iodepth=16
 
 
 @pytest.fixture(scope="module")
-def plugins() -> Path:
-    """Build the plugin under each sanitizer; give the folder of the builds."""
+def servers() -> Path:
+    """Build the server under each sanitizer; give the folder of the builds."""
     support.requires_program("fio", "gcc")
     subprocess.run(
-        ["make", "-s", "-j2", "-C", BUILD.parent, "plugins"], check=True, timeout=240
+        ["make", "-s", "-j2", "-C", BUILD.parent, "servers"], check=True, timeout=240
     )
     return BUILD
 
 
-def library(name: str) -> str:
-    """Return the path of a sanitizer's runtime, which has to be loaded first."""
-    command = ["gcc", f"-print-file-name=lib{name}.so"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def options(folder: Path, sanitizer: str) -> dict[str, str]:
-    """Return the environment of a server under *sanitizer*."""
+def options(folder: Path) -> dict[str, str]:
+    """Return the environment of a server under a sanitizer."""
     report = f"log_path={folder}/report:exitcode=66"
     return {
-        "LD_PRELOAD": library(sanitizer),
         "ASAN_OPTIONS": f"{report}:detect_leaks=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": f"{report}:print_stacktrace=1",
         "TSAN_OPTIONS": f"{report}:history_size=4:second_deadlock_stack=1",
@@ -93,7 +85,7 @@ def reports(folder: Path) -> str:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
 def test_engine_under_load_is_clean(
-    plugins: Path, run_dir: Path, processes: support.Processes, sanitizer: str
+    servers: Path, run_dir: Path, processes: support.Processes, sanitizer: str
 ) -> None:
     """No race, no misuse of memory, no leak; and all sides are equal in the end."""
     killed, frozen = remotes = [
@@ -104,16 +96,13 @@ def test_engine_under_load_is_clean(
     for image in (local, *(one.image for one in remotes)):
         with image.open("wb") as file:
             file.truncate(SIZE)
-    words = [local, run_dir / "state", ready, *(one.socket for one in remotes)]
+    words = [local, run_dir / "state", ready, address, *(one.socket for one in remotes)]
     (run_dir / "config").write_text("".join(f"{word}\n" for word in words))
     for one in remotes:
         one.start()
 
-    plugin = plugins / {"asan": ".", "tsan": "tsan"}[sanitizer] / "door.so"
-    server = processes.start(
-        ["nbdkit", "-f", "-U", address, plugin, f"config={run_dir}/config"],
-        env=options(run_dir, sanitizer),
-    )
+    program = servers / {"asan": ".", "tsan": "tsan"}[sanitizer] / "server_in_c"
+    server = processes.start([program, run_dir / "config"], env=options(run_dir))
 
     def in_sync() -> bool:
         assert server.poll() is None, reports(run_dir)

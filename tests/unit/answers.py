@@ -56,7 +56,7 @@ def a_status(*remotes: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "reason": "",
         "hint": "",
         "local": a_local(),
-        "door": "native",
+        "door": "direct",
         "pid": 1,
         "clients": 1,
         "inflight": 0,

@@ -25,7 +25,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_build, "ROOT", tmp_path)
     monkeypatch.setattr(_build, "CSRC", csrc)
-    monkeypatch.setattr(_build, "PLUGIN_SOURCE", csrc / "doors" / "plugin.c")
     return csrc / "doors" / "plugin.c"
 
 

@@ -13,7 +13,7 @@ from nbd_mirror.commands.asked import name_volume
 from nbd_mirror.commands.output import plain
 from nbd_mirror.volume.config import CONFIG_DIR_ENV
 
-OPTIONS = {"--door": "--door native", "--force": "--force"}
+OPTIONS = {"--door": "--door python", "--force": "--force"}
 ASKED = Asked("'a b.toml'", "'/x/a b.toml'", "serve", OPTIONS)
 
 
@@ -23,15 +23,15 @@ ASKED = Asked("'a b.toml'", "'/x/a b.toml'", "serve", OPTIONS)
         ("nbd-mirror stop CONFIG", "nbd-mirror stop 'a b.toml'"),
         (
             "sudo -u x nbd-mirror serve CONFIG\nor more",
-            "sudo -u x nbd-mirror serve '/x/a b.toml' --door native --force\nor more",
+            "sudo -u x nbd-mirror serve '/x/a b.toml' --door python --force\nor more",
         ),
         (
             "nbd-mirror serve CONFIG --force (all)",
-            "nbd-mirror serve 'a b.toml' --door native --force (all)",
+            "nbd-mirror serve 'a b.toml' --door python --force (all)",
         ),
         (
             "nbd-mirror serve CONFIG --without-local, then",
-            "nbd-mirror serve 'a b.toml' --door native --without-local, then",
+            "nbd-mirror serve 'a b.toml' --door python --without-local, then",
         ),
         (
             "nbd-mirror serve CONFIG --door python, or",

@@ -31,7 +31,7 @@ LAYERS = ("base", "logs")
 
 def build(folder: Path) -> Path:
     """Link the program with the objects that the servers are made of."""
-    core, _ = _build.targets()
+    core = _build.the_target()
     program = folder / "instructions"
     sources = [
         next(path for layer in LAYERS for path in (_build.CSRC / layer).glob(f"{x}.c"))

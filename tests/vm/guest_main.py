@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """
-usage: guest_main.py direct|native        (inside the virtual machine, as root)
+usage: guest_main.py direct|python        (inside the virtual machine, as root)
 
 The main job on the kernel's own /dev/nbd0, by nbd-mirror's commands: attach, mkfs,
 mount, write with verify, kill the secondary in the middle, go on, catch up, unmount,

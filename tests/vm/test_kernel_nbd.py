@@ -33,7 +33,7 @@ def remote_of(results: dict[str, str], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(DEADLINE_S + 60)
-@pytest.mark.parametrize("door", ["direct", "native"])
+@pytest.mark.parametrize("door", ["direct", "python"])
 def test_kernel_device_secondary_killed_catches_up(door: str) -> None:
     """A file system on /dev/nbd0 lives through the secondary's death, both equal."""
     done = run_in_vm(GUEST, DEADLINE_S, [door], modules=["nbd"])

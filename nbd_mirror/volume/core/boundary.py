@@ -12,11 +12,6 @@ import errno
 import os
 from typing import Any
 
-# Under nbdkit's Python plugin and in the command line this is the extension module
-# _core. Inside the native door, nbd_mirror/server/native.py puts the embedded module
-# _nbdm_native into sys.modules under this name before it imports anything of ours, so
-# that this code drives the engine inside the plugin's own .so. Two copies of the C code
-# in one process would not share the volume.
 from nbd_mirror._core import ffi, lib
 
 from ...base.errors import MirrorError, from_errno

@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def handle(self) -> Any:
-        """The C handle, for the native door, which passes no request through here."""
+        """The C handle, for the direct door, which passes no request through here."""
         if self._volume == ffi.NULL:
             raise NotRunningError("the volume is closed")
         return self._volume

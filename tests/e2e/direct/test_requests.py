@@ -410,10 +410,10 @@ def test_closing_behind_writes_tears_none(
 
 
 def test_doors_tell_the_same(site: Site) -> None:
-    """What nbdinfo says of the direct and the native door is the same but the uri."""
+    """What nbdinfo says of the direct and the Python door is the same but the uri."""
     told: dict[str, list[Any]] = {}
     site.fill(site.local, MIB, offset=MIB)
-    for door in ("direct", "native"):
+    for door in ("direct", "python"):
         if door == "direct":
             site.bring_up(door)
         else:
@@ -427,7 +427,7 @@ def test_doors_tell_the_same(site: Site) -> None:
             for export in one["exports"]:
                 export.pop("uri", None)
         site.stop()
-    assert told["direct"] == told["native"]
+    assert told["direct"] == told["python"]
     export = told["direct"][0]["exports"][0]
     assert export["export-size"] == site.size
     assert export["contexts"] == ["base:allocation"]

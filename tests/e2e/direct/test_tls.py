@@ -265,7 +265,7 @@ def test_client_of_tls_before_a_plain_port_is_told(by_key: Secured) -> None:
         ("missing", 4, "the file is not there"),
         ("readable", 15, "other users may read or change it"),
         ("empty", 3, "must be one line"),
-        ("native", 14, "the native door has no TLS"),
+        ("python", 14, "the python door has no TLS"),
     ],
 )
 def test_serve_without_its_secret_is_refused(
@@ -283,7 +283,7 @@ def test_serve_without_its_secret_is_refused(
         key.chmod(0o644)
     elif trouble == "empty":
         os.truncate(key, 0)
-    door = ["--door", "native"] if trouble == "native" else []
+    door = ["--door", "python"] if trouble == "python" else []
     site.refused(code, words, commands=("serve", str(site.config), *door))
 
 

@@ -256,7 +256,7 @@ class Site:
         Start `nbd-mirror serve --foreground`.
 
         Args:
-            door: direct, native or python.
+            door: direct or python.
             fault: NBDM_FAULT for the server.
             ready: wait until it answers.
             output: where its log goes, if not to a file of its own.

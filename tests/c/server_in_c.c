@@ -1,36 +1,32 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* csrc/doors/door.h without Python: with it, csrc/doors/nbdkit_plugin.c and the
- * engine are an nbdkit plugin of C alone, which the sanitizers can watch from
- * end to end. The policy is what nbd_mirror/server/keeper.py does, without its
- * patience: connect, admit, resync, release what was late; and, so that there
- * is something to do, now and then all is invalidated or paused.
+/* usage: server_in_c CONFIG    (until SIGTERM)
+ *
+ * A server without Python: the engine and its direct door, which the sanitizers
+ * can watch from end to end.  The policy is what nbd_mirror/server/keeper.py
+ * does, without its patience: connect, admit, resync, release what was late;
+ * and, so that there is something to do, now and then all is invalidated or
+ * paused.
  *
  * The configuration has a word a line: local disk, state directory, a file
- * that is there while every remote is in sync, and the socket of each remote.
+ * that is there while every remote is in sync, the socket to listen on, and
+ * that of each remote.
  */
 
-#undef NDEBUG
-#include <assert.h>
-#include <errno.h>
-#include <fcntl.h>
+#define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "api.h"
-#include "doors/door.h"
+#include "door.h"
+#include "test.h"
 #include "volume/volume.h"
 
 #define LINE 256
 #define MAX_LINES 8
-#define FIRST_REMOTE 3 /* line */
+#define FIRST_REMOTE 4 /* line */
 
 /* The leak sanitizer's, where it is loaded; it ends the process if it finds
  * any.
@@ -176,8 +172,8 @@ read_lines (const char *path)
   assert (nr_lines > FIRST_REMOTE);
 }
 
-struct nbdm *
-nbdm_door_open (const char *config, void (*shutdown) (void))
+static void
+open_volume (void)
 {
   static const char *const names[] = { "a", "b", "c", "d", "e" };
   struct nbdm_params params = {
@@ -185,8 +181,6 @@ nbdm_door_open (const char *config, void (*shutdown) (void))
   };
   int rc;
 
-  (void)shutdown;
-  read_lines (config);
   params.local = lines[0];
   params.state_dir = lines[1];
   params.nr_remotes = nr_remotes ();
@@ -197,14 +191,13 @@ nbdm_door_open (const char *config, void (*shutdown) (void))
   rc = nbdm_create (&params, 0);
   assert (rc == 0 || rc == -EEXIST);
   if (nbdm_open (&params, &volume) < 0) {
-    fprintf (stderr, "door: %s\n", nbdm_last_error ());
+    fprintf (stderr, "server: %s\n", nbdm_last_error ());
     exit (1);
   }
-  return volume;
 }
 
-void
-nbdm_door_start (void)
+static void
+start_threads (void)
 {
   assert (nbdm_start (volume) == 0);
   for (uint32_t i = 0; i < nr_remotes (); i++)
@@ -213,8 +206,8 @@ nbdm_door_start (void)
   assert (pthread_create (&maintenance, NULL, maintain, NULL) == 0);
 }
 
-void
-nbdm_door_stop (void)
+static void
+stop_and_close (void)
 {
   ending = true;
   nbdm_wake (volume);
@@ -223,9 +216,30 @@ nbdm_door_stop (void)
   pthread_join (maintenance, NULL);
   assert (nbdm_stop (volume) == 0);
   nbdm_close (volume);
-  /* Here and not at nbdkit's end: p11-kit, which libnbd brings along, waits
-   * for ever for a lock of the C library in its destructor, where a runtime
-   * of a sanitizer stands before that (glibc 2.36, p11-kit 0.24).
+}
+
+int
+main (int argc, char **argv)
+{
+  struct door door;
+  sigset_t ends;
+  int number;
+
+  assert (argc == 2);
+  sigemptyset (&ends);
+  sigaddset (&ends, SIGTERM);
+  /* Before there is a thread, so that each has it blocked. */
+  assert (pthread_sigmask (SIG_BLOCK, &ends, NULL) == 0);
+  read_lines (argv[1]);
+  open_volume ();
+  start_threads ();
+  door_open (&door, volume, lines[3]);
+  assert (sigwait (&ends, &number) == 0);
+  door_close (&door);
+  stop_and_close ();
+  /* Here and not at the process's end: p11-kit, which libnbd brings along,
+   * waits for ever for a lock of the C library in its destructor, where a
+   * runtime of a sanitizer stands before that (glibc 2.36, p11-kit 0.24).
    */
   if (__lsan_do_leak_check)
     __lsan_do_leak_check ();
