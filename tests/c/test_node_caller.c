@@ -25,6 +25,10 @@ static struct {
   struct sockaddr_un address;
   int listener;
   pthread_t thread;
+  /* Set before a call; the relay's thread reads them with the connection. */
+  atomic_int next_harm;
+  atomic_u64 next_at;
+  /* Its own. */
   enum harm harm;
   uint64_t at; /* the byte of the answers that it harms */
 } relay;
@@ -159,6 +163,8 @@ relay_main (void *opaque)
 
   (void)opaque;
   while ((caller = accept4 (relay.listener, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+    relay.harm = (enum harm)atomic_load (&relay.next_harm);
+    relay.at = atomic_load (&relay.next_at);
     if (relay.harm == GARBAGE)
       send_garbage (caller);
     else if (relay.harm == ENDLESS_REPLIES)
@@ -223,8 +229,8 @@ reach (enum harm harm, uint64_t at, bool fetches)
   uint8_t reply[MAP_BYTES];
   int rc;
 
-  relay.harm = harm;
-  relay.at = at;
+  atomic_store (&relay.next_harm, (int)harm);
+  atomic_store (&relay.next_at, at);
   if (fetches)
     rc = nbdm_fetch (relay_uri (VOLUME ".dirty"), reply, MAP_BYTES, timeout_ms);
   else

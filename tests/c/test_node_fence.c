@@ -314,6 +314,41 @@ keep_one (void)
   node_door_end (&served);
 }
 
+/* It says goodbye before its write is answered: that is no clean end, and the
+ * end is told once the write is no longer under way.  Both come together, so
+ * the thread that has given the write to a worker reads the goodbye next.
+ */
+static void
+goodbye_while_it_writes (void)
+{
+  struct __attribute__ ((packed)) {
+    struct nbd_request write;
+    uint8_t payload[SECTOR];
+    struct nbd_request goodbye;
+  } all = { .write = client_header (NBD_CMD_WRITE, 0, 1, AT, SECTOR),
+            .goodbye = client_header (NBD_CMD_DISC, 0, 2, 0, 0) };
+  struct answer answer;
+  struct client c;
+  bool simple;
+
+  make_volume (SIZE, REGION, 0, 1000);
+  site.params.local_deadline_ms = LONG_MS; /* a worker executes it */
+  open_volume ();
+  open_node ();
+  atomic_store (&hold_worker, true);
+  c = node_open (&served, CLAIM);
+  assert (client_send (&c, &all, sizeof all));
+  wait_at_gate ();
+  poll (NULL, 0, SHORT_MS);
+  assert (atomic_load (&nr_ended) == 0);
+  open_gate ();
+  assert (client_answer (&c, &answer, NULL, 0, &simple) && answer.error == 0);
+  WAIT_FOR (atomic_load (&nr_ended) == 1);
+  assert (atomic_load (&nr_clean) == 0);
+  client_close (&c);
+  node_door_end (&served);
+}
+
 static const struct schedule schedules[] = {
   { "a hung disk", "local_write:1=wait:gate", a_hung_disk },
   { "a hung disk under a worker", "local_write:1=wait:gate",
@@ -326,6 +361,7 @@ static const struct schedule schedules[] = {
   { "granted and not entered", NULL, granted_and_not_entered },
   { "two connections", "local_write:1=wait:gate", two_connections },
   { "keep one", NULL, keep_one },
+  { "goodbye while it writes", NULL, goodbye_while_it_writes },
 };
 
 int
