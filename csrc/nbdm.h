@@ -498,7 +498,7 @@ int nbdm_node_store (struct nbdm *volume, const struct nbdm_node *before,
 
 /* The regions of a map towards a node: bit r % 8 of byte r / 8 is region r.
  * -EINVAL: the disk is no node, there is no such map, or `size` is not the
- * number of regions / 8, rounded up.
+ * number of regions / 8, rounded up; -ESHUTDOWN: the volume has stopped.
  */
 int nbdm_node_map (struct nbdm *volume, uint32_t disk, uint32_t map,
                    uint8_t *bits, uint64_t size);
@@ -522,8 +522,10 @@ int nbdm_node_clear (struct nbdm *volume, uint32_t disk);
  * active extents become doubts towards every node, and if there are doubts
  * then, `crash` becomes at least SESSION; durable.  Call it when no request of
  * that session is under way any more.  After a clean close call nbdm_cool (v,
- * 0) instead, which flushes and forgets the active extents.  -EPERM: this node
- * is primary; -EINVAL: the volume has no nodes; -ESHUTDOWN, -EIO.
+ * 0) instead, which flushes and forgets the active extents; while another
+ * thread does so, it does nothing, and a session that is lost later doubts more
+ * than it must.  -EPERM: this node is primary; -EINVAL: the volume has no
+ * nodes; -ESHUTDOWN, -EIO.
  */
 int nbdm_node_session_lost (struct nbdm *volume);
 
