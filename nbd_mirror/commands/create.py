@@ -89,7 +89,9 @@ def create_volume(
 def _force(config: VolumeConfig) -> str:
     forgets = "forgets what the remotes miss: all dirty"
     if config.nodes:
-        forgets = "the node then has no data, and the others know it no more"
+        forgets = (
+            "it has no data then, and the other node takes it only after `replace`"
+        )
     return f"nbd-mirror create CONFIG --force ({forgets})"
 
 

@@ -56,10 +56,13 @@ def node_lines(status: Status) -> Iterator[str]:
     if node is None:
         return
     width = max(len(name) for name in (node.name, *(one.name for one in node.peers)))
-    words = ["this node", f"epoch {node.epoch}", node.state.replace("_", " ")]
-    if not node.epoch:
-        words[1] = "never promoted"
-    yield f"node {node.name:{width}}  {node.role or 'unknown':9}  {', '.join(words)}"
+    epoch = f"epoch {node.epoch}" if node.epoch else "never promoted"
+    words, role = ["this node", epoch, node.state.replace("_", " ")], node.role
+    if status.pid is None:
+        # Its record says what it was; a start is secondary first.
+        words, role = ["this node", f"was {node.role}", epoch], "stopped"
+        words += [node.state.replace("_", " ")] if node.state != "waiting" else []
+    yield f"node {node.name:{width}}  {role or 'unknown':9}  {', '.join(words)}"
     for other in node.peers:
         words = [other.address]
         if other.connected:

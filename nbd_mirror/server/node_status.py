@@ -123,9 +123,12 @@ def _other(facts: Facts, record: NodeRecord, name: str) -> OtherNode:
 
 
 def _role(facts: Facts, name: str, contact: Contact | None) -> str:
-    session = facts.local.session
+    local, session = facts.local, facts.local.session
     if session is not None and session.node == name:
         return Role.PRIMARY.value
+    # A meeting becomes old, while what is in use is what this primary writes to.
+    if local.primary and local.engine.remote_status(local.disk_of(name)).admitted:
+        return Role.SECONDARY.value
     if contact is not None and contact.side is not None and _answers(facts, contact):
         return contact.side.role.value
     return ""

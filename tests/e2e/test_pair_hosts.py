@@ -9,6 +9,7 @@ The next command is the one that `status` names.
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from e2e.lib.links import FAR, NEAR, Link
 from e2e.lib.pair import Node, Pair
 
 from nbd_mirror.base.errors import RoleError
+from nbd_mirror.server.node_status import FRESH_S
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +117,7 @@ def test_host_is_lost_and_comes_back(hosts: Hosts) -> None:
 
 
 def test_cable_is_pulled_and_both_went_on(hosts: Hosts) -> None:
-    """A split brain: both nodes stop, say so, and no byte of either is overwritten."""
+    """A split brain: both stay apart and say so, until an operator decides."""
     alpha, beta = hosts.nodes
     hosts.link.cut()
     mine = write(alpha, MIB, 1)
@@ -131,16 +133,27 @@ def test_cable_is_pulled_and_both_went_on(hosts: Hosts) -> None:
         assert not found["peers"][0]["in_sync"]
     assert read(alpha, MIB) == mine
     assert read(beta, MIB) == other
-    alpha.stop()
     beta.stop()
     assert alpha.image.read_bytes()[MIB : 2 * MIB] == mine
     assert beta.image.read_bytes()[MIB : 2 * MIB] == other
+    # An operator decides for alpha's, as the manual says.
+    beta.cli("create", "--force")
+    beta.serve()
+    alpha.cli("replace", "beta")
+    for node in hosts.nodes:
+        node.wait_in_sync()
+    assert read(alpha, MIB) == mine
+    alpha.stop()
+    beta.stop()
+    hosts.assert_equal()
 
 
 def test_planned_work_loses_no_writes(hosts: Hosts) -> None:
     """Demote while clients are there is refused; then both nodes may be promoted."""
     alpha, beta = hosts.nodes
     content = write(alpha, MIB, 1)
+    time.sleep(FRESH_S + 1)  # the last meeting is old then, and the session is not
+    assert alpha.node()["peers"][0]["role"] == "secondary"
     client = alpha.client()
     said = alpha.refused(RoleError.exit_code, "demote")
     assert "connections of clients would be cut" in said or "client" in said

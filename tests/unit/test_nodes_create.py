@@ -158,7 +158,7 @@ def test_hints_say_what_it_costs_a_node(folder: Path) -> None:
     created(folder)
     with pytest.raises(ExistsError) as caught:
         create_volume(volume(folder), [], force=False)
-    assert "the node then has no data" in caught.value.hint
+    assert "it has no data then" in caught.value.hint
     (folder / "a.img").unlink()
     with pytest.raises(MissingError) as missing:
         create_volume(volume(folder), [], force=True)

@@ -168,5 +168,6 @@ def test_stopped_node_claims_nothing_of_the_others(config: VolumeConfig) -> None
     assert not peer.in_sync
     assert node.promotable.answer == "no"
     text = shown(status.dump())
-    assert "node beta   secondary  this node, never promoted, no data" in text
+    line = "node beta   stopped    this node, was secondary, never promoted, no data"
+    assert line in text
     assert "fail over now" not in text
