@@ -518,6 +518,12 @@ int nbdm_node_mark (struct nbdm *volume, uint32_t disk, uint32_t map,
  */
 int nbdm_node_clear (struct nbdm *volume, uint32_t disk);
 
+/* As nbdm_disk_admit.  -EAGAIN: that node lacks a region.  For a node which was
+ * told that nothing will be copied to it: a write that it gets beside one that
+ * it lacks would make its image one of no instant.
+ */
+int nbdm_node_admit (struct nbdm *volume, uint32_t disk);
+
 /* On a secondary: its primary's session ended without a clean close.  All
  * active extents become doubts towards every node, and if there are doubts
  * then, `crash` becomes at least SESSION; durable.  Call it when no request of

@@ -2,11 +2,15 @@
 
 /* The functions that the policy threads call for any disk, by its number. */
 
+#include <errno.h>
+
 #include "api.h"
 #include "base/clock.h"
+#include "base/error.h"
 #include "base/lock.h"
 #include "life/local_attach.h"
 #include "life/remote.h"
+#include "logs/dirty_map.h"
 #include "volume/local_state.h"
 #include "volume/state.h"
 #include "volume/volume.h"
@@ -34,6 +38,26 @@ nbdm_disk_admit (struct nbdm *v, uint32_t disk)
     return no_such_disk (disk);
   return disk == NBDM_LOCAL ? local_admit (v)
                             : admit_remote (&v->remotes[disk - 1]);
+}
+
+/* A write that is under way has marked what the node lacks, as it began. */
+static int
+admit_whole_node (struct remote *r)
+{
+  LOCK_FOR_SCOPE (&r->disk.volume->lock);
+  if (r->disk.dm.map[MAP_DIRTY].nr_set > 0)
+    return set_message (-EAGAIN, "it has missed a write in the meantime");
+  return remote_admit_locked (r);
+}
+
+int
+nbdm_node_admit (struct nbdm *v, uint32_t disk)
+{
+  const struct disk *d = volume_disk (v, disk);
+
+  if (d == NULL || !d->is_node)
+    return no_such_disk (disk);
+  return admit_whole_node (&v->remotes[disk - 1]);
 }
 
 int

@@ -336,12 +336,15 @@ class Keeper(DiskKeeper):
             # Set this before it is admitted: held requests are sent at once, and the
             # late-write window of the lost connection begins now.
             self._late_until = now + self._policy.late_window_s
-        self._engine.admit(self._disk)
+        self._use()
         self._in_use = True
         with self._lock:
             # Its last error stays the reason until something was copied.
             self._retry_at = now
         self._log("info", f"{self._title}: connect: {uri}, {same} regions compared")
+
+    def _use(self) -> None:
+        self._engine.admit(self._disk)
 
     # --- copying ---
 

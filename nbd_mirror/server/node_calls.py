@@ -292,7 +292,8 @@ class NodeCalls:
             self._local.change(
                 lambda record: _begun(record, mine, side, plan, body.regions)
             )
-            self._local.behind = body.regions > 0 or mine.generation != side.generation
+            in_sync = body.regions == 0 and plan.action is Action.IN_SYNC
+            self._local.behind = not in_sync or mine.generation != side.generation
             self._local.asks = None
             self._local.reach("begin_stored")
         return self._with_side(reply, sender)

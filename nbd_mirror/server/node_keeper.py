@@ -49,6 +49,7 @@ class NodeKeeper(Keeper):
         super().__init__(engine, disk, policy, log, **options)
         self._title = f"node {policy.name}"
         self._meeting = meeting
+        self._copies = False  # the other node has stored that regions are copied to it
         self.hint = ""  # what helps if it does not connect; whole values alone
 
     @property
@@ -95,7 +96,7 @@ class NodeKeeper(Keeper):
             self._explain(f"{uri}: {error}")
             return
         try:
-            self._meeting.begin(agreed)
+            self._copies = self._meeting.begin(agreed) > 0
             self.hint = ""
             self._admit(uri, 0)
         except MirrorError as error:
@@ -106,3 +107,10 @@ class NodeKeeper(Keeper):
             # After a bug of ours no connection may stay that no thread uses or ends.
             self._engine.drop(self._disk, f"internal error: {error!r}")
             raise
+
+    def _use(self) -> None:
+        """Use the connection, unless the node would lack what it was not told of."""
+        if self._copies:
+            self._engine.admit(self._disk)
+        else:
+            self._engine.node_admit(self._disk)

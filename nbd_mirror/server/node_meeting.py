@@ -136,19 +136,20 @@ class Meeting:
         """
         local, disk = self._local, self._local.disk_of(self._other)
         assert self._claim is not None
-        before = local.bits(self._other, NodeMap.DIRTY)
-        theirs = self._others.fetch(self._other, len(before))
-        marks = union(theirs, local.bits(self._other, NodeMap.DOUBTS))
+        doubts = local.bits(self._other, NodeMap.DOUBTS)
+        marks = union(self._others.fetch(self._other, len(doubts)), doubts)
         different = agreed.plan.extent is Extent.DIFFERENT
         if different and not self._is_covered(agreed.side):
-            marks = b"\xff" * len(before)
-        todo = popcount(union(before, marks))  # bits behind the last region too
+            marks = b"\xff" * len(doubts)
         if different:
             # Marked first: what the other node stores next then proves the marks.
             local.engine.node_mark(disk, NodeMap.DIRTY, marks)
             local.reach("begin_marked")
             self._covered = self._covered or self._claim.session
         mine = local.side(self._other)
+        # Read after all else: clients write on, and the other node misses that.
+        dirty = local.bits(self._other, NodeMap.DIRTY)
+        todo = popcount(union(dirty, marks))  # bits behind the last region too
         now = Agreed(decide(mine, agreed.side), agreed.side)
         stays = (now.plan.target or self._other) == self._other
         if now.plan.action not in (Action.IN_SYNC, Action.RESYNC) or not stays:
@@ -156,14 +157,17 @@ class Meeting:
         if now.plan.extent is Extent.DIFFERENT and not different:
             raise RoleError(f"{self._other}: the decision has changed: {now.plan.row}")
         self._begin(now, self._claim, todo, mine)
-        self._behind = todo > 0 or mine.generation != agreed.side.generation
+        # A node whose resync was cut off is behind until it adopts, even if all of it
+        # was copied: before that it stays inconsistent.
+        in_sync = todo == 0 and now.plan.action is Action.IN_SYNC
+        self._behind = not in_sync or mine.generation != agreed.side.generation
         if not different:
             # Marked last. Two nodes of one generation that both have dirty regions are
             # a split brain, unless one of them has stored that it is the target.
             local.engine.node_mark(disk, NodeMap.DIRTY, marks)
             local.reach("begin_marked")
         if mine.generation == agreed.side.generation:
-            local.change(lambda record: self._same(record, mine, todo))
+            local.change(lambda record: self._same(record, mine, counts=in_sync))
         return todo
 
     def _begin(
@@ -186,12 +190,12 @@ class Meeting:
     def _name(self) -> str:
         return self._local.record().node
 
-    def _same(self, record: NodeRecord, mine: Side, todo: int) -> NodeRecord:
+    def _same(self, record: NodeRecord, mine: Side, *, counts: bool) -> NodeRecord:
         """Return the record after a meeting in one generation."""
         lineage = record.lineage
         if lineage.generation != mine.generation:
             return record  # the engine has begun another one in the meantime
-        if todo == 0:
+        if counts:
             lineage = settle(lineage, self._other, mine.generation)
         return replace(record, lineage=share(lineage))
 

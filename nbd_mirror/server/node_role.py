@@ -188,10 +188,12 @@ class NodeRole:
         kind = Promotion.FORCED if force else Promotion.ASKED
         return {"role": Role.PRIMARY.value, "epoch": self._promote(kind)}
 
-    def _promote(self, kind: Promotion) -> int:
+    def _promote(self, kind: Promotion, token: tuple[int, Term] | None = None) -> int:
         with self._acting:
             self._check_free(primary=False)
             met = self._meet_all()
+            if token not in (None, _content_of(met.record)):
+                raise RoleError("the token is of another generation or promotion")
             self._require(kind, met)
             known = [one[1].epoch for one in met.sides.values() if one]
             epoch = 1 + max(met.record.epoch, *known, 0)
@@ -223,7 +225,7 @@ class NodeRole:
         with local.lock:
             if local.asks != term:
                 raise RoleError("another node is promoted: this one has consented")
-            local.change(lambda record: self._promoted(record, term))
+            local.change(lambda record: self._promoted(record, term, met.record))
             local.reach("promote_stored")
             self._door.fence(FENCE_S)
             self._calls.end_session(clean=False)
@@ -231,9 +233,19 @@ class NodeRole:
             local.reach("promote_fenced")
             local.leaving = True
 
-    def _promoted(self, record: NodeRecord, term: Term) -> NodeRecord:
+    def _promoted(
+        self, record: NodeRecord, term: Term, judged: NodeRecord
+    ) -> NodeRecord:
         if term_of(record) >= term:
             raise RoleError(f"{record.leader} is promoted in epoch {record.epoch}")
+        # Before `asks` was set this node may have consented to another promotion, of
+        # the same epoch and a name that comes first. Its proof is void then.
+        if _content_of(record) != _content_of(judged):
+            raise RoleError(
+                f"{record.leader} was promoted in epoch {record.epoch} in the meantime"
+                if term_of(record) != term_of(judged)
+                else "its data have changed in the meantime"
+            )
         lineage = record.lineage
         if lineage.generation == NO_DATA:
             lineage = create(lineage, self._fresh())
@@ -506,12 +518,8 @@ class NodeRole:
     def _take_over(self) -> None:
         """Take the role that the token is good for."""
         token, self._token = self._token, None
-        record = self._local.record()
-        if token != (record.lineage.generation, term_of(record)):
-            self._log("warning", "the token of the role is of another promotion")
-            return
         try:
-            self._promote(Promotion.TOKEN)
+            self._promote(Promotion.TOKEN, token)
         except MirrorError as error:
             self._wait_because(
                 f"the role was handed to it: {error.message}", error.hint
@@ -565,6 +573,11 @@ def standing_of(
         token=token,
         others=tuple(contact_of(name, one) for name, one in sides.items()),
     )
+
+
+def _content_of(record: NodeRecord) -> tuple[int, Term]:
+    """Return what a promotion's proof is about: generation and latest promotion."""
+    return record.lineage.generation, term_of(record)
 
 
 def _was_primary(record: NodeRecord) -> bool:

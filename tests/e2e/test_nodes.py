@@ -195,3 +195,19 @@ def test_a_call_from_a_node_of_another_name_is_refused(pair: Pair) -> None:
     assert "is not the node" in answer.why
     assert core.call(uri, b"\xff" * 100, 5.0)  # an answer, and the server goes on
     assert pair.alpha.status()["epoch"] == 1
+
+
+def test_a_write_between_a_meeting_and_its_session(pair: Pair) -> None:
+    """The other node was told that it lacks nothing: it is told anew, and then used."""
+    pair.bring_up()
+    pair.alpha.stop()
+    gate = pair.folder / "gate"
+    pair.alpha.serve(f"begin_marked:1=wait:{gate}")
+    reached = gate.with_name(f"{gate.name}.reached")
+    support.wait_until(reached.exists, "alpha to have met beta")
+    pair.alpha.write(MIB, CONTENT)
+    gate.touch()
+    pair.wait_in_sync()
+    assert "it has missed a write in the meantime" in pair.alpha.log
+    assert pair.alpha.status()["generation"] == pair.beta.status()["generation"]
+    pair.assert_equal()

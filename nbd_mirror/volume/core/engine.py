@@ -390,6 +390,10 @@ class Engine:
         """Empty both maps towards a node, durably: its generation was adopted."""
         check(lib.nbdm_node_clear(self.handle, disk), "clear the maps")
 
+    def node_admit(self, disk: Disk) -> None:
+        """As `admit`, of a node that lacks nothing; raises MirrorError if it does."""
+        check(lib.nbdm_node_admit(self.handle, disk), "admit")
+
     def node_session_lost(self) -> None:
         """
         Doubt, durably, all that may have been under way in the primary's session.

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""
+What happens to a node between two steps of its own: a promotion, a client's write.
+
+As in test_node_role.py each event comes at a named step, so no case depends on time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from unit.test_node_role import World, fill
+from unit.volumes import REGION
+
+from nbd_mirror.base.errors import MirrorError, RemoteError
+from nbd_mirror.rules.claim import format_claim
+from nbd_mirror.server.node_meeting import Agreed, Meeting
+from nbd_mirror.server.node_role import HAND_OVER_VARIABLE
+
+
+@pytest.fixture
+def world(run_dir: Path) -> Iterator[World]:
+    """Give two nodes of one content; alpha is primary."""
+    found = World(run_dir)
+    assert found.alpha.order("promote", force=False) == ""
+    fill(found)
+    yield found
+    for host in found.hosts.values():
+        host.kill()
+
+
+def lost_after(act: Callable[[], object]) -> Callable[[str], object]:
+    """Give a call that *act* precedes, and whose answer is lost."""
+
+    def call(node: str) -> object:
+        act()
+        raise RemoteError(f"{node} has ended the connection")
+
+    return call
+
+
+# --- another promotion, after the record was read and before `asks` is set ---
+
+
+def test_a_token_is_void_once_its_giver_is_promoted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beta takes its role, asks alpha, consents to alpha, and gets no answer."""
+    world.alpha.role._close({HAND_OVER_VARIABLE: "beta"})
+    world.alpha.turn()
+    assert world.beta.role._token is not None
+
+    def taken_back() -> None:
+        assert world.alpha.order("promote", force=False) == ""
+
+    monkeypatch.setattr(world.beta.others, "meet", lost_after(taken_back))
+    world.beta.turn()
+    assert world.primaries == ["alpha"]
+    assert world.beta.local.own_term() == (2, "alpha")
+    assert "alpha was promoted in epoch 2 in the meantime" in world.beta.role.waits[0]
+
+
+def test_a_token_is_compared_with_the_record_that_is_judged(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The consent comes before the other nodes are asked."""
+    world.alpha.role._close({HAND_OVER_VARIABLE: "beta"})
+    world.alpha.turn()
+    meet_all = world.beta.role._meet_all
+
+    def later() -> object:
+        assert world.alpha.order("promote", force=False) == ""
+        world.cut()
+        return meet_all()
+
+    monkeypatch.setattr(world.beta.role, "_meet_all", later)
+    world.beta.turn()
+    assert world.primaries == ["alpha"]
+
+
+def test_start_alone_is_void_once_the_node_has_consented(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beta was primary last; its time to start alone is over just as alpha asks."""
+    world.alpha.role._close({})
+    assert world.beta.order("promote", force=False) == ""
+    world.beta.kill()
+    world.beta.start()
+    world.beta.role._start_alone_s = 30.0
+    world.beta.time = 31.0
+
+    def promoted() -> None:
+        assert world.alpha.order("promote", force=False) == ""
+
+    monkeypatch.setattr(world.beta.others, "meet", lost_after(promoted))
+    world.beta.turn()
+    assert world.primaries == ["alpha"]
+
+
+# --- a meeting ---------------------------------------------------------------
+
+
+def session(world: World) -> tuple[Meeting, Agreed]:
+    """Have alpha meet beta, and claim its disk."""
+    alpha, beta = world.alpha, world.beta
+    meeting = Meeting(alpha.local, alpha.others, "beta")
+    agreed = meeting.agree()
+
+    def connect(_: str) -> None:
+        assert meeting._claim is not None
+        export = format_claim("v", meeting._claim)
+        beta.calls.claim(export, None, lambda: True)
+
+    meeting.claim(agreed, connect)
+    return meeting, agreed
+
+
+def test_a_cut_off_resync_is_not_in_sync_before_it_is_adopted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was copied and the adoption was not: else beta could never be promoted."""
+    monkeypatch.setattr(
+        world.alpha.others, "fetch", lambda *_: world.beta.calls.dirty()
+    )
+    world.beta.local.change(lambda record: replace(record, inconsistent=True))
+    meeting, agreed = session(world)
+    meeting.begin(agreed)
+    assert not meeting.is_settled()
+    assert world.beta.local.behind
+    assert meeting.settle(lambda: False)
+    assert meeting.is_settled()
+    assert not world.beta.local.record().inconsistent
+
+
+def test_a_write_during_the_meeting_is_announced(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the maps were read; beta must know that a region is copied."""
+
+    def fetch(*_: object) -> bytes:
+        world.alpha.engine.pwrite(b"x" * 512, REGION)
+        return world.beta.calls.dirty()
+
+    monkeypatch.setattr(world.alpha.others, "fetch", fetch)
+    meeting, agreed = session(world)
+    assert meeting.begin(agreed) == 1
+    assert world.beta.local.record().inconsistent
+    assert not meeting.is_settled()
+
+
+def test_a_write_after_the_meeting_keeps_the_node_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beta was told that it lacks nothing, so it may not be used as it is now."""
+    monkeypatch.setattr(
+        world.alpha.others, "fetch", lambda *_: world.beta.calls.dirty()
+    )
+    alpha, disk = world.alpha, world.alpha.local.disk_of("beta")
+    alpha.at["begin_marked"] = lambda: alpha.engine.pwrite(b"x" * 512, REGION)
+    meeting, agreed = session(world)
+    assert meeting.begin(agreed) == 0
+    assert not world.beta.local.record().inconsistent
+    assert not meeting.is_settled()
+    with pytest.raises(MirrorError, match="missed a write in the meantime"):
+        alpha.engine.node_admit(disk)
+    meeting, agreed = session(world)
+    assert meeting.begin(agreed) == 1
+    with pytest.raises(MirrorError, match="connection was lost"):
+        alpha.engine.admit(disk)
