@@ -11,6 +11,7 @@ from __future__ import annotations
 from .fio_rows import activity_log, against, degraded
 from .load import Workload
 from .model import MIB, Claim, Row
+from .node_rows import over_nodes
 from .plots import plot_latency, plot_resync, plot_throughput
 from .resync_rows import (
     first_sync_sparse,
@@ -119,6 +120,27 @@ FIO_ROWS = (
         (
             Claim("relay", "against a bare GnuTLS relay", 0.9, 1.0),
             Claim("tcp", "against the same without TLS"),
+        ),
+    ),
+    Row(
+        "nodes_4k_qd16",
+        "4 KiB random write QD16, two nodes without TLS",
+        over_nodes(Workload.writes(16), "tcp"),
+        (Claim("tcp", "against a plain nbdkit remote", 0.95, 1.1),),
+    ),
+    Row(
+        "nodes_tls_4k_qd16",
+        "4 KiB random write QD16, two nodes with TLS",
+        over_nodes(Workload.writes(16), "nodes", tls=True),
+        (Claim("nodes", "against the same without TLS", 0.75, 0.85),),
+    ),
+    Row(
+        "nodes_tls_1m_qd8",
+        "1 MiB sequential write QD8, two nodes with TLS",
+        over_nodes(WRITE_1M, "relay", "nodes", tls=True),
+        (
+            Claim("relay", "against a bare GnuTLS relay to nbdkit", 0.9, 1.0),
+            Claim("nodes", "against the same without TLS"),
         ),
     ),
     Row(

@@ -21,14 +21,15 @@ from .mirror import Mirror
 from .model import BenchError, Context, Measured
 from .servers import ROOT, uri_of, wait_until
 
-__all__ = ["over_tls"]
+__all__ = ["HOST", "RelayMirror", "TcpMirror", "free_port", "over_tls"]
 
 HOST = "127.0.0.1"
 KEY = "bench:8f1d0cb7e4a25936d1f0b86e27c4a95d\n"
 SOURCE = Path(__file__).resolve().parent / "gnutls_relay.c"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of HOST that no server has."""
     with contextlib.closing(socket.socket()) as sock:
         sock.bind((HOST, 0))
         port: int = sock.getsockname()[1]
@@ -49,7 +50,7 @@ class TcpMirror(Mirror):
 
     def __init__(self, folder: Path, size: int) -> None:
         super().__init__(folder, size)
-        self.port = _free_port()
+        self.port = free_port()
         self.psk = self.folder / "keys.psk"
         self.psk.write_text(KEY)
         self.psk.chmod(0o600)
