@@ -113,12 +113,13 @@ class NodeCalls:
         if claim.node not in self._local.others:
             raise RefusedError(f"the volume has no other node {claim.node}")
         with self._local.lock:
-            self._judge(claim, call)
+            begins = self._judge(claim, call)
             # Still with the lock: a promotion that comes later cuts this session.
-            if not grant():
+            if not grant() and begins:
                 self.end_session(clean=False)
 
-    def _judge(self, claim: Claim, call: object) -> None:
+    def _judge(self, claim: Claim, call: object) -> bool:
+        """Make way for the claim; tell whether its session begins."""
         local = self._local
         closed = local.primary or local.leaving
 
@@ -146,12 +147,13 @@ class NodeCalls:
         local.reach("claim_judged")
         local.change(stored)
         if claim == before:
-            return
+            return False
         local.reach("claim_stored")
         self._fence(call)
         local.session = claim
         local.behind = True  # until `begin` says more
         self._log("info", f"node {claim.node}: session {claim.session} may write")
+        return True
 
     def _fence(self, keep: object) -> None:
         """Cut all sessions but that of the call *keep*; the lock is held."""

@@ -170,3 +170,13 @@ def test_a_write_after_the_meeting_keeps_the_node_out(
     assert meeting.begin(agreed) == 1
     with pytest.raises(MirrorError, match="connection was lost"):
         alpha.engine.admit(disk)
+
+
+def test_a_connection_that_leaves_ends_no_session_of_others(world: World) -> None:
+    """It shows the claim in force: the session lives, and its loss still counts."""
+    meeting, _ = session(world)
+    claim = meeting._claim
+    assert claim is not None
+    assert world.beta.local.session == claim
+    world.beta.calls.claim(format_claim("v", claim), None, lambda: False)
+    assert world.beta.local.session == claim
