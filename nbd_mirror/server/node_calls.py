@@ -196,6 +196,7 @@ class NodeCalls:
         with self._local.lock:
             # A session that was fenced has ended before the door says so.
             if found is not None and found[1] == self._local.session:
+                self._others.left(found[1].node)
                 self.end_session(clean=clean)
 
     # --- maps ---
@@ -335,6 +336,8 @@ class NodeCalls:
             # Killed here, it names regions that are equal: they are copied once more.
             local.engine.node_clear(local.disk_of(sender))
             local.reach("adopt_cleared")
+            # A resync has been everywhere: what is durable is no doubt later.
+            local.engine.cool(0)
             local.behind = False
         self._log("info", f"node {sender}: in sync, in its generation")
         return reply.model_copy(update={"generation": body.generation})

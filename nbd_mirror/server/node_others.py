@@ -112,6 +112,10 @@ class Others:
         """Remember what another node showed of itself."""
         self._contacts[side.node] = Contact(side, "", self._clock())
 
+    def left(self, other: str) -> None:
+        """Remember that the session of a primary has ended, until it is met again."""
+        self._contacts[other] = Contact(None, "its session ended", self._clock())
+
     def claim_uri(self, other: str, claim: Claim) -> str:
         """Return the URI of another node's disk, claimed."""
         return self._uri(other, format_claim(self._local.volume, claim))

@@ -41,6 +41,8 @@ def test_the_first_promotion_fills_the_other_node(pair: Pair) -> None:
         file.write(os.urandom(3 * MIB))
     pair.bring_up()
     assert pair.primaries == ["alpha"]
+    # What was copied is durable: after a failover it is not copied again.
+    assert pair.beta.ask("status")["active_extents"] == 0
     pair.alpha.write(4 * MIB, CONTENT)
     assert pair.alpha.read(4 * MIB, len(CONTENT)) == CONTENT
     pair.assert_equal()

@@ -180,3 +180,13 @@ def test_a_connection_that_leaves_ends_no_session_of_others(world: World) -> Non
     assert world.beta.local.session == claim
     world.beta.calls.claim(format_claim("v", claim), None, lambda: False)
     assert world.beta.local.session == claim
+
+
+def test_a_primary_that_has_left_is_not_shown_as_connected(world: World) -> None:
+    """Otherwise its status would refuse a promotion until the next meeting."""
+    meeting, _ = session(world)
+    claim = meeting._claim
+    assert claim is not None
+    assert world.beta.others.contacts["alpha"].side is not None
+    world.beta.calls.session_ended(format_claim("v", claim), clean=True)
+    assert world.beta.others.contacts["alpha"].side is None
