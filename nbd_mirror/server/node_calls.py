@@ -25,7 +25,16 @@ from ..rules.node_handshake import decide
 from ..rules.node_side import Action, Crash, Plan, Role, Side
 from ..volume import node_wire as wire
 from ..volume.node_record import NodeRecord
-from .node_local import LocalNode, Term, follows, knows_now, term_of, union
+from .node_local import (
+    LocalNode,
+    Term,
+    follows,
+    knows_now,
+    term_of,
+    union,
+    why_incredible,
+    why_side_incredible,
+)
 from .node_others import Others
 
 __all__ = ["Fence", "NodeCalls", "RefusedError", "Wishes"]
@@ -112,6 +121,7 @@ class NodeCalls:
         claim = found[1]
         if claim.node not in self._local.others:
             raise RefusedError(f"the volume has no other node {claim.node}")
+        self._believe(why_incredible(self._local.record(), claim.epoch))
         with self._local.lock:
             begins = self._judge(claim, call)
             # Still with the lock: a promotion that comes later cuts this session.
@@ -234,6 +244,11 @@ class NodeCalls:
 
     def _answer(self, message: wire.Message) -> wire.Answer:
         record, sender = self._local.record(), message.sender
+        if message.volume != self._local.volume:
+            raise RefusedError(
+                f"this is volume {self._local.volume}, not {message.volume}",
+                "correct `address` in the configuration",
+            )
         if message.to != record.node:
             raise RefusedError(
                 f"this node is {record.node}, not {message.to}",
@@ -271,7 +286,7 @@ class NodeCalls:
         return reply.model_copy(update={"side": side})
 
     def _meet(self, sender: str, body: wire.Meet, reply: wire.Answer) -> wire.Answer:
-        side = _shown(sender, body.side)
+        side = self._shown(sender, body.side)
         self._others.saw(side)
         mine = self._local.side(sender)
         plan = wire.plan_words(decide(mine, side))
@@ -279,7 +294,7 @@ class NodeCalls:
         return reply.model_copy(update={"side": words, "plan": plan})
 
     def _begin(self, sender: str, body: wire.Begin, reply: wire.Answer) -> wire.Answer:
-        side, claim = _shown(sender, body.side), body.claim.claim()
+        side, claim = self._shown(sender, body.side), body.claim.claim()
         self._others.saw(side)
         with self._local.lock:
             mine = self._local.side(sender)
@@ -347,6 +362,7 @@ class NodeCalls:
     ) -> wire.Answer:
         """Store the term of another node's promotion, or refuse it."""
         local, asked = self._local, (body.epoch, sender)
+        self._believe(why_incredible(local.record(), body.epoch))
         with local.lock:
             if local.primary:
                 raise RefusedError("it is primary", "nbd-mirror switchover CONFIG")
@@ -377,12 +393,16 @@ class NodeCalls:
                 raise RefusedError("the token is of another generation or promotion")
         self._wishes.token(body.generation, term)
 
+    def _shown(self, sender: str, words: wire.SideWords) -> Side:
+        side = words.side()
+        if side.node != sender:
+            raise RefusedError(f"{sender} shows itself as {side.node}")
+        self._believe(why_side_incredible(self._local.record(), side))
+        return side
 
-def _shown(sender: str, words: wire.SideWords) -> Side:
-    side = words.side()
-    if side.node != sender:
-        raise RefusedError(f"{sender} shows itself as {side.node}")
-    return side
+    def _believe(self, why_not: str) -> None:
+        if why_not:
+            raise RefusedError(why_not, "use the same configuration on all nodes")
 
 
 def _met(record: NodeRecord, other: str, now: int) -> NodeRecord:

@@ -38,8 +38,12 @@ __all__ = [
     "popcount",
     "term_of",
     "union",
+    "why_incredible",
+    "why_side_incredible",
 ]
 
+EPOCHS_AHEAD = 1 << 32  # more promotions than this node can have missed
+REPLACED_AHEAD = 1 << 16  # the same of replacements
 TRIES = 100  # of a change of the record; each loses only to another that won
 
 Term = tuple[int, str]
@@ -203,6 +207,32 @@ class LocalNode:
 def term_of(record: NodeRecord) -> Term:
     """Return the latest promotion that a record names."""
     return record.epoch, record.leader
+
+
+def why_incredible(record: NodeRecord, epoch: int, *names: str) -> str:
+    """
+    Return why a term of another node is not taken over, or "".
+
+    A node stores the terms that others show, and nothing takes them back. A wrong name
+    would be a third node whose promotion stops both, and no promotion follows the
+    highest epoch. An operator does not promote so often.
+    """
+    nodes = ("", record.node, *(peer.node for peer in record.peers))
+    for name in names:
+        if name not in nodes:
+            return f"the volume has no node {name} here"
+    if epoch > record.epoch + EPOCHS_AHEAD:
+        return f"epoch {epoch} is too far after {record.epoch}"
+    return ""
+
+
+def why_side_incredible(record: NodeRecord, side: Side) -> str:
+    """Return why what another node shows of itself cannot be true, or ""."""
+    known = {one.node: one.replaced for one in ids_of(record)}
+    for told in side.identities:
+        if told.replaced > known.get(told.node, 0) + REPLACED_AHEAD:
+            return f"{told.node} was not replaced {told.replaced} times"
+    return why_incredible(record, side.epoch, side.leader, side.handed)
 
 
 def ids_of(record: NodeRecord) -> tuple[Known, ...]:

@@ -28,12 +28,13 @@ from ..rules.node_side import Plan, Side
 from ..volume import node_wire as wire
 from ..volume.config import VolumeConfig
 from ..volume.node_record import NodeRecord
-from .node_local import LocalNode, Term
+from .node_local import LocalNode, Term, why_side_incredible
 
 __all__ = ["Contact", "Others", "Wire", "node_uri"]
 
 CALL_S = 5.0  # for a whole call, with its connection
-FETCH_S = 15.0  # for a map: 4 MiB at a volume of 2 TiB
+FETCH_S = 15.0  # for a map, in addition to its bytes at the slowest speed
+SLOWEST = 8 << 10  # bytes per second, as a connection may be at the slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,7 @@ class Others:
         answer = self._call(other, body)
         if answer.side is None or answer.plan is None:
             raise FormatError(f"{other} answered without its side")
-        side = answer.side.side()
-        if side.node != other:
-            raise FormatError(f"{other} shows itself as {side.node}")
+        side = self._shown(other, answer.side)
         self.saw(side)
         return mine, side, dict(answer.plan)
 
@@ -163,7 +162,7 @@ class Others:
         answer = self._call(other, wire.Consent(epoch=epoch))
         if answer.side is None:
             raise FormatError(f"{other} answered without its side")
-        side = answer.side.side()
+        side = self._shown(other, answer.side)
         self.saw(side)
         return side
 
@@ -174,7 +173,18 @@ class Others:
     def fetch(self, other: str, size: int) -> bytes:
         """Return all regions that *other* names towards this node."""
         uri = self._uri(other, f"{self._local.volume}.dirty")
-        return self._wire.fetch(uri, size, FETCH_S)
+        return self._wire.fetch(uri, size, FETCH_S + size / SLOWEST)
+
+    def _shown(self, other: str, words: wire.SideWords) -> Side:
+        side = words.side()
+        if side.node != other:
+            raise FormatError(f"{other} shows itself as {side.node}")
+        why_not = why_side_incredible(self._local.record(), side)
+        if why_not:
+            raise FormatError(
+                f"{other}: {why_not}", "use the same configuration on all nodes"
+            )
+        return side
 
     def _call(self, other: str, body: wire.Body) -> wire.Answer:
         record = self._local.record()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["NodeControl"]
 
 CALL_S = 0.5  # between two looks whether the end has come
+STOP_FENCE_S = 1.0
 
 
 class NodeControl:
@@ -187,7 +188,11 @@ class NodeControl:
     def before_stop(self) -> None:
         """Store what the stop changes: the clients are gone, the engine still runs."""
         if not self.local.primary:
-            self.fence(1.0)
+            try:
+                self.fence(STOP_FENCE_S)
+            except MirrorError as error:
+                # The engine's stop waits for them, too.
+                self._log("warning", f"nodes: {error}")
         self.role.before_stop()
 
     # --- threads ---

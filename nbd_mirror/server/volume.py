@@ -317,24 +317,27 @@ class Volume:
         if os.geteuid() == 0:
             let_go(self._config)
         self._drain()
+        stored = self._stop_node(self.node) if self.node else True
         try:
-            if self.node:
-                self._stop_node(self.node)
             self.engine.stop()
         except MirrorError as error:
             log("error", f"volume {name}: {error}; the next start recovers")
             return False
         log("info", f"volume {name}: stopped cleanly")
-        return True
+        return stored
 
-    def _stop_node(self, node: NodeControl) -> None:
-        """Store what the end changes of a node, and end its threads."""
+    def _stop_node(self, node: NodeControl) -> bool:
+        """Store what the end changes of a node, end its threads; whether it could."""
+        stored = True
         try:
             node.before_stop()
-        finally:
-            node.end()
-            if not node.join(JOIN_S):
-                log("error", "a thread of the node does not end; the stop goes on")
+        except MirrorError as error:
+            log("error", f"node {self._config.node}: its role is as before: {error}")
+            stored = False
+        node.end()
+        if not node.join(JOIN_S):
+            log("error", "a thread of the node does not end; the stop goes on")
+        return stored
 
     # --- maintenance ---
 

@@ -38,6 +38,7 @@ from ..rules.node_side import Crash, Plan, Role, Side
 
 __all__ = [
     "MAX_BYTES",
+    "REPLACED_MAX",
     "TEXT_MAX",
     "VERSIONS",
     "Adopt",
@@ -62,6 +63,7 @@ __all__ = [
 VERSIONS = (1, 1)  # the lowest and the highest that this program speaks
 MAX_BYTES = 64 << 10  # of a call, and of an answer
 _MOST_NODES = 9  # of a volume, with room for a later release
+REPLACED_MAX = (1 << 32) - 1  # a record has 32 bits for it
 TEXT_MAX = 2000  # characters of a reason
 _SHOWN = 500  # characters of a text from another node
 
@@ -72,7 +74,10 @@ def _plain(text: str) -> str:
 
 
 Number = Annotated[int, Field(strict=True, ge=0, le=NUMBER_MAX)]
-Name = Annotated[str, Field(strict=True, max_length=63)]
+# As a configuration allows it, or "": a name is stored, logged and shown.
+Name = Annotated[
+    str, Field(strict=True, pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,62})?$")
+]
 Text = Annotated[str, Field(strict=True, max_length=TEXT_MAX), AfterValidator(_plain)]
 Flag = Annotated[bool, Field(strict=True)]
 Id = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
@@ -88,7 +93,7 @@ class KnownWords(_Words):
 
     node: Name
     id: Annotated[int, Field(strict=True, ge=0, lt=1 << 128)]
-    replaced: Number
+    replaced: Annotated[int, Field(strict=True, ge=0, le=REPLACED_MAX)]
 
 
 class SideWords(_Words):
@@ -153,7 +158,7 @@ class ClaimWords(_Words):
         return Claim(self.epoch, self.node, self.session, self.nonce)
 
 
-PlanWords = dict[str, str | int | bool]
+PlanWords = dict[Name, Text | Number | Flag]
 
 
 class Meet(_Words):
