@@ -50,6 +50,7 @@ class NodeKeeper(Keeper):
         self._title = f"node {policy.name}"
         self._meeting = meeting
         self._copies = False  # the other node has stored that regions are copied to it
+        self._copies = False  # the node has stored that regions are copied to it
         self.hint = ""  # what helps if it does not connect; whole values alone
 
     @property
@@ -62,6 +63,8 @@ class NodeKeeper(Keeper):
         status = self._engine.remote_status(self._disk)
         if self._is_copied(status):
             self._count()
+        elif status.admitted and status.dirty_regions > 0:
+            self._tell()  # also while the resync is paused: other writes go on
         super()._look_and_act()
 
     def _is_copied(self, status: RemoteStatus) -> bool:
@@ -75,11 +78,27 @@ class NodeKeeper(Keeper):
             return not status.admitted or status.dirty_regions > 0
 
         try:
-            self._meeting.settle(lacks)
+            if self._meeting.settle(lacks):
+                self._copies = False
         except MirrorError as error:
             # Its session may have ended there, and nothing here says so.
             self._engine.drop(self._disk, f"not in sync yet: {error}")
             raise
+
+    def _tell(self) -> None:
+        """Have the node store, before a copy, that its image is of no instant."""
+        if self._copies:
+            return
+        try:
+            self._meeting.tell()
+        except MirrorError as error:
+            self._engine.drop(self._disk, f"it lacks a region: {error}")
+            raise
+        self._copies = True
+
+    def _resync(self) -> None:
+        self._tell()
+        super()._resync()
 
     def _connect_to(self, uri: str, status: RemoteStatus) -> None:
         timeout_s = max(self._policy.deadline_s, CLAIM_S)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -212,4 +214,56 @@ def test_a_write_between_a_meeting_and_its_session(pair: Pair) -> None:
     pair.wait_in_sync()
     assert "it has missed a write in the meantime" in pair.alpha.log
     assert pair.alpha.status()["generation"] == pair.beta.status()["generation"]
+    pair.assert_equal()
+
+
+def test_no_connection_is_refused_while_a_role_changes(pair: Pair) -> None:
+    """The sockets listen on: who connects meanwhile is the next server's client."""
+    pair.bring_up()
+    ending = threading.Event()
+    refused: list[OSError] = []
+
+    def knock() -> None:
+        while not ending.is_set():
+            try:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(pair.alpha.socket))
+            except OSError as error:
+                refused.append(error)
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    try:
+        pair.alpha.ask("demote", force=True)
+        pair.alpha.wait_role("secondary")
+        pair.alpha.ask("promote", force=False)
+        pair.alpha.wait_role("primary")
+    finally:
+        ending.set()
+        thread.join()
+    assert refused == []
+    pair.wait_in_sync()
+    assert pair.primaries == ["alpha"]
+
+
+def test_a_resync_of_a_node_in_use_is_known_there(pair: Pair) -> None:
+    """Cut off, its image would be of no instant: it could not be promoted."""
+    pair.bring_up()
+    pair.alpha.write(MIB, CONTENT)
+    pair.alpha.stop()
+    gate = pair.folder / "gate"
+    pair.alpha.serve(f"resync_after_read:1=wait:{gate}")
+    pair.alpha.wait_role("primary")
+    pair.wait_in_sync()
+    pair.alpha.ask("invalidate", remote="beta")
+    reached = gate.with_name(f"{gate.name}.reached")
+    support.wait_until(reached.exists, "alpha to copy")
+    assert pair.beta.status()["state"] == "inconsistent"
+    pair.alpha.kill()
+    pair.beta.wait_state("inconsistent")
+    with pytest.raises(RoleError, match="may not be promoted"):
+        pair.beta.ask("promote", force=True)
+    gate.touch()
+    pair.alpha.serve()
+    pair.wait_in_sync()
     pair.assert_equal()

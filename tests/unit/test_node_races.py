@@ -190,3 +190,22 @@ def test_a_primary_that_has_left_is_not_shown_as_connected(world: World) -> None
     assert world.beta.others.contacts["alpha"].side is not None
     world.beta.calls.session_ended(format_claim("v", claim), clean=True)
     assert world.beta.others.contacts["alpha"].side is None
+
+
+def test_a_node_in_use_is_told_what_it_lacks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays inconsistent until it adopts: a cut-off resync is of no instant."""
+    monkeypatch.setattr(
+        world.alpha.others, "fetch", lambda *_: world.beta.calls.dirty()
+    )
+    meeting, agreed = session(world)
+    assert meeting.begin(agreed) == 0
+    assert meeting.is_settled()
+    world.alpha.engine.pwrite(b"x" * 512, REGION)
+    meeting.tell()
+    assert world.beta.local.record().inconsistent
+    assert world.beta.local.behind
+    assert not meeting.is_settled()
+    assert meeting.settle(lambda: False)
+    assert not world.beta.local.record().inconsistent
