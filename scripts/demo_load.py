@@ -22,7 +22,7 @@ def main() -> None:
         contextlib.closing(sqlite3.connect(database)) as db,
         Path(told).open("ab", buffering=0) as answered,
     ):
-        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA synchronous = EXTRA")
         db.execute("CREATE TABLE IF NOT EXISTS told (text)")
         db.commit()
         while True:

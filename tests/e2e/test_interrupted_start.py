@@ -120,8 +120,8 @@ import os, sys
 from nbd_mirror.commands import cli, serve
 early, make = sys.argv.pop(1), serve._environment
 
-def environment(asked):
-    made = make(asked)
+def environment(*about):
+    made = make(*about)
     return made | {"PYTHONPATH": f"{early}:{made['PYTHONPATH']}"}
 
 serve._environment = environment
