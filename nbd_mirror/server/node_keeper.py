@@ -50,7 +50,6 @@ class NodeKeeper(Keeper):
         self._title = f"node {policy.name}"
         self._meeting = meeting
         self._copies = False  # the other node has stored that regions are copied to it
-        self._copies = False  # the node has stored that regions are copied to it
         self.hint = ""  # what helps if it does not connect; whole values alone
 
     @property
