@@ -39,6 +39,8 @@ from ..rules.state import LocalState
 from ..volume.client import serving_pid
 from ..volume.config import (
     CHOICE_VARIABLE,
+    GRANT_VARIABLE,
+    HAND_OVER_VARIABLE,
     VolumeConfig,
     check_links,
     check_nodes,
@@ -235,7 +237,11 @@ def _environment(asked: Asked | None, node: str = "") -> dict[str, str]:
     words = asked.dump() if asked else {}
     # A name that the user gave, or the host's: the server is this node for good.
     mine = {NODE_VARIABLE: node} if node else {}
-    return clean_environment() | {"PYTHONPATH": path} | mine | words
+    environment = clean_environment() | {"PYTHONPATH": path} | mine | words
+    # Only a server that executes itself again has a role to pass on.
+    for name in (GRANT_VARIABLE, HAND_OVER_VARIABLE):
+        environment.pop(name, None)
+    return environment
 
 
 def _start(

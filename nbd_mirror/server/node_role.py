@@ -39,6 +39,7 @@ from ..rules.promotion import (
     may_resume,
 )
 from ..rules.state import RemoteState
+from ..volume.config import GRANT_VARIABLE, HAND_OVER_VARIABLE
 from ..volume.node_record import NodeRecord
 from .node_calls import Fence, NodeCalls
 from .node_local import LocalNode, Term, announced, term_of
@@ -52,10 +53,6 @@ __all__ = [
     "contact_of",
     "standing_of",
 ]
-
-# The environment of the process that replaces this one.
-GRANT_VARIABLE = "NBD_MIRROR_GRANT"  # the epoch in which it opens as primary
-HAND_OVER_VARIABLE = "NBD_MIRROR_HAND_OVER"  # the node that it gives its role to
 
 RESUME_S = 1.0  # between two attempts to resume
 MEET_S = 5.0  # between two meetings of a secondary that no primary writes to
@@ -409,6 +406,16 @@ class NodeRole:
                     f"{target} is not in sync: {status.reason or status.state.value}",
                     "nbd-mirror wait CONFIG --for in_sync",
                 )
+            try:
+                # A session is up for seconds after its node began to hang. If the role
+                # was given to that node, no node would serve.
+                self._others.meet(target)
+            except MirrorError as error:
+                raise RoleError(
+                    f"{target} does not answer, so this node stays primary: "
+                    f"{error.message}",
+                    "nbd-mirror status CONFIG",
+                ) from None
             self._close({HAND_OVER_VARIABLE: target})
         return {"role": Role.SECONDARY.value, "to": target}
 

@@ -21,7 +21,7 @@ from ..base.listen import CLIENTS, NODES
 from ..base.threads import begin, keep_going
 from ..rules.node_side import Role
 from ..volume import core
-from ..volume.config import VolumeConfig
+from ..volume.config import HAND_OVER_VARIABLE, VolumeConfig
 from ..volume.core import Call, CallKind, ListenerKind
 from ..volume.model import Disk
 from ..volume.status import NodeStatus
@@ -32,7 +32,7 @@ from .node_keeper import NodeKeeper
 from .node_local import LocalNode, Term
 from .node_meeting import Meeting
 from .node_others import Others, Wire, node_uri
-from .node_role import HAND_OVER_VARIABLE, NodeRole
+from .node_role import NodeRole
 from .node_status import Facts, node_status
 
 if TYPE_CHECKING:

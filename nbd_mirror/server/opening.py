@@ -15,7 +15,6 @@ from ..base.files import is_there
 from ..volume import config as _config
 from ..volume.core import Engine
 from ..volume.model import Params
-from .node_role import GRANT_VARIABLE
 from .process import log
 
 __all__ = ["open_engine"]
@@ -42,7 +41,7 @@ def open_engine(config: _config.VolumeConfig) -> Engine:
     """
     choice = os.environ.pop(_config.CHOICE_VARIABLE, "")
     params = dataclasses.replace(_config.to_params(config), local_choice=choice)
-    grant = os.environ.pop(GRANT_VARIABLE, "") if config.node else ""
+    grant = os.environ.pop(_config.GRANT_VARIABLE, "") if config.node else ""
     try:
         if grant:
             return _open_granted(params, int(grant))

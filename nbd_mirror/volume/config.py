@@ -41,6 +41,8 @@ from .model import Params, RemoteParams
 __all__ = [
     "CHOICE_VARIABLE",
     "CONFIG_DIR_ENV",
+    "GRANT_VARIABLE",
+    "HAND_OVER_VARIABLE",
     "STARVED_DEADLINES",
     "STATE_FILES",
     "RemoteConfig",
@@ -57,6 +59,10 @@ __all__ = [
 # `serve` passes --force and --without-local in this variable, because the server's
 # command line may be nbdkit's.
 CHOICE_VARIABLE = "NBD_MIRROR_LOCAL_CHOICE"
+# The environment of the process that replaces a node's server. `serve` removes both: a
+# user's environment gives no role.
+GRANT_VARIABLE = "NBD_MIRROR_GRANT"  # the epoch in which it opens as primary
+HAND_OVER_VARIABLE = "NBD_MIRROR_HAND_OVER"  # the node that it gives its role to
 # NBDM_STARVED_DEADLINES: the engine's limit for a command that starves while others are
 # answered.
 STARVED_DEADLINES = 8

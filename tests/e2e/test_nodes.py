@@ -116,6 +116,35 @@ def test_switchover_there_and_back_copies_nothing(pair: Pair) -> None:
     pair.assert_equal()
 
 
+def test_no_role_is_given_to_a_node_that_hangs(pair: Pair) -> None:
+    """Its session is up for seconds yet; without the primary, no node would serve."""
+    pair.bring_up()
+    pair.alpha.write(MIB, CONTENT)
+    os.kill(pair.beta.pid, signal.SIGSTOP)
+    with pytest.raises(RoleError, match="beta does not answer"):
+        pair.alpha.ask("switchover", node=None)
+    assert pair.alpha.read(MIB, len(CONTENT)) == CONTENT
+    os.kill(pair.beta.pid, signal.SIGCONT)
+    pair.wait_in_sync()
+    assert pair.primaries == ["alpha"]
+
+
+@pytest.mark.parametrize("grant", ["1", "x"])
+def test_a_start_takes_no_role_from_the_users_environment(
+    pair: Pair, grant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a server that executes itself again has a grant."""
+    pair.bring_up()
+    pair.alpha.kill()
+    pair.beta.kill()
+    monkeypatch.setenv("NBD_MIRROR_GRANT", grant)
+    monkeypatch.setenv("NBD_MIRROR_HAND_OVER", "beta")
+    pair.alpha.serve()
+    pair.alpha.wait_state("waiting")
+    assert "may have been promoted" in pair.alpha.status()["why"]
+    assert pair.primaries == []
+
+
 def test_a_primary_that_hung_gives_way(pair: Pair) -> None:
     """Beta was forced beside it. It has no write that beta lacks: its door closes."""
     pair.bring_up()
