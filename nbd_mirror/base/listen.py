@@ -29,7 +29,7 @@ __all__ = [
     "plain_host",
 ]
 
-# Names of listening sockets, by who connects there.
+# The name of a listening socket says which kind of peer connects there.
 CLIENTS, NODES = "clients", "nodes"
 
 LISTEN_RULE = (

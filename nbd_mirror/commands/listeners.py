@@ -50,7 +50,7 @@ class Listeners(contextlib.ExitStack):
     """
     The *sockets* that a volume listens on; they are closed with this object.
 
-    Each has a name: CLIENTS or NODES, by who connects there.
+    Each socket is named CLIENTS or NODES, after the peers that connect there.
     """
 
     def __init__(self) -> None:

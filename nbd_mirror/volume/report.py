@@ -77,13 +77,7 @@ def report(
     local = _local(local_view)
     remotes = tuple(_remote(one, volume, served=server is not None) for one in views)
     if server is not None:
-        word = volume_state(
-            [one.facts.state for one in views],
-            failed=volume.failed,
-            fenced=volume.fenced,
-            local=volume.local.state,
-            silent=local_view.facts.silent,
-        )
+        word = _word(volume, local_view, views)
         verdict = word, *_explain(volume, word, config.state, (local, *remotes))
         if node and node.role != "primary" and word == RemoteState.IN_SYNC.value:
             verdict = _of_secondary(node)
@@ -116,6 +110,19 @@ def report(
         clean_stop=None if server else volume.clean,
         node=node,
         remotes=remotes,
+    )
+
+
+def _word(
+    volume: VolumeStatus, local_view: LocalView, views: Sequence[RemoteView]
+) -> str:
+    """Return the state of a volume that is served."""
+    return volume_state(
+        [one.facts.state for one in views],
+        failed=volume.failed,
+        fenced=volume.fenced,
+        local=volume.local.state,
+        silent=local_view.facts.silent,
     )
 
 

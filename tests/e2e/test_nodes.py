@@ -100,7 +100,7 @@ def test_failover_and_return(pair: Pair) -> None:
 
 
 def test_switchover_there_and_back_copies_nothing(pair: Pair) -> None:
-    """Nor does it begin a generation."""
+    """A switchover also begins no generation."""
     pair.bring_up()
     pair.alpha.write(MIB, CONTENT)
     generation = pair.alpha.status()["generation"]
@@ -212,7 +212,7 @@ def test_a_node_that_lost_its_state_is_not_filled(pair: Pair) -> None:
 
 
 def test_a_call_from_a_node_of_another_name_is_refused(pair: Pair) -> None:
-    """All nodes have one key, so each side also says who it is, and to whom."""
+    """All nodes have one key, so each call names its sender and its receiver."""
     pair.bring_up()
     pair.beta.stop()
     uri = f"nbds://v@{pair.alpha.address}/v.meta?tls-psk-file={pair.folder}/v.psk"

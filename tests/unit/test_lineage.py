@@ -83,7 +83,7 @@ def lineages(draw: st.DrawFn, numbers: st.SearchStrategy[int]) -> Lineage:
 def test_begin_is_that_of_the_rule(
     lineage: Lineage, missing: set[str], fresh: int
 ) -> None:
-    """For any record, any nodes that miss the write, and any number not used."""
+    """C and the rule agree for any record, any missing nodes and any new number."""
     used = (lineage.generation, *lineage.history)
     while fresh in used:
         fresh = fresh % (2**64 - 1) + 1

@@ -53,7 +53,7 @@ def primary(**changes: Any) -> dict[str, Any]:
 
 
 def test_secondary_shows_both_nodes_and_the_answer() -> None:
-    """Who is primary, whether both are the same, and the command for now."""
+    """The status names the primary, tells if both are equal, and gives the command."""
     assert shown(a_status(node=a_node())).splitlines()[1:4] == [
         "  node beta   secondary  this node, epoch 3, in sync",
         "  node alpha  primary    10.0.0.1:10810, connected, in sync",

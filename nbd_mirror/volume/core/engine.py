@@ -398,8 +398,8 @@ class Engine:
         """
         Doubt, durably, all that may have been under way in the primary's session.
 
-        For a secondary, after a session that was not closed cleanly, once none of its
-        requests is under way. After a clean one call `cool(0)` instead.
+        A secondary calls it after a session that was not closed cleanly, once none of
+        its requests is under way. After a clean close it calls `cool(0)` instead.
         """
         check(lib.nbdm_node_session_lost(self.handle), "session lost")
 
