@@ -36,7 +36,7 @@ struct relay {
   gnutls_psk_client_credentials_t psk;
   gnutls_psk_server_credentials_t server_psk;
   struct load up, down; /* to the server, and from it */
-  bool up_closed;       /* close_notify was sent */
+  bool up_closed;       /* close_notify was sent, or cannot be */
   unsigned update_ms;
   struct timespec updated;
 };
@@ -102,8 +102,9 @@ give_secure (struct relay *r)
   }
   r->up.start = r->up.end = 0;
   if (r->up.over && !r->up_closed) {
-    r->up_closed = true;
-    (void)gnutls_bye (r->session, GNUTLS_SHUT_WR);
+    int rc = gnutls_bye (r->session, GNUTLS_SHUT_WR);
+
+    r->up_closed = rc != GNUTLS_E_AGAIN && rc != GNUTLS_E_INTERRUPTED;
   }
   return true;
 }
@@ -151,7 +152,7 @@ wait_for_either (struct relay *r)
     fds[0].events |= POLLIN;
   if (r->down.end > 0)
     fds[0].events |= POLLOUT;
-  if (r->up.end > 0)
+  if (r->up.end > 0 || (r->up.over && !r->up_closed))
     fds[1].events |= POLLOUT;
   if (r->down.end == 0)
     fds[1].events |= POLLIN;
