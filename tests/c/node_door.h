@@ -17,11 +17,29 @@
 #define NEXT_CLAIM VOLUME "@1.alpha.2.00000000000000000000000000000002"
 #define LATER_MS 10000u
 
-/* Set by the test: answer the call, or keep it; SESSION_ENDED comes here too.
+/* Set by the test: answer the call, or keep it.  SESSION_ENDED comes here too,
+ * and is counted after.
  */
 static void (*node_judge) (struct direct_server *server,
                            const struct nbdm_call *call);
+static atomic_int nr_ended, nr_clean; /* sessions, since the door began */
 static pthread_t node_control;
+
+static void
+node_count (const struct nbdm_call *call)
+{
+  if (call->kind != NBDM_CALL_SESSION_ENDED)
+    return;
+  atomic_fetch_add (&nr_clean, (int)call->clean);
+  atomic_fetch_add (&nr_ended, 1);
+}
+
+static TEST_UNUSED void
+grant_all (struct direct_server *server, const struct nbdm_call *call)
+{
+  if (call->kind != NBDM_CALL_SESSION_ENDED)
+    (void)nbdm_server_answer (server, call->number, 0, NULL, 0);
+}
 
 static void *
 node_control_main (void *opaque)
@@ -31,8 +49,10 @@ node_control_main (void *opaque)
 
   assert (call);
   while ((rc = nbdm_server_next_call (opaque, call, LATER_MS)) != -ESHUTDOWN)
-    if (rc == 0)
+    if (rc == 0) {
       node_judge (opaque, call);
+      node_count (call);
+    }
     else
       assert (rc == -EAGAIN);
   free (call);
@@ -46,6 +66,8 @@ node_door_begin (struct door *d, void (*judge) (struct direct_server *server,
 {
   assert (nbdm_server_listener (d->server, 0, NBDM_NODES, NULL) == 0);
   node_judge = judge;
+  atomic_store (&nr_ended, 0);
+  atomic_store (&nr_clean, 0);
   assert (pthread_create (&node_control, NULL, node_control_main, d->server)
           == 0);
 }

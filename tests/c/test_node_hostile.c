@@ -19,7 +19,7 @@
 #define META VOLUME ".meta"
 #define DIRTY VOLUME ".dirty"
 
-static atomic_int nr_calls, nr_ended, nr_clean;
+static atomic_int nr_calls;
 static atomic_bool keep_calls;
 static uint64_t numbers[2 * MANY]; /* of the calls that were kept */
 static atomic_int nr_kept;
@@ -29,11 +29,8 @@ judge (struct direct_server *server, const struct nbdm_call *call)
 {
   static uint8_t map[MAP_BYTES];
 
-  if (call->kind == NBDM_CALL_SESSION_ENDED) {
-    atomic_fetch_add (&nr_clean, (int)call->clean);
-    atomic_fetch_add (&nr_ended, 1);
+  if (call->kind == NBDM_CALL_SESSION_ENDED)
     return;
-  }
   atomic_fetch_add (&nr_calls, 1);
   if (atomic_load (&keep_calls)) {
     numbers[atomic_load (&nr_kept)] = call->number;
@@ -58,8 +55,6 @@ bring_up_node (uint32_t call_ms)
   snprintf (path, sizeof path, "%s/direct", site.dir);
   door_open_limited (&served, site.volume, path, &limits);
   atomic_store (&nr_calls, 0);
-  atomic_store (&nr_ended, 0);
-  atomic_store (&nr_clean, 0);
   atomic_store (&nr_kept, 0);
   atomic_store (&keep_calls, false);
   node_door_begin (&served, judge);

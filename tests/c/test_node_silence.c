@@ -21,19 +21,6 @@
 #define LARGE (8u << 20) /* bytes of a read; sockets take less */
 
 static struct door served;
-static atomic_int nr_ended, nr_clean;
-
-static void
-grant_all (struct direct_server *server, const struct nbdm_call *call)
-{
-  if (call->kind == NBDM_CALL_SESSION_ENDED) {
-    atomic_fetch_add (&nr_clean, (int)call->clean);
-    atomic_fetch_add (&nr_ended, 1);
-  }
-  else
-    (void)nbdm_server_answer (server, call->number, 0, NULL, 0);
-}
-
 static void
 bring_up_node (uint32_t silence_ms)
 {
