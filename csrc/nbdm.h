@@ -581,6 +581,14 @@ struct nbdm_tls {
 int nbdm_server_tls (struct direct_server *server, uint32_t listener,
                      const struct nbdm_tls *files);
 
+/* Check a node's own certificate as the other nodes will: its purposes, its CA,
+ * and that it is of one of `names`, the node's name first and its address last.
+ * -ETIME: only the time is wrong, which may pass, or be the clock's fault;
+ * -EACCES, and as nbdm_server_tls.
+ */
+int nbdm_tls_check (const struct nbdm_tls *files, const char *const *names,
+                    uint32_t nr_names);
+
 enum nbdm_listener_kind {
   NBDM_CLIENTS = 0, /* the volume, under any name: how a listener begins */
   NBDM_NODES = 1,   /* other nodes: NAME.meta, NAME.dirty, and claims */
@@ -687,6 +695,14 @@ int nbdm_server_next_ended (struct direct_server *server,
  */
 int nbdm_server_answer (struct direct_server *server, uint64_t number, int rc,
                         const void *bytes, uint64_t size);
+
+/* Does the certificate of the node that made this call have one of these names
+ * (addresses are names too)?  Call it before the answer.  1, also without
+ * certificates: a shared key proves the volume alone; 0, with a message that
+ * has the certificate's names; -ENOENT as above.
+ */
+int nbdm_server_proves (struct direct_server *server, uint64_t number,
+                        const char *const *names, uint32_t nr_names);
 
 /* Cut every connection of a claim but those of this call (0: none), and wait
  * until none of their requests is under way at the disk, nor can come there.

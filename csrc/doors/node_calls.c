@@ -29,6 +29,8 @@
 #include "doors/direct_server.h"
 #include "doors/node_calls.h"
 #include "wire/mailbox.h"
+#include "wire/tls_identity.h"
+#include "wire/tls_secrets.h"
 
 #define PATIENCE_MS 60000u /* a fence waits for a disk */
 /* The other side asks an idle server after 4.5 s, and waits as long for the
@@ -233,6 +235,26 @@ end_locked (struct node_calls *calls, struct node_call *call, int rc,
   call->nr_bytes = (uint32_t)size;
   call->answered = true;
   mailbox_ring (call->session->lane.watch.box);
+}
+
+/* The session's thread waits meanwhile, and so nothing changes its stream. */
+int
+nbdm_server_proves (struct direct_server *server, uint64_t number,
+                    const char *const *names, uint32_t nr_names)
+{
+  struct node_calls *calls = direct_calls (server);
+  const struct node_call *call;
+  char has[NBDM_TEXT_LEN / 2];
+
+  LOCK_FOR_SCOPE (&calls->lock);
+  call = find_locked (calls, number);
+  if (call == NULL)
+    return set_message (-ENOENT, "the calling node has left");
+  if (call->session->secrets == NULL || call->session->secrets->x509 == NULL
+      || tls_is_of (&call->session->stream, names, nr_names))
+    return 1;
+  tls_describe (&call->session->stream, has, sizeof has);
+  return set_message (0, "%s", has[0] ? has : "none");
 }
 
 /* Takes the bytes over, unless -EINVAL. */

@@ -6,9 +6,11 @@
  *   nbds+unix://[USER@]/[EXPORT]?socket=PATH[&...]
  *
  * and the same with nbd, without TLS: libnbd takes those of remotes apart, and
- * this file those of calls between nodes.  The configuration has checked the
- * characters (nbd_mirror/volume/config_values.py).  An unknown parameter of TLS
- * is refused: it may have been meant to protect.
+ * this file those of calls between nodes.  Nodes name their three files of
+ * X.509 one by one, and the node that they call (tls_identity.c); libnbd has no
+ * such parameters.  The configuration has checked the characters
+ * (nbd_mirror/volume/config_values.py).  An unknown parameter of TLS is
+ * refused: it may have been meant to protect.
  */
 
 #include <errno.h>
@@ -133,6 +135,10 @@ parse_parameter (struct nbd_uri *uri, const char *name, const char *value)
     { "socket", offsetof (struct nbd_uri, socket) },
     { "tls-psk-file", offsetof (struct nbd_uri, psk_file) },
     { "tls-certificates", offsetof (struct nbd_uri, certificates) },
+    { "tls-certificate-file", offsetof (struct nbd_uri, certificate) },
+    { "tls-key-file", offsetof (struct nbd_uri, private_key) },
+    { "tls-ca-file", offsetof (struct nbd_uri, ca) },
+    { "tls-name", offsetof (struct nbd_uri, name) },
   };
 
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)

@@ -9,13 +9,15 @@
 
 /* All texts are decoded; they lie in `room`. */
 struct nbd_uri {
-  bool secure;              /* with TLS */
-  const char *host, *port;  /* of TCP */
-  const char *socket;       /* of a unix socket, else NULL */
-  const char *export;       /* or "" */
-  const char *user;         /* or NULL */
-  const char *psk_file;     /* or NULL */
-  const char *certificates; /* a folder, or NULL */
+  bool secure;                                /* with TLS */
+  const char *host, *port;                    /* of TCP */
+  const char *socket;                         /* of a unix socket, else NULL */
+  const char *export;                         /* or "" */
+  const char *user;                           /* or NULL */
+  const char *psk_file;                       /* or NULL */
+  const char *certificates;                   /* a folder, or NULL */
+  const char *certificate, *private_key, *ca; /* files instead, or NULL */
+  const char *name; /* that the certificate may have besides host, or NULL */
   char *room;
 };
 

@@ -260,7 +260,8 @@ start_tls (struct greeter *g)
   if (g->length > 0)
     return set_message (-EPROTO, "the server sent a reply that is none");
   return tls_connect (&g->conn->stream, g->conn->secrets,
-                      g->uri->socket ? NULL : g->uri->host, g->until_ns);
+                      g->uri->socket ? NULL : g->uri->host, g->uri->name,
+                      g->until_ns);
 }
 
 static int

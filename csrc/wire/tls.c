@@ -46,6 +46,7 @@
 #include "wire/receive.h"
 #include "wire/stream.h"
 #include "wire/tls.h"
+#include "wire/tls_secrets.h"
 #include "wire/tls_stream.h"
 
 #define RECORD_BYTES 16384u /* at most, in a record */
@@ -65,6 +66,7 @@ struct tls {
   gnutls_session_t session;
   pthread_mutex_t lock; /* over each call of GnuTLS; none is taken under it */
   size_t out_end;       /* GnuTLS appends; under the lock */
+  struct tls_secrets *kept; /* of this session alone, or NULL */
 
   /* The sending thread's. */
   bool unsendable; /* GnuTLS refused to seal */
@@ -423,6 +425,7 @@ tls_free (struct tls *t)
 {
   if (t->session)
     gnutls_deinit (t->session);
+  tls_secrets_free (t->kept);
   pthread_mutex_destroy (&t->lock);
   free (t);
 }
@@ -483,6 +486,12 @@ tls_begin (struct stream *stream, unsigned flags)
     return set_error (-ENOMEM, "TLS");
   *stream = (struct stream){ .kind = &tls_stream, .fd = stream->fd, .tls = t };
   return 0;
+}
+
+void
+tls_keep (struct stream *stream, struct tls_secrets *secrets)
+{
+  stream->tls->kept = secrets;
 }
 
 size_t

@@ -19,10 +19,11 @@ int tls_accept (struct stream *stream, const struct tls_secrets *secrets,
                 uint64_t until_ns);
 
 /* The handshake of a client, as above.  The server's certificate must be that
- * of `host`; NULL: of any host, so only with a CA of the user's own.
+ * of `host`; NULL: of any host, so only with a CA of the user's own.  With a
+ * `node`, a name or NULL, it must be that of this node (tls_identity.h).
  */
 int tls_connect (struct stream *stream, const struct tls_secrets *secrets,
-                 const char *host, uint64_t until_ns);
+                 const char *host, const char *node, uint64_t until_ns);
 size_t tls_bytes (void); /* that a stream takes, without GnuTLS's own */
 /* After EPROTO from a stream: what went wrong, or NULL. */
 const char *tls_trouble (const struct stream *stream);

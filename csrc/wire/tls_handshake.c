@@ -10,6 +10,10 @@
  * they have it.  The time is limited as a whole, so a side that sends a byte
  * now and then gains nothing.
  *
+ * A server reads the files of its certificates for each handshake, so a renewed
+ * certificate and a removed CA count at once.  That costs little beside the
+ * handshake's own arithmetic.
+ *
  * In TLS 1.3 a client is done before the server has checked it: it learns of a
  * refusal from the first bytes that it receives.
  */
@@ -18,6 +22,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
@@ -29,6 +34,7 @@
 #include "base/error.h"
 #include "wire/stream.h"
 #include "wire/tls.h"
+#include "wire/tls_identity.h"
 #include "wire/tls_secrets.h"
 #include "wire/tls_stream.h"
 
@@ -50,6 +56,33 @@ explain_certificate (gnutls_session_t session)
   return rc;
 }
 
+static int
+another_key (const char *words)
+{
+  return set_message (-EACCES,
+                      "TLS: the other side has another key, or none: copy the "
+                      "key's file from one side to the other (%s)",
+                      words);
+}
+
+static bool
+has_own_key (gnutls_session_t session)
+{
+  const struct tls_secrets *secrets = gnutls_session_get_ptr (session);
+
+  return secrets->own_psk != NULL;
+}
+
+/* A server whose key does not fit the client's greeting sends one of these. */
+static bool
+is_alert_of_key (gnutls_session_t session)
+{
+  gnutls_alert_description_t alert = gnutls_alert_get (session);
+
+  return alert == GNUTLS_A_ILLEGAL_PARAMETER || alert == GNUTLS_A_DECRYPT_ERROR
+         || alert == GNUTLS_A_UNKNOWN_PSK_IDENTITY;
+}
+
 /* `lookup` is the message of the look-up of a shared key, if that failed. */
 static int
 explain (gnutls_session_t session, int rc, const char *lookup)
@@ -60,6 +93,8 @@ explain (gnutls_session_t session, int rc, const char *lookup)
   case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
     return explain_certificate (session);
   case GNUTLS_E_FATAL_ALERT_RECEIVED:
+    if (has_own_key (session) && is_alert_of_key (session))
+      return another_key (tls_alert_name (session));
     return set_message (-EACCES, "TLS: the other side refuses: %s",
                         tls_alert_name (session));
   case GNUTLS_E_CERTIFICATE_REQUIRED:
@@ -67,9 +102,7 @@ explain (gnutls_session_t session, int rc, const char *lookup)
     return set_message (-EACCES, "TLS: the other side has no certificate");
   case GNUTLS_E_DECRYPTION_FAILED:
   case GNUTLS_E_RECEIVED_ILLEGAL_PARAMETER:
-    return set_message (-EACCES,
-                        "TLS: the other side has another key, or none (%s)",
-                        gnutls_strerror (rc));
+    return another_key (gnutls_strerror (rc));
   default:
     return set_message (-EACCES, "TLS: %s", gnutls_strerror (rc));
   }
@@ -178,6 +211,24 @@ use_secrets (gnutls_session_t session, const struct tls_secrets *secrets)
   return rc < 0 ? set_message (-EINVAL, "TLS: %s", gnutls_strerror (rc)) : 0;
 }
 
+/* A file that cannot be used turns the other side away, as a wrong one does. */
+static int
+renew (struct stream *stream, const struct tls_secrets **secrets)
+{
+  struct tls_secrets *fresh;
+  char why[512];
+
+  if ((*secrets)->certificate == NULL)
+    return 0;
+  if (tls_secrets_renew (*secrets, &fresh) < 0) {
+    snprintf (why, sizeof why, "%s", last_error ());
+    return set_message (-EACCES, "%s", why);
+  }
+  tls_keep (stream, fresh);
+  *secrets = fresh;
+  return 0;
+}
+
 static int
 begin (struct stream *stream, const struct tls_secrets *secrets, unsigned flags)
 {
@@ -185,7 +236,9 @@ begin (struct stream *stream, const struct tls_secrets *secrets, unsigned flags)
 
   if (rc < 0)
     return rc;
-  rc = use_secrets (tls_session (stream), secrets);
+  rc = renew (stream, &secrets);
+  if (rc == 0)
+    rc = use_secrets (tls_session (stream), secrets);
   if (rc < 0)
     stream_end (stream);
   return rc;
@@ -231,13 +284,32 @@ is_name (const char *host)
          && inet_pton (AF_INET6, host, &ignored) != 1;
 }
 
+/* Before a byte of ours leaves. */
+static int
+check_node (struct stream *stream, const char *host, const char *node)
+{
+  const char *const names[] = { node, host };
+  char has[256];
+
+  if (tls_is_of (stream, names, host ? 2 : 1))
+    return 0;
+  tls_describe (stream, has, sizeof has);
+  stream_end (stream);
+  return set_message (
+      -EACCES,
+      "TLS: the other side's certificate is not of node %s: its "
+      "names are: %s",
+      node, has[0] ? has : "none");
+}
+
 int
 tls_connect (struct stream *stream, const struct tls_secrets *secrets,
-             const char *host, uint64_t until_ns)
+             const char *host, const char *node, uint64_t until_ns)
 {
   gnutls_typed_vdata_st checks[]
       = { must_have (GNUTLS_DT_KEY_PURPOSE_OID, GNUTLS_KP_TLS_WWW_SERVER),
           must_have (GNUTLS_DT_DNS_HOSTNAME, host) };
+  unsigned nr = secrets->x509 == NULL ? 0 : host && node == NULL ? 2 : 1;
   int rc = begin (stream, secrets, GNUTLS_CLIENT);
 
   if (rc < 0)
@@ -249,5 +321,7 @@ tls_connect (struct stream *stream, const struct tls_secrets *secrets,
     stream_end (stream);
     return set_message (-EINVAL, "TLS: %s: %s", host, gnutls_strerror (rc));
   }
-  return finish (stream, checks, secrets->x509 ? (host ? 2 : 1) : 0, until_ns);
+  rc = finish (stream, checks, nr, until_ns);
+  return rc == 0 && node && secrets->x509 ? check_node (stream, host, node)
+                                          : rc;
 }

@@ -10,8 +10,9 @@
  * key is bound to SHA-256, which leaves out AES-256-GCM, and GnuTLS's own order
  * would take ChaCha20 next: a sixth of the speed at 1 MiB.
  *
- * A server reads its file of shared keys at every handshake.  So a key that is
- * removed from the file opens no connection any more, without a restart;
+ * A server reads its file of shared keys at every handshake, and certificates
+ * too (tls_handshake.c).  So a key or a CA that is removed opens no connection
+ * any more, and a certificate that is renewed counts, without a restart;
  * connections that are open stay open.
  */
 
@@ -117,6 +118,17 @@ load_trust (struct tls_secrets *secrets, const char *ca)
   return 0;
 }
 
+/* For tls_secrets_renew. */
+static bool
+keep_paths (struct tls_secrets *secrets, const struct nbdm_tls *files)
+{
+  secrets->certificate = strdup (files->certificate);
+  secrets->private_key = strdup (files->private_key);
+  secrets->ca = files->ca ? strdup (files->ca) : NULL;
+  return secrets->certificate && secrets->private_key
+         && (secrets->ca || files->ca == NULL);
+}
+
 static int
 load_x509 (struct tls_secrets *secrets, const struct nbdm_tls *files)
 {
@@ -124,7 +136,8 @@ load_x509 (struct tls_secrets *secrets, const struct nbdm_tls *files)
 
   if (files->certificate == NULL || files->private_key == NULL)
     return set_message (-EINVAL, "TLS needs a certificate and its key");
-  if (gnutls_certificate_allocate_credentials (&secrets->x509) < 0)
+  if (!keep_paths (secrets, files)
+      || gnutls_certificate_allocate_credentials (&secrets->x509) < 0)
     return set_error (-ENOMEM, "TLS");
   rc = load_own (secrets, files->certificate, files->private_key);
   secrets->checks_client = files->ca != NULL;
@@ -164,6 +177,16 @@ tls_secrets_load (const struct nbdm_tls *files, struct tls_secrets **out)
   else
     *out = secrets;
   return rc;
+}
+
+int
+tls_secrets_renew (const struct tls_secrets *secrets, struct tls_secrets **out)
+{
+  const struct nbdm_tls files = { .certificate = secrets->certificate,
+                                  .private_key = secrets->private_key,
+                                  .ca = secrets->ca };
+
+  return tls_secrets_load (&files, out);
 }
 
 /* --- A client's ------------------------------------------------------------
@@ -255,6 +278,22 @@ load_own_x509 (struct tls_secrets *secrets, const char *folder, bool has_name)
                 : 0;
 }
 
+/* The files of a node, which is a server too. */
+static int
+load_files (struct tls_secrets *secrets, const struct nbd_uri *uri)
+{
+  int rc;
+
+  if (uri->ca == NULL || uri->certificate == NULL || uri->private_key == NULL)
+    return set_message (-EINVAL, "TLS: the URI must name all of "
+                                 "tls-certificate-file, tls-key-file and "
+                                 "tls-ca-file");
+  if (gnutls_certificate_allocate_credentials (&secrets->x509) < 0)
+    return set_error (-ENOMEM, "TLS");
+  rc = load_trust (secrets, uri->ca);
+  return rc < 0 ? rc : load_own (secrets, uri->certificate, uri->private_key);
+}
+
 int
 tls_secrets_of_uri (const struct nbd_uri *uri, struct tls_secrets **out)
 {
@@ -263,9 +302,12 @@ tls_secrets_of_uri (const struct nbd_uri *uri, struct tls_secrets **out)
 
   if (rc < 0)
     return rc;
-  rc = uri->psk_file
-           ? load_own_psk (secrets, uri->psk_file, uri->user)
-           : load_own_x509 (secrets, uri->certificates, uri->socket == NULL);
+  if (uri->psk_file)
+    rc = load_own_psk (secrets, uri->psk_file, uri->user);
+  else if (uri->ca || uri->certificate || uri->private_key)
+    rc = load_files (secrets, uri);
+  else
+    rc = load_own_x509 (secrets, uri->certificates, uri->socket == NULL);
   if (rc < 0)
     tls_secrets_free (secrets);
   else
@@ -287,5 +329,8 @@ tls_secrets_free (struct tls_secrets *secrets)
   if (secrets->priority)
     gnutls_priority_deinit (secrets->priority);
   free (secrets->psk_file);
+  free (secrets->certificate);
+  free (secrets->private_key);
+  free (secrets->ca);
   free (secrets);
 }

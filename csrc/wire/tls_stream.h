@@ -11,11 +11,14 @@
 #include <gnutls/gnutls.h>
 
 struct stream;
+struct tls_secrets;
 
 /* Put TLS around a plain stream; `flags` are GNUTLS_SERVER or GNUTLS_CLIENT.
  * -ENOMEM with a message.
  */
 int tls_begin (struct stream *stream, unsigned flags);
+/* Free these with the stream. */
+void tls_keep (struct stream *stream, struct tls_secrets *secrets);
 gnutls_session_t tls_session (const struct stream *stream);
 /* Is there something received that GnuTLS has not taken? */
 bool tls_has_received (const struct stream *stream);

@@ -14,7 +14,7 @@ from ..base.hints import quote
 from ..base.units import format_size
 from ..volume.config import VolumeConfig, load
 from ..volume.config_nodes import how_chosen
-from ..volume.tls_files import check_tls, make_key
+from ..volume.tls_files import check_own_certificate, check_tls, make_key
 from .asked import name_volume, words_for
 from .cli_app import say
 from .cli_types import Config, NodeOption
@@ -109,13 +109,16 @@ def _copies(volume: VolumeConfig, path: Path, indent: str) -> Iterator[str]:
 
 
 def nodes(config: Config, node: NodeOption = None) -> None:
-    """Show what the configuration means on this host, and check its key."""
+    """Show what the configuration means on this host, and check its TLS files."""
     volume = load(config, node)
     for line in _about(volume, node):
         say(line)
     fingerprint = check_tls(volume)
     if fingerprint:
         say(f"  fingerprint of the key: {fingerprint}, the same for all its copies")
+    late = check_own_certificate(volume)
+    if late:
+        typer.echo(f"nbd-mirror: warning: {late}", err=True)
 
 
 def _about(volume: VolumeConfig, asked: str | None) -> Iterator[str]:

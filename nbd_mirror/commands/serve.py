@@ -48,7 +48,7 @@ from ..volume.config import (
 from ..volume.config_nodes import NODE_VARIABLE
 from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
-from ..volume.tls_files import check_tls
+from ..volume.tls_files import check_own_certificate, check_tls
 from .listeners import Listeners, bind_all
 from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_since
 
@@ -95,6 +95,9 @@ def check_startable(config: VolumeConfig) -> None:
     check_private(config.state_dir, "serve")
     if config.listen.tls or config.node:
         check_tls(config)
+        late = check_own_certificate(config)
+        if late:
+            sys.stderr.write(f"nbd-mirror: warning: {late}\n")
     local = read_superblock(config).volume.local
     # A failed local disk may hang, and the start does not touch it.
     uses_local = local.state is not LocalState.FAILED

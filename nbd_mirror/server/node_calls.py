@@ -37,9 +37,18 @@ from .node_local import (
 )
 from .node_others import Others
 
-__all__ = ["Fence", "NodeCalls", "RefusedError", "Wishes"]
+__all__ = ["Fence", "NodeCalls", "RefusedError", "Speaks", "Wishes", "with_key"]
 
 FENCE_S = 4.0  # of a claim; the claiming node waits a little longer
+
+
+# Says why a call cannot be of the node with this name, or "".
+Speaks = Callable[[str], str]
+
+
+def with_key(_: str) -> str:
+    """Believe any node's name: all nodes have one key, or none."""
+    return ""
 
 
 class RefusedError(Exception):
@@ -104,7 +113,13 @@ class NodeCalls:
 
     # --- claims and sessions ---
 
-    def claim(self, export: str, call: object, grant: Callable[[], bool]) -> None:
+    def claim(
+        self,
+        export: str,
+        call: object,
+        grant: Callable[[], bool],
+        speaks: Speaks = with_key,
+    ) -> None:
         """
         Judge the claim of another node, and grant it.
 
@@ -112,6 +127,7 @@ class NodeCalls:
             export: the export's name.
             call: the door's.
             grant: tells the other node; False: it has left in the meantime.
+            speaks: for which node the certificate of the call lets it speak.
         Raises:
             RefusedError: it is refused.
         """
@@ -121,6 +137,7 @@ class NodeCalls:
         claim = found[1]
         if claim.node not in self._local.others:
             raise RefusedError(f"the volume has no other node {claim.node}")
+        _check_speaker(claim.node, speaks)
         self._believe(why_incredible(self._local.record(), claim.epoch))
         with self._local.lock:
             begins = self._judge(claim, call)
@@ -211,8 +228,15 @@ class NodeCalls:
 
     # --- maps ---
 
-    def dirty(self) -> bytes:
-        """Return all regions that this node names towards any other one."""
+    def dirty(self, speaks: Speaks = with_key) -> bytes:
+        """
+        Return all regions that this node names towards any other one.
+
+        Raises:
+            RefusedError: no node asks.
+        """
+        if all(speaks(other) for other in self._local.others):
+            raise RefusedError(speaks(self._local.others[0]))
         found = b""
         for other in self._local.others:
             found = union(found, self._local.marks(other))
@@ -220,10 +244,11 @@ class NodeCalls:
 
     # --- calls ---
 
-    def meta(self, words: bytes) -> bytes:
+    def meta(self, words: bytes, speaks: Speaks = with_key) -> bytes:
         """Answer a call; any bytes may come, and a refusal is an answer."""
         try:
             message = wire.decode_call(words)
+            _check_speaker(message.sender, speaks)
             answer = self._answer(message)
         except RefusedError as error:
             answer = self._reply(ok=False, why=error.why, hint=error.hint)
@@ -403,6 +428,15 @@ class NodeCalls:
     def _believe(self, why_not: str) -> None:
         if why_not:
             raise RefusedError(why_not, "use the same configuration on all nodes")
+
+
+def _check_speaker(node: str, speaks: Speaks) -> None:
+    why_not = speaks(node)
+    if why_not:
+        raise RefusedError(
+            f"a call of {node}: {why_not}",
+            "a certificate needs the node's name, or the host of its address",
+        )
 
 
 def _met(record: NodeRecord, other: str, now: int) -> NodeRecord:

@@ -2,9 +2,10 @@
 """
 Calls of this node to the other ones.
 
-TLS proves that the other end belongs to the volume, and nothing more, because all nodes
-have one key. So each answer is checked for the name and the id of the node that was
-called. A node whose id is not known yet is taken as it is: the handshake stores it.
+A shared key proves that the other end belongs to the volume, and nothing more. A
+certificate also proves which node it is. In both cases each answer is checked for the
+name and the id of the node that was called. A node whose id is not known yet is taken
+as it is: the handshake stores it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from ..base.errors import (
     FormatError,
     MirrorError,
     RemoteError,
-    UnsupportedError,
     WrongDiskError,
 )
 from ..rules.claim import Claim, format_claim
@@ -64,18 +64,22 @@ def node_uri(config: VolumeConfig, name: str, export: str) -> str:
     """
     Return the URI of an export of another node.
 
-    Raises:
-        UnsupportedError: the nodes have certificates instead of a key.
+    With certificates the URI names the node, and C checks that the certificate is of
+    that name, or of the host of its address (csrc/wire/tls_identity.c).
     """
     node = next(one for one in config.nodes if one.name == name)
     tls, path = config.tls, quote(export, safe="")
     if tls is None or not tls.on:
         return f"nbd://{node.address}/{path}"
     if tls.key is None:
-        raise UnsupportedError(
-            "this version connects nodes with a shared key, not with certificates",
-            "put key = PATH into the [tls] table, and nbd-mirror key CONFIG",
-        )
+        files = {
+            "tls-certificate-file": tls.certificate,
+            "tls-key-file": tls.private_key,
+            "tls-ca-file": tls.ca,
+            "tls-name": name,
+        }
+        words = "&".join(f"{key}={quote(text or '')}" for key, text in files.items())
+        return f"nbds://{node.address}/{path}?{words}"
     user, key = quote(config.name, safe=""), quote(tls.key, safe="/")
     return f"nbds://{user}@{node.address}/{path}?tls-psk-file={key}"
 

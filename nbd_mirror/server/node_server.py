@@ -235,13 +235,19 @@ class NodeControl:
             server.refuse(call, text)
 
     def _take(self, server: Server, call: Call) -> None:
+        names = {node.name: node.names for node in self._config.others}
+
+        def speaks(node: str) -> str:
+            # A name that no node has is refused later, with its own reason.
+            return server.why_not_of(call, names[node]) if node in names else ""
+
         match call.kind:
             case CallKind.CLAIM:
-                self.calls.claim(call.text, call, lambda: server.answer(call))
+                self.calls.claim(call.text, call, lambda: server.answer(call), speaks)
             case CallKind.META:
-                server.answer(call, self.calls.meta(call.words))
+                server.answer(call, self.calls.meta(call.words, speaks))
             case CallKind.DIRTY:
-                server.answer(call, self.calls.dirty())
+                server.answer(call, self.calls.dirty(speaks))
             case CallKind.SESSION_ENDED:
                 self.calls.session_ended(call.text, clean=call.clean)
         self._say_who_is_primary()

@@ -311,12 +311,6 @@ def check_nodes(config: VolumeConfig) -> None:
             "version serves two nodes",
             "two [[node]] tables, and a [[remote]] table for each further copy",
         )
-    if config.nodes and config.tls is not None and config.tls.certificate is not None:
-        raise UnsupportedError(
-            f"volume {config.name} has certificates for its nodes: this version "
-            "connects nodes by a shared key",
-            'key = "PATH" in the [tls] table, then nbd-mirror key CONFIG',
-        )
 
 
 def _line(source: Path, text: str) -> str:

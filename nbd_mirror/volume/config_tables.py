@@ -101,6 +101,11 @@ class NodeConfig(BaseModel):
     max_clients: MaxClients | None = None
     max_memory: MaxMemory | None = None
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What its certificate may be of: its name, or the host of its address."""
+        return self.name, self.address.place[0]
+
     def own(self) -> dict[str, Any]:
         """Return the volume's keys that this node has values of its own for."""
         keys = self.model_fields_set - {"name", "address", "deadline"}

@@ -4,8 +4,8 @@ The calls between nodes: one JSON object each way, over the export NAME.meta.
 
 A call says which versions its sender speaks, and the answer is in the highest one that
 both do. Today there is version 1. Both carry the name and the id of their sender, and
-the name of the node that they are meant for. TLS proves only that the sender belongs to
-the volume, because all nodes have one key.
+the name of the node that they are meant for. A shared key
+proves only that the sender belongs to the volume; a certificate must be the sender's.
 
 The other node may be hostile or broken. So a decoder takes any bytes, and raises
 nothing but FormatError. Keys that it does not know are ignored, so a later release may

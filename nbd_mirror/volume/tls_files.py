@@ -28,8 +28,10 @@ from ..base.errors import (
 from ..base.files import place_file, user_name
 from ..base.hints import quote
 from .config import VolumeConfig
+from .model import TlsFiles
+from .offline import load_core
 
-__all__ = ["check_tls", "make_key"]
+__all__ = ["check_own_certificate", "check_tls", "make_key"]
 
 KEY_BYTES = 32
 _LEAST_BYTES, _MOST_BYTES = 16, 64
@@ -61,6 +63,37 @@ def check_tls(config: VolumeConfig) -> str:
     return ""
 
 
+def check_own_certificate(config: VolumeConfig) -> str:
+    """
+    Check a node's certificate as the other nodes will: its purposes, names and issuer.
+
+    Call it after `check_tls`.
+
+    Returns:
+        What to tell the user, or "". A time that is wrong stops no start: the node may
+        have to serve all the same, and the host's clock may be the fault.
+    Raises:
+        AccessError: the other nodes will refuse it.
+    """
+    tls, own = config.tls, [one for one in config.nodes if one.name == config.node]
+    if tls is None or tls.certificate is None or not own:
+        return ""
+    files = TlsFiles(None, tls.certificate, tls.private_key, tls.ca)
+    try:
+        late: str = load_core().check_certificate(files, own[0].names)
+    except AccessError as error:
+        raise AccessError(f"certificate = {error.message.strip()}", _NEEDS) from None
+    if not late:
+        return ""
+    return (
+        f"certificate = {late.strip()} The other nodes refuse it until it is renewed."
+    )
+
+
+_NEEDS = (
+    "a certificate signed by `ca`, for servers and for clients, with the node's name "
+    "or the host of its address as subjectAltName"
+)
 _COPY_KEY = (
     "copy the file from another node; or, on the first one, nbd-mirror key CONFIG"
 )

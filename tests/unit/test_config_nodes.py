@@ -183,15 +183,6 @@ def test_two_nodes_are_served_and_three_refused(file: Path) -> None:
                 check(volume)
 
 
-def test_nodes_with_certificates_are_refused(file: Path) -> None:
-    """Before anything is made: such nodes could not connect to each other."""
-    three = 'certificate = "a.pem"\nprivate_key = "a.key"\nca = "ca.pem"'
-    file.write_text(GOOD.replace('key = "pg.key"', three))
-    for check in (check_nodes, to_params):
-        with pytest.raises(UnsupportedError, match="connects nodes by a shared key"):
-            check(load(file, "alpha"))
-
-
 def test_start_alone_is_a_time_of_the_volume(file: Path) -> None:
     """It is off by default, and the same on all nodes."""
     assert load(file, "alpha").start_alone == 0

@@ -21,7 +21,7 @@ from .log import (
     write_text,
 )
 from .node_calls import CALL_LEN, TEXT_LEN, Call, CallKind, ListenerKind, call, fetch
-from .server import Server
+from .server import Server, check_certificate
 from .state import create, fault_points, peek, peek_logs, peek_map, reach
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Server",
     "bound_log",
     "call",
+    "check_certificate",
     "create",
     "fault_points",
     "fetch",

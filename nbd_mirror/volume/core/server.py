@@ -6,10 +6,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ...base.threads import no_thread
 from ..model import TlsFiles
-from .boundary import c_text, check, ffi, lib, whole_ms
+from .boundary import c_text, check, ffi, lib, text_of, whole_ms
 from .engine import Engine
 from .node_calls import TEXT_LEN, Call, ListenerKind, make_call
 
@@ -17,6 +18,44 @@ from .node_calls import TEXT_LEN, Call, ListenerKind, make_call
 def _bounded(text: str) -> bytes:
     """Encode a text for another node without cutting a character."""
     return c_text(text)[:TEXT_LEN].decode(errors="ignore").encode()
+
+
+def _c_files(files: TlsFiles) -> tuple[Any, list[Any]]:
+    """Make a struct nbdm_tls; the list keeps its strings alive for the call."""
+    paths = (files.psk, files.certificate, files.private_key, files.ca)
+    texts = [
+        ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
+        for path in paths
+    ]
+    tls = ffi.new("struct nbdm_tls *")
+    tls.psk, tls.certificate, tls.private_key, tls.ca = texts
+    return tls, texts
+
+
+def _c_names(names: Sequence[str]) -> tuple[Any, list[Any]]:
+    """Make an array of names; the list keeps them alive for the call."""
+    texts = [ffi.new("char[]", name.encode()) for name in names]
+    return ffi.new("char *[]", texts), texts
+
+
+def check_certificate(files: TlsFiles, names: Sequence[str]) -> str:
+    """
+    Check a node's own certificate as the other nodes will.
+
+    Args:
+        names: it must have one of these: the node's name first, its address last.
+    Returns:
+        "", or that only its time is wrong.
+    Raises:
+        MirrorError: the other nodes will refuse it, or a file cannot be used.
+    """
+    tls, _files = _c_files(files)
+    with_names, alive = _c_names(names)
+    rc = lib.nbdm_tls_check(tls, with_names, len(alive))
+    if rc == -errno.ETIME:
+        return text_of(lib.nbdm_last_error())
+    check(rc, "TLS")
+    return ""
 
 
 class Server:
@@ -59,13 +98,7 @@ class Server:
         Raises:
             MirrorError: a file is missing or wrong, or others may read a secret.
         """
-        paths = (files.psk, files.certificate, files.private_key, files.ca)
-        texts = [
-            ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
-            for path in paths
-        ]
-        tls = ffi.new("struct nbdm_tls *")
-        tls.psk, tls.certificate, tls.private_key, tls.ca = texts
+        tls, _alive = _c_files(files)
         check(lib.nbdm_server_tls(self._handle, listener, tls), "TLS")
 
     def set_listener(self, listener: int, kind: ListenerKind, text: str = "") -> None:
@@ -135,6 +168,20 @@ class Server:
             return False
         check(rc, "answer a call")
         return True
+
+    def why_not_of(self, call: Call, names: Sequence[str]) -> str:
+        """
+        Say why a call is not of the node with these *names*; before its answer.
+
+        Returns:
+            "": it is, or no certificate tells, or the other node has left.
+        """
+        with_names, alive = _c_names(names)
+        rc = lib.nbdm_server_proves(self._handle, call.number, with_names, len(alive))
+        if rc != 0:
+            return ""
+        has = text_of(lib.nbdm_last_error())
+        return f"its certificate is not of {names[0]}: the certificate's names: {has}"
 
     def fence(self, timeout_s: float, keep: Call | None = None) -> int:
         """

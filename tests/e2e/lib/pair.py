@@ -47,6 +47,8 @@ class Node:
         self.socket = pair.folder / f"{name}.sock"
         self.uri = f"nbd+unix:///?socket={self.socket}"
         self.log_path = pair.folder / "none"
+        # The files of X.509, NAME-cert.pem and so on, are each host's own.
+        self.tls_folder = pair.folder / f"{name}.tls"
         self._inside = list(inside)
         self._serves = 0
         self._server: subprocess.Popen[bytes] | None = None
@@ -62,13 +64,20 @@ class Node:
             f'listen = "unix:{self.socket}"\n'
         )
 
+    @property
+    def config(self) -> Path:
+        """The file that its host has."""
+        if self.pair.certificates:
+            return self.pair.folder / f"{self.name}.toml"
+        return self.pair.config
+
     # --- commands ---
 
     def cli(
         self, word: str, *words: str, check: bool = True, timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run `nbd-mirror WORD CONFIG WORDS...` on this node's host."""
-        config = str(self.pair.config)
+        config = str(self.config)
         done = self.pair.processes.run(
             [*self._inside, *command(), word, config, *words, "--node", self.name],
             env={"PYTHONPATH": str(support.ROOT), "COLUMNS": "200"},
@@ -93,7 +102,7 @@ class Node:
         folder = self.pair.processes.log_dir
         self.log_path = folder / f"{self.name}.{self._serves}.log"
         shell = ["/bin/sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self.log_path)]
-        words = ["serve", str(self.pair.config), "--foreground", "--node", self.name]
+        words = ["serve", str(self.config), "--foreground", "--node", self.name]
         self._server = self.pair.processes.start(
             [*self._inside, *shell, *command(), *words],
             env={"PYTHONPATH": str(support.ROOT)},
@@ -189,6 +198,7 @@ class Pair:
     Args:
         hosts: an address, and the words that run a command there, of each node.
         tls: the nodes authenticate each other by a key.
+        certificates: by certificates instead, in each node's `tls_folder`.
         keys: of the configuration, in addition.
     """
 
@@ -200,6 +210,7 @@ class Pair:
         size: int = 16 * MIB,
         hosts: Sequence[tuple[str, Sequence[str]]] = (("127.0.0.1", ()),) * 2,
         tls: bool = True,
+        certificates: bool = False,
         **keys: str,
     ) -> None:
         self.folder = folder
@@ -208,6 +219,7 @@ class Pair:
         self.config = folder / "pg.toml"
         self.key = folder / "pg.key"
         self.tls = tls
+        self.certificates = certificates
         self.keys = {"hold": "200ms", "late_write_window": "300ms", **keys}
         self.alpha, self.beta = (
             Node(self, name, host, inside)
@@ -221,17 +233,26 @@ class Pair:
         return self.alpha, self.beta
 
     def write_config(self) -> None:
-        """Write the file that both nodes have."""
+        """Write the file that both nodes have, or with certificates each its own."""
         lines = ['name = "pg"', f"size = {self.size}"]
         lines += [f'{key} = "{value}"' for key, value in self.keys.items()]
         lines += [] if self.tls else ['tls = "off"']
         tls = f'[tls]\nkey = "{self.key}"\n' if self.tls else ""
         tables = "".join(node.table for node in self.nodes)
         self.config.write_text("\n".join(lines) + f"\n{tables}{tls}")
+        if self.certificates:
+            for node in self.nodes:
+                files = (
+                    f'certificate = "{node.tls_folder}/{node.name}-cert.pem"\n'
+                    f'private_key = "{node.tls_folder}/{node.name}-key.pem"\n'
+                    f'ca = "{node.tls_folder}/ca-cert.pem"\n'
+                )
+                head = "\n".join(lines)
+                node.config.write_text(f"{head}\n{tables}[tls]\n{files}")
 
     def set_up(self) -> None:
         """Make the key, and create and serve both nodes."""
-        if self.tls:
+        if self.tls and not self.certificates:
             self.alpha.cli("key")
         for node in self.nodes:
             node.cli("create")

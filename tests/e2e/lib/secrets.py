@@ -5,10 +5,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Protocol
 
-from e2e.lib.harness import Site
+import support
 
-__all__ = ["make_ca", "make_key", "sign"]
+__all__ = ["Place", "make_ca", "make_key", "sign", "sign_node"]
+
+
+class Place(Protocol):
+    """Where certtool works: a Site, or a Pair."""
+
+    folder: Path
+    processes: support.Processes
 
 
 def make_key(path: Path, user: str, key: str) -> Path:
@@ -19,13 +27,13 @@ def make_key(path: Path, user: str, key: str) -> Path:
     return path
 
 
-def _certtool(site: Site, template: str, *words: str) -> None:
+def _certtool(site: Place, template: str, *words: str) -> None:
     path = site.folder / "template"
     path.write_text(template)
     site.processes.run(["certtool", "--template", str(path), *words])
 
 
-def make_ca(site: Site, folder: Path) -> None:
+def make_ca(site: Place, folder: Path) -> None:
     """Make the key and the certificate of a CA in *folder*."""
     folder.mkdir(exist_ok=True)
     key = str(folder / "ca-key.pem")
@@ -41,7 +49,7 @@ def make_ca(site: Site, folder: Path) -> None:
 
 
 def sign(
-    site: Site, ca: Path, folder: Path, kind: str, *lines: str, purpose: str = ""
+    site: Place, ca: Path, folder: Path, kind: str, *lines: str, purpose: str = ""
 ) -> None:
     """
     Make *kind*'s key and certificate in *folder*, signed by the CA in *ca*.
@@ -65,3 +73,16 @@ def sign(
     )
     if ca != folder:
         shutil.copy(ca / "ca-cert.pem", folder / "ca-cert.pem")
+
+
+def sign_node(
+    site: Place,
+    ca: Path,
+    folder: Path,
+    node: str,
+    *lines: str,
+    purpose: str = "tls_www_client\ntls_www_server",
+) -> None:
+    """Make *node*'s key and certificate in *folder*: NAME-key.pem, NAME-cert.pem."""
+    sign(site, ca, folder, node, *lines, purpose=purpose)
+    (folder / f"{node}-key.pem").chmod(0o600)
