@@ -22,62 +22,38 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 from ..base.errors import BusyError, MirrorError, RoleError
 from ..rules.generation import NO_DATA, create, share
-from ..rules.node_handshake import decide
-from ..rules.node_side import Action, Crash, Role, Side
-from ..rules.promotion import (
-    Answer,
-    Contact,
-    Standing,
-    Verdict,
-    may_hand_over,
-    may_promote,
-    may_resume,
-)
+from ..rules.node_side import Role, Side
+from ..rules.promotion import Answer, Verdict, may_promote
 from ..rules.state import RemoteState
 from ..volume.config import GRANT_VARIABLE, HAND_OVER_VARIABLE
 from ..volume.node_record import NodeRecord
 from .node_calls import Fence, NodeCalls
+from .node_handover import HandOver, Means
 from .node_local import LocalNode, Term, announced, term_of
 from .node_others import Others
+from .node_standing import (
+    Met,
+    Promotion,
+    check_resumed,
+    content_of,
+    standing_of,
+    was_primary,
+    why_not_resume,
+)
 
 __all__ = [
     "GRANT_VARIABLE",
     "HAND_OVER_VARIABLE",
     "NodeRole",
-    "Promotion",
-    "contact_of",
-    "standing_of",
 ]
 
 RESUME_S = 1.0  # between two attempts to resume
 MEET_S = 5.0  # between two meetings of a secondary that no primary writes to
-HAND_OVER_S = 15.0  # then a demoted node takes its role back
-HAND_OVER_REST_S = 0.2
 FENCE_S = 10.0  # of a promotion
-
-
-class Promotion(Enum):
-    """Why a node is promoted."""
-
-    ASKED = "asked"  # by an operator, without force
-    FORCED = "forced"
-    RESUMED = "resumed"  # it was primary last
-    ALONE = "alone"  # the same, and start_alone is over
-    TOKEN = "token"  # noqa: S105  # the last primary handed it the role
-
-
-@dataclass(frozen=True, slots=True)
-class _Met:
-    """What all nodes show now; a side is None if its node cannot be reached."""
-
-    record: NodeRecord
-    sides: Mapping[str, tuple[Side, Side] | None]
-    errors: Mapping[str, str]
 
 
 class NodeRole:
@@ -115,14 +91,18 @@ class NodeRole:
         self._leave = leave
         self._log = log
         self._start_alone_s = start_alone_s
-        self._hand_over = hand_over
         self._clock = clock
         self._fresh = fresh
         self._started = clock()
         self._wake = threading.Event()
         # One change of role at a time; taken before the node's lock.
         self._acting = threading.Lock()
-        self._token: tuple[int, Term] | None = None
+        self._handover = HandOver(
+            local,
+            others,
+            hand_over,
+            Means(self._promote, self._wait_because, log, clock),
+        )
         self._overruled_by = ""  # the later primary for which this one steps down
         self._demoting = False
         # What status shows; only whole values are stored.
@@ -148,13 +128,12 @@ class NodeRole:
             if self._overruled_by:
                 self._step_down()
             return MEET_S
-        if self._token is not None:
-            self._take_over()
-            return RESUME_S
-        if self._hand_over:
-            return self._give()
+        if self._handover.token is not None:
+            return self._handover.take_over()
+        if self._handover.to:
+            return self._handover.give()
         record = local.record()
-        if _was_primary(record):
+        if was_primary(record):
             self._resume()
             return RESUME_S
         self.waits = ("", "")
@@ -164,7 +143,7 @@ class NodeRole:
 
     def take_token(self, generation: int, term: Term) -> None:
         """Have the thread take the role of a primary that demoted itself."""
-        self._token = (generation, term)
+        self._handover.token = (generation, term)
         self.wake()
 
     def overrule(self, later: str) -> None:
@@ -189,7 +168,7 @@ class NodeRole:
         with self._acting:
             self._check_free(primary=False)
             met = self._meet_all()
-            if token not in (None, _content_of(met.record)):
+            if token not in (None, content_of(met.record)):
                 raise RoleError("the token is of another generation or promotion")
             self._require(kind, met)
             known = [one[1].epoch for one in met.sides.values() if one]
@@ -208,7 +187,7 @@ class NodeRole:
         self._leave({GRANT_VARIABLE: str(epoch)})
         return epoch
 
-    def _ask_and_store(self, kind: Promotion, met: _Met, term: Term) -> None:
+    def _ask_and_store(self, kind: Promotion, met: Met, term: Term) -> None:
         local = self._local
         local.reach("promote_asked")
         now = dict(met.sides)
@@ -237,7 +216,7 @@ class NodeRole:
             raise RoleError(f"{record.leader} is promoted in epoch {record.epoch}")
         # Before `asks` was set this node may have consented to another promotion, of
         # the same epoch and a name that comes first. Its proof is void then.
-        if _content_of(record) != _content_of(judged):
+        if content_of(record) != content_of(judged):
             raise RoleError(
                 f"{record.leader} was promoted in epoch {record.epoch} in the meantime"
                 if term_of(record) != term_of(judged)
@@ -259,11 +238,11 @@ class NodeRole:
         )
 
     def _require(
-        self, kind: Promotion, met: _Met, consented: Term | None = None
+        self, kind: Promotion, met: Met, consented: Term | None = None
     ) -> None:
         """Raise RoleError unless the rules allow the promotion."""
         if kind in (Promotion.RESUMED, Promotion.ALONE):
-            reason = self._why_not_resume(met, alone=kind is Promotion.ALONE)
+            reason = why_not_resume(met, alone=kind is Promotion.ALONE)
             # The consents have made the term of the others that of this promotion.
             if reason and consented is None:
                 raise RoleError(*reason)
@@ -271,7 +250,7 @@ class NodeRole:
                 return
         verdict = self.verdict(met, token=kind is Promotion.TOKEN)
         if kind is Promotion.RESUMED and consented is not None:
-            self._check_resumed(met, consented)
+            check_resumed(met, consented)
             return
         if verdict.answer is Answer.NO:
             primary = any(
@@ -288,17 +267,7 @@ class NodeRole:
                 "nbd-mirror promote CONFIG --force",
             )
 
-    def _check_resumed(self, met: _Met, term: Term) -> None:
-        for name, one in met.sides.items():
-            if one is None:
-                continue
-            later = one[1].role is Role.PRIMARY or one[1].term > term
-            plan = decide(*one)
-            ready = plan.action is Action.IN_SYNC or plan.source == met.record.node
-            if later or not ready:
-                raise RoleError(f"{name} has changed in the meantime: {plan.row}")
-
-    def verdict(self, met: _Met | None = None, *, token: bool = False) -> Verdict:
+    def verdict(self, met: Met | None = None, *, token: bool = False) -> Verdict:
         """Say whether this node may be promoted, by what all nodes show."""
         met = met or self._known()
         local = self._local
@@ -309,7 +278,7 @@ class NodeRole:
 
     # --- what the others show ---
 
-    def _meet_all(self) -> _Met:
+    def _meet_all(self) -> Met:
         record = self._local.record()
         sides: dict[str, tuple[Side, Side] | None] = {}
         errors = {}
@@ -319,9 +288,9 @@ class NodeRole:
                 sides[name] = (mine, side)
             except MirrorError as error:
                 sides[name], errors[name] = None, str(error)
-        return _Met(record, sides, errors)
+        return Met(record, sides, errors)
 
-    def _known(self) -> _Met:
+    def _known(self) -> Met:
         """Return what the nodes showed last, without asking them."""
         contacts = self._others.contacts
         sides: dict[str, tuple[Side, Side] | None] = {}
@@ -329,7 +298,7 @@ class NodeRole:
             contact = contacts.get(name)
             side = contact.side if contact else None
             sides[name] = (self._local.side(name), side) if side else None
-        return _Met(self._local.record(), sides, {})
+        return Met(self._local.record(), sides, {})
 
     # --- the start ---
 
@@ -348,24 +317,6 @@ class NodeRole:
         if self.waits[0] != why:
             self._log("warning", f"node {self._local.record().node}: waits: {why}")
         self.waits = (why, hint)
-
-    def _why_not_resume(self, met: _Met, *, alone: bool) -> tuple[str, str] | None:
-        """Return why the last primary does not resume, and a hint; None: it does."""
-        if not _was_primary(met.record):
-            return "another node was promoted since", ""
-        for name, one in met.sides.items():
-            if one is None:
-                if alone:
-                    continue
-                return (
-                    f"{name} may have been promoted, and cannot be asked: "
-                    f"{met.errors.get(name, '')}",
-                    "nbd-mirror promote CONFIG --force, if it was not",
-                )
-            if may_resume(*one):
-                continue
-            return _why_waits(name, *one)
-        return None
 
     # --- demotion ---
 
@@ -484,54 +435,6 @@ class NodeRole:
         local.change(lambda record: replace(record, role=Role.SECONDARY))
         local.reach("demote_stored")
 
-    # --- switchover, after the demotion ---
-
-    def _give(self) -> float:
-        """Give the token to the other node, or take the role back in the end."""
-        target, local = self._hand_over, self._local
-        record = local.record()
-        if record.leader != record.node:
-            self._hand_over = ""  # the other node is promoted
-            return 0.0
-        if self._clock() - self._started > HAND_OVER_S:
-            self._take_back(target)
-            return RESUME_S
-        try:
-            mine, side, _ = self._others.meet(target)
-            if not may_hand_over(mine, side):
-                raise RoleError(
-                    f"{target} cannot take the role: {decide(mine, side).row}"
-                )
-            local.reach("handover_met")
-            local.change(lambda record: _handed(record, mine, target))
-            local.reach("handover_stored")
-            self._others.token(target, mine.generation, mine.term)
-            local.reach("token_sent")
-        except MirrorError as error:
-            self._wait_because(
-                f"its role goes to {target}: {error.message}", error.hint
-            )
-        return HAND_OVER_REST_S
-
-    def _take_back(self, target: str) -> None:
-        """End a switchover that does not come about; both nodes must agree to it."""
-        self._hand_over = ""
-        self._log("warning", f"node {target} did not take the role within the time")
-        try:
-            self._promote(Promotion.ASKED)
-        except MirrorError as error:
-            self._wait_because(error.message, error.hint)
-
-    def _take_over(self) -> None:
-        """Take the role that the token is good for."""
-        token, self._token = self._token, None
-        try:
-            self._promote(Promotion.TOKEN, token)
-        except MirrorError as error:
-            self._wait_because(
-                f"the role was handed to it: {error.message}", error.hint
-            )
-
     def _check_free(self, *, primary: bool) -> None:
         with self._local.lock:
             if self._local.leaving or self._local.asks:
@@ -540,80 +443,3 @@ class NodeRole:
                 raise RoleError("this node is primary already")
             if primary and not self._local.primary:
                 raise RoleError("this node is secondary already")
-
-
-def contact_of(name: str, sides: tuple[Side, Side] | None) -> Contact:
-    """Return another node as `may_promote` judges it; None: it cannot be reached."""
-    if sides is None:
-        return Contact(name)
-    mine, side = sides
-    plan = decide(mine, side)
-    waits = mine.generation == side.generation == NO_DATA  # for the first promotion
-    # A primary that answers counts even if the two nodes would stop: it serves.
-    connected = plan.action is not Action.STOP or waits or side.role is Role.PRIMARY
-    return Contact(
-        name,
-        connected=connected,
-        role=side.role,
-        has_data=side.generation != NO_DATA,
-    )
-
-
-def standing_of(
-    record: NodeRecord,
-    side: Side,
-    sides: Mapping[str, tuple[Side, Side] | None],
-    *,
-    behind: bool,
-    token: bool,
-) -> Standing:
-    """Return this node as `may_promote` judges it."""
-    targets = [
-        decide(*one).target == record.node for one in sides.values() if one is not None
-    ]
-    return Standing(
-        has_data=record.lineage.generation != NO_DATA,
-        behind=behind or (record.lineage.generation != NO_DATA and any(targets)),
-        inconsistent=record.inconsistent,
-        missed=side.missed,
-        lost_power=record.crash is Crash.HOST and side.doubts > 0,
-        token=token,
-        others=tuple(contact_of(name, one) for name, one in sides.items()),
-    )
-
-
-def _content_of(record: NodeRecord) -> tuple[int, Term]:
-    """Return what a promotion's proof is about: generation and latest promotion."""
-    return record.lineage.generation, term_of(record)
-
-
-def _was_primary(record: NodeRecord) -> bool:
-    """Tell whether the node was primary last, and neither demoted nor handed over."""
-    last = record.role is Role.PRIMARY and record.leader == record.node
-    return last and not record.handed and record.lineage.generation != NO_DATA
-
-
-def _handed(record: NodeRecord, mine: Side, target: str) -> NodeRecord:
-    if (record.lineage.generation, term_of(record)) != (mine.generation, mine.term):
-        raise RoleError("another node was promoted in the meantime")
-    return replace(record, handed=target)
-
-
-def _why_waits(name: str, mine: Side, side: Side) -> tuple[str, str]:
-    """Return why *mine* does not resume now that it has met *side*."""
-    plan = decide(mine, side)
-    if side.role is Role.PRIMARY:
-        return f"{name} is primary since epoch {side.epoch}", ""
-    if side.term > mine.term and side.leader != mine.node:
-        return (
-            f"{side.leader} was promoted in epoch {side.epoch}, after this node",
-            "nbd-mirror promote CONFIG (on the node that is to serve)",
-        )
-    if plan.action is Action.STOP:
-        return plan.reason, plan.hint
-    if plan.target == mine.node:
-        return (
-            f"{name} has the better copy, as this host went down with its cache",
-            f"nbd-mirror promote CONFIG (on {name})",
-        )
-    return f"this node's disk misses {mine.missed} regions", ""

@@ -51,7 +51,7 @@ def test_a_token_is_void_once_its_giver_is_promoted(
     """Beta takes its role, asks alpha, consents to alpha, and gets no answer."""
     world.alpha.role._close({HAND_OVER_VARIABLE: "beta"})
     world.alpha.turn()
-    assert world.beta.role._token is not None
+    assert world.beta.role._handover.token is not None
 
     def taken_back() -> None:
         assert world.alpha.order("promote", force=False) == ""

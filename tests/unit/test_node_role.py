@@ -21,11 +21,11 @@ from unit.volumes import make_params
 from nbd_mirror.base.errors import AccessError, MirrorError, RemoteError, RoleError
 from nbd_mirror.rules.node_side import Role
 from nbd_mirror.server.node_calls import NodeCalls, Wishes
+from nbd_mirror.server.node_handover import HAND_OVER_S
 from nbd_mirror.server.node_local import LocalNode
 from nbd_mirror.server.node_others import Others, Wire
 from nbd_mirror.server.node_role import (
     GRANT_VARIABLE,
-    HAND_OVER_S,
     HAND_OVER_VARIABLE,
     NodeRole,
 )
