@@ -29,6 +29,7 @@ __all__ = [
     "become_subreaper",
     "cpu_s",
     "end",
+    "freeze",
     "kill_marked",
     "marked_processes",
     "requires",
@@ -40,6 +41,22 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKER = "NBD_MIRROR_TEST_SESSION"
 CANNOT_RUN = "cannot run here: "
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def freeze(pid: int) -> None:
+    """
+    Stop a process with SIGSTOP; return once none of its threads runs.
+
+    They stop one after another. On a busy machine a thread still answers a request that
+    comes after the signal.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: _is_frozen(pid), f"process {pid} to freeze")
+
+
+def _is_frozen(pid: int) -> bool:
+    stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def requires(fact: bool, otherwise: str) -> None:

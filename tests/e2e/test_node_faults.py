@@ -113,7 +113,7 @@ def overtaken(pair: Pair, faulty: Node, fault: str) -> None:
     pair.alpha.write(0, FIRST)
     pair.beta.stop()
     pair.beta.serve("promote_stored=kill")
-    os.kill(pair.alpha.pid, signal.SIGSTOP)
+    support.freeze(pair.alpha.pid)
     ask(pair.beta, "promote", force=True)
     assert pair.beta.ended() == -signal.SIGKILL
     os.kill(pair.alpha.pid, signal.SIGCONT)

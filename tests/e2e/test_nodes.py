@@ -120,7 +120,7 @@ def test_no_role_is_given_to_a_node_that_hangs(pair: Pair) -> None:
     """Its session is up for seconds yet; without the primary, no node would serve."""
     pair.bring_up()
     pair.alpha.write(MIB, CONTENT)
-    os.kill(pair.beta.pid, signal.SIGSTOP)
+    support.freeze(pair.beta.pid)
     with pytest.raises(RoleError, match="beta does not answer"):
         pair.alpha.ask("switchover", node=None)
     assert pair.alpha.read(MIB, len(CONTENT)) == CONTENT
@@ -149,7 +149,7 @@ def test_a_primary_that_hung_gives_way(pair: Pair) -> None:
     """Beta was forced beside it. It has no write that beta lacks: its door closes."""
     pair.bring_up()
     pair.alpha.write(MIB, CONTENT)
-    os.kill(pair.alpha.pid, signal.SIGSTOP)
+    support.freeze(pair.alpha.pid)
     pair.beta.ask("promote", force=True)
     pair.beta.wait_role("primary")
     pair.beta.write(2 * MIB, CONTENT)

@@ -218,7 +218,7 @@ def test_status_of_a_server_that_hangs_is_what_the_logs_say(site: Site) -> None:
     """It holds the volume and answers nothing: the process is named."""
     site.bring_up()
     pid = site.pid
-    os.kill(pid, signal.SIGSTOP)
+    support.freeze(pid)
     try:
         shown = json.loads(site.cli("status", "--json", str(site.config)).stdout)
         for command in ("serve", "stop"):

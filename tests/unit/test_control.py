@@ -105,7 +105,7 @@ def test_open_files_of_a_server_keep_no_command(tmp_path: Path, when: str) -> No
         client = listener.accept()[0]
         kept.append(client)
         peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        os.kill(struct.unpack("3i", peer)[0], signal.SIGSTOP)
+        support.freeze(struct.unpack("3i", peer)[0])
         if when == "behind":
             client.sendall(answer)
         flags = socket.MSG_OOB if when == "urgent" else 0

@@ -24,7 +24,8 @@ from nbd_mirror.rules.node_identity import Known
 from nbd_mirror.rules.node_side import Crash, Plan, Role, Side
 from nbd_mirror.rules.promotion import Answer, Standing, Verdict
 
-pytestmark = pytest.mark.slow
+# The time is that of an exploration on a busy machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SMALL = Budget(writes=1, cuts=1, crashes=1, orders=1, forces=1)
 

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
 GUEST = Path(__file__).with_name("guest_main.py")
 # Of the guest. Much more than it takes on two idle cores: what takes long there is
 # starting Python a dozen times, and an emulated CPU suffers most from neighbours.
-DEADLINE_S = 540
+DEADLINE_S = 900
 
 
 def remote_of(results: dict[str, str], name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vm.vm import run_in_vm
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
 
 GUEST = Path(__file__).with_name("guest_kill.py")
-DEADLINE_S = 540
+DEADLINE_S = 900
 ROUNDS = 3
 
 

@@ -31,7 +31,7 @@ from vm.vm import run_in_vm
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vm")]
 
 GUEST = Path(__file__).with_name("guest_power.py")
-DEADLINE_S = 540
+DEADLINE_S = 900
 STEPS = 25
 # The kernel's own last mark, when the device is removed.
 END = "dm-log-writes-end"

@@ -124,7 +124,7 @@ class FuseDisk:
     def hang(self) -> None:
         """Have it answer nothing; a process that waits for it can be killed."""
         assert self._nbdfuse is not None
-        self._nbdfuse.send_signal(signal.SIGSTOP)
+        support.freeze(self._nbdfuse.pid)
 
     def go_on(self) -> None:
         """Have it carry out the requests that came while it hung."""

@@ -125,17 +125,8 @@ class Secondary:
 
     def freeze(self) -> None:
         """Stop it from running, its connections stay open (SIGSTOP)."""
-        self._signal(signal.SIGSTOP)
-        support.wait_until(self._is_frozen, f"{self.name} to freeze")
-
-    def _is_frozen(self) -> bool:
-        """Tell whether every thread has stopped: they do so one after another."""
-        stats = [
-            stat.read_text()
-            for pid in self.pids()
-            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
-        ]
-        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+        for pid in self.pids():
+            support.freeze(pid)
 
     def revive(self) -> None:
         """
