@@ -27,6 +27,8 @@ _COMMAND = re.compile(
     rf"(?P<user>sudo (?:-u \S+ )?)?nbd-mirror (?P<command>[a-z]+) CONFIG(?![\w./-])"
     rf"(?P<options>(?: {_OPTION})*)"
 )
+# Behind a command that is for another host: "(on beta)", "(on the primary)".
+_ELSEWHERE = re.compile(r" \(on (?:(?P<node>[^ )]+)\)|the )")
 _EXCLUSIVE = {"--force", "--without-local"}
 
 
@@ -60,12 +62,14 @@ class Asked:
         anywhere: another name of it that means the same to any user.
         command: the user's, or "".
         options: those that the user gave, by their names, such as "--door".
+        node: the end of *config* and *anywhere* that names this host's node, or "".
     """
 
     config: str
     anywhere: str
     command: str = ""
     options: Mapping[str, str] | None = None
+    node: str = ""  # the end of *config* that says which node this host is
 
     def name(self, hint: str) -> str:
         """Return *hint* with commands that can be pasted."""
@@ -73,10 +77,16 @@ class Asked:
 
     def _name(self, found: re.Match[str]) -> str:
         user, command = found["user"] or "", found["command"]
+        config = self.anywhere if user else self.config
+        there = _ELSEWHERE.match(found.string, found.end())
+        if there is not None and self.node:
+            # The other host is another node, and needs to be told as this one was.
+            node = f" --node {there['node']}" if there["node"] else ""
+            config = config.removesuffix(self.node) + node
         given = set(found["options"].split())
         if given & _EXCLUSIVE:
             given |= _EXCLUSIVE
-        words = [f"{user}nbd-mirror {command}", self.anywhere if user else self.config]
+        words = [f"{user}nbd-mirror {command}", config]
         if command == self.command:
             options = self.options or {}
             words += [text for name, text in options.items() if name not in given]

@@ -76,7 +76,9 @@ def _asked(
         config = path
     # Every command of this volume needs it, and not only the user's own.
     of_node = "" if node is None else f" --node {quote(node)}"
-    return Asked(quote(config) + of_node, quote(path) + of_node, command, options)
+    return Asked(
+        quote(config) + of_node, quote(path) + of_node, command, options, of_node
+    )
 
 
 def _options(

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from ..base.errors import (
     BusyError,
+    ConfigError,
     MirrorError,
     SpaceError,
     UnsupportedError,
@@ -98,7 +99,14 @@ def check_startable(config: VolumeConfig) -> None:
         late = check_own_certificate(config)
         if late:
             sys.stderr.write(f"nbd-mirror: warning: {late}\n")
-    local = read_superblock(config).volume.local
+    volume = read_superblock(config).volume
+    if config.size and config.size != volume.size:
+        raise ConfigError(
+            f"size is {config.size}, but the volume was made with {volume.size} bytes: "
+            "a volume keeps its size, and nothing was changed",
+            f"size = {volume.size} in the configuration, the same on all hosts",
+        )
+    local = volume.local
     # A failed local disk may hang, and the start does not touch it.
     uses_local = local.state is not LocalState.FAILED
     check_links(config, uses_local=uses_local)

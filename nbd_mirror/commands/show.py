@@ -164,7 +164,10 @@ def _show_remote(
     console: Console, remote: Remote, asked: str | Asked, width: int
 ) -> None:
     state = remote.state
-    words = [remote.uri, f"{format_size(remote.dirty_bytes)} dirty"]
+    words = [remote.uri]
+    # Without a mark yet, "0B dirty" would look like a copy that lacks nothing.
+    if remote.dirty_bytes or state == "in_sync":
+        words.append(f"{format_size(remote.dirty_bytes)} dirty")
     if remote.late_bytes:
         words.append(f"{format_size(remote.late_bytes)} late")
     if remote.unflushed_bytes:

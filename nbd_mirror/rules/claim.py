@@ -24,9 +24,9 @@ secondary again.
 Why each part is there:
 
 - The **node**: two operators who force two nodes at once give both the same epoch.
-- The **session**: the primary stores it, and raises it at each start and at each
-  reconnect. A request of a lost connection may still reach the disk, so the same
-  primary has to fence it too.
+- The **session**: the primary stores it, raises it at each reconnect, and begins again
+  with each promotion, as each start is one. A request of a lost connection may still
+  reach the disk, so the same primary has to fence it too.
 - The **nonce**: a random number of the claim's first connection. A second connection of
   the same session shows it. A primary whose state was restored from a copy does not
   know it.
@@ -38,8 +38,19 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Claim", "Judgement", "format_claim", "judge", "parse_claim", "why_refused"]
+__all__ = [
+    "SESSIONS_AHEAD",
+    "Claim",
+    "Judgement",
+    "format_claim",
+    "is_credible",
+    "judge",
+    "next_session",
+    "parse_claim",
+    "why_refused",
+]
 
+SESSIONS_AHEAD = 1 << 32  # more of one promotion than a node can have missed
 NUMBER_MAX = (1 << 64) - 1  # of epoch and session: the superblock has 64 bits
 NONCE_DIGITS = 32  # hexadecimal
 
@@ -97,13 +108,41 @@ def judge(
             still under way: only another session tells them apart.
         primary: this node serves clients; it grants no claim.
     """
-    if primary or claim.term < term:
+    if primary or claim.term < term or not is_credible(claim, in_force):
         return Judgement.REFUSE
     if in_force is None or claim.rank > in_force.rank:
         return Judgement.FENCE
     if claim == in_force and whole:
         return Judgement.JOIN
     return Judgement.REFUSE
+
+
+def is_credible(claim: Claim, in_force: Claim | None) -> bool:
+    """
+    Tell whether a primary can have come to this session.
+
+    A claim is stored, and nothing takes it back: no session follows the highest one, so
+    its promotion would never write here again. Each promotion counts from 0.
+    """
+    return claim.session <= _latest_of(claim.term, in_force) + SESSIONS_AHEAD
+
+
+def next_session(own: int, told: int) -> int:
+    """
+    Return the session that a primary claims next.
+
+    Args:
+        own: its latest one.
+        told: the one in force for its promotion, as the other node says; 0: none is. It
+            is higher if a third party with the nodes' key has claimed in this primary's
+            name. The primary goes on behind it, unless the other node lies.
+    """
+    return max(own, told if told <= own + SESSIONS_AHEAD else own) + 1
+
+
+def _latest_of(term: tuple[int, str], in_force: Claim | None) -> int:
+    same = in_force is not None and in_force.term == term
+    return in_force.session if in_force is not None and same else 0
 
 
 def why_refused(
@@ -113,6 +152,11 @@ def why_refused(
     asked = f"epoch {claim.epoch} of {claim.node}, session {claim.session}"
     if primary:
         return f"this node is primary: it grants no claim ({asked})"
+    if not is_credible(claim, in_force):
+        held = f"epoch {in_force.epoch}, session {in_force.session}" if in_force else ""
+        return (
+            f"{asked} is too far after {held or 'none'}: no primary connects so often"
+        )
     if claim.term < term or in_force is None:
         return f"{term[1]} was promoted in epoch {term[0]}, which is later than {asked}"
     held = f"epoch {in_force.epoch} of {in_force.node}, session {in_force.session}"

@@ -104,6 +104,7 @@ def may_promote(node: Standing) -> Verdict:
         a resync was cut off, no undo log        no
         a resync was cut off, with an undo log   force: the last consistent image
         no data, a connected node has some       no: it is filled first
+        no data, no node that it knows has some  force: its disk would count as it is
         behind                                   force: its image is old
         it holds the role's token                yes
         every other node is connected and a
@@ -132,6 +133,11 @@ def may_promote(node: Standing) -> Verdict:
             not node.has_data and any(_filled(other) for other in node.others),
             Answer.NO,
             "it holds no data yet, and a connected node does",
+        ),
+        (
+            not node.has_data and not _proven(node),
+            Answer.FORCE,
+            "it holds no data of the volume, and another node may",
         ),
         (node.behind, Answer.FORCE, "it lacks writes that another node has answered"),
         (node.token, Answer.YES, "the last primary handed it the role"),

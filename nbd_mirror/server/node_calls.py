@@ -316,7 +316,11 @@ class NodeCalls:
         mine = self._local.side(sender)
         plan = wire.plan_words(decide(mine, side))
         words = wire.SideWords.of(mine)
-        return reply.model_copy(update={"side": words, "plan": plan})
+        claim = self._local.record().claim
+        session = claim.session if claim and claim.term == (side.epoch, sender) else 0
+        return reply.model_copy(
+            update={"side": words, "plan": plan, "session": session}
+        )
 
     def _begin(self, sender: str, body: wire.Begin, reply: wire.Answer) -> wire.Answer:
         side, claim = self._shown(sender, body.side), body.claim.claim()
@@ -379,6 +383,7 @@ class NodeCalls:
             # A resync has been everywhere: what is durable is no doubt later.
             local.engine.cool(0)
             local.behind = False
+        self._others.adopted(sender)
         self._log("info", f"node {sender}: in sync, in its generation")
         return reply.model_copy(update={"generation": body.generation})
 

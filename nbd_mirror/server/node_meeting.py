@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..base.errors import RoleError
-from ..rules.claim import Claim
+from ..rules.claim import Claim, next_session
 from ..rules.generation import offer, settle, share
 from ..rules.node_handshake import decide
 from ..rules.node_side import Action, Extent, Plan, Role, Side
@@ -118,8 +118,11 @@ class Meeting:
             # It grants no claim. It closes its door because of this call.
             self._begin(agreed, Claim(0, "", 0, "0" * 32), 0)
             raise RoleError(f"{self._other} closes its door first")
+        told = self._others.session_at(self._other)
         stored = self._local.change(
-            lambda record: replace(record, own_session=record.own_session + 1)
+            lambda record: replace(
+                record, own_session=next_session(record.own_session, told)
+            )
         )
         self._local.reach("claim_numbered")
         self._claim = Claim(
@@ -261,4 +264,4 @@ def _in_epoch(record: NodeRecord, epoch: int) -> NodeRecord:
     term = (epoch, record.node)
     if term_of(record) >= term:
         return record
-    return replace(follows(record, term), role=record.role)
+    return replace(follows(record, term), role=record.role, own_session=0)

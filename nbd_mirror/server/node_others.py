@@ -107,15 +107,31 @@ class Others:
         self._clock = clock
         # Whole values alone are put into it, so readers need no lock.
         self._contacts: dict[str, Contact] = {}
+        self._sessions: dict[str, int] = {}
+        self._lacking: dict[str, int] = {}
 
     @property
     def contacts(self) -> Mapping[str, Contact]:
         """What each node showed last."""
         return dict(self._contacts)
 
+    def session_at(self, other: str) -> int:
+        """Return the session of this promotion in force at *other*, as it said last."""
+        return self._sessions.get(other, 0)
+
     def saw(self, side: Side) -> None:
         """Remember what another node showed of itself."""
+        self._lacking[side.node] = side.dirty
         self._contacts[side.node] = Contact(side, "", self._clock())
+
+    def adopted(self, other: str) -> None:
+        """Remember that this node has all that *other* has."""
+        self._lacking[other] = 0
+
+    @property
+    def lacking(self) -> int:
+        """At least so many regions were written by a node that this one met last."""
+        return max(self._lacking.values(), default=0)
 
     def left(self, other: str) -> None:
         """Remember that the session of a primary has ended, until it is met again."""
@@ -136,6 +152,7 @@ class Others:
             raise FormatError(f"{other} answered without its side")
         side = self._shown(other, answer.side)
         self.saw(side)
+        self._sessions[other] = answer.session
         return mine, side, dict(answer.plan)
 
     def begin(

@@ -235,6 +235,7 @@ class NodeRole:
             leader=term[1],
             handed="",
             zero=False,
+            own_session=0,
         )
 
     def _require(
@@ -353,8 +354,14 @@ class NodeRole:
             status = self._local.engine.remote_status(self._local.disk_of(target))
             in_sync = status.admitted and status.state is RemoteState.IN_SYNC
             if not in_sync or self._lacks(target):
+                why = status.reason or status.state.value
+                if not status.admitted:
+                    raise RoleError(
+                        f"{target} is not connected, so this node stays primary: {why}",
+                        "nbd-mirror status CONFIG",
+                    )
                 raise RoleError(
-                    f"{target} is not in sync: {status.reason or status.state.value}",
+                    f"{target} is not in sync: {why}",
                     "nbd-mirror wait CONFIG --for in_sync",
                 )
             try:

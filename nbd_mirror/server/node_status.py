@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..base.units import iso_time
+from ..base.units import format_size, iso_time
 from ..rules.generation import NO_DATA
-from ..rules.node_side import Role
+from ..rules.node_side import Crash, Role
 from ..rules.promotion import Answer, Verdict
 from ..rules.state import RemoteState
 from ..volume.config import VolumeConfig
@@ -168,15 +168,30 @@ def _promotable(
         answer=verdict.answer.value,
         reason=verdict.reason,
         command=command,
-        lost=_lost(record) if verdict.answer is Answer.FORCE else "",
+        lost=_lost(facts, record) if verdict.answer is Answer.FORCE else "",
     )
 
 
-def _lost(record: NodeRecord) -> str:
-    """Say what a forced promotion may lose: a time, and never an invented number."""
+def _lost(facts: Facts, record: NodeRecord) -> str:
+    """
+    Say what a forced promotion may lose, as far as this node can know.
+
+    It never invents a number: what another node counted when they met is a least
+    number, because that node may have answered more since.
+    """
+    if record.lineage.generation == NO_DATA:
+        return (
+            "all that another node holds: this node's disk would count as it is, and "
+            "the volume's data elsewhere would be unrelated to it"
+        )
     met = max((peer.met for peer in record.peers), default=0)
-    if not met:
-        return "unknown: what another node has answered alone"
-    return (
-        f"unknown: at most what another node has answered alone since {iso_time(met)}"
-    )
+    since = f" since {iso_time(met)}" if met else ""
+    alone = f"unknown: at most what another node has answered alone{since}"
+    known = facts.others.lacking
+    if known:
+        size = facts.local.engine.status().bytes_of(known)
+        regions = "1 region" if known == 1 else f"{known} regions"
+        return f"at least the writes in {regions} ({format_size(size)}); {alone}"
+    if record.crash is Crash.HOST:
+        return f"{alone}, and before that what was not flushed when its host went down"
+    return alone

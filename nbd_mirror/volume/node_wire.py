@@ -230,7 +230,9 @@ class Answer(_Words):
     The answer to a call; *ok* is false if it was refused: *why* and *hint* say more.
 
     *side* and *plan* answer `meet`; *side* also `begin` and `consent`, as it is after
-    them. *generation* answers `adopt`: the one that the node holds now.
+    them. *generation* answers `adopt`: the one that the node holds now. *session*
+    answers `meet`: the highest claimed one of the caller's promotion; 0: none, or the
+    node does not say.
     """
 
     v: Number
@@ -242,6 +244,7 @@ class Answer(_Words):
     side: SideWords | None = None
     plan: Annotated[PlanWords, Field(max_length=32)] | None = None
     generation: Number = 0
+    session: Number = 0
 
 
 def plan_words(plan: Plan) -> PlanWords:

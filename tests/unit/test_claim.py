@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from nbd_mirror.rules.claim import (
     NONCE_DIGITS,
     NUMBER_MAX,
+    SESSIONS_AHEAD,
     Claim,
     Judgement,
     format_claim,
     judge,
+    next_session,
     parse_claim,
     why_refused,
 )
@@ -45,6 +47,21 @@ JUDGED = {
         Judgement.FENCE,
     ),
     "a reconnect": (replace(CLAIM, session=4), CLAIM, Judgement.FENCE),
+    "a session that no primary comes to": (
+        replace(CLAIM, session=CLAIM.session + SESSIONS_AHEAD + 1),
+        CLAIM,
+        Judgement.REFUSE,
+    ),
+    "the last session that one may come to": (
+        replace(CLAIM, session=CLAIM.session + SESSIONS_AHEAD),
+        CLAIM,
+        Judgement.FENCE,
+    ),
+    "a later epoch, in a session that no primary comes to": (
+        replace(CLAIM, epoch=8, session=SESSIONS_AHEAD + 1),
+        replace(CLAIM, session=SESSIONS_AHEAD),
+        Judgement.REFUSE,
+    ),
     "an old connection": (replace(CLAIM, session=2), CLAIM, Judgement.REFUSE),
     "another connection of it": (CLAIM, CLAIM, Judgement.JOIN),
     "the same session of a copy": (
@@ -88,6 +105,17 @@ def test_a_node_that_was_promoted_refuses_what_came_before(
     assert reason.startswith(
         "beta was promoted in epoch 8, which is later than epoch 7"
     )
+
+
+def test_a_primary_goes_on_behind_a_session_claimed_in_its_name() -> None:
+    """It fences that one at once; a lie of the other node costs it no number."""
+    told = CLAIM.session + SESSIONS_AHEAD
+    forged = replace(CLAIM, session=told, nonce="f" * NONCE_DIGITS)
+    own = replace(CLAIM, session=next_session(CLAIM.session, told))
+    judged = judge(own, forged, term=CLAIM.term, whole=True, primary=False)
+    assert judged is Judgement.FENCE
+    assert next_session(CLAIM.session, told + 1) == CLAIM.session + 1
+    assert next_session(CLAIM.session, 0) == CLAIM.session + 1
 
 
 def test_a_session_with_a_lost_connection_takes_no_other() -> None:

@@ -51,6 +51,26 @@ def test_hint_repeats_what_the_user_asked_for(hint: str, named: str) -> None:
     assert ASKED.name(hint) == named
 
 
+@pytest.mark.parametrize(
+    ("hint", "named"),
+    [
+        ("nbd-mirror promote CONFIG", "nbd-mirror promote pg --node alpha"),
+        (
+            "nbd-mirror switchover CONFIG (on beta)",
+            "nbd-mirror switchover pg --node beta (on beta)",
+        ),
+        (
+            "nbd-mirror switchover CONFIG (on the primary)",
+            "nbd-mirror switchover pg (on the primary)",
+        ),
+    ],
+)
+def test_hint_for_another_host_names_its_node(hint: str, named: str) -> None:
+    """A --node of this host would be refused there, or do something else."""
+    asked = Asked("pg --node alpha", "pg --node alpha", "status", node=" --node alpha")
+    assert asked.name(hint) == named
+
+
 def test_words_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is started prints the same hints; garbled words are none."""
     assert Asked.load() is None

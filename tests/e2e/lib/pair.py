@@ -49,6 +49,7 @@ class Node:
         self.log_path = pair.folder / "none"
         # The files of X.509, NAME-cert.pem and so on, are each host's own.
         self.tls_folder = pair.folder / f"{name}.tls"
+        self.environment = {"PYTHONPATH": str(support.ROOT)}  # of its server
         self._inside = list(inside)
         self._serves = 0
         self._server: subprocess.Popen[bytes] | None = None
@@ -105,7 +106,7 @@ class Node:
         words = ["serve", str(self.config), "--foreground", "--node", self.name]
         self._server = self.pair.processes.start(
             [*self._inside, *shell, *command(), *words],
-            env={"PYTHONPATH": str(support.ROOT)},
+            env=self.environment,
         )
         support.wait_until(
             self._is_ready,
