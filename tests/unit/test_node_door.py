@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support import requires_program
+from support import requires_program, wait_until
 from unit.volumes import make_params
 
 from nbd_mirror._core import lib
@@ -35,6 +35,7 @@ class Node:
     name: str
     map: bytes = bytes(100)
     refusal: str = ""
+    held: threading.Event | None = None  # it answers once this is set
     ended: list[Call] = field(default_factory=list)
     seen: list[Call] = field(default_factory=list)
     end_seen: threading.Event = field(default_factory=threading.Event)
@@ -56,6 +57,8 @@ class Node:
     def judge(self, call: Call) -> None:
         """Answer one call."""
         self.seen.append(call)
+        if self.held is not None:
+            self.held.wait(TIMEOUT_S)
         if call.kind is CallKind.SESSION_ENDED:
             self.ended.append(call)
             self.end_seen.set()
@@ -237,6 +240,21 @@ def test_client_of_a_closed_listener_is_told_why(node: Node) -> None:
         assert nbdinfo(node, "", *options).returncode != 0
     node.server.set_listener(0, ListenerKind.CLIENTS)
     assert nbdinfo(node, "", "--size").returncode == 0
+
+
+def test_node_that_has_left_proves_nothing(node: Node) -> None:
+    """Its certificate is gone, so a call in any node's name must not be carried out."""
+    node.held = threading.Event()
+    while not node.seen:
+        with pytest.raises(RemoteError):
+            core.call(node.uri(f"{node.name}.meta"), b"consent", 0.5)
+    wait_until(
+        lambda: node.server.why_not_of(node.seen[0], ["beta"]) != "",
+        "the door to find out that the node has left",
+        timeout_s=TIMEOUT_S,
+    )
+    assert "has left" in node.server.why_not_of(node.seen[0], ["beta"])
+    node.held.set()
 
 
 def test_late_answer_finds_no_one(node: Node) -> None:

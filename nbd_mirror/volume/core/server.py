@@ -173,14 +173,19 @@ class Server:
         """
         Say why a call is not of the node with these *names*; before its answer.
 
+        Its certificate is known only as long as it waits: a node that has left proves
+        nothing, and nothing is done for it.
+
         Returns:
-            "": it is, or no certificate tells, or the other node has left.
+            "": it is, or no certificate tells.
         """
         with_names, alive = _c_names(names)
         rc = lib.nbdm_server_proves(self._handle, call.number, with_names, len(alive))
-        if rc != 0:
+        if rc > 0:
             return ""
         has = text_of(lib.nbdm_last_error())
+        if rc < 0:
+            return has
         return f"its certificate is not of {names[0]}: the certificate's names: {has}"
 
     def fence(self, timeout_s: float, keep: Call | None = None) -> int:
