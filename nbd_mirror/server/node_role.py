@@ -103,6 +103,7 @@ class NodeRole:
             hand_over,
             Means(self._promote, self._wait_because, log, clock),
         )
+        self._unopened: Term | None = None  # stored by this process; no door is open
         self._overruled_by = ""  # the later primary for which this one steps down
         self._demoting = False
         # What status shows; only whole values are stored.
@@ -171,9 +172,7 @@ class NodeRole:
             if token not in (None, content_of(met.record)):
                 raise RoleError("the token is of another generation or promotion")
             self._require(kind, met)
-            known = [one[1].epoch for one in met.sides.values() if one]
-            epoch = 1 + max(met.record.epoch, *known, 0)
-            term = (epoch, met.record.node)
+            term = self._next_term(met)
             with self._local.lock:
                 self._check_free(primary=False)
                 self._local.asks = term
@@ -182,10 +181,24 @@ class NodeRole:
             finally:
                 with self._local.lock:
                     self._local.asks = None
-        words = f"promoted in epoch {epoch} ({kind.value})"
+        words = f"promoted in epoch {term[0]} ({kind.value})"
         self._log("info", f"node {term[1]}: {words}: this server starts again")
-        self._leave({GRANT_VARIABLE: str(epoch)})
-        return epoch
+        self._leave({GRANT_VARIABLE: str(term[0])})
+        return term[0]
+
+    def _next_term(self, met: Met) -> Term:
+        """
+        Return the term of the promotion that begins now.
+
+        A stored promotion may fail before the door opens, and is tried every second. It
+        keeps its term then: no client was served in it. A later term of another node
+        voids it.
+        """
+        stored = term_of(met.record)
+        terms = [one[1].term for one in met.sides.values() if one]
+        if stored == self._unopened and max(terms, default=stored) <= stored:
+            return stored
+        return 1 + max(epoch for epoch, _ in (stored, *terms)), met.record.node
 
     def _ask_and_store(self, kind: Promotion, met: Met, term: Term) -> None:
         local = self._local
@@ -202,6 +215,7 @@ class NodeRole:
             if local.asks != term:
                 raise RoleError("another node is promoted: this one has consented")
             local.change(lambda record: self._promoted(record, term, met.record))
+            self._unopened = term
             local.reach("promote_stored")
             self._door.fence(FENCE_S)
             self._calls.end_session(clean=False)
@@ -212,7 +226,7 @@ class NodeRole:
     def _promoted(
         self, record: NodeRecord, term: Term, judged: NodeRecord
     ) -> NodeRecord:
-        if term_of(record) >= term:
+        if term_of(record) >= term and not term_of(record) == term == self._unopened:
             raise RoleError(f"{record.leader} is promoted in epoch {record.epoch}")
         # Before `asks` was set this node may have consented to another promotion, of
         # the same epoch and a name that comes first. Its proof is void then.

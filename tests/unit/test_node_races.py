@@ -100,6 +100,66 @@ def test_start_alone_is_void_once_the_node_has_consented(
     assert world.primaries == ["alpha"]
 
 
+# --- a promotion that is stored, and whose door does not open ----------------
+
+
+@pytest.fixture
+def stuck(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Give the last primary, started again; requests at its disk do not end."""
+    world.alpha.kill()
+    world.alpha.start()
+
+    def fence(*_: object) -> int:
+        raise MirrorError("requests remain")
+
+    monkeypatch.setattr(world.alpha.role._door, "fence", fence)
+    return world
+
+
+def test_a_retry_keeps_its_term(stuck: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried every second: else each second would count an epoch."""
+    for _ in range(3):
+        stuck.alpha.turn()
+        assert stuck.primaries == []
+        assert stuck.alpha.role.waits[0] == "requests remain"
+        for host in stuck.hosts.values():
+            assert host.local.own_term() == (2, "alpha")
+    monkeypatch.undo()
+    stuck.alpha.turn()
+    assert stuck.primaries == ["alpha"]
+    assert stuck.alpha.local.own_term() == (2, "alpha")
+
+
+def test_a_retry_after_another_promotion_is_none(
+    stuck: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beta was promoted in the meantime, so alpha follows, and later counts on."""
+    stuck.alpha.turn()
+    assert stuck.beta.order("promote", force=False) == ""
+    monkeypatch.undo()
+    stuck.alpha.turn()
+    assert stuck.primaries == ["beta"]
+    assert stuck.beta.order("demote", force=False) == ""
+    assert stuck.alpha.order("promote", force=False) == ""
+    assert stuck.alpha.local.own_term() == (4, "alpha")
+
+
+def test_a_retry_counts_on_after_a_later_term_that_it_did_not_hear_of(
+    stuck: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator forced beta, alone. Its term is later than the stored one."""
+    stuck.alpha.turn()
+    stuck.cut()
+    assert stuck.beta.order("promote", force=True) == ""
+    assert stuck.beta.order("demote", force=False) == ""
+    stuck.linked = True
+    monkeypatch.undo()
+    stuck.alpha.turn()
+    assert stuck.primaries == []
+    assert stuck.alpha.order("promote", force=False) == ""
+    assert stuck.alpha.local.own_term() == (4, "alpha")
+
+
 # --- a meeting ---------------------------------------------------------------
 
 
