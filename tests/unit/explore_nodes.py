@@ -26,6 +26,7 @@ from unit.nodes_model import (
     standing_of,
     start,
 )
+from unit.nodes_promotions import SplitMachine
 
 from nbd_mirror.rules.promotion import Answer
 
@@ -158,6 +159,9 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--forces", type=int, default=2)
+    parser.add_argument(
+        "--split", action="store_true", help="each step of a promotion apart"
+    )
     parser.add_argument("--fresh", action="store_true", help="no node has data yet")
     parser.add_argument(
         "--seed", type=int, default=random.SystemRandom().getrandbits(32)
@@ -166,11 +170,12 @@ def main() -> None:
     budget = Budget(5, 4, 4, 3, options.forces, losses=2)
     begins = fresh if options.fresh else start
     first = begins(options.nodes, options.regions, budget)
+    machine = SplitMachine() if options.split else Machine()
     rng = random.Random(options.seed)
     ends, walks = time.monotonic() + 60 * options.minutes, 0
     while time.monotonic() < ends:
         walks += 1
-        if found := walk(Machine(), first, rng):
+        if found := walk(machine, first, rng):
             raise SystemExit(f"seed {options.seed}, walk {walks}: {found}")
     print(f"seed {options.seed}: {walks} walks, nothing found")
 

@@ -55,6 +55,18 @@ class Session(NamedTuple):
 SYNC = Session()
 
 
+class Look(NamedTuple):
+    """What a node that is to be promoted has seen, maybe a while ago."""
+
+    forced: bool
+    resumes: bool
+    content: tuple[int, int, int]  # its own generation and latest promotion
+    token: bool = False  # it had one that was good for that
+    epoch: int = 0  # of the promotion; 0: it has not met the others yet
+    met: tuple[Contact, ...] = ()
+    asked: bool = False  # it has set `asks`
+
+
 class Node(NamedTuple):
     """A node: durable state, then what a restart forgets, then the test's own."""
 
@@ -78,6 +90,10 @@ class Node(NamedTuple):
     flight: Flight | None = None
     # A promotion that waits: its epoch, whether it is forced, the nodes to consent.
     asks: tuple[int, bool, frozenset[int]] | None = None
+    # The same in steps of its own (nodes_promotions.py).
+    look: Look | None = None
+    stored: int = 0  # the epoch of a promotion that is stored, and opens its door next
+    unopened: int = 0  # the same, and its door did not open
     forgets: frozenset[int] = frozenset()  # active and flushed everywhere
     story: int = 0  # which of the parted histories its data belongs to
     ghost: tuple[int, ...] = ()  # generations that its disk holds, and no state tells

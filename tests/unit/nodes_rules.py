@@ -40,4 +40,8 @@ class Rules:
     settles_thirds: bool = True  # equal to a node that is in sync with a third one
     consents: bool = True  # a promoted node's sessions store its term before its door
     asks_again: bool = True  # the answer still has to hold when all have consented
+    # Checks of a promotion in steps (nodes_promotions.py).
+    compares: bool = True  # what was judged is what is promoted
+    asks_void: bool = True  # a node that has consented stores no promotion of its own
+    grants: bool = True  # a start compares its grant with the record
     logs_first: bool = True  # the activity log is durable before the disk changes
