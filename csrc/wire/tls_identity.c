@@ -14,6 +14,7 @@
  * found before the node is needed.
  */
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -29,14 +30,51 @@
 #include "wire/tls_secrets.h"
 #include "wire/tls_stream.h"
 
+#define MOST_NAME 256u /* bytes; names of DNS are shorter */
 #define TIMES (GNUTLS_CERT_EXPIRED | GNUTLS_CERT_NOT_ACTIVATED)
 
+/* Has it a name for DNS among its subjectAltNames?  One that is too long ends
+ * the search, here and in GnuTLS.
+ */
+static bool
+has_dns_name (gnutls_x509_crt_t certificate)
+{
+  char name[MOST_NAME];
+  int type = GNUTLS_SAN_OTHERNAME;
+
+  for (unsigned i = 0; type >= 0 && type != GNUTLS_SAN_DNSNAME; i++) {
+    size_t length = sizeof name;
+
+    type = gnutls_x509_crt_get_subject_alt_name (certificate, i, name, &length,
+                                                 NULL);
+  }
+  return type == GNUTLS_SAN_DNSNAME;
+}
+
+static bool
+has_address (gnutls_x509_crt_t certificate, const char *text)
+{
+  unsigned char bytes[sizeof (struct in6_addr)];
+  unsigned size = inet_pton (AF_INET, text, bytes) == 1 ? 4 : sizeof bytes;
+
+  if (size == sizeof bytes && inet_pton (AF_INET6, text, bytes) != 1)
+    return false;
+  return gnutls_x509_crt_check_ip (certificate, bytes, size, 0) != 0;
+}
+
+/* GnuTLS compares the subject's common name too if there is no name for DNS. A
+ * CA may give any client a common name.
+ */
 static bool
 has_name (gnutls_x509_crt_t certificate, const char *const *names, size_t nr)
 {
+  bool dns = has_dns_name (certificate);
+
   for (size_t i = 0; i < nr; i++)
-    if (gnutls_x509_crt_check_hostname2 (certificate, names[i],
-                                         GNUTLS_VERIFY_DO_NOT_ALLOW_WILDCARDS))
+    if (has_address (certificate, names[i])
+        || (dns
+            && gnutls_x509_crt_check_hostname2 (
+                certificate, names[i], GNUTLS_VERIFY_DO_NOT_ALLOW_WILDCARDS)))
       return true;
   return false;
 }
@@ -86,7 +124,7 @@ add_name (char *text, size_t size, size_t end, const char *name, size_t length)
 static void
 list_names (gnutls_x509_crt_t certificate, char *text, size_t size)
 {
-  char name[256];
+  char name[MOST_NAME];
   size_t end = 0;
 
   text[0] = '\0';

@@ -105,6 +105,12 @@ WRONG = {
         "its certificate is not of beta",
         "it has not the name beta",
     ),
+    "a common name alone": (
+        signed("cn = beta"),
+        "not of node beta: its names are: none",
+        "its certificate is not of beta",
+        "it has not the name beta",
+    ),
     "none": (removed, "the other side left", "beta-cert.pem", "the file is not there"),
 }
 

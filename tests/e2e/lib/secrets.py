@@ -55,6 +55,7 @@ def sign(
     Make *kind*'s key and certificate in *folder*, signed by the CA in *ca*.
 
     Args:
+        lines: of the template; one may be another common name.
         purpose: of the key, in the words of certtool; "": that of *kind*.
     """
     folder.mkdir(exist_ok=True)
@@ -65,7 +66,8 @@ def sign(
     use = purpose or f"tls_www_{kind}"
     _certtool(
         site,
-        "\n".join(("cn = v", use, "signing_key", "encryption_key", *lines, "")),
+        # The first common name of a template counts.
+        "\n".join((*lines, "cn = v", use, "signing_key", "encryption_key", "")),
         *("--generate-certificate", "--load-privkey", key),
         *("--load-ca-certificate", str(ca / "ca-cert.pem")),
         *("--load-ca-privkey", str(ca / "ca-key.pem")),
