@@ -18,7 +18,7 @@
 
 #define MS UINT64_C (1000000)
 #define DEADLINE_MS 400u
-#define SLACK_MS 600u /* of a machine that is busy */
+#define SLACK_MS 5000u /* of a machine that is busy; the faults never end */
 #define KIB 1024u
 #define RECORD_MS 2100u /* a record of 16 KiB at 8 KiB/s */
 

@@ -39,6 +39,7 @@ struct relay {
   bool up_closed;       /* close_notify was sent, or cannot be */
   unsigned update_ms;
   struct timespec updated;
+  bool updating; /* new keys have gone out in part */
 };
 
 atomic_bool tls_relay_babbles;
@@ -91,6 +92,8 @@ give_secure (struct relay *r)
 {
   ssize_t n;
 
+  if (r->updating) /* no other record comes between */
+    return true;
   while (r->up.start < r->up.end) {
     n = gnutls_record_send (r->session, r->up.bytes + r->up.start,
                             r->up.end - r->up.start);
@@ -152,7 +155,7 @@ wait_for_either (struct relay *r)
     fds[0].events |= POLLIN;
   if (r->down.end > 0)
     fds[0].events |= POLLOUT;
-  if (r->up.end > 0 || (r->up.over && !r->up_closed))
+  if (r->updating || r->up.end > 0 || (r->up.over && !r->up_closed))
     fds[1].events |= POLLOUT;
   if (r->down.end == 0)
     fds[1].events |= POLLIN;
@@ -172,22 +175,31 @@ babble (struct relay *r)
 
 /* Not in the middle of a record that has gone out in part. */
 static bool
-update_keys (struct relay *r)
+is_time_for_update (const struct relay *r)
 {
   struct timespec now;
-  int rc;
 
   clock_gettime (CLOCK_MONOTONIC, &now);
-  if (r->update_ms == 0 || r->up.end > 0
-      || (now.tv_sec - r->updated.tv_sec) * 1000
-                 + (now.tv_nsec - r->updated.tv_nsec) / 1000000
-             < (long)r->update_ms)
+  return r->update_ms > 0 && r->up.end == 0
+         && (now.tv_sec - r->updated.tv_sec) * 1000
+                    + (now.tv_nsec - r->updated.tv_nsec) / 1000000
+                >= (long)r->update_ms;
+}
+
+/* A full socket must not keep this thread here: the server may read nothing
+ * until its own bytes are taken in.  False: the server is gone.
+ */
+static bool
+update_keys (struct relay *r)
+{
+  int rc;
+
+  if (!r->updating && !is_time_for_update (r))
     return true;
-  r->updated = now;
-  do
-    rc = gnutls_session_key_update (r->session, GNUTLS_KU_PEER);
-  while (rc == GNUTLS_E_AGAIN || rc == GNUTLS_E_INTERRUPTED);
-  return rc == 0;
+  rc = gnutls_session_key_update (r->session, GNUTLS_KU_PEER);
+  r->updating = rc == GNUTLS_E_AGAIN || rc == GNUTLS_E_INTERRUPTED;
+  clock_gettime (CLOCK_MONOTONIC, &r->updated);
+  return rc == 0 || r->updating;
 }
 
 static void
