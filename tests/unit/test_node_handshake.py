@@ -431,6 +431,9 @@ def test_the_last_primary_resumes() -> None:
     assert not may_resume(B, A)
     assert may_resume(killed, replace(B, doubts=2, crash=Crash.SESSION))
     assert not may_resume(crashed, B)  # it waits for the other's data first
+    # Power was cut at both: no copy is better, so none is waited for.
+    assert may_resume(crashed, replace(B, doubts=1, crash=Crash.HOST))
+    assert not may_resume(crashed, replace(B, doubts=1, crash=Crash.PROCESS))
     assert not may_resume(A, replace(B, role=Role.PRIMARY))
     assert not may_resume(A, replace(B, epoch=2, leader="b"))
     # It consented to a promotion of this node that was cut off.

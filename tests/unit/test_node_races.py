@@ -17,6 +17,7 @@ from unit.volumes import REGION
 
 from nbd_mirror.base.errors import MirrorError, RemoteError
 from nbd_mirror.rules.claim import format_claim
+from nbd_mirror.server.node_calls import RefusedError
 from nbd_mirror.server.node_meeting import Agreed, Meeting
 from nbd_mirror.server.node_role import HAND_OVER_VARIABLE
 
@@ -269,3 +270,72 @@ def test_a_node_in_use_is_told_what_it_lacks(
     assert not meeting.is_settled()
     assert meeting.settle(lambda: False)
     assert not world.beta.local.record().inconsistent
+
+
+# --- the other node changes between two steps of a meeting -------------------
+
+MEETING = ("meeting_agreed", "claim_numbered", "begin_marked", "offer_stored")
+
+
+def copied(
+    world: World, monkeypatch: pytest.MonkeyPatch, meetings: list[Meeting]
+) -> None:
+    """Have alpha meet beta, which lacks a write, and have it adopt in the end."""
+    monkeypatch.setattr(
+        world.alpha.others, "fetch", lambda *_: world.beta.calls.dirty()
+    )
+    meeting, agreed = session(world)
+    meetings.append(meeting)
+    assert meeting.begin(agreed) == 1
+    meeting.settle(lambda: False)
+
+
+@pytest.mark.parametrize("step", MEETING)
+def test_a_forced_promotion_inside_a_meeting(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What alpha decided before it is void: it neither demotes nor counts beta."""
+    alpha, beta = world.alpha, world.beta
+    alpha.engine.pwrite(b"x" * 512, REGION)
+
+    def forced() -> None:
+        world.cut()
+        beta.local.change(lambda record: replace(record, inconsistent=False))
+        assert beta.order("promote", force=True) == ""
+        world.linked = True
+
+    alpha.at[step] = forced
+    meetings: list[Meeting] = []
+    with pytest.raises((MirrorError, RefusedError)):
+        copied(world, monkeypatch, meetings)
+    assert beta.primary
+    assert beta.local.own_term() == (2, "beta")
+    assert not beta.local.record().inconsistent
+    generation = alpha.local.record().lineage.generation
+    assert beta.local.record().lineage.generation != generation
+    assert not any(meeting.is_settled() for meeting in meetings)
+
+
+@pytest.mark.parametrize("step", MEETING)
+def test_a_kill_inside_a_meeting(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Beta starts again: it adopts in a session that it knows, or not at all."""
+    alpha, beta = world.alpha, world.beta
+    alpha.engine.pwrite(b"x" * 512, REGION)
+
+    def again() -> None:
+        beta.kill()
+        beta.start()
+
+    alpha.at[step] = again
+    meetings: list[Meeting] = []
+    late = step in ("begin_marked", "offer_stored")
+    if late:
+        with pytest.raises(MirrorError):
+            copied(world, monkeypatch, meetings)
+    else:
+        copied(world, monkeypatch, meetings)
+    generation = alpha.local.record().lineage.generation
+    same = beta.local.record().lineage.generation == generation
+    assert meetings[-1].is_settled() is same is (not late)
