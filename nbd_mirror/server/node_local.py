@@ -43,7 +43,10 @@ __all__ = [
 ]
 
 EPOCHS_AHEAD = 1 << 32  # more promotions than this node can have missed
-REPLACED_AHEAD = 1 << 16  # the same of replacements
+# One lie reaches this count of replacements, half of what a record has room for, and
+# all nodes take it over as they meet. From there on it takes many lies to go further.
+REPLACED_MOST = 1 << 31
+REPLACED_AHEAD = 16  # more replacements than this node can have missed
 TRIES = 100  # of a change of the record; each loses only to another that won
 
 Term = tuple[int, str]
@@ -230,7 +233,9 @@ def why_side_incredible(record: NodeRecord, side: Side) -> str:
     """Return why what another node shows of itself cannot be true, or ""."""
     known = {one.node: one.replaced for one in ids_of(record)}
     for told in side.identities:
-        if told.replaced > known.get(told.node, 0) + REPLACED_AHEAD:
+        # A node that was told no lie must still believe one that was: a limit that
+        # followed only what this node knows would part the two for good.
+        if told.replaced > max(known.get(told.node, 0), REPLACED_MOST) + REPLACED_AHEAD:
             return f"{told.node} was not replaced {told.replaced} times"
     return why_incredible(record, side.epoch, side.leader, side.handed)
 

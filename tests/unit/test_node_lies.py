@@ -24,10 +24,17 @@ from nbd_mirror.rules.node_handshake import decide
 from nbd_mirror.rules.node_identity import Known
 from nbd_mirror.rules.node_side import Role, Side
 from nbd_mirror.server.node_calls import NodeCalls, RefusedError, Wishes
-from nbd_mirror.server.node_local import LocalNode
+from nbd_mirror.server.node_local import (
+    REPLACED_MOST,
+    LocalNode,
+    announced,
+    ids_of,
+    why_side_incredible,
+)
 from nbd_mirror.server.node_others import Others, Wire
 from nbd_mirror.volume import core
 from nbd_mirror.volume import node_wire as wire
+from nbd_mirror.volume.node_wire import REPLACED_MAX
 
 NUMBER_MAX = (1 << 64) - 1
 ID = "b" * 32
@@ -223,7 +230,7 @@ def tell(victim: Victim, kind: str, path: tuple[Any, ...], lie: Any) -> Iterator
     names = {record.leader, record.handed, record.claim.node if record.claim else ""}
     if not names <= {"", "alpha", "beta"}:
         yield f"stores {names}"
-    if record.epoch > 1 << 40 or record.replaced > 1 << 20:
+    if record.epoch > 1 << 40 or record.replaced > REPLACED_MOST + (1 << 20):
         yield f"stores {record.epoch} {record.replaced}"
     texts = [answer.why, answer.hint, *victim.said]
     for contact in victim.others.contacts.values():
@@ -305,3 +312,20 @@ def test_a_claim_of_an_incredible_epoch_is_refused(run_dir: Path) -> None:
         with pytest.raises(RefusedError, match="too far after"):
             victim.grant(replace(CLAIM, epoch=NUMBER_MAX))
         assert victim.local.record() == before
+
+
+def test_lies_about_replacements_can_be_outlived(run_dir: Path) -> None:
+    """Whatever counts a liar has sent, nodes believe each other, and can announce."""
+    with granted(run_dir / "0") as liar_met, granted(run_dir / "1") as honest:
+        for count in (REPLACED_MAX, 1 << 16, 1 << 17, REPLACED_MOST, REPLACED_MAX):
+            told = (
+                Known("beta", int(ID, 16), count),
+                Known("alpha", liar_met.local.record().id.int),
+            )
+            side = replace(liar_met.side(), identities=told)
+            liar_met.call(liar_met.begin(side))
+        for _ in range(2):
+            liar_met.local.change(lambda record: announced(record, "beta"))
+        # The new host of beta hears of it by alpha, and knows no replacement yet.
+        shown = replace(honest.side(), identities=ids_of(liar_met.local.record()))
+        assert why_side_incredible(honest.local.record(), shown) == ""
