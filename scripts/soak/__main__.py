@@ -2,14 +2,14 @@
 """
 Run random faults against a real site, and judge every block, for as long as wanted.
 
-Each episode makes a volume with one or two secondaries, runs clients against it, breaks
-and repairs things, and ends in sync with equal disks. The register checker judges
-everything that the clients sent and saw. The same seed gives the same episodes: the
-same requests of each client and the same faults. Their timing depends on the machine,
-so a violation may need several repeats.
+Each episode makes a volume with one or two secondaries, or one of nodes (--nodes),
+runs clients against it, breaks and repairs things, and ends in sync with equal disks.
+The register checker judges everything that the clients sent and saw. The same seed
+gives the same episodes: the same requests of each client and the same faults. Their
+timing depends on the machine, so a violation may need several repeats.
 
-Exit status: 0 nothing was found; 1 a violation, its folder is kept; 2 wrong usage; 130
-interrupted.
+Exit status: 0 nothing was found; 1 a violation, its folder is kept; 2 wrong usage, or a
+volume that the product does not take; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ from ..stage import interruptible
 from .field import Field
 from .load import ViolationError
 from .nemesis import Nemesis
+from .nodes.episode import play
+from .nodes.hosts import NAMES, possible
+from .nodes.plan import NodesPlan
+from .nodes.sabotage import NODE_SABOTAGES
+from .nodes.volume import RefusedError, Volume
 from .plan import Plan
 from .sabotage import SABOTAGES, sabotage
 
@@ -54,7 +59,7 @@ class Soak:
         self._console = Console(stderr=options.json, highlight=False)
         self._act = ""
         self._status = self._console.status("") if self._console.is_terminal else None
-        self._field: Field | None = None
+        self._field: Field | Volume | None = None
         self._shown = 0.0
 
     @property
@@ -72,7 +77,7 @@ class Soak:
         if self._status is None or self._field is None or now - self._shown < 0.2:
             return
         self._shown = now
-        checker = self._field.checker
+        checker = self._field.load.checker
         written = self.counts["writes answered"] + checker.answered
         checked = self.counts["blocks checked"] + checker.checked
         self._status.update(
@@ -92,14 +97,19 @@ class Soak:
         first = 0 if options.episode is None else options.episode
         self.say(
             f"soak: seed {options.seed}, {options.minutes:g} min, "
-            f"doors {', '.join(options.doors)}"
+            + (
+                f"{options.nodes} nodes"
+                if options.nodes
+                else f"doors {', '.join(options.doors)}"
+            )
         )
         if self._status is not None:
             self._status.start()
         try:
             number = first
             # Each door gets its turn, however short the time.
-            least = 1 if options.episode is not None else len(options.doors)
+            alone = options.episode is not None or options.nodes
+            least = 1 if alone else len(options.doors)
             while self.episodes < least or (
                 options.episode is None and self.elapsed_s < options.minutes * 60
             ):
@@ -113,34 +123,30 @@ class Soak:
         return 0
 
     def _episode(self, number: int) -> bool:
-        plan = Plan(self.options.seed, number, self.options.doors)
         folder = Path(tempfile.mkdtemp(prefix="nbdm-soak-"))
         began, keep = time.monotonic(), True
-        field = Field(folder, plan, self.counts, self.tick)
-        self._field = field
+        options = self.options
+        plan: Plan | NodesPlan = Plan(options.seed, number, options.doors)
+        if options.nodes:
+            plan = NodesPlan(options.seed, number, options.nodes)
         try:
-            field.bring_up()
-            if self.options.sabotage:
-                sabotage(self.options.sabotage, field)
-            else:
-                Nemesis(field, self.told, self.options.acts).play()
-            field.load.pause(field.watch)
-            field.wait_in_sync()
-            field.stop_primary()
-            keep = self.options.keep
+            self._play(plan, folder)
+            keep = options.keep
         except (ViolationError, AssertionError, pytest.fail.Exception) as error:
             self._violation(plan, folder, error)
             return False
+        except RefusedError:
+            keep = False
+            raise
         # a bug of this tool: reported apart, and kept as well
         except Exception as error:
             error.add_note(traceback.format_exc())
             self._violation(plan, folder, error)
             raise
         except KeyboardInterrupt:
-            keep = self.options.keep
+            keep = options.keep
             raise
         finally:
-            field.close()
             self._field = None
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -148,12 +154,44 @@ class Soak:
         self.say(f"ok  {plan}: {time.monotonic() - began:.0f} s{kept}")
         return True
 
-    def _violation(self, plan: Plan, folder: Path, error: BaseException) -> None:
+    def _play(self, plan: Plan | NodesPlan, folder: Path) -> None:
+        """Play an episode; all its processes have ended then."""
+        options = self.options
+        if isinstance(plan, NodesPlan):
+            volume = Volume(folder, plan, self.counts, self.tick)
+            self._field = volume
+            try:
+                play(volume, self.told, options.acts, options.sabotage)
+            finally:
+                volume.close()
+            return
+        field = Field(folder, plan, self.counts, self.tick)
+        self._field = field
+        try:
+            field.bring_up()
+            if options.sabotage:
+                sabotage(options.sabotage, field)
+            else:
+                Nemesis(field, self.told, options.acts).play()
+            field.load.pause(field.watch)
+            field.wait_in_sync()
+            field.stop_primary()
+        finally:
+            field.close()
+
+    def _violation(
+        self, plan: Plan | NodesPlan, folder: Path, error: BaseException
+    ) -> None:
         """Print it, and keep it with the images, the state and the logs."""
         doors = ",".join(self.options.doors)
         again = (
             f"scripts/soak/run --seed {self.options.seed} "
-            f"--episode {plan.name.split()[-1]} --doors {doors}"
+            f"--episode {plan.name.split()[-1]} "
+            + (
+                f"--nodes {plan.nodes}"
+                if isinstance(plan, NodesPlan)
+                else f"--doors {doors}"
+            )
         )
         report = f"{plan}\n{error}\n\nrepeat: {again}\n"
         (folder / "violation.txt").write_text(report)
@@ -206,19 +244,29 @@ def parse() -> argparse.Namespace:
     add("--episode", type=int, help="run this one episode alone")
     add("--doors", type=doors, default=list(DOORS), help="direct,python: in turn")
     add(
+        "--nodes",
+        type=int,
+        choices=range(2, len(NAMES) + 1),
+        help="a volume of so many nodes, each in a network namespace; needs root",
+    )
+    add(
         "--acts",
         type=lambda text: text.split(","),
-        help="only these, by their names in scripts/soak/nemesis.py, acts*.py",
+        help="only these, by their names in scripts/soak/nemesis.py, acts*.py, nodes/",
     )
     add("--keep", action="store_true", help="keep every episode's folder")
     add("--json", action="store_true", help="print the totals as JSON, all else aside")
     add("--verbose", action="store_true", help="print each act")
     add(
         "--sabotage",
-        choices=sorted(SABOTAGES),
+        choices=sorted([*SABOTAGES, *NODE_SABOTAGES]),
         help="spoil a disk or a log behind the mirror's back: must end in a violation",
     )
     options = parser.parse_args()
+    if options.sabotage and bool(options.nodes) != (options.sabotage in NODE_SABOTAGES):
+        parser.error("--sabotage nodes-... needs --nodes, and no other may have it")
+    if options.nodes and not possible():
+        parser.error("--nodes needs root, ip and nsenter")
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1 << 32)
     return options
@@ -240,6 +288,9 @@ def main() -> int:
     soak = Soak(options)
     try:
         status = soak.run()
+    except RefusedError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

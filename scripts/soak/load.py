@@ -98,11 +98,15 @@ class Client(threading.Thread):
     def __init__(self, load: Load, choice: Choice) -> None:
         super().__init__(daemon=True)
         self._load = load
-        self._checker = load.checker
+        self._target = load.target
         self._choice = choice
         self._handle: Any = None
         self.parked = False
         self.since = time.monotonic()  # of the request under way
+
+    @property
+    def _checker(self) -> Checker:
+        return self._target[1]
 
     def run(self) -> None:
         """Send requests until the load ends."""
@@ -121,11 +125,14 @@ class Client(threading.Thread):
             self.parked = True
 
     def _step(self, request: Request) -> None:
+        if self._target is not self._load.target:
+            self._handle = None
         while self._handle is None:
             if self._load.ending or self._load.pausing:
                 return
             try:
-                self._handle = connect(self._load.uri)
+                self._target = self._load.target
+                self._handle = connect(self._target[0])
                 self._load.connects += 1
             except nbd.Error:
                 self.since = time.monotonic()
@@ -195,8 +202,7 @@ class Load:
     def __init__(
         self, uri: str, blocks: int, checker: Checker, seed: str, clients: int
     ) -> None:
-        self.uri = uri
-        self.checker = checker
+        self.target = (uri, checker)
         self.ending = self.pausing = False
         self.reads = self.flushes = self.connects = 0
         self.errors: dict[str, int] = {}  # answered, by errno
@@ -208,6 +214,15 @@ class Load:
             Client(self, Choice(f"{seed} client {i}", blocks, habits))
             for i in range(clients)
         ]
+
+    @property
+    def checker(self) -> Checker:
+        """Of what the clients see now."""
+        return self.target[1]
+
+    def move(self, uri: str, checker: Checker) -> None:
+        """Have every client go elsewhere when its request has ended."""
+        self.target = (uri, checker)
 
     def start(self) -> None:
         """Start the clients."""

@@ -44,13 +44,18 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def soak(
-    processes: support.Processes, folder: Path, *options: str, code: int = 0
+    processes: support.Processes,
+    folder: Path,
+    *options: str,
+    code: int = 0,
+    limit_s: float = 220,
 ) -> tuple[dict[str, int], str]:
     """
     Run it to its end.
 
     Args:
         code: its exit status.
+        limit_s: for all of it.
 
     Returns:
         Its totals, and what it said.
@@ -59,7 +64,7 @@ def soak(
         [*SOAK, "--json", *options],
         env=environment(folder),
         check=False,
-        timeout_s=220,
+        timeout_s=limit_s,
     )
     print(done.stderr)
     kept = [path.read_text() for path in folder.glob("*/violation.txt")]
@@ -107,6 +112,61 @@ def test_loss_is_found(processes: support.Processes, folders: Path, how: str) ->
         assert word in report
     for kept in ("local.img", "dr.img", "state/superblock", "v.toml"):
         assert (folder / kept).exists()
+
+
+@pytest.fixture
+def root_folders(folders: Path) -> Path:
+    """Give the folder, if there may be network namespaces."""
+    support.requires(os.geteuid() == 0, "network namespaces need root")
+    support.requires_program("ip", "nsenter")
+    return folders
+
+
+def namespaces() -> list[str]:
+    """Return the network namespaces of soaks."""
+    listed = subprocess.run(
+        ["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=30
+    )
+    return [line for line in listed.stdout.splitlines() if "nbdm-nodes" in line]
+
+
+@pytest.mark.timeout(420)
+def test_nodes_lose_nothing(processes: support.Processes, root_folders: Path) -> None:
+    """Two nodes, faults and an operator, with a fresh seed: each image is right."""
+    seed = str(random.SystemRandom().randrange(1 << 32))
+    options = ("--nodes", "2", "--seed", seed, "--minutes", "0.7", "--verbose")
+    totals, said = soak(processes, root_folders, *options, limit_s=400)
+    assert 0 == totals["violations"]
+    assert "2 nodes" in said
+    assert totals["writes_answered"] > 100
+    assert totals["comparisons"] >= 2 * totals["episodes"]
+    assert [] == list(root_folders.iterdir()), "nothing is left of what went well"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("nodes-old-block", ("when quiet", "found:   write", "allowed: write")),
+        ("nodes-copy", ("beta differs from alpha when quiet", "found:   write")),
+        ("nodes-failover", ("beta, promoted by force", "allowed: write")),
+        ("nodes-two-primaries", ("alpha and beta serve clients at once",)),
+    ],
+)
+def test_broken_nodes_are_found(
+    processes: support.Processes, root_folders: Path, how: str, words: tuple[str, ...]
+) -> None:
+    """What a mirror with a bug would do ends the run, and all hosts are gone."""
+    before = namespaces()
+    options = ("--nodes", "2", "--seed", "3", "--episode", "0", "--sabotage", how)
+    totals, said = soak(processes, root_folders, *options, code=1)
+    assert 1 == totals["violations"]
+    assert "repeat: scripts/soak/run --seed 3 --episode 0 --nodes 2" in said
+    (folder,) = root_folders.iterdir()
+    report = (folder / "violation.txt").read_text()
+    for word in words:
+        assert word in report
+    assert set(namespaces()) <= set(before)
 
 
 def test_interrupted_soak_leaves_nothing(
