@@ -446,6 +446,12 @@ int nbdm_cool (struct nbdm *volume, uint32_t idle_ms);
 
 /* --- Nodes ------------------------------------------------------------ */
 
+/* Flush the disks in use, as a step of a meeting or of a change of roles.
+ * Policy stop refuses a client's flush while a node is missing; it must not
+ * refuse this one, which is how that node comes back.
+ */
+int nbdm_node_flush (struct nbdm *volume);
+
 /* A node is opened as secondary or as primary, and keeps that role until
  * nbdm_close.  The record's `role` is the caller's: the engine never changes
  * it, and does not read it.  Another node is a disk (`is_node`) with two more

@@ -484,8 +484,11 @@ wait_for_both_relock (struct nbdm *v)
   return 0;
 }
 
-int
-nbdm_flush (struct nbdm *v)
+/* `client`: it asks for what the policy promises, not for what the disks in use
+ * have.
+ */
+static int
+flush_for (struct nbdm *v, bool client)
 {
   int rc = 0;
 
@@ -504,16 +507,28 @@ nbdm_flush (struct nbdm *v)
   pthread_mutex_lock (&v->lock);
   if (rc == 0)
     rc = flush_sources_relock (v);
-  if (rc == 0 && v->policy == NBDM_STOP)
+  if (rc == 0 && client && v->policy == NBDM_STOP)
     rc = wait_for_both_relock (v);
   v->nr_requests--;
   v->flushes++;
   if (v->stopping)
     pthread_cond_broadcast (&v->changed);
   /* Policy stop: what the remote did not flush is not safe on both disks. */
-  if (rc == 0 && (v->failed || v->fenced))
+  if (rc == 0 && (v->failed || (client && v->fenced)))
     rc = set_message (-EIO, "the flush did not reach every disk: %s",
                       v->failed ? v->reason : "a remote is out of sync");
   pthread_mutex_unlock (&v->lock);
   return rc;
+}
+
+int
+nbdm_flush (struct nbdm *v)
+{
+  return flush_for (v, true);
+}
+
+int
+nbdm_node_flush (struct nbdm *v)
+{
+  return flush_for (v, false);
 }

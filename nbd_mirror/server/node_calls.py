@@ -193,7 +193,7 @@ class NodeCalls:
             ) from None
         local.reach("claim_fenced")
         self.end_session(clean=False)
-        local.engine.flush()
+        local.engine.node_flush()
         local.reach("claim_flushed")
 
     def end_session(self, *, clean: bool) -> None:
@@ -373,7 +373,7 @@ class NodeCalls:
                 raise RefusedError("its session has ended")
             if body.generation == NO_DATA:
                 raise RefusedError("there is no generation to adopt")
-            local.engine.flush()
+            local.engine.node_flush()
             local.reach("adopt_flushed")
             local.change(lambda record: _adopted(record, source))
             local.reach("adopt_stored")

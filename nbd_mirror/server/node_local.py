@@ -73,8 +73,8 @@ class NodeEngine(Protocol):
     def node_session_lost(self) -> None:
         """Doubt what was active: the primary's session ended uncleanly."""
 
-    def flush(self) -> None:
-        """Make every answered write durable."""
+    def node_flush(self) -> None:
+        """Make every answered write durable, whatever the policy is."""
 
     def cool(self, idle_s: float) -> None:
         """Flush, and forget the active extents."""

@@ -235,7 +235,7 @@ class Meeting:
         """
         local, claim = self._local, self._claim
         assert claim is not None
-        local.engine.flush()
+        local.engine.node_flush()
         offered = local.change(self._offered).lineage
         local.reach("offer_stored")
         # A write that it missed before the offer was stored began no generation. Its

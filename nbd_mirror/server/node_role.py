@@ -219,7 +219,7 @@ class NodeRole:
             local.reach("promote_stored")
             self._door.fence(FENCE_S)
             self._calls.end_session(clean=False)
-            local.engine.flush()
+            local.engine.node_flush()
             local.reach("promote_fenced")
             local.leaving = True
 
@@ -451,7 +451,7 @@ class NodeRole:
         self._calls.end_session(clean=False)
         if not self._demoting:
             return
-        local.engine.flush()
+        local.engine.node_flush()
         local.reach("demote_drained")
         local.change(lambda record: replace(record, role=Role.SECONDARY))
         local.reach("demote_stored")

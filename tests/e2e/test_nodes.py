@@ -296,3 +296,22 @@ def test_a_resync_of_a_node_in_use_is_known_there(pair: Pair) -> None:
     pair.alpha.serve()
     pair.wait_in_sync()
     pair.assert_equal()
+
+
+def test_policy_stop_refuses_no_step_of_the_nodes(pair: Pair) -> None:
+    """A node that is missing comes in sync; without it the primary gives way."""
+    text = pair.config.read_text()
+    pair.config.write_text(text.replace("[tls]", 'policy = "stop"\n[tls]'))
+    pair.bring_up()
+    pair.alpha.write(0, CONTENT)
+    pair.beta.kill()
+    support.wait_until(
+        lambda: not pair.alpha.status()["peers"][0]["connected"], "the loss of beta"
+    )
+    pair.alpha.cli("demote", str(pair.config), "--force")
+    pair.alpha.wait_role("secondary")
+    pair.beta.serve()
+    pair.beta.ask("promote", force=False)
+    pair.wait_in_sync()
+    assert pair.beta.read(0, len(CONTENT)) == CONTENT
+    pair.assert_equal()

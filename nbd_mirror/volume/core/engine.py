@@ -159,6 +159,10 @@ class Engine:
         """Make every answered write durable on all in-sync legs. Blocks."""
         check(lib.nbdm_flush(self.handle), "flush")
 
+    def node_flush(self) -> None:
+        """Flush the disks in use, whatever the policy says of a missing node."""
+        check(lib.nbdm_node_flush(self.handle), "flush")
+
     def cache(self, count: int, offset: int) -> None:
         """Ask the kernel to read ahead *count* bytes at *offset*."""
         check(lib.nbdm_cache(self.handle, count, offset), "cache")
