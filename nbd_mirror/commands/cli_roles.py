@@ -37,7 +37,8 @@ def demote(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Also if clients are connected: they are cut off."
+            "--force",
+            help="Also if clients are connected, which are cut off, or a hook fails.",
         ),
     ] = False,
     node: NodeOption = None,
@@ -56,11 +57,15 @@ def switchover(
         str | None,
         typer.Argument(metavar="NODE", help="Default: the only other node."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if the hook `demoting` fails.")
+    ] = False,
     node: NodeOption = None,
 ) -> None:
     """Give the role of primary to another node, in sync. Nothing is lost."""
     volume = load(config, node)
-    say(one_line(f"node {roles.switchover(volume, target)} is primary"))
+    taken = roles.switchover(volume, target, force=force)
+    say(one_line(f"node {taken} is primary"))
 
 
 def replace(

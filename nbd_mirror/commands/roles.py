@@ -53,12 +53,13 @@ def demote(config: VolumeConfig, *, force: bool) -> NodeStatus:
     return _change(config, "demote", lambda node: node.role != "primary", force=force)
 
 
-def switchover(config: VolumeConfig, name: str | None) -> str:
+def switchover(config: VolumeConfig, name: str | None, *, force: bool = False) -> str:
     """
     Give the role of primary to another node; as `promote`.
 
     Args:
         name: of the node, or None for the only other one.
+        force: also if the hook `demoting` fails.
     Returns:
         Its name, once it is primary.
     """
@@ -85,6 +86,7 @@ def switchover(config: VolumeConfig, name: str | None) -> str:
         lambda node: _serves(node, target) or node.role == "primary",
         both=lambda node: _serves(node, target),
         node=target,
+        **({"force": True} if force else {}),
     )
     if not _serves(taken, target):
         raise RoleError(
@@ -145,8 +147,8 @@ def _change(
     epoch = _node(config).epoch
     # Without an answer: it was executed again before that was sent.
     with contextlib.suppress(NotRunningError):
-        ask(config, command, ASK_S, **args)
-    deadline = time.monotonic() + config.stop_limit_s + SETTLE_S
+        ask(config, command, ASK_S + config.hooks.limit_s, **args)
+    deadline = time.monotonic() + config.stop_limit_s + SETTLE_S + config.hooks.limit_s
     last = ""
     while time.monotonic() < deadline:
         try:

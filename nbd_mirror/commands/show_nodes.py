@@ -41,6 +41,8 @@ def show_nodes(line: Callable[..., None], status: Status, asked: str | Asked) ->
         line(f"    why: {node.why}")
         if node.hint:
             line(f"    try: {name_volume(node.hint, asked)}")
+    if node.hook:
+        line(f"    hook: {node.hook}")
     found = fail_over(node)
     answer = Text(found.answer, style=_STYLES.get(found.answer, ""))
     line("  fail over now?  ", answer, f": {found.reason}" if found.reason else "")

@@ -25,7 +25,7 @@ from .node_standing import Promotion
 
 __all__ = ["HAND_OVER_S", "HandOver", "Means"]
 
-HAND_OVER_S = 15.0  # then a demoted node takes its role back
+HAND_OVER_S = 15.0  # then a demoted node takes its role back, without hooks
 HAND_OVER_REST_S = 0.2
 AFTER_S = 1.0  # from the end of a switchover to the next turn
 
@@ -52,13 +52,22 @@ class HandOver:
 
     Args:
         to: the node that this one, just demoted, gives its role to, or "".
+        wait_s: after that time it takes its role back.
     """
 
-    def __init__(self, local: LocalNode, others: Others, to: str, role: Means) -> None:
+    def __init__(
+        self,
+        local: LocalNode,
+        others: Others,
+        to: str,
+        role: Means,
+        wait_s: float = HAND_OVER_S,
+    ) -> None:
         self._local = local
         self._others = others
         self._role = role
         self._started = role.clock()
+        self._wait_s = wait_s
         self.to = to
         self.token: Token | None = None  # that another node has sent
 
@@ -74,7 +83,7 @@ class HandOver:
         if record.leader != record.node:
             self.to = ""  # the other node is promoted
             return 0.0
-        if self._role.clock() - self._started > HAND_OVER_S:
+        if self._role.clock() - self._started > self._wait_s:
             self._take_back()
             return AFTER_S
         try:

@@ -32,7 +32,8 @@ from ..rules.state import RemoteState
 from ..volume.config import GRANT_VARIABLE, HAND_OVER_VARIABLE
 from ..volume.node_record import NodeRecord
 from .node_calls import Fence, NodeCalls
-from .node_handover import HandOver, Means
+from .node_handover import HAND_OVER_S, HandOver, Means
+from .node_hooks import Hook, HookError, Hooks
 from .node_local import LocalNode, Term, announced, term_of
 from .node_others import Others
 from .node_standing import (
@@ -51,8 +52,11 @@ __all__ = [
     "NodeRole",
 ]
 
+POLL_S = 0.05
 RESUME_S = 1.0  # between two attempts to resume
 MEET_S = 5.0  # between two meetings of a secondary that no primary writes to
+HOOK_REST_S = 15.0  # from a hook that failed to the next attempt to resume
+CLIENTS_S = 2.0  # for clients that a hook ended to disconnect
 FENCE_S = 10.0  # of a promotion
 
 
@@ -66,6 +70,8 @@ class NodeRole:
         start_alone_s: after that time the last primary resumes although it cannot reach
             the other nodes; 0: never.
         hand_over: the node that this one, just demoted, gives its role to, or "".
+        hooks: the operator's programs; None: there are none.
+        hooks_s: how long another node's hooks may delay its promotion.
         clock: gives seconds, monotonic.
         fresh: gives random numbers for generations.
     """
@@ -81,6 +87,8 @@ class NodeRole:
         log: Callable[[str, str], object],
         start_alone_s: float = 0.0,
         hand_over: str = "",
+        hooks: Hooks | None = None,
+        hooks_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         fresh: Callable[[], int] = lambda: secrets.randbits(64) or 1,
     ) -> None:
@@ -91,6 +99,7 @@ class NodeRole:
         self._leave = leave
         self._log = log
         self._start_alone_s = start_alone_s
+        self._hooks = hooks
         self._clock = clock
         self._fresh = fresh
         self._started = clock()
@@ -102,6 +111,7 @@ class NodeRole:
             others,
             hand_over,
             Means(self._promote, self._wait_because, log, clock),
+            HAND_OVER_S + hooks_s,
         )
         self._unopened: Term | None = None  # stored by this process; no door is open
         self._overruled_by = ""  # the later primary for which this one steps down
@@ -135,8 +145,7 @@ class NodeRole:
             return self._handover.give()
         record = local.record()
         if was_primary(record):
-            self._resume()
-            return RESUME_S
+            return self._resume()
         self.waits = ("", "")
         if local.session is None:
             self._meet_all()
@@ -147,9 +156,16 @@ class NodeRole:
         self._handover.token = (generation, term)
         self.wake()
 
+    @property
+    def changing(self) -> bool:
+        """Whether a change of role is under way, or is being judged."""
+        return self._acting.locked()
+
     def overrule(self, later: str) -> None:
         """Have the thread close the door: *later* is the later primary."""
         self._overruled_by = later
+        if self._hooks:
+            self._hooks.cancel()  # the door closes now, whatever a hook waits for
         self.wake()
 
     # --- promotion ---
@@ -168,10 +184,10 @@ class NodeRole:
     def _promote(self, kind: Promotion, token: tuple[int, Term] | None = None) -> int:
         with self._acting:
             self._check_free(primary=False)
-            met = self._meet_all()
-            if token not in (None, content_of(met.record)):
-                raise RoleError("the token is of another generation or promotion")
-            self._require(kind, met)
+            met = self._judged(kind, token)
+            # Before the consents, with which the other nodes give up their rights.
+            if self._hooks and self._hooks.ask(Hook.PROMOTING):
+                met = self._judged(kind, token)  # a hook takes time
             term = self._next_term(met)
             with self._local.lock:
                 self._check_free(primary=False)
@@ -199,6 +215,14 @@ class NodeRole:
         if stored == self._unopened and max(terms, default=stored) <= stored:
             return stored
         return 1 + max(epoch for epoch, _ in (stored, *terms)), met.record.node
+
+    def _judged(self, kind: Promotion, token: tuple[int, Term] | None) -> Met:
+        """Look at all nodes; raise RoleError unless this one may be promoted now."""
+        met = self._meet_all()
+        if token not in (None, content_of(met.record)):
+            raise RoleError("the token is of another generation or promotion")
+        self._require(kind, met)
+        return met
 
     def _ask_and_store(self, kind: Promotion, met: Met, term: Term) -> None:
         local = self._local
@@ -317,16 +341,25 @@ class NodeRole:
 
     # --- the start ---
 
-    def _resume(self) -> None:
-        """Become primary again, if no other node was promoted since."""
+    def _resume(self) -> float:
+        """
+        Become primary again, if no other node was promoted since.
+
+        Returns:
+            The seconds until the next attempt.
+        """
         waited = self._clock() - self._started
         alone = 0 < self._start_alone_s <= waited
         kind = Promotion.ALONE if alone else Promotion.RESUMED
         try:
             self._promote(kind)
             self.waits = ("", "")
+        except HookError as error:
+            self._wait_because(error.message, error.hint)
+            return HOOK_REST_S
         except MirrorError as error:
             self._wait_because(error.message, error.hint)
+        return RESUME_S
 
     def _wait_because(self, why: str, hint: str) -> None:
         if self.waits[0] != why:
@@ -340,12 +373,14 @@ class NodeRole:
         Make this node secondary, as an operator asks; no node is primary then.
 
         Raises:
-            RoleError: clients are connected, and *force* is not given; or it is
-            secondary. BusyError: its role is changing.
+            RoleError: clients are connected or a hook failed, and *force* is not
+            given; or it is secondary. BusyError: its role is changing.
         """
         with self._acting:
             self._check_free(primary=True)
-            clients = self._local.engine.status().clients
+            hooked = self._hooks and self._hooks.ask_demoting("demote", force=force)
+            self._check_free(primary=True)
+            clients = self._clients_left(CLIENTS_S if hooked else 0.0)
             if clients and not force:
                 raise RoleError(
                     f"{clients} connections of clients would be cut",
@@ -355,41 +390,59 @@ class NodeRole:
             self._close({})
         return {"role": Role.SECONDARY.value}
 
-    def switchover(self, node: str | None) -> dict[str, object]:
+    def _clients_left(self, wait_s: float) -> int:
+        """Return how many connections of clients there are, after a while at most."""
+        deadline = self._clock() + wait_s
+        clients = self._local.engine.status().clients
+        while clients and self._clock() < deadline:
+            time.sleep(POLL_S)
+            clients = self._local.engine.status().clients
+        return clients
+
+    def switchover(self, node: str | None, *, force: bool = False) -> dict[str, object]:
         """
         Give the role to another node, which is in sync.
 
+        Args:
+            force: also if the hook `demoting` fails.
         Raises:
             RoleError: it cannot be given now. BusyError: the role is changing.
         """
         with self._acting:
             self._check_free(primary=True)
             target = self._heir(node)
-            status = self._local.engine.remote_status(self._local.disk_of(target))
-            in_sync = status.admitted and status.state is RemoteState.IN_SYNC
-            if not in_sync or self._lacks(target):
-                why = status.reason or status.state.value
-                if not status.admitted:
-                    raise RoleError(
-                        f"{target} is not connected, so this node stays primary: {why}",
-                        "nbd-mirror status CONFIG",
-                    )
-                raise RoleError(
-                    f"{target} is not in sync: {why}",
-                    "nbd-mirror wait CONFIG --for in_sync",
-                )
-            try:
-                # A session is up for seconds after its node began to hang. If the role
-                # was given to that node, no node would serve.
-                self._others.meet(target)
-            except MirrorError as error:
-                raise RoleError(
-                    f"{target} does not answer, so this node stays primary: "
-                    f"{error.message}",
-                    "nbd-mirror status CONFIG",
-                ) from None
+            self._check_heir(target)
+            if self._hooks and self._hooks.ask_demoting("switchover", force=force):
+                self._check_free(primary=True)
+                self._check_heir(target)  # a hook takes time
             self._close({HAND_OVER_VARIABLE: target})
         return {"role": Role.SECONDARY.value, "to": target}
+
+    def _check_heir(self, target: str) -> None:
+        """Raise RoleError unless the node is in sync and answers."""
+        status = self._local.engine.remote_status(self._local.disk_of(target))
+        in_sync = status.admitted and status.state is RemoteState.IN_SYNC
+        if not in_sync or self._lacks(target):
+            why = status.reason or status.state.value
+            if not status.admitted:
+                raise RoleError(
+                    f"{target} is not connected, so this node stays primary: {why}",
+                    "nbd-mirror status CONFIG",
+                )
+            raise RoleError(
+                f"{target} is not in sync: {why}",
+                "nbd-mirror wait CONFIG --for in_sync",
+            )
+        try:
+            # A session is up for seconds after its node began to hang. If the role
+            # was given to that node, no node would serve.
+            self._others.meet(target)
+        except MirrorError as error:
+            raise RoleError(
+                f"{target} does not answer, so this node stays primary: "
+                f"{error.message}",
+                "nbd-mirror status CONFIG",
+            ) from None
 
     def replace(self, node: str | None) -> dict[str, object]:
         """

@@ -2,9 +2,9 @@
 """
 The control of a node in its server: it connects the rules' users with engine and door.
 
-It has two threads. The control thread takes the calls of other nodes from the door. The
-role thread resumes, hands over and takes over (node_role.py). Neither touches a request
-of a client.
+It has three threads. The control thread takes the calls of other nodes from the door.
+The role thread resumes, hands over and takes over (node_role.py). The third runs hooks,
+which may take minutes. None of them touches a request of a client.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..volume.status import NodeStatus
 from .disk_keeper import Log
 from .keeper import RemotePolicy
 from .node_calls import NodeCalls, RefusedError, Wishes
+from .node_hooks import HookError, Hooks
 from .node_keeper import NodeKeeper
 from .node_local import LocalNode, Term
 from .node_meeting import Meeting
@@ -42,6 +43,7 @@ __all__ = ["NodeControl"]
 
 CALL_S = 0.5  # between two looks whether the end has come
 STOP_FENCE_S = 1.0
+TELL_S = 0.2  # between two looks whether the role is settled
 
 
 class NodeControl:
@@ -66,6 +68,7 @@ class NodeControl:
         self._client_sockets: list[int] = []
         self._shown = ""  # the text that clients of a secondary get
         self._ending = False
+        self._ended = threading.Event()
         self._keepers: dict[str, NodeKeeper] = {}
         self.local = LocalNode(
             engine,
@@ -88,6 +91,7 @@ class NodeControl:
             ),
             log,
         )
+        self._hooks = Hooks(config, self.local, log)
         self.role = NodeRole(
             self.local,
             self.others,
@@ -97,10 +101,13 @@ class NodeControl:
             log=log,
             start_alone_s=config.start_alone,
             hand_over=os.environ.pop(HAND_OVER_VARIABLE, ""),
+            hooks=self._hooks,
+            hooks_s=config.hooks.limit_s if config.hooks.promoting else 0.0,
         )
         self._threads = [
             threading.Thread(target=self._serve_calls, name="nodes", daemon=True),
             threading.Thread(target=self._turn, name="role", daemon=True),
+            threading.Thread(target=self._tell, name="hooks", daemon=True),
         ]
 
     def _overrule(self, later: str) -> None:
@@ -166,12 +173,14 @@ class NodeControl:
 
     def close(self) -> None:
         """Grant no claim any more, and change no role: the server ends."""
+        self._hooks.close()
         with self.local.lock:
             self.local.leaving = True
 
     def end(self) -> None:
         """Tell the threads to end."""
         self._ending = True
+        self._ended.set()
         self.role.wake()
 
     def join(self, timeout_s: float) -> bool:
@@ -205,6 +214,16 @@ class NodeControl:
         seconds = self.role.turn()
         if not self._ending:
             self.role.rest(seconds)
+
+    def _tell(self) -> None:
+        keep_going(self._tell_once, self._end_has_come, self._log, "hooks")
+
+    def _tell_once(self) -> None:
+        self._hooks.tell(lambda: self.role.changing)
+
+    def _end_has_come(self) -> bool:
+        """Rest between two looks at the role, and say whether the end has come."""
+        return self._ended.wait(TELL_S)
 
     def _serve_calls(self) -> None:
         keep_going(self._serve_one, lambda: self._ending, self._log, "nodes")
@@ -273,13 +292,20 @@ class NodeControl:
         force, node = args.get("force", False), args.get("node")
         if not isinstance(force, bool) or not isinstance(node, str | None):
             raise ConfigError(f"{command}: wrong arguments")
+        try:
+            return self._change_role(command, node, force=force)
+        except HookError as error:
+            # A command knows the classes of base/errors.py.
+            raise RoleError(error.message, error.hint) from None
+
+    def _change_role(self, command: str, node: str | None, *, force: bool) -> object:
         match command:
             case "promote":
                 return self.role.promote(force=force)
             case "demote":
                 return self.role.demote(force=force)
             case "switchover":
-                return self.role.switchover(node)
+                return self.role.switchover(node, force=force)
             case "replace":
                 return self.role.replace(node)
         raise RoleError(f"a node has no command {command}")
@@ -295,6 +321,7 @@ class NodeControl:
                 self.role.verdict,
                 self._why_not,
                 time.time(),
+                self._hooks.failed,
             )
         )
 

@@ -30,7 +30,8 @@ class Facts:
     What the status is made of.
 
     *waits*: why a last primary does not resume, and a hint; *verdict* says whether the
-    node may be promoted; *keeper* gives the reason and hint of another node's keeper.
+    node may be promoted; *keeper* gives the reason and hint of another node's keeper;
+    *hook* is the hook that failed.
     """
 
     config: VolumeConfig
@@ -40,6 +41,7 @@ class Facts:
     verdict: Callable[[], Verdict]
     keeper: Callable[[str], tuple[str, str]]
     now: float
+    hook: str = ""
 
 
 def node_status(facts: Facts) -> NodeStatus:
@@ -57,6 +59,7 @@ def node_status(facts: Facts) -> NodeStatus:
         state=state,
         why=why,
         hint=hint,
+        hook=facts.hook,
         peers=peers,
         promotable=_promotable(facts, record, peers),
     )

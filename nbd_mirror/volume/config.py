@@ -34,6 +34,7 @@ from . import config_tables as tables
 from . import config_values as values
 from .config_explain import explain, plain_line
 from .config_file import CONFIG_DIR_ENV, config_dir, find, read_text
+from .config_hooks import HooksConfig
 from .config_nodes import choose, complete
 from .config_tables import Copy, NodeConfig, RemoteConfig, TlsConfig
 from .model import Params, RemoteParams
@@ -126,6 +127,7 @@ class VolumeConfig(BaseModel):
         BeforeValidator(tables.parse_tls),
         AfterValidator(tables.check_tls_table),
     ] = None
+    hooks: HooksConfig = HooksConfig()
     nodes: Annotated[
         tuple[NodeConfig, ...],
         Field(alias="node", strict=False),
@@ -251,6 +253,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "remote": RemoteConfig,
     "node": NodeConfig,
     "tls": TlsConfig,
+    "hooks": HooksConfig,
 }
 
 
@@ -279,6 +282,8 @@ def _check_tables(config: VolumeConfig) -> str:
     wrong = _check_listen_tls(config)
     if not config.nodes and config.start_alone:
         wrong = wrong or "start_alone: is of use only with [[node]] tables"
+    if not config.nodes and "hooks" in config.model_fields_set:
+        wrong = wrong or "hooks: is of use only with [[node]] tables"
     if wrong or not config.nodes:
         return wrong
     if config.size == 0:

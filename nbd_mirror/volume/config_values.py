@@ -41,6 +41,11 @@ _URI_RULE = (
     "nbd+unix:///NAME?socket=/PATH or nbds+unix:///NAME?socket=/PATH"
 )
 
+HOOK_RULE = (
+    "a program's absolute path, or a list of it and its arguments, as in "
+    '["/usr/bin/systemctl", "stop", "pg"]'
+)
+
 # The allowed values by key, for a value of the wrong type.
 RULES = {
     "name": _NAME_RULE,
@@ -67,6 +72,12 @@ RULES = {
     "certificate": "the path of this node's certificate",
     "private_key": "the path of the certificate's private key",
     "ca": "the path of the certificates that sign the nodes' certificates",
+    "hooks": "a [hooks] table",
+    "promoting": HOOK_RULE,
+    "promoted": HOOK_RULE,
+    "demoting": HOOK_RULE,
+    "demoted": HOOK_RULE,
+    "timeout": "a time from 1s to 10min",
 }
 # Where a key stands that was put into another table.
 PLACES = {
@@ -77,6 +88,11 @@ PLACES = {
     "certificate": "in the [tls] table",
     "private_key": "in the [tls] table",
     "ca": "in the [tls] table",
+    "promoting": "in the [hooks] table",
+    "promoted": "in the [hooks] table",
+    "demoting": "in the [hooks] table",
+    "demoted": "in the [hooks] table",
+    "timeout": "in the [hooks] table",
 }
 
 

@@ -148,6 +148,9 @@ class NodeStatus(Answer):
     )
     why: Text = Field("", description="why it is in this state; may be empty")
     hint: Text = Field("", description="which command helps; may be empty")
+    hook: Text = Field(
+        "", description="which hook failed since the server began; may be empty"
+    )
     peers: tuple[OtherNode, ...] = Field(description="the other nodes")
     promotable: Promotable = Field(description="whether it may be promoted now")
 

@@ -50,6 +50,7 @@ from nbd_mirror.server.node_role import GRANT_VARIABLE, HAND_OVER_VARIABLE
 from nbd_mirror.volume import config as config_module
 from nbd_mirror.volume import core
 from nbd_mirror.volume.answers import Answer, Flag, Unit
+from nbd_mirror.volume.config_hooks import HooksConfig
 from nbd_mirror.volume.config_tables import NodeConfig, RemoteConfig, TlsConfig
 from nbd_mirror.volume.status import (
     Local,
@@ -174,6 +175,7 @@ def keys() -> dict[str, object]:
         ("remote.", RemoteConfig),
         ("node.", NodeConfig),
         ("tls.", TlsConfig),
+        ("hooks.", HooksConfig),
     ):
         for name, field in model.model_fields.items():
             key = prefix + (field.alias or name)
@@ -197,8 +199,8 @@ def test_configuration_table_has_every_key_and_default() -> None:
     table = {key: one[1] for one in found for key in code_names(one[0])}
     assert set(keys()) == set(table)
     for key, default in keys().items():
-        if default in (REQUIRED, None, ()):
-            assert table[key] == (default or "none"), key
+        if default in (REQUIRED, None, (), HooksConfig()):
+            assert table[key] == (REQUIRED if default == REQUIRED else "none"), key
         else:
             assert default == value_of(key, code_names(table[key])[0]), key
 
@@ -325,7 +327,12 @@ def test_environment_variables_are_documented() -> None:
     ours = {"NBD_MIRROR_DOOR", config_module.CHOICE_VARIABLE, ASKED_VARIABLE}
     # A server sets them for itself, as it changes its role.
     ours |= {GRANT_VARIABLE, HAND_OVER_VARIABLE}
-    assert used - ours == listed
+    # A server sets them for a hook, which is another program.
+    text = (ROOT / "nbd_mirror" / "server" / "node_hooks.py").read_text()
+    hooks = set(re.findall(r'"(NBD_MIRROR_[A-Z_]+)":', text))
+    told = {code_names(one[0])[0] for one in rows(section(MANUAL, "Hooks"))}
+    assert hooks == {name for name in told if name.startswith("NBD_MIRROR_")}
+    assert used - ours - (hooks - {"NBD_MIRROR_NODE"}) == listed
 
 
 # --- the bytes on disk ---------------------------------------------------
