@@ -526,9 +526,16 @@ int nbdm_node_clear (struct nbdm *volume, uint32_t disk);
 
 /* As nbdm_disk_admit.  -EAGAIN: that node lacks a region.  For a node which was
  * told that nothing will be copied to it: a write that it gets beside one that
- * it lacks would make its image one of no instant.
+ * it lacks would make its image one of no instant.  When it lacks a region
+ * later, its connection ends before it gets another write.
  */
 int nbdm_node_admit (struct nbdm *volume, uint32_t disk);
+
+/* That node is told next that nothing is copied to it any more: from now on it
+ * is as after nbdm_node_admit.  -EAGAIN: it lacks a region, or it is not
+ * connected.
+ */
+int nbdm_node_whole (struct nbdm *volume, uint32_t disk);
 
 /* On a secondary: its primary's session ended without a clean close.  All
  * active extents become doubts towards every node, and if there are doubts

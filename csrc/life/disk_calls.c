@@ -25,6 +25,7 @@ admit_remote (struct remote *r)
   int rc;
 
   LOCK_FOR_SCOPE (&v->lock);
+  r->filled = true;
   rc = remote_admit_locked (r);
   if (rc == 0)
     local_replace_doubted_relock (v);
@@ -47,7 +48,18 @@ admit_whole_node (struct remote *r)
   LOCK_FOR_SCOPE (&r->disk.volume->lock);
   if (r->disk.dm.map[MAP_DIRTY].nr_set > 0)
     return set_message (-EAGAIN, "it has missed a write in the meantime");
+  r->filled = false;
   return remote_admit_locked (r);
+}
+
+static int
+make_whole (struct remote *r)
+{
+  LOCK_FOR_SCOPE (&r->disk.volume->lock);
+  if (!r->admitted || r->disk.dm.map[MAP_DIRTY].nr_set > 0)
+    return set_message (-EAGAIN, "it lacks a region");
+  r->filled = false;
+  return 0;
 }
 
 int
@@ -58,6 +70,16 @@ nbdm_node_admit (struct nbdm *v, uint32_t disk)
   if (d == NULL || !d->is_node)
     return no_such_disk (disk);
   return admit_whole_node (&v->remotes[disk - 1]);
+}
+
+int
+nbdm_node_whole (struct nbdm *v, uint32_t disk)
+{
+  const struct disk *d = volume_disk (v, disk);
+
+  if (d == NULL || !d->is_node)
+    return no_such_disk (disk);
+  return make_whole (&v->remotes[disk - 1]);
 }
 
 int

@@ -448,7 +448,7 @@ invalidate_locked (struct remote *r)
   fault_point ("invalidate_marked");
   r->assumed = false;
   if (r->admitted)
-    remote_set_locked (r, NBDM_RESYNCING, "%s", why);
+    remote_lacks_locked (r, "%s", why);
   else if (!remote_used_locked (r))
     remote_set_locked (r, NBDM_OUT_OF_SYNC, "%s", why);
   /* Otherwise it is holding: waiting requests are sent again, or degrade it. */

@@ -280,6 +280,8 @@ classify_locked (struct nbdm *v, struct request *req)
     leg->nr = 0;
     leg->first = false;
     leg->conn = NULL;
+    if (r->disk.dm.map[MAP_DIRTY].nr_set > 0 && remote_unaware_locked (r))
+      remote_lacks_locked (r, "it lacks a region that it was not told of");
     leg->active = !v->secondary && remote_used_locked (r);
     if (v->secondary)
       continue;

@@ -119,12 +119,13 @@ local_error_locked (struct nbdm *v, struct request *req, int rc)
     struct remote *r = &v->remotes[i];
 
     mark_dirty_locked (r, req->offset, req->length, false);
-    if (r->state == NBDM_IN_SYNC && r->disk.dm.map[MAP_DIRTY].nr_set > 0)
-      remote_set_locked (r, NBDM_RESYNCING,
-                         "a local %s at %llu failed (%s): the range is "
-                         "copied from local again",
-                         kind_name (req->kind), (unsigned long long)req->offset,
-                         strerror (-rc));
+    if (r->disk.dm.map[MAP_DIRTY].nr_set > 0
+        && (r->state == NBDM_IN_SYNC || remote_unaware_locked (r)))
+      remote_lacks_locked (r,
+                           "a local %s at %llu failed (%s): the range is "
+                           "copied from local again",
+                           kind_name (req->kind),
+                           (unsigned long long)req->offset, strerror (-rc));
   }
   volume_persist_locked (v);
 }

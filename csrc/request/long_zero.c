@@ -46,11 +46,11 @@ long_zero_leave_locked (const struct request *req, struct remote *r,
     return false;
   remote_miss_locked (r, req);
   r->leaves_zeroes = true;
-  if (r->state == NBDM_IN_SYNC) {
-    remote_set_locked (r, NBDM_RESYNCING,
-                       "it took longer than %g s to zero what a client "
-                       "trimmed or zeroed: the rest is copied",
-                       r->deadline_ms / 1000.0);
+  if (r->state == NBDM_IN_SYNC || remote_unaware_locked (r)) {
+    remote_lacks_locked (r,
+                         "it took longer than %g s to zero what a client "
+                         "trimmed or zeroed: the rest is copied",
+                         r->deadline_ms / 1000.0);
     volume_persist_locked (r->disk.volume);
   }
   return true;

@@ -260,8 +260,9 @@ take_back_locked (struct nbdm *v)
   dm->changed = true;
   for (uint32_t i = 0; i < v->nr_remotes; i++) {
     struct remote *r = &v->remotes[i];
-    if (r->state == NBDM_IN_SYNC && r->disk.dm.map[MAP_DIRTY].nr_set > 0)
-      remote_set_locked (r, NBDM_RESYNCING, "%s", v->local.disk.reason);
+    if (r->disk.dm.map[MAP_DIRTY].nr_set > 0
+        && (r->state == NBDM_IN_SYNC || remote_unaware_locked (r)))
+      remote_lacks_locked (r, "%s", v->local.disk.reason);
   }
 }
 

@@ -521,6 +521,35 @@ remote_broken_locked (struct remote *r, struct conn *conn, const char *why)
     remote_degrade_locked (r);
 }
 
+bool
+remote_unaware_locked (const struct remote *r)
+{
+  return r->disk.is_node && r->admitted && !r->filled;
+}
+
+/* As a connection that is lost: the hold lasts until the two have met again. */
+static void
+meet_again_locked (struct remote *r, const char *why)
+{
+  conn_kill (r->conn, why);
+  remote_lost_locked (r, r->conn);
+}
+
+void
+remote_lacks_locked (struct remote *r, const char *fmt, ...)
+{
+  char why[NBDM_REASON_LEN];
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (why, sizeof why, fmt, args);
+  va_end (args);
+  if (remote_unaware_locked (r))
+    meet_again_locked (r, why);
+  else
+    remote_set_locked (r, NBDM_RESYNCING, "%s", why);
+}
+
 void
 lift_fence_locked (struct nbdm *v)
 {
@@ -539,6 +568,10 @@ remote_update_state_locked (struct remote *r)
 
   if (!r->admitted || v->failed)
     return;
+  if (r->disk.dm.map[MAP_DIRTY].nr_set > 0 && remote_unaware_locked (r)) {
+    remote_lacks_locked (r, "it lacks a region that it was not told of");
+    return;
+  }
   if (r->disk.dm.map[MAP_DIRTY].nr_set > 0 || !node_counted_locked (r)) {
     if (r->state != NBDM_RESYNCING) {
       remote_set_locked (r, NBDM_RESYNCING, "%s", "");

@@ -61,6 +61,15 @@ void remote_broken_locked (struct remote *r, struct conn *conn,
  * offered?
  */
 void remote_heed_refusal (struct remote *r, const struct command *cmd);
+/* A remote that is in use lacks regions from now on, which are dirty: it is
+ * resyncing.  A node that has not stored that it is copied to is met again
+ * first, so its connection ends: it would take later writes into an image that
+ * lacks an earlier one, and call that image whole.  Persists nothing.
+ */
+void remote_lacks_locked (struct remote *r, const char *fmt, ...)
+    __attribute__ ((format (printf, 2, 3)));
+/* Is it a node that would take later writes so? */
+bool remote_unaware_locked (const struct remote *r);
 /* Set in_sync if that is proven (rule 8), else resyncing; durable. */
 void remote_update_state_locked (struct remote *r);
 /* This remote misses a write: the first such write begins a new generation,

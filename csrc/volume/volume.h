@@ -132,6 +132,10 @@ struct remote {
   pthread_cond_t flush_due; /* ends its nap */
   uint64_t unflushed_ns;    /* when the filling map got its first bit */
   struct backlog backlog;   /* unflushed bytes and their bound */
+  /* A node has stored that it is copied to: until it adopts the generation, it
+   * takes its image for one of no instant.
+   */
+  bool filled;
   bool leaves_zeroes; /* a long trim is left to the resync: see long_zero.c */
   bool unproven;      /* copied to since the last flush of local */
   /* The server offered WRITE_ZEROES and refused it: later connections get data

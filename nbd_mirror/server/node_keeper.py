@@ -62,8 +62,6 @@ class NodeKeeper(Keeper):
         status = self._engine.remote_status(self._disk)
         if self._is_copied(status):
             self._count()
-        elif status.admitted and status.dirty_regions > 0:
-            self._tell()  # also while the resync is paused: other writes go on
         super()._look_and_act()
 
     def _is_copied(self, status: RemoteStatus) -> bool:
@@ -72,32 +70,19 @@ class NodeKeeper(Keeper):
         return done and not self._meeting.is_settled()
 
     def _count(self) -> None:
-        def lacks() -> bool:
-            status = self._engine.remote_status(self._disk)
-            return not status.admitted or status.dirty_regions > 0
-
         try:
-            if self._meeting.settle(lacks):
+            if self._meeting.settle(lambda: not self._engine.node_whole(self._disk)):
                 self._copies = False
         except MirrorError as error:
             # Its session may have ended there, and nothing here says so.
             self._engine.drop(self._disk, f"not in sync yet: {error}")
             raise
 
-    def _tell(self) -> None:
-        """Have the node store, before a copy, that its image is of no instant."""
-        if self._copies:
-            return
-        try:
-            self._meeting.tell()
-        except MirrorError as error:
-            self._engine.drop(self._disk, f"it lacks a region: {error}")
-            raise
-        self._copies = True
-
     def _resync(self) -> None:
-        self._tell()
-        super()._resync()
+        if self._copies:
+            super()._resync()
+        else:  # it has not stored that its image is of no instant while it is copied to
+            self._engine.drop(self._disk, "it lacks a region that it was not told of")
 
     def _connect_to(self, uri: str, status: RemoteStatus) -> None:
         timeout_s = max(self._policy.deadline_s, CLAIM_S)

@@ -173,21 +173,6 @@ class Meeting:
             local.change(lambda record: self._same(record, mine, counts=in_sync))
         return todo
 
-    def tell(self) -> None:
-        """
-        Have the other node store that it is copied to, in the session that is up.
-
-        It lacks a region that it was not told of: a long zero was left to the resync,
-        both disks refused a write, or an operator made all regions dirty.
-        """
-        assert self._claim is not None
-        plan, side = self._decide()
-        if plan.target != self._other:
-            raise RoleError(f"{self._other}: the decision has changed: {plan.row}")
-        mine = self._local.side(self._other)
-        self._begin(Agreed(plan, side), self._claim, max(mine.dirty, 1), mine)
-        self._behind = True
-
     def _begin(
         self, agreed: Agreed, claim: Claim, regions: int, mine: Side | None = None
     ) -> None:
@@ -229,7 +214,8 @@ class Meeting:
         Have the other node take this generation, now that it misses nothing.
 
         Args:
-            lacks: tells whether it lacks a region, or its connection was lost.
+            lacks: tells whether it lacks a region, or its connection was lost. If not,
+                the engine ends the connection once it lacks one.
         Returns:
             False: it lacks something now, and nothing was offered to it.
         """

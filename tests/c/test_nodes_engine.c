@@ -11,6 +11,7 @@
 #include "api.h"
 #include "logs/lineage.h"
 #include "volume/local_state.h"
+#include "volume/state.h"
 #include "site.h"
 
 #define REGION 4096u
@@ -419,6 +420,87 @@ test_nodes_engine_a_missed_write_after_an_offer_begins_one (void)
   site_end (&site);
 }
 
+/* --- a node that takes its image for whole ---------------------------------
+ */
+
+/* In sync; it has adopted, and so calls its image one of an instant. */
+static void
+make_whole (void)
+{
+  make (true);
+  join ();
+  assert (nbdm_node_whole (site.volume, 1) == 0);
+}
+
+/* It lacks region 1.  A later write that it got beside that would make its
+ * image one of no instant, and it would not know.
+ */
+static void
+assert_gets_no_later_write (void)
+{
+  uint8_t before = peer_image (site.peers[0])[5 * REGION];
+
+  write_regions (5, 1, 77);
+  assert (site_status (&site, 0).state == NBDM_OUT_OF_SYNC);
+  assert (!site_status (&site, 0).remote.admitted);
+  assert (peer_image (site.peers[0])[5 * REGION] == before);
+  assert (nbdm_node_whole (site.volume, 1) == -EAGAIN);
+  site_connect (&site, 0); /* it was told, as it was met */
+  write_regions (6, 1, 78);
+  resync ();
+  count ();
+  assert (site_status (&site, 0).state == NBDM_IN_SYNC);
+  assert_equal_disks ();
+  site_end (&site);
+}
+
+static void
+test_nodes_engine_whole_and_invalidated (void)
+{
+  make_whole ();
+  assert (nbdm_remote_invalidate (site.volume, 1) == 0);
+  assert (!site_status (&site, 0).remote.admitted);
+  mark (NBDM_MAP_DIRTY, 2);
+  assert_gets_no_later_write ();
+}
+
+static void
+test_nodes_engine_whole_and_marked (void)
+{
+  make_whole ();
+  mark (NBDM_MAP_DIRTY, 2);
+  assert (!site_status (&site, 0).remote.admitted);
+  assert_gets_no_later_write ();
+}
+
+/* Whatever made a region dirty: the next write finds it. */
+static void
+test_nodes_engine_whole_and_dirty (void)
+{
+  struct nbdm *v;
+
+  make_whole ();
+  v = site.volume;
+  pthread_mutex_lock (&v->lock);
+  mark_dirty_locked (&v->remotes[0], REGION, REGION, false);
+  pthread_mutex_unlock (&v->lock);
+  assert_gets_no_later_write ();
+}
+
+/* A node that is copied to knows: it stays connected. */
+static void
+test_nodes_engine_filled_and_invalidated (void)
+{
+  make (true);
+  join ();
+  assert (nbdm_remote_invalidate (site.volume, 1) == 0);
+  assert (site_status (&site, 0).state == NBDM_RESYNCING);
+  assert (nbdm_node_whole (site.volume, 1) == -EAGAIN);
+  resync ();
+  assert_equal_disks ();
+  site_end (&site);
+}
+
 /* --- a local disk that misses regions ---------------------------------------
  */
 
@@ -506,6 +588,10 @@ main (void)
   RUN (test_nodes_engine_a_write_sent_again_begins_none);
   RUN (test_nodes_engine_a_write_left_to_resync_begins_one);
   RUN (test_nodes_engine_a_missed_write_after_an_offer_begins_one);
+  RUN (test_nodes_engine_whole_and_invalidated);
+  RUN (test_nodes_engine_whole_and_marked);
+  RUN (test_nodes_engine_whole_and_dirty);
+  RUN (test_nodes_engine_filled_and_invalidated);
   RUN (test_nodes_engine_an_adoption_heals_the_local_disk);
   RUN (test_nodes_engine_a_store_does_not_undo_a_generation);
   return 0;

@@ -253,23 +253,21 @@ def test_a_primary_that_has_left_is_not_shown_as_connected(world: World) -> None
     assert world.beta.others.contacts["alpha"].side is None
 
 
-def test_a_node_in_use_is_told_what_it_lacks(
+def test_a_node_that_lacks_something_is_not_whole(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stays inconsistent until it adopts: a cut-off resync is of no instant."""
+    """A write came as its adoption was prepared: it is not offered the generation."""
     monkeypatch.setattr(
         world.alpha.others, "fetch", lambda *_: world.beta.calls.dirty()
     )
+    disk = world.alpha.local.disk_of("beta")
     meeting, agreed = session(world)
-    assert meeting.begin(agreed) == 0
-    assert meeting.is_settled()
-    world.alpha.engine.pwrite(b"x" * 512, REGION)
-    meeting.tell()
-    assert world.beta.local.record().inconsistent
-    assert world.beta.local.behind
+    meeting.begin(agreed)
+    world.alpha.at["offer_stored"] = lambda: world.alpha.engine.pwrite(
+        b"x" * 512, REGION
+    )
+    assert not meeting.settle(lambda: not world.alpha.engine.node_whole(disk))
     assert not meeting.is_settled()
-    assert meeting.settle(lambda: False)
-    assert not world.beta.local.record().inconsistent
 
 
 # --- the other node changes between two steps of a meeting -------------------

@@ -398,6 +398,14 @@ class Engine:
         """As `admit`, of a node that lacks nothing; raises MirrorError if it does."""
         check(lib.nbdm_node_admit(self.handle, disk), "admit")
 
+    def node_whole(self, disk: Disk) -> bool:
+        """
+        Tell whether a node lacks nothing. If so, its connection ends once it does.
+
+        Call it before the node is told that nothing is copied to it any more.
+        """
+        return bool(lib.nbdm_node_whole(self.handle, disk) == 0)
+
     def node_session_lost(self) -> None:
         """
         Doubt, durably, all that may have been under way in the primary's session.
