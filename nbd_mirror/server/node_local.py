@@ -40,6 +40,7 @@ __all__ = [
     "union",
     "why_incredible",
     "why_side_incredible",
+    "without",
 ]
 
 EPOCHS_AHEAD = 1 << 32  # more promotions than this node can have missed
@@ -287,6 +288,12 @@ def union(one: bytes, other: bytes) -> bytes:
     size = max(len(one), len(other))
     bits = int.from_bytes(one, "little") | int.from_bytes(other, "little")
     return bits.to_bytes(size, "little")
+
+
+def without(one: bytes, other: bytes) -> bytes:
+    """Return the regions of the first map that the second one has not."""
+    bits = int.from_bytes(one, "little") & ~int.from_bytes(other, "little")
+    return bits.to_bytes(len(one), "little")
 
 
 def popcount(bits: bytes) -> int:

@@ -35,6 +35,7 @@ from .node_local import (
     popcount,
     term_of,
     union,
+    without,
 )
 from .node_others import Others
 
@@ -55,12 +56,17 @@ class Meeting:
 
     Args:
         other: its name.
+        alone: there is no third copy, so nothing is copied to the other node that the
+            own disk misses.
     """
 
-    def __init__(self, local: LocalNode, others: Others, other: str) -> None:
+    def __init__(
+        self, local: LocalNode, others: Others, other: str, *, alone: bool = False
+    ) -> None:
         self._local = local
         self._others = others
         self._other = other
+        self._alone = alone
         self._claim: Claim | None = None  # of the latest session
         # The session since which this map has all that may differ; 0: none has.
         self._covered = 0
@@ -152,7 +158,8 @@ class Meeting:
         mine = local.side(self._other)
         # Read after all else: clients write on, and the other node misses that.
         dirty = local.bits(self._other, NodeMap.DIRTY)
-        todo = popcount(union(dirty, marks))  # bits behind the last region too
+        # Bits behind the last region count too.
+        todo = popcount(union(dirty, self._copied(marks)))
         now = Agreed(decide(mine, agreed.side), agreed.side)
         stays = (now.plan.target or self._other) == self._other
         if now.plan.action not in (Action.IN_SYNC, Action.RESYNC) or not stays:
@@ -172,6 +179,18 @@ class Meeting:
         if mine.generation == agreed.side.generation:
             local.change(lambda record: self._same(record, mine, counts=in_sync))
         return todo
+
+    def _copied(self, marks: bytes) -> bytes:
+        """
+        Return the regions of *marks* that this node can copy to the other one.
+
+        The engine makes no region dirty whose only copy the other node has. If that
+        node stored that it is copied to, and this one was lost then, the only good copy
+        could never be promoted.
+        """
+        if not self._alone:
+            return marks
+        return without(marks, self._local.bits(self._other, NodeMap.MISSED))
 
     def _begin(
         self, agreed: Agreed, claim: Claim, regions: int, mine: Side | None = None

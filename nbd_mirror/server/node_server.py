@@ -277,7 +277,8 @@ class NodeControl:
         self, engine: Engine, disk: Disk, policy: RemotePolicy
     ) -> NodeKeeper:
         """Make the keeper of another node; of a primary alone."""
-        meeting = Meeting(self.local, self.others, policy.name)
+        alone = len(self._config.copies) == 1
+        meeting = Meeting(self.local, self.others, policy.name, alone=alone)
         keeper = NodeKeeper(engine, disk, policy, self._log, meeting)
         self._keepers[policy.name] = keeper
         return keeper

@@ -20,6 +20,7 @@ from nbd_mirror.rules.claim import format_claim
 from nbd_mirror.server.node_calls import RefusedError
 from nbd_mirror.server.node_meeting import Agreed, Meeting
 from nbd_mirror.server.node_role import HAND_OVER_VARIABLE
+from nbd_mirror.volume.model import NodeMap
 
 
 @pytest.fixture
@@ -164,10 +165,10 @@ def test_a_retry_counts_on_after_a_later_term_that_it_did_not_hear_of(
 # --- a meeting ---------------------------------------------------------------
 
 
-def session(world: World) -> tuple[Meeting, Agreed]:
+def session(world: World, *, alone: bool = False) -> tuple[Meeting, Agreed]:
     """Have alpha meet beta, and claim its disk."""
     alpha, beta = world.alpha, world.beta
-    meeting = Meeting(alpha.local, alpha.others, "beta")
+    meeting = Meeting(alpha.local, alpha.others, "beta", alone=alone)
     agreed = meeting.agree()
 
     def connect(_: str) -> None:
@@ -194,6 +195,32 @@ def test_a_cut_off_resync_is_not_in_sync_before_it_is_adopted(
     assert meeting.settle(lambda: False)
     assert meeting.is_settled()
     assert not world.beta.local.record().inconsistent
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_only_copy_does_not_become_inconsistent(
+    world: World, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """
+    Alpha's disk is lost, and what was active on beta is in doubt: nothing is copied.
+
+    With a third copy, alpha can get those regions from there, and copy them.
+    """
+    alpha, beta = world.alpha, world.beta
+    size = len(beta.local.bits("alpha", NodeMap.DOUBTS))
+    doubts = b"\x06".ljust(size, b"\0")
+    beta.engine.node_mark(beta.local.disk_of("alpha"), NodeMap.DOUBTS, doubts)
+    monkeypatch.setattr(alpha.others, "fetch", lambda *_: beta.calls.dirty())
+    bits = alpha.local.bits
+
+    def lost(other: str, which: NodeMap) -> bytes:
+        found = bits(other, which)
+        return b"\xff" * len(found) if which is NodeMap.MISSED else found
+
+    monkeypatch.setattr(alpha.local, "bits", lost)
+    meeting, agreed = session(world, alone=alone)
+    assert meeting.begin(agreed) == (0 if alone else 2)
+    assert beta.local.record().inconsistent is not alone
 
 
 def test_a_write_during_the_meeting_is_announced(
