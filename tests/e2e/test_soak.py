@@ -147,7 +147,7 @@ def test_nodes_lose_nothing(processes: support.Processes, root_folders: Path) ->
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("nodes-old-block", ("when quiet", "found:   write", "allowed: write")),
+        ("nodes-old-block", ("found:   write", "allowed: write")),
         ("nodes-copy", ("beta differs from alpha when quiet", "found:   write")),
         ("nodes-failover", ("beta, promoted by force", "allowed: write")),
         ("nodes-two-primaries", ("alpha and beta serve clients at once",)),
