@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -122,12 +123,18 @@ def root_folders(folders: Path) -> Path:
     return folders
 
 
-def namespaces() -> list[str]:
-    """Return the network namespaces of soaks."""
+def left_namespaces() -> set[str]:
+    """Return the network namespaces of soaks that have ended."""
     listed = subprocess.run(
         ["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=30
     )
-    return [line for line in listed.stdout.splitlines() if "nbdm-nodes" in line]
+    names = {line.split()[0] for line in listed.stdout.splitlines() if line}
+    owners = {name: re.match(r"nbdm-nodes-(\d+)-", name) for name in names}
+    return {
+        name
+        for name, owner in owners.items()
+        if owner is not None and not Path(f"/proc/{owner[1]}").exists()
+    }
 
 
 @pytest.mark.timeout(420)
@@ -157,7 +164,7 @@ def test_broken_nodes_are_found(
     processes: support.Processes, root_folders: Path, how: str, words: tuple[str, ...]
 ) -> None:
     """What a mirror with a bug would do ends the run, and all hosts are gone."""
-    before = namespaces()
+    before = left_namespaces()
     options = ("--nodes", "2", "--seed", "3", "--episode", "0", "--sabotage", how)
     totals, said = soak(processes, root_folders, *options, code=1)
     assert 1 == totals["violations"]
@@ -166,7 +173,7 @@ def test_broken_nodes_are_found(
     report = (folder / "violation.txt").read_text()
     for word in words:
         assert word in report
-    assert set(namespaces()) <= set(before)
+    assert left_namespaces() <= before
 
 
 def test_interrupted_soak_leaves_nothing(
