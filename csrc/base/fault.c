@@ -197,6 +197,14 @@ static const struct point points[] = {
   { "token_sent", false },
   { "demotion_left", false },
   { "promotion_left", false },
+  /* Nodes: a split brain is resolved. */
+  { "resolve_begun", false },
+  { "keep_written", false },
+  { "keep_stored", false },
+  { "chosen_stored", false },
+  { "choice_answered", false },
+  { "given_up_marked", false },
+  { "given_up_stored", false },
 };
 #define NR_POINTS (sizeof points / sizeof points[0])
 

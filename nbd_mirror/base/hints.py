@@ -24,7 +24,7 @@ ASKED_VARIABLE = "NBD_MIRROR_ASKED"
 _OPTION = r"--[a-z-]+(?: [a-z0-9]+)?"
 # As a word, and only in a command of ours: a path may contain the same letters.
 _COMMAND = re.compile(
-    rf"(?P<user>sudo (?:-u \S+ )?)?nbd-mirror (?P<command>[a-z]+) CONFIG(?![\w./-])"
+    rf"(?P<user>sudo (?:-u \S+ )?)?nbd-mirror (?P<command>[a-z-]+) CONFIG(?![\w./-])"
     rf"(?P<options>(?: {_OPTION})*)"
 )
 # Behind a command that is for another host: "(on beta)", "(on the primary)".

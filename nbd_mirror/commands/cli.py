@@ -21,6 +21,7 @@ from .cli_remote import invalidate, pause, resume
 from .cli_roles import demote, promote, replace, switchover
 from .cli_server import create, policy, serve, stop
 from .cli_show import inspect, status, wait, watch
+from .cli_split import keep, resolve
 from .ending import run
 from .output import finish_output, guard_output, keep_descriptors
 
@@ -32,6 +33,7 @@ for _function in (
     *(create, serve, stop),
     *(status, wait, watch),
     *(promote, demote, switchover, replace),
+    *(resolve, keep),
     *(pause, resume, invalidate, policy),
     *(attach, detach, inspect),
 ):

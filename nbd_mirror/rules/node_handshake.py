@@ -382,7 +382,6 @@ def _split(row: str, reason: str) -> Plan:
         row,
         split=True,
         reason=reason,
-        hint="on the node whose own writes are given up: nbd-mirror stop CONFIG,"
-        " nbd-mirror create CONFIG --force, nbd-mirror serve CONFIG; then, on the"
-        " other one, nbd-mirror replace CONFIG NODE",
+        hint="nbd-mirror resolve CONFIG --keep NODE saves what the other node alone"
+        " has, and then overwrites it; --dry-run shows how much that is",
     )

@@ -37,7 +37,15 @@ from .node_local import (
 )
 from .node_others import Others
 
-__all__ = ["Fence", "NodeCalls", "RefusedError", "Speaks", "Wishes", "with_key"]
+__all__ = [
+    "Fence",
+    "NodeCalls",
+    "RefusedError",
+    "Resolves",
+    "Speaks",
+    "Wishes",
+    "with_key",
+]
 
 FENCE_S = 4.0  # of a claim; the claiming node waits a little longer
 
@@ -71,6 +79,15 @@ class Fence(Protocol):
 
     def fence(self, timeout_s: float, keep: Any = None) -> int:
         """Cut all sessions but that of the call *keep*, and wait for their requests."""
+
+
+class Resolves(Protocol):
+    """Resolves a split brain (node_resolve.py)."""
+
+    def answer(
+        self, sender: str, body: wire.Choose | wire.GiveUp, reply: wire.Answer
+    ) -> wire.Answer:
+        """Answer a call of another node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,8 @@ class NodeCalls:
         self._wishes = wishes
         self._log = log
         self._clock = clock
+        # Answers `choose` and `give_up`; it calls other nodes, so it is made later.
+        self.resolve: Resolves | None = None
 
     # --- claims and sessions ---
 
@@ -305,6 +324,10 @@ class NodeCalls:
             case wire.Token():
                 self._token(sender, body)
                 return reply
+            case wire.Choose() | wire.GiveUp():
+                if self.resolve is None:
+                    raise RefusedError("this server cannot resolve a split brain")
+                return self.resolve.answer(sender, body, reply)
 
     def _with_side(self, reply: wire.Answer, other: str) -> wire.Answer:
         side = wire.SideWords.of(self._local.side(other))
@@ -318,9 +341,8 @@ class NodeCalls:
         words = wire.SideWords.of(mine)
         claim = self._local.record().claim
         session = claim.session if claim and claim.term == (side.epoch, sender) else 0
-        return reply.model_copy(
-            update={"side": words, "plan": plan, "session": session}
-        )
+        told = {"side": words, "plan": plan, "session": session}
+        return reply.model_copy(update=told | {"features": wire.FEATURES})
 
     def _begin(self, sender: str, body: wire.Begin, reply: wire.Answer) -> wire.Answer:
         side, claim = self._shown(sender, body.side), body.claim.claim()

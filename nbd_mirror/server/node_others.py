@@ -20,6 +20,7 @@ from ..base.errors import (
     FormatError,
     MirrorError,
     RemoteError,
+    UnsupportedError,
     WrongDiskError,
 )
 from ..rules.claim import Claim, format_claim
@@ -109,6 +110,7 @@ class Others:
         self._contacts: dict[str, Contact] = {}
         self._sessions: dict[str, int] = {}
         self._lacking: dict[str, int] = {}
+        self._features: dict[str, tuple[str, ...]] = {}  # as of the latest meeting
 
     @property
     def contacts(self) -> Mapping[str, Contact]:
@@ -151,9 +153,25 @@ class Others:
         if answer.side is None or answer.plan is None:
             raise FormatError(f"{other} answered without its side")
         side = self._shown(other, answer.side)
+        self._features[other] = answer.features
         self.saw(side)
         self._sessions[other] = answer.session
         return mine, side, dict(answer.plan)
+
+    def require(self, other: str, feature: str) -> None:
+        """
+        Meet *other*, and check that its release knows a feature.
+
+        Raises:
+            UnsupportedError: it does not.
+        """
+        self.meet(other)
+        if feature not in self._features[other]:
+            raise UnsupportedError(
+                f"the nbd-mirror of {other} does not know {feature}; nothing was "
+                "changed",
+                "install the same release of nbd-mirror on both nodes",
+            )
 
     def begin(
         self, other: str, mine: Side, plan: Plan, claim: Claim, regions: int
@@ -190,6 +208,23 @@ class Others:
     def token(self, other: str, generation: int, term: Term) -> None:
         """Give *other* the role of this demoted primary."""
         self._call(other, wire.Token(generation=generation, epoch=term[0]))
+
+    def choose(self, other: str, mine: Side, plan: Plan) -> Side:
+        """Have *other* store that it is kept, and this node is not; return its side."""
+        body = wire.Choose(side=wire.SideWords.of(mine), plan=wire.plan_words(plan))
+        answer = self._call(other, body)
+        if answer.side is None:
+            raise FormatError(f"{other} answered without its side")
+        side = self._shown(other, answer.side)
+        self.saw(side)
+        return side
+
+    def give_up(self, other: str, *, dry_run: bool, job: str) -> wire.JobWords:
+        """Have *other* give up what it alone has, or say how far that is."""
+        answer = self._call(other, wire.GiveUp(dry_run=dry_run, job=job))
+        if answer.job is None:
+            raise FormatError(f"{other} answered without saying what it does")
+        return dict(answer.job)
 
     def fetch(self, other: str, size: int) -> bytes:
         """Return all regions that *other* names towards this node."""

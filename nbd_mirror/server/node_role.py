@@ -478,6 +478,10 @@ class NodeRole:
         peer = self._local.record().lineage.peer(other)
         return bool(peer.bases) or not peer.shared
 
+    def step_down(self) -> None:
+        """End as primary, once the record says that this node is none."""
+        self._close({})
+
     def _step_down(self) -> None:
         """Close the door for a later primary, which this node has no write over."""
         with self._acting:

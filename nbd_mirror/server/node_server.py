@@ -33,6 +33,7 @@ from .node_keeper import NodeKeeper
 from .node_local import LocalNode, Term
 from .node_meeting import Meeting
 from .node_others import Others, Wire, node_uri
+from .node_resolve import NodeResolve, ResolveDoor, handle_resolve
 from .node_role import NodeRole
 from .node_status import Facts, node_status
 
@@ -104,6 +105,14 @@ class NodeControl:
             hooks=self._hooks,
             hooks_s=config.hooks.limit_s if config.hooks.promoting else 0.0,
         )
+        self.resolve = NodeResolve(
+            config,
+            self.local,
+            self.others,
+            ResolveDoor(self._turn_away, self._let_in, self.role.step_down),
+            log,
+        )
+        self.calls.resolve = self.resolve
         self._threads = [
             threading.Thread(target=self._serve_calls, name="nodes", daemon=True),
             threading.Thread(target=self._turn, name="role", daemon=True),
@@ -163,6 +172,17 @@ class NodeControl:
             for listener in self._client_sockets:
                 self._server.set_listener(listener, ListenerKind.CLOSED, text)
             self._shown = text
+
+    def _turn_away(self, text: str) -> None:
+        """Let no client of a primary in; those that are connected stay."""
+        if self._server is not None:
+            for listener in self._client_sockets:
+                self._server.set_listener(listener, ListenerKind.CLOSED, text)
+
+    def _let_in(self) -> None:
+        if self._server is not None:
+            for listener in self._client_sockets:
+                self._server.set_listener(listener, ListenerKind.CLIENTS)
 
     # --- life ---
 
@@ -285,11 +305,13 @@ class NodeControl:
 
     def handle(self, command: str, args: Mapping[str, Any]) -> object:
         """
-        Execute promote, demote, switchover or replace.
+        Execute promote, demote, switchover, replace or resolve.
 
         Raises:
             RoleError: it may not be done now. MirrorError: it cannot be done.
         """
+        if command == "resolve":
+            return handle_resolve(self.resolve, args)
         force, node = args.get("force", False), args.get("node")
         if not isinstance(force, bool) or not isinstance(node, str | None):
             raise ConfigError(f"{command}: wrong arguments")

@@ -106,7 +106,10 @@ def _why_waits(name: str, mine: Side, side: Side) -> tuple[str, str]:
     """Return why *mine* does not resume now that it has met *side*."""
     plan = decide(mine, side)
     if side.role is Role.PRIMARY:
-        return f"{name} is primary since epoch {side.epoch}", ""
+        words = f"{name} is primary since epoch {side.epoch}"
+        return (f"{words}, and {plan.reason}", plan.hint) if plan.split else (words, "")
+    if plan.split:  # no promotion ends that
+        return plan.reason, plan.hint
     if side.term > mine.term and side.leader != mine.node:
         return (
             f"{side.leader} was promoted in epoch {side.epoch}, after this node",

@@ -406,7 +406,9 @@ class Volume:
                 return switch_policy(self.engine, args, self._config.name)
             case "stop":
                 return self._stop_command()
-            case "promote" | "demote" | "switchover" | "replace" if self.node:
+            case "promote" | "demote" | "switchover" | "replace" | "resolve" if (
+                self.node
+            ):
                 return self.node.handle(command, args)
         raise UnsupportedError(f'the server does not know the command "{command}"')
 

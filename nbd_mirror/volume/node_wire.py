@@ -18,6 +18,11 @@ add some to version 1.
     adopt     take this node's generation, at the end of a resync
     consent   store the term of this node's promotion, or refuse it
     token     take the role of a primary that demoted itself
+    choose    store that an operator keeps it, and not this node, in a split brain
+    give_up   save what it alone has, and give it up for this node
+
+A release that knows the last two says so in its answer to `meet` (`features`), and no
+node sends them to one that does not.
 """
 
 from __future__ import annotations
@@ -37,16 +42,21 @@ from ..rules.node_identity import Known
 from ..rules.node_side import Crash, Plan, Role, Side
 
 __all__ = [
+    "FEATURES",
     "MAX_BYTES",
     "REPLACED_MAX",
+    "RESOLVE",
     "TEXT_MAX",
     "VERSIONS",
     "Adopt",
     "Answer",
     "Begin",
     "Body",
+    "Choose",
     "ClaimWords",
     "Consent",
+    "GiveUp",
+    "JobWords",
     "KnownWords",
     "Meet",
     "Message",
@@ -61,6 +71,8 @@ __all__ = [
 ]
 
 VERSIONS = (1, 1)  # the lowest and the highest that this program speaks
+RESOLVE = "resolve"  # feature: it knows `choose` and `give_up`
+FEATURES = (RESOLVE,)
 MAX_BYTES = 64 << 10  # of a call, and of an answer
 _MOST_NODES = 9  # of a volume, with room for a later release
 REPLACED_MAX = (1 << 32) - 1  # a record has 32 bits for it
@@ -159,6 +171,7 @@ class ClaimWords(_Words):
 
 
 PlanWords = dict[Name, Text | Number | Flag]
+JobWords = dict[Name, Text | Number | Flag]
 
 
 class Meet(_Words):
@@ -206,7 +219,31 @@ class Token(_Words):
     epoch: Number
 
 
-Body = Meet | Begin | Adopt | Consent | Token
+class Choose(_Words):
+    """
+    An operator keeps you: store a later term, and begin a generation.
+
+    *plan* is `resolve` of what you show and *side*, the sender, which is given up.
+    """
+
+    call: Literal["choose"] = "choose"
+    side: SideWords
+    plan: Annotated[PlanWords, Field(max_length=32)]
+
+
+class GiveUp(_Words):
+    """
+    An operator keeps me: save what you alone have, and give it up.
+
+    *dry_run*: only say what you would do; *job*: only say how far this one is.
+    """
+
+    call: Literal["give_up"] = "give_up"
+    dry_run: Flag = False
+    job: Name = ""
+
+
+Body = Meet | Begin | Adopt | Consent | Token | Choose | GiveUp
 
 
 class Message(_Words):
@@ -229,10 +266,11 @@ class Answer(_Words):
     """
     The answer to a call; *ok* is false if it was refused: *why* and *hint* say more.
 
-    *side* and *plan* answer `meet`; *side* also `begin` and `consent`, as it is after
-    them. *generation* answers `adopt`: the one that the node holds now. *session*
-    answers `meet`: the highest claimed one of the caller's promotion; 0: none, or the
-    node does not say.
+    *side* and *plan* answer `meet`; *side* also `begin`, `consent` and `choose`, as it
+    is after them. *generation* answers `adopt`: the one that the node holds now.
+    *session* answers `meet`: the highest claimed one of the caller's promotion; 0:
+    none, or the node does not say. *job* answers `give_up`. *features* are in each
+    answer to `meet`.
     """
 
     v: Number
@@ -245,6 +283,8 @@ class Answer(_Words):
     plan: Annotated[PlanWords, Field(max_length=32)] | None = None
     generation: Number = 0
     session: Number = 0
+    job: Annotated[JobWords, Field(max_length=32)] | None = None
+    features: Annotated[tuple[Name, ...], Field(max_length=32)] = ()
 
 
 def plan_words(plan: Plan) -> PlanWords:

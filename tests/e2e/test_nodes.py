@@ -178,7 +178,7 @@ def test_two_nodes_that_both_wrote_stop(pair: Pair) -> None:
     support.wait_until(
         lambda: "beta is primary" in pair.alpha.status()["why"], "alpha to say why"
     )
-    assert "nbd-mirror replace" in pair.beta.status()["hint"]
+    assert "nbd-mirror resolve" in pair.beta.status()["hint"]
     assert pair.primaries == ["beta"]
     assert CONTENT == at(pair.alpha.local, MIB)
     assert CONTENT == at(pair.beta.local, 2 * MIB)

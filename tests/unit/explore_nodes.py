@@ -93,11 +93,11 @@ def walk(machine: Machine, first: State, rng: random.Random) -> Found | None:
 
 def _choices(machine: Machine, state: State) -> list[tuple[str, State]]:
     """Give what an operator may do about nodes that do not connect."""
-    asked = state._replace(budget=state.budget._replace(forces=1))
+    asked = state._replace(budget=state.budget._replace(forces=2))
     return [
         (name, reached._replace(budget=state.budget))
         for name, reached in machine.steps(asked)
-        if name.startswith(("keep ", "announce "))
+        if name.startswith(("keep ", "chosen ", "announce ")) or " gives up " in name
     ]
 
 

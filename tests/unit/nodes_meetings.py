@@ -23,6 +23,7 @@ from unit.nodes_model import (
 from unit.nodes_writes import Writes
 
 from nbd_mirror.rules.node_side import Action, Crash, Extent, Plan
+from nbd_mirror.rules.resolution import why_not_resolved
 
 
 class Meetings(Writes):
@@ -45,6 +46,7 @@ class Meetings(Writes):
                     yield f"meet {name}", met
                 if state.budget.forces:
                     yield from self._resolutions(state, pair)
+                    yield from self._choices_stored(state, pair)
         elif session != SYNC:
             yield from self._resync(state, pair, session)
 
@@ -191,3 +193,55 @@ class Meetings(Writes):
                 met = self.meet(state, pair, keep)
                 if met is not None:
                     yield f"keep {NAMES[keep]}", met._replace(budget=budget)
+
+    def _choices_stored(
+        self, state: State, pair: tuple[int, int]
+    ) -> Iterator[tuple[str, State]]:
+        """Give the two stores of a resolved split brain, one at a time."""
+        budget = state.budget._replace(forces=state.budget.forces - 1)
+        for keep, other in (pair, pair[::-1]):
+            mine, theirs = side_of(state, keep, other), side_of(state, other, keep)
+            plan, why_not = why_not_resolved(mine, theirs)
+            if why_not:
+                continue
+            if mine.term > theirs.term and mine.leader == mine.node:
+                gone = self._given_up(state, other, keep)
+                if gone is not None:
+                    yield f"{NAMES[other]} gives up for {NAMES[keep]}", gone
+            # Without forces left the kept node would wait for ever.
+            node = state.nodes[keep]._replace(epoch=plan.epoch, leader=keep, handed=-1)
+            line = self.rules.chosen(node.line, state.fresh + 1, NAMES[other])
+            node = node._replace(line=line, token=None, asks=None)
+            new = put(state, keep, node)._replace(fresh=state.fresh + 1)
+            new = self._told_apart(new, [keep])
+            if budget.forces:
+                yield f"chosen {NAMES[keep]}", new._replace(budget=budget)
+
+    def _given_up(self, state: State, loser: int, keep: int) -> State | None:
+        """Have a node store that it goes back to a base of the kept one."""
+        node, kept = state.nodes[loser], state.nodes[keep]
+        back = self.rules.given_up(node.line, side_of(state, keep, loser))
+        if back is None:
+            return None
+        state = judged(state, keep, loser, by_operator=True)
+        doubtful = node.active if node.primary else frozenset[int]()
+        if not back.exact:
+            doubtful = frozenset(range(len(node.disk)))
+        third = node.dirty[keep] | node.doubts[keep] | doubtful
+        doubts = list(all_doubt(node, loser, third, but=keep))
+        doubts[keep] |= doubtful
+        node = node._replace(
+            line=back.lineage,
+            doubts=tuple(doubts),
+            primary=False,
+            flight=None,
+            handed=-1,
+            token=None,
+            asks=None,
+            epoch=kept.epoch,
+            leader=kept.leader,
+            story=kept.story,
+            ghost=(),
+        )
+        budget = state.budget._replace(forces=state.budget.forces - 1)
+        return self._end_all(put(state, loser, node), loser)._replace(budget=budget)

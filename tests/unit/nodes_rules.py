@@ -6,11 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbd_mirror.rules import generation, node_handshake, node_identity, promotion
+from nbd_mirror.rules import (
+    generation,
+    node_handshake,
+    node_identity,
+    promotion,
+    resolution,
+)
 from nbd_mirror.rules.generation import Lineage
 from nbd_mirror.rules.node_identity import Known
 from nbd_mirror.rules.node_side import Plan, Side
 from nbd_mirror.rules.promotion import Standing, Verdict
+from nbd_mirror.rules.resolution import GivenUp
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Rules:
     adopt: Callable[..., Lineage] = generation.adopt
     decide: Callable[[Side, Side], Plan] = node_handshake.decide
     resolve: Callable[[Side, Side], Plan] = node_handshake.resolve
+    chosen: Callable[..., Lineage] = resolution.chosen
+    given_up: Callable[..., GivenUp | None] = resolution.given_up
     may_resume: Callable[[Side, Side], bool] = promotion.may_resume
     may_hand_over: Callable[[Side, Side], bool] = promotion.may_hand_over
     learn: Callable[..., tuple[Known, ...]] = node_identity.learn

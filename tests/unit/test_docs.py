@@ -84,7 +84,7 @@ def options_of(command: Any) -> set[str]:
 def common_option(command: Any) -> Any:
     """Return a command's `--node NODE`, or None."""
     options = [one for one in command.params if one.param_type_name == "option"]
-    found = [one for one in options if one.metavar == "NODE"]
+    found = [one for one in options if one.metavar == "NODE" and one.opts == ["--node"]]
     return found[0] if found else None
 
 
@@ -97,7 +97,7 @@ def arguments_of(command: Any) -> list[str]:
 def synopses() -> dict[str, str]:
     """Return the manual's SYNOPSIS: a line for each command."""
     lines = section(MANUAL, "SYNOPSIS").split("\n")
-    found = [re.match(r" +(nbd-mirror ([a-z]+) .*)", line) for line in lines]
+    found = [re.match(r" +(nbd-mirror ([a-z-]+) .*)", line) for line in lines]
     return {match[2]: match[1] for match in found if match}
 
 
@@ -113,7 +113,7 @@ def test_manual_synopsis_lists_every_command() -> None:
 def test_manual_commands_have_a_section_each() -> None:
     """Below COMMANDS each command has its heading, its synopsis and its options."""
     text = section(MANUAL, "COMMANDS")
-    headings = re.findall(r"^### nbd-mirror (\w+)$", text, re.MULTILINE)
+    headings = re.findall(r"^### nbd-mirror ([\w-]+)$", text, re.MULTILINE)
     assert list(commands()) == headings
     for name in headings:
         body = section(MANUAL, f"nbd-mirror {name}")
