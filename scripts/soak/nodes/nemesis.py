@@ -125,9 +125,8 @@ class Nemesis:
         leader = leaders[0]
         self._say(f"switch over from {leader.name} to {node.name}")
         if volume.command(leader, "switchover", node.name):
-            branch = volume.branches[leader.name]
-            branch.server_ended(f"{leader.name} gave the role to {node.name}")
-            volume.branches[node.name] = branch
+            volume.ended(leader, f"gave the role to {node.name}")
+            volume.branches[node.name] = volume.branches[leader.name]
             volume.serves(node)
 
     def _demote(self, node: Node) -> None:
@@ -135,8 +134,7 @@ class Nemesis:
         for leader in volume.primaries()[:1]:
             self._say(f"demote {leader.name}, then promote {node.name}")
             if volume.command(leader, "demote", "--force"):
-                branch = volume.branches[leader.name]
-                branch.server_ended(f"{leader.name} was demoted")
+                volume.ended(leader, "was demoted")
                 volume.rest(self._draw.uniform(0.0, 3.0))
                 volume.promote(node, force=False)
 

@@ -132,7 +132,7 @@ class Volume:
         if node.alive:
             node.kill()
             self.counts["kills of a node"] += 1
-        self.branches[node.name].server_ended(f"{node.name} was killed")
+        self.ended(node, "was killed")
 
     def stop(self, node: Node) -> None:
         """Stop a node's server cleanly."""
@@ -142,7 +142,16 @@ class Volume:
             raise ViolationError(f"stop of {node.name} failed: {said}")
         support.wait_until(lambda: not node.alive, f"{node.name} to end")
         self.counts["clean stops"] += 1
-        self.branches[node.name].server_ended(f"{node.name} was stopped")
+        self.ended(node, "was stopped")
+
+    def ended(self, node: Node, how: str) -> None:
+        """Note that a node executes nothing any more."""
+        branch = self.branches[node.name]
+        # What is under way with the primary goes on when a secondary ends.
+        if branch is not self.load.checker or node.uri == self.load.target[0]:
+            branch.server_ended(f"{node.name} {how}")
+        else:
+            branch.note(f"{node.name} {how}")
 
     def freeze(self, node: Node) -> None:
         """Stop a node's server as a signal does."""
