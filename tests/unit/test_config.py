@@ -135,7 +135,7 @@ def test_file_with_needed_keys_only_gets_the_defaults(tmp_path: Path) -> None:
         ("nbd://dr.example.net/pg", "nbd+unix:///pg", "needs ?socket="),
         ("nbd://dr.example.net/pg", "nbd+unix:///?socket=rel", "needs ?socket=/abs"),
         ("hold =", "holt =", "pg.toml: holt: unknown key; did you mean hold?"),
-        ("deadline =", "timeout =", 'remote "dr": timeout: unknown key; allowed are'),
+        ("deadline =", "patience =", 'remote "dr": patience: unknown key; allowed are'),
         (
             'name = "pg"',
             'name = "pg"\ndeadline = "1s"',
