@@ -15,7 +15,8 @@ struct stream;
  */
 bool tls_is_of (const struct stream *stream, const char *const *names,
                 size_t nr);
-/* What tls_is_of compares, for a message: "a certificate of alpha, 10.0.0.1".
+/* The names that the certificate has, for a message: "alpha, an address".
+ * Empty: it has none, or there is no certificate.
  */
 void tls_describe (const struct stream *stream, char *text, size_t size);
 

@@ -118,7 +118,7 @@ load_trust (struct tls_secrets *secrets, const char *ca)
   return 0;
 }
 
-/* For tls_secrets_renew. */
+/* The server reads these files again for each handshake: tls_secrets_renew. */
 static bool
 keep_paths (struct tls_secrets *secrets, const struct nbdm_tls *files)
 {
