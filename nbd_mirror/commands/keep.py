@@ -11,6 +11,7 @@ import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from ..base.errors import ConfigError, MirrorError, MissingError, from_errno
 from ..base.files import check_private
@@ -114,7 +115,7 @@ def open_image(
             raise ConfigError(f"{path} is of volume {header.volume}")
         _warn_of(config, reader, warn)
         image = KeepImage(reader, config.local, warn)
-        uri = f"nbd+unix:///?socket={socket}"
+        uri = f"nbd+unix:///?socket={quote(str(socket))}"
         try:
             serve_image(image, socket, lambda: ready(uri))
         except OSError as error:
