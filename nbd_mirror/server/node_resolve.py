@@ -187,16 +187,19 @@ class NodeResolve:
         record = self._local.record()
         try:
             with KeepReader(path) as kept:
-                header = kept.header
+                header, keep_bytes = kept.header, kept.bytes
         except MirrorError:
-            header = None
+            header, keep_bytes = None, 0
         if header is None or record.epoch < header.epoch:
             raise NotRunningError(
                 "the server ended before it gave up anything: nothing was overwritten",
                 "nbd-mirror resolve CONFIG --keep NODE",
             )
         state: wire.JobWords = {"state": "done", "id": name, "loser": header.node}
-        return state | {"keep": header.kept, "regions": header.regions}
+        # The last region may be shorter.
+        size = min(header.regions * header.region_size, header.size)
+        state |= {"keep": header.kept, "regions": header.regions, "bytes": size}
+        return state | {"keep_bytes": keep_bytes}
 
     def _words(self, job: _Job) -> wire.JobWords:
         words: wire.JobWords = {

@@ -76,6 +76,8 @@ def report(
     """
     local = _local(local_view)
     remotes = tuple(_remote(one, volume, served=server is not None) for one in views)
+    if node is not None:
+        remotes = tuple(_with_hint(one, node) for one in remotes)
     if server is not None:
         word = _word(volume, local_view, views)
         verdict = word, *_explain(volume, word, config.state, (local, *remotes))
@@ -111,6 +113,14 @@ def report(
         node=node,
         remotes=remotes,
     )
+
+
+def _with_hint(remote: Remote, node: NodeStatus) -> Remote:
+    """Say what helps against the reason of another node: `resume` only tries again."""
+    other = any(peer.name == remote.name for peer in node.peers)
+    if other and node.hint and not remote.connected:
+        return remote.model_copy(update={"hint": node.hint})
+    return remote
 
 
 def _word(

@@ -130,6 +130,7 @@ def test_cable_is_pulled_and_both_went_on(hosts: Hosts) -> None:
             lambda one: "writes since they were equal" in one["peers"][0]["why"],
             f"{node.name} to say that both went on",
         )
+        assert "resume" not in node.cli("status").stdout, "it would only meet again"
         assert not found["peers"][0]["in_sync"]
     assert read(alpha, MIB) == mine
     assert read(beta, MIB) == other

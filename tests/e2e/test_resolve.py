@@ -119,6 +119,7 @@ def test_the_primary_is_kept(pair: Pair, asked: str) -> None:
     done = node.cli("resolve", str(pair.config), "--keep", "beta")
     (name,) = keep_names(pair.alpha.state)
     assert name in done.stdout
+    assert "3 regions (192KiB)" in done.stdout, done.stdout
     path = pair.alpha.state / FOLDER / name
     assert path.stat().st_mode & 0o777 == 0o600
     assert_resolved(pair, pair.beta)
@@ -141,7 +142,8 @@ def test_the_secondary_is_kept(pair: Pair, asked: str) -> None:
     client.pwrite(RIGHT, 3 * MIB)
     client.shutdown()
     support.wait_until(lambda: not pair.beta.ask("status")["clients"], "no clients")
-    node.cli(*words)
+    done = node.cli(*words)
+    assert "saved on beta: 3 regions (192KiB)" in done.stdout, done.stdout
     pair.alpha.wait_role("primary")
     assert_resolved(pair, pair.alpha)
 
