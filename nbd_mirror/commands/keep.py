@@ -114,16 +114,10 @@ def open_image(
         if header.volume != config.name:
             raise ConfigError(f"{path} is of volume {header.volume}")
         _warn_of(config, reader, warn)
-        image = KeepImage(reader, config.local, warn)
-        uri = f"nbd+unix:///?socket={quote(str(socket))}"
-        try:
-            serve_image(image, socket, lambda: ready(uri))
-        except OSError as error:
-            raise from_errno(
-                error.errno or errno.EIO, f"{socket}: {error.strerror}"
-            ) from None
-        finally:
-            image.close()
+        # Its errors are told here, and not by the program that serves it.
+        KeepImage(reader, config.local, warn).close()
+    uri = f"nbd+unix:///?socket={quote(str(socket))}"
+    serve_image(path, config.local, socket, lambda: ready(uri))
 
 
 def _warn_of(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import importlib.util
 import os
 import resource
 import stat
@@ -35,7 +34,7 @@ from ..base.files import check_private
 from ..base.hints import Asked
 from ..base.interrupt import hold_back, let_through
 from ..base.interrupts import Interrupt, Signals, put_off
-from ..base.programs import cannot_start, clean_environment, find_program, run
+from ..base.programs import cannot_start, clean_environment
 from ..rules.state import LocalState
 from ..volume.client import serving_pid
 from ..volume.config import (
@@ -51,6 +50,7 @@ from ..volume.loops import check_remotes
 from ..volume.offline import read_superblock
 from ..volume.tls_files import check_own_certificate, check_tls
 from .listeners import Listeners, bind_all
+from .python_plugin import module_path, plugin_command
 from .serve_log import LOG_ROOM, last_words, open_log, pass_on_warnings, said_since
 
 __all__ = ["DOORS", "ServerEndedError", "exec_server", "start"]
@@ -65,8 +65,6 @@ START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0  # for a server whose start was interrupted
 _CHOICES = {"": [], "forced": ["--force"], "lost": ["--without-local"]}
 _LISTEN_FD = 3  # the first descriptor of socket activation
-# The modules that the engine and the doors import, and nbdkit's Python cannot find.
-_IMPORTS = ("nbd_mirror", "_cffi_backend", "bitarray", "pydantic", "typing_inspection")
 
 
 class ServerEndedError(MirrorError):
@@ -202,33 +200,11 @@ def _command(config: VolumeConfig, door: str) -> list[str]:
             f'the {door} door has no TLS, and listen = "{config.listen}" needs it',
             "nbd-mirror serve CONFIG --door direct",
         )
-    nbdkit = find_program("nbdkit", "nbdkit")
-    _check_python_plugin(nbdkit, config)
-    plugin = os.fspath(PYTHON_PLUGIN)
-    return [nbdkit, "-f", "python", plugin, f"config={config.source}"]
-
-
-def _check_python_plugin(nbdkit: str, config: VolumeConfig) -> None:
-    if not _is_utf8(os.fspath(config.source)):
-        raise UnsupportedError(
-            f"nbdkit's Python plugin cannot be told of {config.source}, whose name is "
-            "not UTF-8",
-            "nbd-mirror serve CONFIG --door direct",
-        )
-    done = run(nbdkit, "python", "--dump-plugin")
-    if done.status:
-        raise UnsupportedError(
-            f"nbdkit has no Python plugin: {done.said}",
-            "apt-get install nbdkit-plugin-python",
-        )
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return plugin_command(
+        "plugin.py",
+        config=os.fspath(config.source),
+        hint="nbd-mirror serve CONFIG --door direct",
+    )
 
 
 def _environment(asked: Asked | None, node: str = "") -> dict[str, str]:
@@ -237,18 +213,10 @@ def _environment(asked: Asked | None, node: str = "") -> dict[str, str]:
 
     It leads nowhere else: not to the current folder, nor to the caller's modules.
     """
-    folders: list[str] = []
-    for name in _IMPORTS:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin:
-            origin = Path(spec.origin).resolve()
-            package = spec.submodule_search_locations is not None
-            folders.append(os.fspath(origin.parents[1 if package else 0]))
-    path = os.pathsep.join(dict.fromkeys(folders))
     words = asked.dump() if asked else {}
     # A name that the user gave, or the host's: the server is this node for good.
     mine = {NODE_VARIABLE: node} if node else {}
-    environment = clean_environment() | {"PYTHONPATH": path} | mine | words
+    environment = clean_environment() | {"PYTHONPATH": module_path()} | mine | words
     # Only a server that executes itself again has a role to pass on.
     for name in (GRANT_VARIABLE, HAND_OVER_VARIABLE):
         environment.pop(name, None)

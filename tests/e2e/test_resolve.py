@@ -250,6 +250,13 @@ def test_a_keep_file_is_listed_opened_and_deleted(pair: Pair) -> None:
             client.pread(REGION, MIB)
         assert bytes(client.pread(REGION, 2 * MIB)) == LEFT
     assert "record in the keep file is broken" in said()
+    taken = pair.folder / "taken.sock"
+    taken.touch()
+    again = ("keep", config, "open", name, "--socket", str(taken))
+    refused = pair.alpha.cli(*again, check=False)
+    assert "exists already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert taken.exists()
     refused = pair.alpha.cli("keep", config, "delete", name, check=False)
     assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
     wrong = pair.alpha.cli(
